@@ -1,0 +1,84 @@
+"""`sft-recipe check`: all that can be known of a run without torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sft_recipes.data import prepare, sources, tokens
+from sft_recipes.data.tokens import LightTokenizer
+from sft_recipes.errors import InputError, RecipeError
+from sft_recipes.planning.steps import count
+from sft_recipes.recipe import model_files
+from sft_recipes.recipe.check import verdict_on
+from sft_recipes.recipe.schema import Model, Recipe
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was found, and what deserves a warning; a line each."""
+
+    lines: list[str]
+    warnings: list[str]
+
+
+def check(recipe_file: str, overrides: Sequence[str] = ()) -> Findings:
+    """Validate a recipe, its model directory and its data. Raises RecipeError with every problem at once."""
+    loaded, verdict = verdict_on(recipe_file, overrides)
+    lines: list[str] = []
+    problems = list(verdict.problems)
+    if loaded is not None:
+        try:
+            with loaded.placing_errors():
+                lines = _examine_data(loaded.recipe)
+        except InputError as error:
+            problems += [line for line in error.lines if line not in problems]
+    if problems:
+        raise RecipeError(*problems)
+    return Findings(lines, verdict.warnings)
+
+
+def _examine_data(recipe: Recipe) -> list[str]:
+    remote = [source.path for source in prepare.every_source(recipe.data) if sources.files(source.path) is None]
+    if remote:
+        return [
+            f"data: {', '.join(remote)} is looked for on the hub when the run starts; rows and steps are not counted"
+        ]
+    tokenizer, missing = _tokenizer(recipe.model)
+    if tokenizer is None:
+        rows = [(source.path, len(prepare.read(source, recipe.data))) for source in prepare.every_source(recipe.data)]
+        return [
+            *(f"data: {path}: {number:,} rows" for path, number in rows),
+            f"tokens and steps are not counted: {missing}",
+        ]
+    data = prepare.prepare(recipe, tokenizer)
+    steps = count(recipe, len(data.train))
+    return [
+        *data.lines(),
+        f"steps: {steps.total:,} of {recipe.sequences_per_step} sequences, {steps.warmup:,} of them warmup; "
+        f"{steps.per_epoch:,} an epoch",
+    ]
+
+
+def _tokenizer(model: Model) -> tuple[LightTokenizer | None, str]:
+    """The model's tokenizer, from its directory or the hub; or None and why."""
+    folder = model_files.directory(model.name)
+    if folder is None:
+        try:
+            folder = _download(model)
+        except Exception as error:  # whatever the hub, the network or the gate of a model say
+            return None, f"the tokenizer of {model.name} cannot be had: {' '.join(str(error).split())[:200]}"
+    tokenizer = tokens.from_directory(folder, model.new_tokens)
+    return tokenizer, f"{model.name} has no tokenizer.json"
+
+
+def _download(model: Model) -> Path:
+    from huggingface_hub import snapshot_download
+
+    wanted = [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+        "config.json",
+    ]
+    return Path(snapshot_download(model.name, revision=model.revision, allow_patterns=wanted))

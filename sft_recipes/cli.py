@@ -1,0 +1,194 @@
+"""The command line. Everything that needs torch is imported inside the command that needs it."""
+
+import json
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from sft_recipes import __version__
+from sft_recipes.errors import RecipeError, SFTRecipeError
+
+UsageError: Any = typer.BadParameter.__base__  # click's, of which typer carries its own copy
+
+app = typer.Typer(
+    name="sft-recipe",
+    help="Fine-tune a language model from one YAML recipe, and trust the result.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="Path of a recipe (YAML).")]
+Overrides = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Replace a key, such as train.learning_rate=1e-4.")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and what the libraries print.")]
+
+
+@app.callback(invoke_without_command=True)
+def _without_command(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False
+) -> None:
+    if version:
+        print(f"sft-recipe {__version__}")
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    overrides: Overrides = [],  # noqa: B006  # typer reads the default, nothing changes it
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Train, validate, export: the run directory holds everything."""
+    from sft_recipes.recipe import check as recipe_check
+
+    recipe_check.accepted(recipe, overrides)  # a typo is said at once, not after the seconds that importing torch takes
+    _quiet(debug)
+    from sft_recipes.run import run as start
+
+    start(recipe, overrides, resume=resume)
+
+
+@app.command()
+def check(recipe: RecipeFile, overrides: Overrides = [], debug: Debug = False) -> None:  # noqa: B006
+    """Validate the recipe and the data; every problem at once."""
+    _quiet(debug)
+    from sft_recipes.checks import check as start
+
+    findings = start(recipe, overrides)
+    for line in findings.lines:
+        print(line)
+    for warning in findings.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(f"{recipe}: good")
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Argument(metavar="MODEL_OR_RUN", help="A model, an adapter, or a run directory.")],
+    prompt: Annotated[str, typer.Option(help="What to answer.")],
+    input: Annotated[str, typer.Option(help="The Alpaca input that goes with the prompt.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length at which the answer is cut off.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest tokens; above: drawn at random.")] = 0.0,
+    debug: Debug = False,
+) -> None:
+    """Answer a prompt with the template the model was trained with."""
+    from sft_recipes.recipe import model_files
+
+    model_files.find_model(model)  # what is wrong is said before the seconds that importing torch takes
+    _quiet(debug)
+    from sft_recipes.talk import talk
+
+    print(talk(model, prompt, input, max_new_tokens=max_new_tokens, temperature=temperature))
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER_OR_RUN", help="An adapter or a run directory.")],
+    out: Annotated[Path, typer.Option(help="Directory to write the merged model to.")],
+    base: Annotated[
+        str | None, typer.Option(help="Hub id or directory of the base; by default the adapter's own.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    max_shard_size: Annotated[str, typer.Option(help="Largest size of one file.")] = "5GB",
+    debug: Debug = False,
+) -> None:
+    """Merge LoRA weights into the base model."""
+    if dtype not in ("bfloat16", "float16", "float32"):
+        raise RecipeError(f"--dtype {dtype}: expected bfloat16, float16 or float32")
+    from sft_recipes.recipe import model_files
+
+    found = model_files.find_adapter(adapter)
+    _quiet(debug)
+    from sft_recipes.export import merge as merging
+
+    merging.merge(found, out, base=base, dtype=dtype, max_shard_size=max_shard_size)
+    print(f"{out}: merged")
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")], debug: Debug = False) -> None:
+    """Write the learning curve and the run's facts as PNG and HTML."""
+    _quiet(debug)
+    from sft_recipes.report import page
+
+    page.write(run)
+    print(run / "learning_curve.png", run / "report.html", sep="\n")
+
+
+@app.command("list")
+def list_recipes() -> None:
+    """The recipes that ship."""
+    from sft_recipes.recipe import shipped
+
+    for name, purpose in shipped.recipes():
+        print(f"{name:24} {purpose}")
+
+
+@app.command()
+def new(
+    name: Annotated[str, typer.Argument(help="Name of a shipped recipe.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write it; by default NAME.yaml.")] = None,
+) -> None:
+    """Copy a recipe that ships, to edit it."""
+    from sft_recipes.recipe import shipped
+
+    print(shipped.copy(name, out or Path(f"{name}.yaml")))
+
+
+@app.command()
+def schema() -> None:
+    """The recipe's JSON schema, for editors."""
+    from sft_recipes.recipe.schema import Recipe
+
+    print(json.dumps(Recipe.model_json_schema(), indent=2))
+
+
+def main() -> NoReturn:
+    """Entry point. Exit codes: 0 done; 1 the run failed; 2 the recipe, the data or the command line is wrong."""
+    debug = "--debug" in sys.argv
+    try:
+        code = app(standalone_mode=False)
+    except SFTRecipeError as error:
+        if debug:
+            raise
+        print(error, file=sys.stderr)
+        code = error.exit_code
+    except UsageError as error:
+        command = error.ctx.command_path if error.ctx else "sft-recipe"
+        print(f"{command}: {error.format_message()} (see {command} --help)", file=sys.stderr)
+        code = 2
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:  # `sft-recipe list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code or 0)
+
+
+def _quiet(debug: bool) -> None:
+    """Keep the libraries' chatter from between our lines, and their pings from the network."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if debug:
+        return
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore")
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree", "trl", "accelerate", "datasets", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""Rows from where the data is: local files of four kinds, files of the project's own, data sets on the hub."""
+
+import csv
+import glob
+import gzip
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sft_recipes.errors import DataError
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+BUILTIN = Path(__file__).parent.parent / "builtin"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row as it was read, and `file:line` (of a table: `file:row N`)."""
+
+    place: str
+    values: Mapping[str, Any]
+
+
+def files(path: str) -> list[Path] | None:
+    """The files that `path` (a file, glob or `builtin:` name) means, in order; None where it can only be a hub id.
+
+    Raises DataError where it looks like a file and is none.
+    """
+    if path.startswith("builtin:"):
+        found = [BUILTIN / path.removeprefix("builtin:")]
+        if not found[0].is_file():
+            shipped = sorted(file.relative_to(BUILTIN).as_posix() for file in BUILTIN.glob("*/*.jsonl"))
+            raise DataError(
+                f"{path}: no such built-in data; there is {', '.join(f'builtin:{name}' for name in shipped)}"
+            )
+        return found
+    if any(sign in path for sign in "*?["):
+        matches = sorted(Path(match) for match in glob.glob(path, recursive=True))  # noqa: PTH207  # absolute ones too
+        if not matches:
+            raise DataError(f"{path}: no file matches this pattern (working directory {Path.cwd()})")
+        return matches
+    file = Path(path)
+    if file.is_file():
+        return [file]
+    if file.is_dir():
+        inside = sorted(child for child in file.iterdir() if _kind(child))
+        if not inside:
+            raise DataError(f"{path}: this directory holds no data files ({', '.join(SUFFIXES)}, each also .gz)")
+        return inside
+    if _kind(file) or path.count("/") > 1 or file.is_absolute():
+        raise DataError(f"{path}: no such file (working directory {Path.cwd()})")
+    return None
+
+
+def fingerprint(path: str) -> str:
+    """SHA-256 over the content of the files that `path` means; of a hub id, over its name."""
+    found = files(path)
+    digest = hashlib.sha256(b"" if found else path.encode())
+    for file in found or []:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def read(path: str) -> Iterator[Row | DataError]:
+    """The rows of all files that `path` means; a row that cannot be read comes as the error that says why.
+
+    A file that cannot be read at all raises DataError.
+    """
+    found = files(path)
+    if found is None:
+        yield from _hub(path)
+        return
+    for file in found:
+        kind = _kind(file)
+        if kind is None:
+            raise DataError(f"{file}: unknown kind of file; expected {', '.join(SUFFIXES)}, each also .gz")
+        if file.stat().st_size == 0:
+            raise DataError(f"{file}: the file is empty")
+        try:
+            yield from {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}[kind](file)
+        except (OSError, EOFError) as error:
+            raise DataError(f"{file}: cannot be read: {error}") from None
+
+
+def _kind(file: Path) -> str | None:
+    suffix = file.with_suffix("").suffix if file.suffix == ".gz" else file.suffix
+    return suffix if suffix in SUFFIXES else None
+
+
+def _bytes(file: Path) -> Any:
+    return gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb")
+
+
+def _jsonl(file: Path) -> Iterator[Row | DataError]:
+    with _bytes(file) as stream:
+        for number, line in enumerate(stream, start=1):
+            place = f"{file}:{number}"
+            if not (line := line.removeprefix(b"\xef\xbb\xbf").strip()):
+                continue
+            try:
+                values = json.loads(line)
+            except UnicodeDecodeError:
+                yield DataError(f"{place}: not valid UTF-8")
+            except json.JSONDecodeError as error:
+                yield DataError(f"{place}: not valid JSON: {error.msg} at column {error.colno}")
+            else:
+                yield _row(place, values)
+
+
+def _json(file: Path) -> Iterator[Row | DataError]:
+    with _bytes(file) as stream:
+        content = stream.read()
+    try:
+        rows = json.loads(content.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise DataError(f"{file}: not valid UTF-8") from None
+    except json.JSONDecodeError as error:
+        hint = "; a file with one object a line is .jsonl" if error.msg == "Extra data" else ""
+        raise DataError(f"{file}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}{hint}") from None
+    if not isinstance(rows, list):
+        raise DataError(f"{file}: expected a list of objects, got {type(rows).__name__}")
+    for number, values in enumerate(rows, start=1):
+        yield _row(f"{file}:row {number}", values)
+
+
+def _csv(file: Path) -> Iterator[Row | DataError]:
+    csv.field_size_limit(1 << 30)  # Python's own limit, 128 KiB a field, is shorter than a long document
+    with _bytes(file) as stream:
+        reader = csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""))
+        try:
+            for values in reader:
+                place = f"{file}:{reader.line_num}"
+                if None in values or None in values.values():
+                    yield DataError(
+                        f"{place}: expected {len(reader.fieldnames or [])} fields as in the header, got another number"
+                    )
+                else:
+                    yield Row(place, values)
+        except UnicodeDecodeError:
+            raise DataError(f"{file}: not valid UTF-8") from None
+        except csv.Error as error:
+            raise DataError(f"{file}:{reader.line_num}: not valid CSV: {error}") from None
+
+
+def _parquet(file: Path) -> Iterator[Row | DataError]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with _bytes(file) as stream:
+            number = 0
+            for batch in parquet.ParquetFile(stream).iter_batches():
+                for values in batch.to_pylist():
+                    number += 1
+                    yield Row(f"{file}:row {number}", values)
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{file}: not a valid parquet file: {error}") from None
+
+
+def _hub(name: str) -> Iterator[Row | DataError]:
+    import datasets
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    try:
+        rows = datasets.load_dataset(name, split="train")
+    except (OSError, ValueError, RuntimeError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise DataError(
+            f"{name}: no such file, and not to be had from the hub either ({type(error).__name__}: {reason})"
+        ) from None
+    for number, values in enumerate(rows, start=1):
+        yield Row(f"{name}:row {number}", values)
+
+
+def _row(place: str, values: Any) -> Row | DataError:
+    if isinstance(values, dict):
+        return Row(place, values)
+    return DataError(f"{place}: expected an object with columns, got {type(values).__name__}")

@@ -1,0 +1,160 @@
+"""From an example to the text the model reads, and which stretches of it are trained on.
+
+Two kinds of text come out. The Alpaca template and plain text hold no special tokens: whatever looks like one in the data
+is encoded as text, and the encoder adds BOS and EOS. A chat template (the tokenizer's own, a Jinja file) writes its special
+tokens itself: the encoder reads them from the text, and an example whose own text contains one is refused, because it
+could end a turn that the data did not end.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from sft_recipes.data.formats import Example
+from sft_recipes.errors import DataError
+
+_PREAMBLE = "Below is an instruction that describes a task"
+_WITH_INPUT = ", paired with an input that provides further context"
+_REQUEST = ". Write a response that appropriately completes the request.\n\n"
+
+
+BOS = "{{- bos_token }}"  # goes before a chat template that does not write BOS
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """Text of one document; `trained` are [start, end) character ranges; `writes_specials`: it holds special tokens."""
+
+    place: str
+    text: str
+    trained: list[tuple[int, int]]
+    writes_specials: bool
+
+
+Template = Callable[[Example], Rendered]
+
+
+def alpaca_prompt(instruction: str, input: str = "") -> str:
+    """The prompt of the Alpaca template, up to and with the newline after `### Response:`."""
+    if input:
+        return f"{_PREAMBLE}{_WITH_INPUT}{_REQUEST}### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+    return f"{_PREAMBLE}{_REQUEST}### Instruction:\n{instruction}\n\n### Response:\n"
+
+
+def alpaca_chat_template() -> str:
+    """The Alpaca prompt as a chat template, so that a server's chat endpoint speaks the format of the training."""
+    return resources.files("sft_recipes.data").joinpath("alpaca.jinja").read_text(encoding="utf-8")
+
+
+class Alpaca:
+    """One instruction and its response; the encoder adds EOS, which is trained on with the response."""
+
+    def __init__(self, train_on: str = "completion") -> None:
+        self.train_all = train_on == "all"
+
+    def __call__(self, example: Example) -> Rendered:
+        user, assistant = example.messages
+        prompt = alpaca_prompt(user["content"], user.get("input", ""))
+        text = prompt + assistant["content"]
+        return Rendered(example.place, text, [(0 if self.train_all else len(prompt), len(text))], writes_specials=False)
+
+
+def plain(example: Example) -> Rendered:
+    """Plain text, all of it trained on."""
+    return Rendered(example.place, example.text, [(0, len(example.text))], writes_specials=False)
+
+
+class Chat:
+    """A chat template: a Jinja program from `messages` to text, run in a sandbox.
+
+    `train_on`: `completion` is the last message, `assistant` every assistant message, each with what the template writes
+    to close it; `all` is the whole text. `variables` are the tokenizer's special tokens by name (`bos_token`, ...);
+    `forbidden` the texts that the tokenizer would read as special tokens.
+    """
+
+    def __init__(self, source: str, train_on: str, variables: Mapping[str, str], forbidden: Iterable[str]) -> None:
+        self.train_on = train_on
+        self.variables = dict(variables)
+        self.forbidden = tuple(forbidden)
+        try:
+            self.template = _environment().from_string(source)
+        except TemplateError as error:
+            raise DataError(f"data.template: not a valid Jinja template: {error}") from None
+
+    def __call__(self, example: Example) -> Rendered:
+        messages = as_chat(example.messages)
+        for message in messages:
+            if found := next((token for token in self.forbidden if token in message["content"]), None):
+                raise DataError(
+                    f"{example.place}: the text contains {found!r}, which this tokenizer reads as a special token; "
+                    "take it out, or use data.template: alpaca, where it stays text"
+                )
+        if messages[-1]["role"] != "assistant":
+            raise DataError(
+                f"{example.place}: the last message must be from the assistant, got '{messages[-1]['role']}'"
+            )
+        text = self.render(messages, example.place)
+        return Rendered(example.place, text, self._trained(messages, text, example.place), writes_specials=True)
+
+    def render(self, messages: list[dict[str, Any]], place: str, *, add_generation_prompt: bool = False) -> str:
+        try:
+            return self.template.render(
+                messages=messages, add_generation_prompt=add_generation_prompt, **self.variables
+            )
+        except TemplateError as error:
+            raise DataError(f"{place}: the chat template refuses this row: {error}") from None
+
+    def _trained(self, messages: list[dict[str, Any]], text: str, place: str) -> list[tuple[int, int]]:
+        if self.train_on == "all":
+            return [(0, len(text))]
+        indices = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        ranges = []
+        for index in indices if self.train_on == "assistant" else indices[-1:]:
+            before = self.render(messages[:index], place, add_generation_prompt=True)
+            upto = self.render(messages[: index + 1], place)
+            if not upto.startswith(before) or not text.startswith(upto):
+                raise DataError(
+                    f"{place}: the chat template renders message {index + 1} differently once later messages follow, "
+                    "so its tokens cannot be told apart; use data.train_on: completion or all"
+                )
+            ranges.append((len(before), len(upto)))
+        return ranges
+
+
+def as_chat(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """An Alpaca row for a chat template that has no input field: the input follows the instruction after an empty line."""
+    return [
+        {"role": message["role"], "content": f"{message['content']}\n\n{message['input']}"}
+        if message.get("input")
+        else message
+        for message in messages
+    ]
+
+
+class _Generation(Extension):
+    """`{% generation %} … {% endgeneration %}`, transformers' mark around the assistant's text: renders what it holds."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """The environment in which transformers renders chat templates (`utils/chat_template_utils.py`), without its torch."""
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.globals["raise_exception"] = refuse
+    return environment

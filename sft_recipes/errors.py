@@ -1,0 +1,60 @@
+"""Every error that the command line shows as lines instead of a traceback.
+
+    SFTRecipeError              exit code 1
+    ├── RunError                training or export failed
+    └── InputError              exit code 2: something the user gave is wrong
+        ├── RecipeError         the recipe or the command line
+        ├── DataError           the data
+        ├── ModelError          the model, its tokenizer, or an adapter
+        ├── OutputError         the output directory
+        └── MissingExtraError   an optional package is not installed
+
+Each is also a standard type, so that code which uses sft-recipes as a library can catch what it knows.
+"""
+
+from collections.abc import Sequence
+
+
+class SFTRecipeError(Exception):
+    """One problem a line; `lines` holds them apart."""
+
+    exit_code = 1
+
+    def __init__(self, *lines: str) -> None:
+        super().__init__("\n".join(lines))
+        self.lines: Sequence[str] = lines
+
+
+class RunError(SFTRecipeError, RuntimeError):
+    """Training, evaluation or export failed after it had begun."""
+
+
+class InputError(SFTRecipeError, ValueError):
+    """Something the user gave is wrong; nothing has been written."""
+
+    exit_code = 2
+
+
+class RecipeError(InputError):
+    """The recipe or the command line is wrong."""
+
+
+class DataError(InputError):
+    """A data file or a row in it is wrong."""
+
+
+class ModelError(InputError):
+    """The model, its tokenizer or an adapter cannot be used."""
+
+
+class OutputError(InputError, FileExistsError):
+    """The output directory is in use, cannot be written, or has no room."""
+
+
+class MissingExtraError(InputError, ImportError):
+    """An optional package is needed and not installed; the message names the extra that brings it."""
+
+
+def missing_extra(what: str, extra: str) -> MissingExtraError:
+    """The error for `what` (a key and its value) that needs the extra `extra`."""
+    return MissingExtraError(f"{what} needs a package that is not installed: pip install 'sft-recipes[{extra}]'")

@@ -1,0 +1,107 @@
+"""A model directory that loads anywhere: weights, config, generation config, tokenizer, chat template."""
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import peft
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@contextmanager
+def complete_or_not_there(out: Path) -> Iterator[Path]:
+    """A directory to write to, which gets the name `out` once all is written, and is removed if that fails."""
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    *,
+    dtype: str,
+    max_shard_size: str,
+    stops: Sequence[int],
+) -> None:
+    """Write the model with its weights rounded to `dtype`; `stops` are the tokens that end an answer.
+
+    The model is changed: it has `dtype` afterwards.
+    """
+    model.to(DTYPES[dtype])
+    model.config.use_cache = True
+    tie_if_equal(model)
+    set_generation_config(model, tokenizer, stops)
+    with complete_or_not_there(out) as folder:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        save_tokenizer(tokenizer, folder)
+
+
+def save_adapter(model: peft.PeftModel, tokenizer: PreTrainedTokenizerBase, out: Path, *, stops: Sequence[int]) -> None:
+    """Write the adapter, with the tokenizer and generation config that belong to it."""
+    set_generation_config(model, tokenizer, stops)
+    with complete_or_not_there(out) as folder:
+        # Rows of new tokens are among the trained weights, so the embeddings need not be saved whole.
+        model.save_pretrained(folder, save_embedding_layers=False)
+        model.generation_config.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the tokenizer under a class name that transformers 4, and servers built on it, know as well."""
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for local in ("is_local", "local_files_only"):  # of this machine
+        config.pop(local, None)
+    file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def set_generation_config(
+    model: PreTrainedModel | peft.PeftModel, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]
+) -> None:
+    """Let `generate` stop where the trained documents end, besides where the base model did."""
+    config: GenerationConfig = model.generation_config
+    own = config.eos_token_id if config.eos_token_id is not None else []
+    ends = list(dict.fromkeys([*stops, *([own] if isinstance(own, int) else own)]))
+    config.eos_token_id = ends[0] if len(ends) == 1 else ends
+    config.pad_token_id = tokenizer.pad_token_id
+    config.bos_token_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else config.bos_token_id
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    model.config.get_text_config().eos_token_id = tokenizer.eos_token_id
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        config.do_sample = (
+            True  # models ship sampling settings without saying that they sample, and then cannot be saved
+        )
+
+
+def untie(model: PreTrainedModel) -> None:
+    """Give the head weights of its own, where it shares those of the embeddings."""
+    config, head = model.config.get_text_config(), model.get_output_embeddings()
+    if config.tie_word_embeddings and head is not None:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        config.tie_word_embeddings = False
+
+
+def tie_if_equal(model: PreTrainedModel) -> None:
+    """Say in the config whether head and embeddings are one; a head that was trained apart is saved apart."""
+    config, head = model.config.get_text_config(), model.get_output_embeddings()
+    if config.tie_word_embeddings and head is not None:
+        config.tie_word_embeddings = torch.equal(head.weight, model.get_input_embeddings().weight)

@@ -1,0 +1,37 @@
+"""How many optimizer steps a run takes."""
+
+import math
+from dataclasses import dataclass
+
+from sft_recipes.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Optimizer steps of a run."""
+
+    per_epoch: int
+    total: int
+    warmup: int
+
+    def every(self, interval: float | int | None) -> int | None:
+        """An interval of the recipe (a fraction of the run, or a number of steps) as a number of steps."""
+        if interval is None:
+            return None
+        return interval if isinstance(interval, int) else max(1, math.ceil(interval * self.total))
+
+
+def count(recipe: Recipe, sequences: int) -> Steps:
+    """Steps over `sequences` training sequences. The last step of an epoch may be smaller than the others."""
+    train, world = recipe.train, recipe.launch.processes * recipe.launch.machines
+    assert isinstance(train.micro_batch_size, int)
+    if recipe.trl.get("dataloader_drop_last"):
+        micro_batches = sequences // (train.micro_batch_size * world)
+    else:
+        micro_batches = math.ceil(sequences / (train.micro_batch_size * world))
+    per_epoch = max(1, math.ceil(micro_batches / recipe.accumulation))
+    by_epochs = math.ceil((train.epochs or 1) * per_epoch)
+    total = by_epochs if train.max_steps is None else train.max_steps
+    if train.epochs is not None:
+        total = min(total, by_epochs)
+    return Steps(per_epoch, total, math.ceil(total * train.warmup_ratio))

@@ -1,0 +1,109 @@
+"""What can be said of a model before it is loaded: from its directory, with neither transformers nor torch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sft_recipes.errors import ModelError
+
+BUILTIN = Path(__file__).parent.parent / "builtin"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+
+
+def directory(name: str) -> Path | None:
+    """The directory that `model.name` means; None where it can only be a hub id. Raises ModelError where it is neither."""
+    if name.startswith("builtin:"):
+        folder = BUILTIN / name.removeprefix("builtin:")
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"model.name: {name}: no such built-in model; there is builtin:tiny")
+        return folder
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise ModelError(f"model.name: {name} is a file; expected the directory of a model, or a hub id")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(f"model.name: {name}: no such directory (working directory {Path.cwd()})")
+    return None
+
+
+def location(name: str) -> str:
+    """What `from_pretrained` is to be given: a directory or a hub id."""
+    return str(directory(name) or name)
+
+
+def config(folder: Path) -> dict[str, Any]:
+    """The model's config.json. Raises ModelError where it is missing or broken."""
+    file = folder / "config.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        adapter = "; it holds an adapter: merge it first with `sft-recipe merge`" if is_adapter(folder) else ""
+        raise ModelError(f"model.name: {folder} has no config.json, so it is no model directory{adapter}") from None
+    except ValueError as error:
+        raise ModelError(f"{file}: not valid JSON: {error}") from None
+    if not isinstance(content, dict) or "model_type" not in content:
+        raise ModelError(f"{file}: no 'model_type', so it is not the config of a model")
+    return content
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file()
+
+
+def find_adapter(path: Path) -> Path:
+    """The adapter that a path means: an adapter directory, or a run that trained one. Raises ModelError."""
+    for folder in (path, path / "adapter"):
+        if is_adapter(folder):
+            return folder
+    raise ModelError(
+        f"{path}: no adapter here; expected a directory with adapter_config.json, or a run that trained one"
+    )
+
+
+def find_model(path: Path) -> Path:
+    """The model or adapter that a path means: its directory, or a run that exported one. Raises ModelError."""
+    for folder in (path, path / "model", path / "adapter"):
+        if (folder / "config.json").is_file() or is_adapter(folder):
+            return folder
+    raise ModelError(f"{path}: no model here; expected a model or adapter directory, or a run that has finished")
+
+
+def positions(model_config: dict[str, Any]) -> int | None:
+    """The longest sequence the model can take, in tokens; None where it sets no limit."""
+    text = model_config.get("text_config")
+    content = text if isinstance(text, dict) else model_config
+    found = (content.get(name) for name in _POSITIONS)
+    return next((number for number in found if isinstance(number, int)), None)
+
+
+def examine(name: str, max_length: int) -> list[str]:
+    """Everything wrong with a local model directory, a line each; [] also for a hub id, which is not looked at."""
+    try:
+        folder = directory(name)
+        if folder is None:
+            return []
+        content = config(folder)
+    except ModelError as error:
+        return list(error.lines)
+    problems = []
+    if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+        problems.append(
+            f"model.name: {folder} has no tokenizer (tokenizer.json); copy it there from the model's source"
+        )
+    if not any(folder.glob("*.safetensors")):
+        pickled = any(folder.glob("pytorch_model*.bin"))
+        remedy = (
+            "its pytorch_model.bin is a pickle, which can run code, and is not loaded; convert it with "
+            "transformers' save_pretrained"
+            if pickled
+            else "expected model.safetensors, or shards with model.safetensors.index.json"
+        )
+        problems.append(f"model.name: {folder} has no safetensors weights; {remedy}")
+    limit = positions(content)
+    if limit is not None and max_length > limit:
+        problems.append(
+            f"data.max_length: {max_length} is more than the {limit} positions of {name}; set at most {limit}"
+        )
+    return problems

@@ -1,0 +1,33 @@
+"""The recipes that ship with the project."""
+
+import shutil
+from importlib import resources
+from pathlib import Path
+
+from sft_recipes.errors import RecipeError
+
+
+def folder() -> Path:
+    """Where they are: in the wheel inside the package, in a checkout beside it."""
+    inside = Path(str(resources.files("sft_recipes"))) / "recipes"
+    return inside if inside.is_dir() else inside.parent.parent / "recipes"
+
+
+def recipes() -> list[tuple[str, str]]:
+    """Name and purpose (the file's first line) of each."""
+    return [
+        (file.stem, file.read_text(encoding="utf-8").split("\n")[0].lstrip("# "))
+        for file in sorted(folder().glob("*.yaml"))
+    ]
+
+
+def copy(name: str, out: Path) -> Path:
+    """Copy a recipe with its comments to `out`, which must not exist yet."""
+    file = folder() / f"{name.removesuffix('.yaml')}.yaml"
+    if not file.is_file():
+        raise RecipeError(f"no recipe '{name}' ships; there are {', '.join(known for known, _ in recipes())}")
+    if out.exists():
+        raise RecipeError(f"{out} exists; choose another name with --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(file, out)
+    return out

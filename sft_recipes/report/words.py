@@ -1,0 +1,71 @@
+"""What a run says on the console before and after the training."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from sft_recipes.report.curve import read_metrics
+
+_SAMPLES = 5  # answers that are shown; samples.jsonl has all
+
+
+def say(console: Console, lines: Iterable[str]) -> None:
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def warn(console: Console, warnings: Iterable[str]) -> None:
+    for warning in warnings:
+        console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
+
+
+def conclude(console: Console, folder: Path) -> None:
+    """What has become better, where everything is, and how to talk to the model."""
+    say(console, ["", *_answers(folder), *_before_and_after(folder), ""])
+    outputs = {
+        "model": "the model: loads with AutoModelForCausalLM.from_pretrained",
+        "adapter": "the adapter",
+        "report.html": "the report, with the learning curve",
+    }
+    say(console, [f"{folder / name}  {what}" for name, what in outputs.items() if (folder / name).exists()])
+    say(console, ["", f'Talk to it: sft-recipe generate {folder} --prompt "..."'])
+
+
+def samples(folder: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The first and the last answer to each prompt of the run."""
+    file = folder / "samples.jsonl"
+    lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.is_file() else []
+    if not lines:
+        return []
+    first, last = lines[0]["step"], lines[-1]["step"]
+    before = [line for line in lines if line["step"] == first]
+    after = [line for line in lines if line["step"] == last]
+    return list(zip(before, after, strict=False))
+
+
+def _answers(folder: Path) -> Iterable[str]:
+    for before, after in samples(folder)[:_SAMPLES]:
+        question = before["messages"][-1]
+        yield "prompt:  " + _one_line(" | ".join(filter(None, [question["content"], question.get("input", "")])))
+        if before["expected"] is not None:
+            yield "  expected: " + _one_line(before["expected"])
+        yield "  before:   " + _one_line(before["answer"])
+        yield "  after:    " + _one_line(after["answer"])
+
+
+def _before_and_after(folder: Path) -> Iterable[str]:
+    metrics = read_metrics(folder)
+    names = {"eval_exact_match": ("exact match", "{:.1%}"), "eval_loss": ("validation loss", "{:.4f}")}
+    for key, (name, form) in names.items():
+        values = [line[key] for line in metrics if key in line]
+        if values:
+            yield f"{name}: {form.format(values[0])} before, {form.format(values[-1])} after"
+
+
+def _one_line(text: str) -> str:
+    line = text.replace("\n", "\\n")
+    return line if len(line) <= 100 else line[:97] + "..."

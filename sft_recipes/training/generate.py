@@ -1,0 +1,58 @@
+"""Answers to prompts, in the template the model was trained with."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from sft_recipes.data.templates import as_chat
+
+_BATCH = 16
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], *, raw: bool = False) -> list[int]:
+    """Token ids of messages up to the answer: through the chat template, or (`raw`, or without one) as plain text."""
+    template = tokenizer.chat_template
+    if raw or not isinstance(template, str):
+        return list(tokenizer("\n\n".join(message["content"] for message in as_chat(messages)))["input_ids"])
+    if "message['input']" not in template:  # only the Alpaca template has a place for it
+        messages = as_chat(messages)
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stops: Sequence[int],
+    temperature: float = 0.0,
+) -> list[str]:
+    """One answer a prompt, up to a stop token: the likeliest tokens, or with `temperature` above 0 drawn at random.
+
+    Prompts are padded on the left, so that each answer starts right after its prompt.
+    """
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature}
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, eos_token_id=list(stops), pad_token_id=tokenizer.pad_token_id, **sampling
+    )
+    was_training = model.training
+    model.eval()
+    answers = []
+    for start in range(0, len(prompts), _BATCH):
+        batch = prompts[start : start + _BATCH]
+        longest = max(map(len, batch))
+        ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(p)) + list(p) for p in batch])
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in batch])
+        device = model.get_input_embeddings().weight.device
+        output = model.generate(
+            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config, use_cache=True
+        )
+        answers += tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+    model.train(was_training)
+    return answers

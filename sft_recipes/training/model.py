@@ -1,0 +1,272 @@
+"""Tokenizer and model, as the recipe wants them trained."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import peft
+import torch
+import transformers
+from peft.utils.other import TrainableTokensWrapper
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from sft_recipes.data.prepare import Prepared
+from sft_recipes.data.templates import BOS
+from sft_recipes.data.tokens import LightTokenizer
+from sft_recipes.errors import ModelError
+from sft_recipes.recipe import model_files, schema
+from sft_recipes.recipe.schema import Recipe
+from sft_recipes.recipe.upstream import installed
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+NEW_PAD = "<|pad|>"
+
+
+# --- Tokenizer -------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(model: schema.Model) -> PreTrainedTokenizerBase:
+    """The tokenizer, with the recipe's new tokens and a pad token that is not the end token.
+
+    Raises ModelError where it cannot be loaded or is not a fast tokenizer.
+    """
+    with _as_model_error(model.name, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_files.location(model.name), revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"model.name: {model.name}: its tokenizer has no fast version, which the token accounting needs"
+        )
+    tokenizer.add_tokens(model.new_tokens)
+    set_pad_token(tokenizer)
+    return tokenizer
+
+
+def set_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the tokenizer a pad token that is not its end token.
+
+    Where both are one, a collator that masks padding masks the end of every answer, and the model never learns to stop.
+    In order of choice: its own, a special token made for padding, its unknown token, one held in reserve, a new one.
+    """
+    taken = {tokenizer.eos_token, tokenizer.bos_token}
+    if tokenizer.pad_token is not None and tokenizer.pad_token not in taken:
+        return
+    special = [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
+    candidates = [
+        *(token for token in special if "pad" in token.lower()),
+        tokenizer.unk_token,
+        *(token for token in special if "reserved" in token.lower()),
+    ]
+    chosen = next((token for token in candidates if token is not None and token not in taken), NEW_PAD)
+    tokenizer.add_special_tokens({"pad_token": chosen})
+
+
+def light(tokenizer: PreTrainedTokenizerBase) -> LightTokenizer:
+    """The tokenizer as the data stage wants it."""
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
+    specials = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    return LightTokenizer(tokenizer.backend_tokenizer, specials, template)
+
+
+def set_chat_template(tokenizer: PreTrainedTokenizerBase, data: Prepared) -> None:
+    """Let the tokenizer's chat template give the prompts that are trained on. Raises ModelError where it does not."""
+    if data.chat_template is None or data.prompt is None:
+        return
+    # SentencePiece-like tokenizers put a blank before a text, but not behind a BOS that stands in it.
+    with_blank = data.chat_template.replace(BOS, BOS.replace("bos_token", "bos_token + ' '"), 1)
+    for template in (data.chat_template, with_blank):
+        tokenizer.chat_template = template
+        rendered = tokenizer.apply_chat_template(data.prompt.messages, add_generation_prompt=True, return_dict=False)
+        if rendered == data.prompt.ids:
+            return
+    raise ModelError(
+        "data.template: its chat template does not give the prompt that is trained on: "
+        f"{tokenizer.decode(rendered)[:80]!r} instead of {tokenizer.decode(data.prompt.ids)[:80]!r}"
+    )
+
+
+# --- Model -----------------------------------------------------------------------------------------------------------
+
+
+def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | peft.PeftModel:
+    """The model with its weights in `model.dtype`, quantised and with adapters as the recipe says.
+
+    Raises ModelError for what the model's files or the recipe's choice of layers make impossible.
+    """
+    wanted, name = recipe.model, model_files.location(recipe.model.name)
+    with _as_model_error(wanted.name, "config"):
+        config = AutoConfig.from_pretrained(name, revision=wanted.revision, trust_remote_code=wanted.trust_remote_code)
+    limit = model_files.positions(config.to_dict())
+    if limit is not None and recipe.data.max_length > limit:
+        raise ModelError(
+            f"data.max_length: {recipe.data.max_length} is more than the {limit} positions of {wanted.name}; "
+            f"set at most {limit}"
+        )
+    transformers.set_seed(recipe.train.seed)  # new embeddings and adapters are drawn at random
+    with _as_model_error(wanted.name, "weights"):
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            name,
+            output_loading_info=True,
+            config=config,
+            revision=wanted.revision,
+            trust_remote_code=wanted.trust_remote_code,
+            dtype=DTYPES[wanted.dtype],
+            attn_implementation=attention(recipe, config),
+            use_safetensors=True,
+            **_quantization(recipe),
+        )
+    if missing := sorted(loading["missing_keys"]):
+        raise ModelError(
+            f"model.name: {wanted.name}: its files lack {len(missing)} of the weights that its config asks for, which "
+            f"would be random ({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}); get the files again"
+        )
+    for module in model.modules():
+        # On CPUs with AVX512-BF16 bitsandbytes 0.50 repacks 4-bit weights for inference at the first evaluation: in
+        # bfloat16 whatever the compute type, and only for widths that are a multiple of 32. Training goes without.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    known = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > known:  # never made smaller: many models have rows to spare
+        model.resize_token_embeddings(len(tokenizer))
+    if recipe.lora is None:
+        return model
+    new = {tokenizer.convert_tokens_to_ids(token) for token in wanted.new_tokens} | set(range(known, len(tokenizer)))
+    return _with_adapters(model, recipe.lora, recipe.model, sorted(new))
+
+
+def attention(recipe: Recipe, config: PreTrainedConfig) -> str | None:
+    """The attention implementation; `auto` is flash attention where it is installed and can run, else None: transformers'
+    own choice, sdpa where the model has it."""
+    wanted = recipe.model.attention
+    if wanted == "flex_attention" and not torch.cuda.is_available():
+        raise ModelError("model.attention: flex_attention has no backward pass on CPU; set sdpa, or auto")
+    if wanted != "auto":
+        return wanted
+    half = recipe.model.dtype != "float32" or recipe.train.mixed_precision != "no"
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    supported = getattr(architecture, "_supports_flash_attn", False)
+    return "flash_attention_2" if torch.cuda.is_available() and half and supported and installed("flash_attn") else None
+
+
+def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """All parameters and those that are trained; a 4-bit weight holds two parameters a byte."""
+    total = trained = 0
+    for parameter in model.parameters():
+        count = parameter.numel() * (2 if type(parameter).__name__ == "Params4bit" else 1)
+        total += count
+        trained += count if parameter.requires_grad else 0
+    return total, trained
+
+
+def _quantization(recipe: Recipe) -> dict[str, Any]:
+    kind = recipe.model.quantization
+    if kind is None:
+        return {}
+    assert recipe.lora is not None
+    compute = torch.bfloat16 if recipe.train.mixed_precision == "bf16" else DTYPES[recipe.model.dtype]
+    keep = ["lm_head", *recipe.lora.modules_to_save]  # what is trained in full cannot be quantised
+    if kind == "int8":
+        config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=keep)
+    else:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=kind,
+            bnb_4bit_compute_dtype=compute,
+            bnb_4bit_use_double_quant=True,
+            llm_int8_skip_modules=keep,
+        )
+    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def _with_adapters(
+    model: PreTrainedModel, lora: schema.Lora, wanted: schema.Model, new_rows: list[int]
+) -> peft.PeftModel:
+    """`new_rows` of the embeddings and the head are not in the base; they are trained and saved with the adapters."""
+    _check_layers(model, lora)
+    inputs, head = (_name_of(model, end) for end in (model.get_input_embeddings(), model.get_output_embeddings()))
+    tied = bool(model.config.get_text_config().tie_word_embeddings)
+    rows_of = {inputs} if tied else {inputs, head}
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        revision=wanted.revision,
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        modules_to_save=lora.modules_to_save or None,
+        use_dora=lora.use_dora,
+        use_rslora=lora.use_rslora,
+        trainable_token_indices=dict.fromkeys(rows_of - set(lora.modules_to_save), new_rows) if new_rows else None,
+        # Training one of two tied layers would untie them, and the merged model would have two.
+        ensure_weight_tying=tied and not {inputs, head}.isdisjoint(lora.modules_to_save),
+    )
+    try:
+        adapted = peft.get_peft_model(model, config)
+    except ValueError as error:
+        raise ModelError(f"lora.target_modules: {' '.join(str(error).split())[:300]}") from error
+    for module in adapted.modules():
+        # TRL's fused head reads the head's bias, which this wrapper (PEFT 0.21) does not pass on.
+        if isinstance(module, TrainableTokensWrapper) and not hasattr(module, "bias"):
+            module.bias = None
+    return adapted
+
+
+def _check_layers(model: PreTrainedModel, lora: schema.Lora) -> None:
+    """Every name has to match a layer: PEFT passes over those that do not as long as one does."""
+    names = [name for name, _ in model.named_modules() if name]
+    targets = [] if isinstance(lora.target_modules, str) else lora.target_modules
+    for key, wanted in (("target_modules", targets), ("modules_to_save", lora.modules_to_save)):
+        for target in wanted:
+            if not any(name == target or name.endswith(f".{target}") for name in names):
+                raise ModelError(f"lora.{key}: no layer is called '{target}'; there are {_linear_names(model)}")
+    head = _name_of(model, model.get_output_embeddings())
+    if head and head in targets:
+        raise ModelError(
+            f"lora.target_modules: an adapter on the head ('{head}') does not go with the memory-saving loss; "
+            f"train it in full with lora.modules_to_save: [{head}]"
+        )
+
+
+def _linear_names(model: PreTrainedModel) -> str:
+    last = {name.rpartition(".")[2]: None for name, module in model.named_modules() if hasattr(module, "weight")}
+    return ", ".join(last)
+
+
+def _name_of(model: PreTrainedModel, wanted: torch.nn.Module | None) -> str:
+    """Last part of a module's name, by which PEFT finds it; "" where it is none of the model's."""
+    return next((name.rpartition(".")[2] for name, module in model.named_modules() if module is wanted), "")
+
+
+def keep_trainable_in_float32(model: torch.nn.Module) -> None:
+    """Hold what adapters train in float32, where no update is lost to rounding.
+
+    PEFT does so for adapters but not for layers trained in full; TRL takes a quantised model's adapters to bfloat16.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+@contextmanager
+def _as_model_error(name: str, what: str) -> Iterator[None]:
+    """Errors of transformers, the hub and safetensors in one line."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:  # their types are many: OSError, ValueError, KeyError, HTTP errors, SafetensorError
+        reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason:
+            reason = "it is Python code that comes with the model; read it, then set model.trust_remote_code: true"
+        raise ModelError(f"model.name: {name}: its {what} cannot be loaded: {reason[:300]}") from error

@@ -1,0 +1,67 @@
+"""Answers to the same prompts at each evaluation: samples.jsonl, and how many are exactly right."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from sft_recipes.data import prepare
+from sft_recipes.data.formats import Example
+from sft_recipes.data.prepare import Prepared
+from sft_recipes.errors import DataError
+from sft_recipes.recipe.schema import Recipe, Source
+from sft_recipes.training.generate import answer, prompt_ids
+
+
+@dataclass(frozen=True)
+class Question:
+    """Messages up to the answer, and the right answer where it is known."""
+
+    messages: list[dict[str, Any]]
+    expected: str | None
+
+
+def questions(recipe: Recipe) -> list[Question]:
+    """`eval.generate`, written in the recipe or read from a file of rows. Raises DataError as the data itself would."""
+    wanted = recipe.eval.generate
+    if isinstance(wanted, str):
+        return [_from_row(example) for example in prepare.read(Source(path=wanted), recipe.data)]
+    return [
+        Question([{"role": "user", "content": prompt}], None)
+        if isinstance(prompt, str)
+        else Question([{"role": "user", "content": prompt.prompt, "input": prompt.input}], prompt.expected)
+        for prompt in wanted
+    ]
+
+
+def _from_row(example: Example) -> Question:
+    if not example.messages or example.messages[-1]["role"] != "assistant":
+        raise DataError(f"{example.place}: eval.generate needs rows with a prompt and an answer")
+    return Question(example.messages[:-1], example.messages[-1]["content"])
+
+
+class Samples:
+    """Answers the questions and writes them down. An answer is right if it equals what is expected, outer spaces aside."""
+
+    def __init__(
+        self, questions: list[Question], tokenizer: PreTrainedTokenizerBase, recipe: Recipe, data: Prepared, file: Path
+    ) -> None:
+        self.questions, self.tokenizer, self.file = questions, tokenizer, file
+        self.stops, self.max_new_tokens = data.stops, recipe.eval.max_new_tokens
+        raw = data.chat_template is None  # plain text was trained on, so plain text is continued
+        self.prompts = [prompt_ids(tokenizer, question.messages, raw=raw) for question in questions]
+
+    def take(self, model: PreTrainedModel, step: int) -> dict[str, float]:
+        """Answer all questions now; {"eval_exact_match": share} where answers are expected, else {}."""
+        answers = answer(model, self.tokenizer, self.prompts, max_new_tokens=self.max_new_tokens, stops=self.stops)
+        with self.file.open("a", encoding="utf-8") as stream:
+            for question, given in zip(self.questions, answers, strict=True):
+                line = {"step": step, "messages": question.messages, "answer": given, "expected": question.expected}
+                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+        known = [(q.expected, a) for q, a in zip(self.questions, answers, strict=True) if q.expected is not None]
+        if not known:
+            return {}
+        return {"eval_exact_match": sum(given.strip() == expected.strip() for expected, given in known) / len(known)}

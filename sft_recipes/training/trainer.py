@@ -1,0 +1,280 @@
+"""The translation of our words into TRL's. The only file that imports trl."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+import peft
+import torch
+from datasets.table import InMemoryTable
+from rich.console import Console
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import EvalLoopOutput
+from trl import SFTConfig, SFTTrainer
+
+from sft_recipes.data.prepare import IGNORED, Prepared, Sequences
+from sft_recipes.errors import RecipeError, RunError, SFTRecipeError
+from sft_recipes.planning import disk
+from sft_recipes.planning.steps import Steps, count
+from sft_recipes.recipe.check import STOCHASTIC_ROUNDING, TORCHAO
+from sft_recipes.recipe.schema import Recipe
+from sft_recipes.training import checkpoints
+from sft_recipes.training.logging import Display, Metrics, trackers
+from sft_recipes.training.model import count_parameters, keep_trainable_in_float32
+from sft_recipes.training.preflight import check_isolation
+from sft_recipes.training.samples import Samples, questions
+
+
+def sft_config(recipe: Recipe, steps: Steps, run_dir: Path, *, validates: bool) -> dict[str, Any]:
+    """The arguments of SFTConfig that a recipe means. The data comes prepared, so TRL's own preparation is off."""
+    train, checkpoint = recipe.train, recipe.checkpoint
+    on_gpu = torch.accelerator.is_available()
+    optimizer = {"optim": train.optimizer}
+    if train.optimizer == STOCHASTIC_ROUNDING:
+        optimizer = {"optim": "adamw_torch_8bit", "optim_args": "bf16_stochastic_round=True"}
+    every_n = 1 if isinstance(train.gradient_checkpointing, bool) else train.gradient_checkpointing
+    config = {
+        "output_dir": str(run_dir / "checkpoints"),
+        # data
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "max_length": None,
+        "packing": False,
+        "padding_free": padding_free(recipe),
+        "train_sampling_strategy": "random" if recipe.data.shuffle else "sequential",
+        "dataloader_pin_memory": on_gpu,
+        # steps
+        "max_steps": steps.total,
+        "per_device_train_batch_size": train.micro_batch_size,
+        "per_device_eval_batch_size": train.micro_batch_size,
+        "gradient_accumulation_steps": recipe.accumulation,
+        "learning_rate": train.learning_rate,
+        "lr_scheduler_type": train.lr_scheduler,
+        "warmup_steps": steps.warmup,
+        "weight_decay": train.weight_decay,
+        "max_grad_norm": train.max_grad_norm,
+        **optimizer,
+        # numbers
+        "bf16": train.mixed_precision == "bf16",
+        "fp16": train.mixed_precision == "fp16",
+        "activation_checkpointing": bool(train.gradient_checkpointing),
+        "activation_checkpointing_kwargs": {"every_n_layers": every_n} if every_n > 1 else None,
+        "torch_compile": train.compile,
+        "use_cpu": not on_gpu,
+        "seed": train.seed,
+        # validation, checkpoints, log
+        "eval_strategy": "steps" if validates else "no",
+        "eval_steps": steps.every(recipe.eval.every) or steps.total,
+        "eval_on_start": validates,
+        "prediction_loss_only": True,
+        "save_strategy": "steps" if checkpoint.every else "best" if checkpoint.export_best else "no",
+        "save_steps": steps.every(checkpoint.every) or steps.total,
+        "save_total_limit": checkpoint.keep,
+        "metric_for_best_model": "eval_loss" if checkpoint.export_best else None,
+        "greater_is_better": False if checkpoint.export_best else None,
+        "logging_steps": recipe.log.every,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,  # a loss that is not a number is to be seen, not replaced by the last good one
+        "include_num_input_tokens_seen": "non_padding",  # kept in the checkpoint, unlike TRL's own count
+        "report_to": "none",  # log.to: the trackers come as guarded callbacks
+        "run_name": run_dir.name,
+        "project": "sft-recipes",
+        "disable_tqdm": True,
+    }
+    return config | recipe.trl
+
+
+def padding_free(recipe: Recipe) -> bool:
+    """Whether a micro-batch is laid out as one row, in which only tokens of one `seq_lengths` entry see each other.
+
+    Without packing, rows are padded; with cross-document attention they are full, and plain causal attention is faster.
+    """
+    return recipe.data.packing != "none" and not recipe.data.cross_document_attention
+
+
+class Trainer(SFTTrainer):
+    """SFTTrainer, but for what it leaves to chance: the weighting of the validation loss, the precision of what is
+    trained beside quantised weights, and the choice of the best checkpoint."""
+
+    samples: Samples | None = None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Validation loss per token. The Trainer's own is a mean over batches, and moves with the micro-batch size."""
+        self._loss_and_count = torch.zeros(2, dtype=torch.float64)
+        output = super().evaluation_loop(*args, **kwargs)
+        total = self._loss_and_count.to(self.args.device) if self.args.world_size > 1 else self._loss_and_count
+        loss, tokens = self.accelerator.reduce(total).tolist()
+        output.metrics["eval_loss"] = loss / max(tokens, 1)
+        output.metrics["eval_perplexity"] = math.exp(min(output.metrics["eval_loss"], 700))
+        if self.samples is not None:
+            output.metrics.update(self.samples.take(self.model, self.state.global_step))
+        return output
+
+    def prediction_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Any, Any, Any]:
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        tokens = (inputs["labels"][:, 1:] != IGNORED).sum().item()
+        self._loss_and_count += torch.tensor([loss.item() * tokens, tokens], dtype=torch.float64)
+        return loss, logits, labels
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """No card: the run directory says what was done."""
+
+
+def build(
+    recipe: Recipe,
+    model: PreTrainedModel | peft.PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Prepared,
+    run_dir: Path,
+    console: Console,
+) -> Trainer:
+    """A trainer that is ready to run. Raises OutputError where the run would not fit on the disk."""
+    disk.check_room(recipe, run_dir, *count_parameters(model))
+    steps = count(recipe, len(data.train))
+    keep_seq_lengths = padding_free(recipe)
+    display = Display(console)
+    with _as_recipe_error("trl: the training cannot be set up"):
+        arguments = SFTConfig(**sft_config(recipe, steps, run_dir, validates=data.eval is not None))
+        # One process trains on one device; the Trainer would take all it sees for nn.DataParallel, which TRL refuses.
+        arguments._n_gpu = min(arguments.n_gpu, 1)
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=_dataset(data.train, keep_seq_lengths),
+            eval_dataset=_dataset(data.eval, keep_seq_lengths) if data.eval else None,
+            processing_class=tokenizer,
+            callbacks=[
+                Metrics(run_dir / "metrics.jsonl", display.show),
+                display,
+                *trackers(recipe.log.to, run_dir, lambda text: console.print(f"warning: {text}", soft_wrap=True)),
+            ],
+        )
+    for unwanted in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(unwanted)
+    if recipe.lora is not None and recipe.train.mixed_precision != "no":
+        keep_trainable_in_float32(trainer.model)
+    if recipe.train.optimizer in TORCHAO and not torch.cuda.is_available():
+        # torchao compiles its step, which on a CPU takes a C++ compiler and minutes.
+        torch.compiler.set_stance("force_eager")
+    if keep_seq_lengths:
+        check_isolation(trainer)
+    # Made here rather than with the first step, so that a name that cannot be used costs nothing.
+    with _as_recipe_error(f"train.optimizer: {recipe.train.optimizer}"):
+        trainer.create_optimizer()
+    with _as_recipe_error(f"train.lr_scheduler: {recipe.train.lr_scheduler} (trl.lr_scheduler_kwargs sets it up)"):
+        trainer.create_scheduler(steps.total)
+    if recipe.checkpoint.export_best:
+        # Set after construction, where transformers would ask that checkpoints fall on evaluations: _SaveBest sees to that.
+        trainer.args.load_best_model_at_end = True
+        trainer.add_callback(_SaveBest())
+    if asked := questions(recipe):
+        trainer.samples = Samples(asked, tokenizer, recipe, data, run_dir / "samples.jsonl")
+        if data.eval is None:
+            trainer.add_callback(_SampleWithoutValidation(trainer, steps.every(recipe.eval.every)))
+    return trainer
+
+
+def facts(recipe: Recipe, trainer: Trainer) -> list[str]:
+    """What is about to run, in words."""
+    total, trained = count_parameters(trainer.model)
+    method = "full fine-tuning" if recipe.lora is None else "QLoRA" if recipe.model.quantization else "LoRA"
+    steps = trainer.args.max_steps
+    return [
+        f"model: {recipe.model.name}, {method}, {trained:,} of {total:,} parameters trained ({trained / total:.2%}), "
+        f"weights in {recipe.model.quantization or recipe.model.dtype}, "
+        f"attention {trainer.model.config._attn_implementation}, on {device()['name']}",
+        f"steps: {steps:,} of {recipe.sequences_per_step} sequences, {int(trainer.args.warmup_steps):,} of them warmup, "
+        f"{recipe.train.lr_scheduler} to a learning rate of {recipe.train.learning_rate:g}, {recipe.train.optimizer}",
+    ]
+
+
+def device() -> dict[str, Any]:
+    """What it runs on."""
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(0)
+        return {"name": gpu.name, "memory_gib": round(gpu.total_memory / 2**30, 1), "cuda": torch.version.cuda}
+    return {"name": "mps" if torch.backends.mps.is_available() else "cpu", "threads": torch.get_num_threads()}
+
+
+def train(trainer: Trainer, run_dir: Path, *, resume: bool) -> None:
+    """Train to the end, from the newest checkpoint with `resume`. Raises RunError where training fails."""
+    checkpoint = None
+    if resume:
+        checkpoint = checkpoints.newest(run_dir)
+        checkpoints.rewind(run_dir, checkpoint)
+        trainer.args.eval_on_start = False  # that was before the first step
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except SFTRecipeError:
+        raise
+    except Exception as error:
+        step = trainer.state.global_step
+        raise RunError(f"{run_dir}: training failed after step {step}: {_line(error)}") from error
+
+
+@contextmanager
+def _as_recipe_error(what: str) -> Iterator[None]:
+    """What the libraries refuse of the recipe, in one line."""
+    try:
+        yield
+    except (ImportError, TypeError, ValueError, RuntimeError) as error:
+        raise RecipeError(f"{what}: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:400] or type(error).__name__
+
+
+class _SaveBest(TrainerCallback):
+    """Saves a checkpoint at each new lowest validation loss."""
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float],
+        **kwargs: Any,
+    ) -> None:
+        if state.global_step and (state.best_metric is None or metrics["eval_loss"] < state.best_metric):
+            control.should_save = True
+
+
+class _SampleWithoutValidation(TrainerCallback):
+    """Answers the prompts where there are no validation rows to answer them with."""
+
+    def __init__(self, trainer: Trainer, every: int | None) -> None:
+        self.trainer, self.every = trainer, every
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._take()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        due = self.every is not None and state.global_step % self.every == 0
+        if due or state.global_step >= state.max_steps:
+            self._take()
+
+    def _take(self) -> None:
+        assert self.trainer.samples is not None
+        if metrics := self.trainer.samples.take(self.trainer.model, self.trainer.state.global_step):
+            self.trainer.log(metrics)
+
+
+def _dataset(sequences: Sequences, keep_seq_lengths: bool) -> datasets.Dataset:
+    table = sequences.table()
+    return datasets.Dataset(InMemoryTable(table if keep_seq_lengths else table.drop_columns(["seq_lengths"])))

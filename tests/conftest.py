@@ -1,0 +1,80 @@
+"""Tools of the tests: recipes and data written to a temporary directory, and runs on the embedded model."""
+
+import io
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+# The tests run in as many processes as there are cores; threads of their own would only wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+
+ROWS = [
+    {
+        "instruction": f"Say the word number {number}.",
+        "input": "" if number % 2 else f"word {number}",
+        "output": f"word {number}",
+    }
+    for number in range(24)
+]
+WriteRecipe = Callable[..., Path]
+
+
+def write_rows(file: Path, rows: Iterable[Any] = ROWS) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def minimal(folder: Path) -> dict[str, Any]:
+    """The least a recipe says, quick on CPU: the embedded model in float32, three steps."""
+    return {
+        "model": {"name": "builtin:tiny", "dtype": "float32"},
+        "data": {"train": str(folder / "train.jsonl"), "eval": 0.25, "max_length": 128},
+        "train": {
+            "max_steps": 3,
+            "micro_batch_size": 2,
+            "global_batch_size": 4,
+            "learning_rate": 1e-3,
+            "mixed_precision": "no",
+            "gradient_checkpointing": False,
+        },
+        "output_dir": str(folder / "run"),
+    }
+
+
+@pytest.fixture
+def write_recipe(tmp_path: Path) -> WriteRecipe:
+    """Writes recipe.yaml: the minimal recipe with sections or keys replaced, and 24 Alpaca rows for it."""
+
+    def write(**sections: Any) -> Path:
+        if not (tmp_path / "train.jsonl").exists():
+            write_rows(tmp_path / "train.jsonl")
+        recipe = minimal(tmp_path)
+        for name, value in sections.items():
+            recipe[name] = {**recipe[name], **value} if isinstance(value, dict) and name in recipe else value
+        file = tmp_path / "recipe.yaml"
+        file.write_text(json.dumps(recipe, indent=1), encoding="utf-8")
+        return file
+
+    return write
+
+
+def run(recipe: Path, *overrides: str, resume: bool = False) -> tuple[Path, str]:
+    """Run a recipe in this process; the run directory, and what was said."""
+    from sft_recipes.run import run as start
+
+    said = io.StringIO()
+    folder = start(str(recipe), overrides, resume=resume, console=Console(file=said, width=200))
+    return folder, said.getvalue()
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]

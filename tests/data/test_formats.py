@@ -1,0 +1,95 @@
+from typing import Any
+
+import pytest
+
+from sft_recipes.data import formats
+from sft_recipes.data.formats import Example, find_format, to_example
+from sft_recipes.errors import DataError
+
+USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "found", "messages"),
+    [
+        ({"instruction": "q", "output": "a"}, {}, "alpaca", [USER, ASSISTANT]),
+        ({"instruction": "q", "input": "i", "output": "a"}, {}, "alpaca", [USER | {"input": "i"}, ASSISTANT]),
+        ({"instruction": "q", "input": None, "output": "a"}, {}, "alpaca", [USER, ASSISTANT]),
+        ({"prompt": "q", "completion": "a"}, {}, "prompt_completion", [USER, ASSISTANT]),
+        ({"prompt": "q", "response": "a"}, {}, "prompt_completion", [USER, ASSISTANT]),
+        (
+            {"question": "q", "answer": "a"},
+            {"prompt": "question", "completion": "answer"},
+            "prompt_completion",
+            [USER, ASSISTANT],
+        ),
+        (
+            {"i": "q", "o": "a", "x": "i"},
+            {"instruction": "i", "output": "o", "input": "x"},
+            "alpaca",
+            [USER | {"input": "i"}, ASSISTANT],
+        ),
+        ({"messages": [USER, ASSISTANT]}, {}, "messages", [USER, ASSISTANT]),
+        (
+            {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+            {},
+            "messages",
+            [USER, ASSISTANT],
+        ),
+        (
+            {"instruction": "q", "input": "", "output": "a", "text": "t"},
+            {},
+            "alpaca",
+            [USER | {"input": ""}, ASSISTANT],
+        ),
+    ],
+)
+def test_formats_are_found_from_the_columns(
+    row: dict[str, Any], columns: dict[str, str], found: str, messages: list[dict[str, str]]
+) -> None:
+    assert find_format(row, columns) == found
+    assert to_example(row, found, columns, "f:1") == Example("f:1", messages)
+
+
+def test_text() -> None:
+    assert find_format({"text": "t"}, {}) == "text"
+    assert to_example({"text": "t"}, "text", {}, "f:1") == Example("f:1", text="t")
+
+
+def test_nothing_known() -> None:
+    assert find_format({"a": "b"}, {}) is None
+    assert find_format({"prompt": "q"}, {}) is None
+
+
+@pytest.mark.parametrize(
+    ("row", "format", "said"),
+    [
+        (
+            {"instruction": "q"},
+            "alpaca",
+            "f:1: no column 'output' in this row, it has 'instruction'; rename with data.columns",
+        ),
+        ({"instruction": "q", "output": 3}, "alpaca", "f:1: 'output' must be text, got 3"),
+        ({"instruction": None, "output": "a"}, "alpaca", "f:1: 'instruction' must be text, got None"),
+        ({"instruction": "q", "input": 1, "output": "a"}, "alpaca", "'input' must be text"),
+        ({"messages": "hello"}, "messages", "'messages' must be a list of messages, got 'hello'"),
+        ({"messages": []}, "messages", "must be a list of messages"),
+        ({"messages": ["x"]}, "messages", "message 1 must have 'role' and 'content'"),
+        ({"messages": [USER, {"role": "user"}]}, "messages", "message 2 must have a text 'role' and 'content'"),
+        ({}, "messages", "no column 'messages' in this row, it has none"),
+        ({"text": ["x" * 100]}, "text", "..."),
+    ],
+)
+def test_rows_that_are_wrong(row: dict[str, Any], format: str, said: str) -> None:
+    with pytest.raises(DataError) as caught:
+        to_example(row, format, {}, "f:1")
+
+    assert said in str(caught.value)
+
+
+def test_the_formats_are_those_of_the_schema() -> None:
+    from typing import get_args
+
+    from sft_recipes.recipe.schema import Format
+
+    assert tuple(formats.NEEDS) == get_args(Format)

@@ -1,0 +1,265 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sft_recipes.data import prepare
+from sft_recipes.data.prepare import IGNORED, Prepared
+from sft_recipes.errors import DataError
+from sft_recipes.recipe import load
+from tests.conftest import ROWS, WriteRecipe, write_rows
+from tests.data import tokenizers
+
+
+def prepared(recipe: Path, *overrides: str, kind: str = "bytes+bos") -> Prepared:
+    return prepare.prepare(load.load(recipe, ["data.max_length=200", *overrides]).recipe, tokenizers.make(kind))
+
+
+def problem(recipe: Path, *overrides: str) -> str:
+    with pytest.raises(DataError) as caught:
+        prepared(recipe, *overrides)
+    return str(caught.value)
+
+
+def table(data: Prepared) -> list[dict[str, Any]]:
+    return data.train.table().to_pylist()
+
+
+def trained_text(row: dict[str, Any]) -> str:
+    return tokenizers.make("bytes+bos").backend.decode(
+        [i for i in row["labels"] if i != IGNORED], skip_special_tokens=True
+    )
+
+
+def words(data: Prepared) -> list[str]:
+    """The trained answers in the order in which they stand."""
+    return [f"word {w}" for row in table(data) for w in trained_text(row).split("word ")[1:]]
+
+
+def test_one_sequence_a_row_without_packing(write_recipe: WriteRecipe) -> None:
+    data = prepared(write_recipe(), "data.packing=none", "data.shuffle=false", "data.eval=null")
+
+    assert words(data) == [row["output"] for row in ROWS]
+    assert len(data.train) == 24
+    assert data.eval is None
+    bos = data.train.documents[0].ids[0]
+    assert all(row["input_ids"][0] == bos and row["seq_lengths"] == [len(row["input_ids"])] for row in table(data))
+
+
+def test_labels_are_not_shifted_and_their_first_is_not_trained(write_recipe: WriteRecipe) -> None:
+    for row in table(prepared(write_recipe(), "data.train_on=all")):
+        starts = {sum(row["seq_lengths"][:i]) for i in range(len(row["seq_lengths"]))}
+        expected = [IGNORED if i in starts else token for i, token in enumerate(row["input_ids"])]
+        assert row["labels"] == expected
+
+
+@pytest.mark.parametrize("packing", ["bfd", "wrapped"])
+def test_packed_sequences_hold_every_token_once(write_recipe: WriteRecipe, packing: str) -> None:
+    alone = prepared(write_recipe(), "data.packing=none", "data.eval=null")
+    packed = prepared(write_recipe(), f"data.packing={packing}", "data.eval=null")
+
+    everything = sorted(token for row in table(alone) for token in row["input_ids"])
+    assert sorted(token for row in table(packed) for token in row["input_ids"]) == everything
+    assert all(sum(row["seq_lengths"]) == len(row["input_ids"]) <= 200 for row in table(packed))
+    assert packed.train.account.tokens == len(everything)
+    assert len(packed.train) < len(alone.train)
+
+
+def test_wrapped_with_cross_document_attention_is_one_stream(write_recipe: WriteRecipe) -> None:
+    data = prepared(
+        write_recipe(),
+        "data.packing=wrapped",
+        "data.cross_document_attention=true",
+        "data.train_on=all",
+        "data.eval=null",
+    )
+    rows = table(data)
+    stream = [token for document in data.train.documents for token in document.ids.tolist()]
+
+    assert [token for row in rows for token in row["input_ids"]] == stream
+    assert all(len(row["input_ids"]) == 200 for row in rows[:-1])
+    assert all(row["seq_lengths"] == [len(row["input_ids"])] for row in rows)
+    assert all(row["labels"] == [IGNORED, *row["input_ids"][1:]] for row in rows)
+
+
+def test_shuffling_is_seeded(write_recipe: WriteRecipe) -> None:
+    recipe = write_recipe()
+    in_order = words(prepared(recipe, "data.packing=none", "data.shuffle=false", "data.eval=null"))
+    one, again, other = (
+        words(prepared(recipe, "data.packing=none", "data.eval=null", f"train.seed={s}")) for s in (1, 1, 2)
+    )
+
+    assert one == again
+    assert one != other
+    assert one != in_order
+    assert sorted(one) == sorted(in_order)
+
+
+def test_a_fraction_is_set_aside_for_validation(write_recipe: WriteRecipe) -> None:
+    data = prepared(write_recipe(), "data.eval=0.25", "data.packing=none")
+    assert data.eval is not None
+
+    held_out = [trained_text(row) for row in data.eval.table().to_pylist()]
+    assert len(held_out) == 6
+    assert not set(held_out) & set(words(data))
+    assert len(words(data)) == 18
+
+
+def test_validation_from_a_file(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "eval.jsonl", ROWS[:3])
+    data = prepared(write_recipe(), f"data.eval={file}", "data.packing=none")
+    assert data.eval is not None
+
+    assert len(data.eval) == 3
+    assert len(data.train) == 24
+
+
+def test_at_most_so_many_samples(write_recipe: WriteRecipe) -> None:
+    data = prepared(write_recipe(), "data.max_train_samples=5", "data.max_eval_samples=2", "data.packing=none")
+    first = prepared(
+        write_recipe(), "data.max_train_samples=5", "data.shuffle=false", "data.eval=null", "data.packing=none"
+    )
+
+    assert data.eval is not None
+    assert (len(data.train), len(data.eval)) == (5, 2)
+    assert words(first) == [row["output"] for row in ROWS[:5]]
+
+
+def test_weights_repeat_rows(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    twice = write_rows(tmp_path / "twice.jsonl", ROWS[:4])
+    half = write_rows(tmp_path / "half.jsonl", ROWS[4:8])
+    data = prepared(
+        write_recipe(),
+        f"data.train=[{{path: {twice}, weight: 2}}, {{path: {half}, weight: 0.5}}]",
+        "data.eval=null",
+        "data.packing=none",
+    )
+    seen = words(data)
+
+    assert all(seen.count(row["output"]) == 2 for row in ROWS[:4])
+    assert sum(seen.count(row["output"]) for row in ROWS[4:8]) == 2
+    assert [source.rows for source in data.train.account.sources] == [8, 2]
+
+
+def test_columns_and_format_of_the_recipe(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    rows = [{"q": f"Say {n}.", "a": f"word {n}", "text": "x"} for n in range(4)]
+    write_rows(tmp_path / "train.jsonl", rows)
+    columns = "data.columns={prompt: q, completion: a}"
+
+    assert sorted(words(prepared(write_recipe(), columns, "data.eval=null"))) == [f"word {n}" for n in range(4)]
+    data = prepared(write_recipe(), "data.format=text", "data.eval=null")
+    assert data.chat_template is None
+    assert data.train.account.sources[0].template == "text"
+
+
+def test_overlong_rows_are_an_error_that_says_what_would_fit(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.jsonl", [*ROWS, {"instruction": "x " * 300, "output": "y"}])
+    said = problem(write_recipe(), "data.eval=null")
+
+    assert "data.max_length: 1 of 25 rows are longer than 200 tokens" in said
+    assert "half of all have up to" in said
+    assert "the longest" in said
+    assert f"{tmp_path / 'train.jsonl'}:25" in said
+    assert "data.overlong: drop, truncate or split" in said
+
+
+def test_overlong_rows_dropped_truncated_or_split_are_counted(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.jsonl", [*ROWS, {"instruction": "Go.", "output": "y " * 500}])
+    accounts = {}
+    for overlong in ("drop", "truncate", "split"):
+        data = prepared(write_recipe(), "data.eval=null", f"data.overlong={overlong}", "data.packing=none")
+        accounts[overlong] = data.train.account.sources[0]
+        assert max(len(document.ids) for document in data.train.documents) <= 200
+    length = max(accounts["drop"].lengths)
+
+    assert accounts["drop"].dropped == {"overlong": 1}
+    assert accounts["drop"].kept == 24
+    assert accounts["truncate"].truncated_rows == 1
+    assert accounts["truncate"].cut_tokens == length - 200
+    assert accounts["split"].split_rows == 1
+    assert accounts["split"].tokens == accounts["drop"].tokens + length
+
+
+def test_a_row_cut_down_to_its_prompt_is_dropped_and_counted(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.jsonl", [*ROWS, {"instruction": "x " * 300, "output": "y"}])
+    account = prepared(write_recipe(), "data.eval=null", "data.overlong=truncate").train.account.sources[0]
+
+    assert account.dropped == {"no trained token": 1}
+    assert account.kept == 24
+
+
+def test_nothing_trained_at_all_is_an_error(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.jsonl", [{"instruction": "x " * 300, "output": "y"}] * 3)
+
+    assert "no token of the whole data set is trained on" in problem(
+        write_recipe(), "data.eval=null", "data.overlong=truncate"
+    )
+
+
+def test_every_bad_row_at_once(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text(
+        '{"instruction": "a", "output": "b"}\nbroken\n{"instruction": "a"}\n' + "[]\n" * 30
+    )
+    lines = problem(write_recipe()).splitlines()
+
+    assert "train.jsonl:2: not valid JSON" in lines[0]
+    assert "train.jsonl:3: no column 'output'" in lines[1]
+    assert len(lines) == 21
+    assert lines[-1] == "... and 12 more rows like these"
+
+
+def test_rows_of_no_known_format(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.jsonl", [{"frage": "a", "antwort": "b"}] * 3)
+
+    said = problem(write_recipe())
+    assert "cannot tell the format from the columns 'frage', 'antwort'" in said
+    assert "data.columns" in said
+    assert len(said.splitlines()) == 1
+
+
+def test_sources_of_two_formats_need_one_template(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    chats = [{"messages": [{"role": "user", "content": "Say 1."}, {"role": "assistant", "content": "word 1"}]}] * 3
+    file = write_rows(tmp_path / "chats.jsonl", chats)
+    both = f"data.train=[{tmp_path / 'train.jsonl'}, {file}]"
+
+    assert "the sources are alpaca and messages; say with data.template" in problem(write_recipe(), both)
+    assert len(prepared(write_recipe(), both, "data.template=alpaca", "data.eval=null").train.documents) == 27
+
+
+def test_too_few_rows_to_set_some_aside(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.jsonl", ROWS[:1])
+
+    assert "leaves nothing to train on" in problem(write_recipe())
+
+
+def test_a_template_that_is_missing(write_recipe: WriteRecipe) -> None:
+    assert "the tokenizer has no chat template" in problem(write_recipe(), "data.template=chat")
+    assert "neither alpaca nor chat" in problem(write_recipe(), "data.template=none.jinja")
+
+
+def test_a_template_for_plain_text(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.jsonl", [{"text": "hello"}] * 5)
+
+    assert "has no use for plain text" in problem(write_recipe(), "data.template=alpaca")
+
+
+def test_the_account_adds_up(write_recipe: WriteRecipe) -> None:
+    data = prepared(write_recipe())
+    rows = table(data)
+    account = data.as_dict()["train"]
+
+    assert account["tokens"] == sum(len(row["input_ids"]) for row in rows)
+    assert account["trained_tokens"] == sum(label != IGNORED for row in rows for label in row["labels"])
+    assert account["sequences"] == len(rows)
+    assert account["fill"] == pytest.approx(account["tokens"] / (len(rows) * 200), abs=1e-4)
+    [source] = account["sources"]
+    assert source["rows"] == source["kept"] == 18
+    assert source["length"]["max"] == max(len(document.ids) for document in data.train.documents)
+    assert any("18 rows of alpaca as alpaca" in line for line in data.lines())
+
+
+def test_stops_are_the_tokens_that_end_the_documents(write_recipe: WriteRecipe) -> None:
+    assert prepared(write_recipe()).stops == [tokenizers.make("bytes+bos").backend.token_to_id("</s>")]
+    assert prepared(write_recipe(), "data.template=chat", kind="chat").stops == [
+        tokenizers.make("chat").backend.token_to_id("<|im_end|>")
+    ]

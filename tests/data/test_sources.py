@@ -1,0 +1,140 @@
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from sft_recipes.data import sources
+from sft_recipes.errors import DataError
+
+ROWS = [{"text": "a"}, {"text": "ü漢"}]
+
+
+def read(path: Path | str) -> list[dict[str, object]]:
+    rows = list(sources.read(str(path)))
+    assert not [row for row in rows if isinstance(row, DataError)]
+    return [dict(row.values) for row in rows if isinstance(row, sources.Row)]
+
+
+def problem(path: Path | str) -> str:
+    """The one problem of a file, raised or among its rows."""
+    try:
+        [error] = [row for row in sources.read(str(path)) if isinstance(row, DataError)]
+    except DataError as raised:
+        error = raised
+    return str(error)
+
+
+def write(file: Path, content: str | bytes) -> Path:
+    file.write_bytes(content.encode() if isinstance(content, str) else content)
+    return file
+
+
+def jsonl(rows: list[dict[str, str]] = ROWS) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def test_the_four_kinds_of_file(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    write(tmp_path / "a.jsonl", jsonl())
+    write(tmp_path / "a.json", json.dumps(ROWS))
+    write(tmp_path / "a.csv", "text\na\nü漢\n")
+
+    for name in ("a.jsonl", "a.json", "a.csv", "a.parquet"):
+        assert read(tmp_path / name) == ROWS, name
+
+
+def test_gzipped(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl.gz", gzip.compress(jsonl().encode()))
+
+    assert read(tmp_path / "a.jsonl.gz") == ROWS
+
+
+def test_blank_lines_and_a_byte_order_mark(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", "\ufeff" + jsonl().replace("\n", "\n\n  \n"))
+    write(tmp_path / "a.json", "\ufeff" + json.dumps(ROWS))
+    write(tmp_path / "a.csv", "\ufefftext\na\nü漢\n")
+
+    assert read(tmp_path / "a.jsonl") == read(tmp_path / "a.json") == read(tmp_path / "a.csv") == ROWS
+
+
+def test_places_are_line_numbers(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", '{"a": 1}\n\nbroken\n[1]\n')
+
+    rows = list(sources.read(str(file)))
+    assert [str(row) if isinstance(row, DataError) else row.place for row in rows] == [
+        f"{file}:1",
+        f"{file}:3: not valid JSON: Expecting value at column 1",
+        f"{file}:4: expected an object with columns, got list",
+    ]
+
+
+def test_globs_and_directories_in_order(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        write(tmp_path / f"{name}.jsonl", json.dumps({"text": name}) + "\n")
+    write(tmp_path / "notes.txt", "no data")
+
+    assert read(f"{tmp_path}/*.jsonl") == read(tmp_path) == [{"text": "a"}, {"text": "b"}]
+
+
+def test_built_in_data() -> None:
+    assert len(read("builtin:tasks/heldout.jsonl")) == 200
+    assert "there is builtin:tasks/heldout.jsonl, builtin:tasks/train.jsonl" in problem("builtin:nothing")
+
+
+def test_a_long_field_of_csv(tmp_path: Path) -> None:
+    assert len(str(read(write(tmp_path / "a.csv", "text\n" + "x" * 300_000 + "\n"))[0]["text"])) == 300_000
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl", "", "the file is empty"),
+        ("a.jsonl", '{"a": "x\n', ":1: not valid JSON: Unterminated string starting at at column 7"),
+        ("a.jsonl", b'{"a": "\xff"}\n', ":1: not valid UTF-8"),
+        ("a.json", "{}", "expected a list of objects, got dict"),
+        ("a.json", '{"a": 1}\n{"a": 2}\n', "a file with one object a line is .jsonl"),
+        ("a.json", b'["\xff"]', "not valid UTF-8"),
+        ("a.csv", "a,b\n1,2,3\n", ":2: expected 2 fields as in the header"),
+        ("a.csv", "a,b\n1\n", ":2: expected 2 fields as in the header"),
+        ("a.csv", b"a\n\xff\n", "not valid UTF-8"),
+        ("a.parquet", "PAR1", "not a valid parquet file"),
+        ("a.jsonl.gz", "not gzip", "cannot be read"),
+        ("a.txt", "x", "unknown kind of file; expected .jsonl, .json, .csv, .parquet"),
+    ],
+)
+def test_broken_files(tmp_path: Path, name: str, content: str | bytes, said: str) -> None:
+    file = write(tmp_path / name, content)
+
+    assert problem(file).startswith(str(file))
+    assert said in problem(file)
+
+
+@pytest.mark.parametrize("path", ["none.jsonl", "a/b/c", "/no/such"])
+def test_no_such_file(path: str) -> None:
+    assert problem(path).startswith(f"{path}: no such file")
+
+
+def test_a_pattern_that_matches_nothing(tmp_path: Path) -> None:
+    assert "no file matches this pattern" in problem(f"{tmp_path}/*.jsonl")
+
+
+def test_a_directory_without_data(tmp_path: Path) -> None:
+    assert "holds no data files" in problem(tmp_path)
+
+
+def test_a_hub_id_without_the_hub() -> None:
+    assert sources.files("nobody/nothing") is None
+    assert problem("nobody/nothing").startswith("nobody/nothing: no such file, and not to be had from the hub either")
+
+
+def test_fingerprints_follow_the_content(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", jsonl())
+    before = sources.fingerprint(str(file))
+
+    assert sources.fingerprint(str(file)) == before
+    write(file, jsonl() + " ")
+    assert sources.fingerprint(str(file)) != before

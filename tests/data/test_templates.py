@@ -1,0 +1,152 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sft_recipes.data import templates
+from sft_recipes.data.formats import Example
+from sft_recipes.data.templates import Alpaca, Chat, Rendered, alpaca_chat_template, alpaca_prompt, as_chat, plain
+from sft_recipes.errors import DataError
+
+SPECIALS = {"bos_token": "<s>", "eos_token": "</s>"}
+texts = st.text(max_size=30)
+
+
+def example(*turns: str, role: str = "assistant") -> Example:
+    roles = ["user", "assistant"] * len(turns)
+    roles[len(turns) - 1] = role
+    return Example("f:1", [{"role": r, "content": t} for r, t in zip(roles, turns, strict=False)])
+
+
+def alpaca_chat(train_on: str = "completion") -> Chat:
+    return Chat(alpaca_chat_template(), train_on, SPECIALS, ("<s>", "</s>"))
+
+
+def test_alpaca_to_the_byte() -> None:
+    assert alpaca_prompt("Do it.") == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n"
+        "\n"
+        "### Instruction:\n"
+        "Do it.\n"
+        "\n"
+        "### Response:\n"
+    )
+    assert alpaca_prompt("Do it.", "This.") == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n"
+        "\n"
+        "### Instruction:\n"
+        "Do it.\n"
+        "\n"
+        "### Input:\n"
+        "This.\n"
+        "\n"
+        "### Response:\n"
+    )
+
+
+@given(texts, texts, texts)
+def test_braces_and_all_are_text(instruction: str, input: str, output: str) -> None:
+    rendered = Alpaca()(
+        Example(
+            "f:1", [{"role": "user", "content": instruction, "input": input}, {"role": "assistant", "content": output}]
+        )
+    )
+
+    assert rendered.text == alpaca_prompt(instruction, input) + output
+    [(start, end)] = rendered.trained
+    assert rendered.text[start:end] == output
+    assert end == len(rendered.text)
+
+
+@given(texts, texts)
+def test_the_chat_template_renders_the_alpaca_prompt(instruction: str, input: str) -> None:
+    messages = [{"role": "user", "content": instruction, "input": input}]
+
+    assert alpaca_chat().render(messages, "", add_generation_prompt=True) == alpaca_prompt(instruction, input)
+
+
+def test_the_input_as_a_template_argument() -> None:
+    """As a server's chat endpoint passes it (`chat_template_kwargs`)."""
+    chat = Chat(alpaca_chat_template(), "completion", SPECIALS | {"input": "This."}, ())
+
+    assert chat.render([{"role": "user", "content": "Do it."}], "", add_generation_prompt=True) == alpaca_prompt(
+        "Do it.", "This."
+    )
+
+
+def test_alpaca_in_several_turns() -> None:
+    rendered = alpaca_chat("assistant")(example("One?", "1", "Two?", "2"))
+
+    assert rendered.text == alpaca_prompt("One?") + "1</s>\n\n### Instruction:\nTwo?\n\n### Response:\n2</s>"
+    assert [rendered.text[start:end] for start, end in rendered.trained] == ["1</s>", "2</s>"]
+
+
+def test_a_system_message_takes_the_place_of_the_preamble() -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Do it."}]
+
+    assert (
+        alpaca_chat().render(messages, "", add_generation_prompt=True)
+        == "Be brief.\n\n### Instruction:\nDo it.\n\n### Response:\n"
+    )
+
+
+def test_a_role_that_alpaca_does_not_know() -> None:
+    with pytest.raises(DataError, match=r"f:1: the chat template refuses this row: .*not 'tool'"):
+        alpaca_chat()(Example("f:1", [{"role": "tool", "content": "x"}, {"role": "assistant", "content": "y"}]))
+
+
+def test_plain_text() -> None:
+    assert plain(Example("f:1", text="abc")) == Rendered("f:1", "abc", [(0, 3)], writes_specials=False)
+
+
+def test_an_input_in_a_template_that_has_no_place_for_it() -> None:
+    assert as_chat([{"role": "user", "content": "Do it.", "input": "This."}]) == [
+        {"role": "user", "content": "Do it.\n\nThis."}
+    ]
+    assert as_chat([{"role": "user", "content": "Do it.", "input": ""}]) == [
+        {"role": "user", "content": "Do it.", "input": ""}
+    ]
+
+
+def test_text_that_would_become_a_special_token_is_refused() -> None:
+    with pytest.raises(DataError, match="f:1: the text contains '</s>', which this tokenizer reads as a special token"):
+        alpaca_chat()(example("What is </s>?", "The end."))
+
+
+def test_the_last_message_must_be_the_assistants() -> None:
+    with pytest.raises(DataError, match="the last message must be from the assistant, got 'user'"):
+        alpaca_chat()(example("a", "b", "c", role="user"))
+
+
+def test_generation_marks_render_what_they_hold() -> None:
+    chat = Chat("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}", "all", {}, ())
+
+    assert chat(example("a", "b")).text == "ab"
+
+
+def test_a_template_that_changes_earlier_turns() -> None:
+    chat = Chat("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}", "assistant", {}, ())
+
+    with pytest.raises(DataError, match="renders message 2 differently once later messages follow"):
+        chat(example("a", "b", "c", "d"))
+
+
+def test_a_template_is_run_in_a_sandbox() -> None:
+    chat = Chat("{{ messages.__class__.__mro__ }}", "all", {}, ())
+
+    with pytest.raises(DataError, match="the chat template refuses this row"):
+        chat(example("a", "b"))
+
+
+def test_a_broken_template() -> None:
+    with pytest.raises(DataError, match=r"data\.template: not a valid Jinja template"):
+        Chat("{% for %}", "all", {}, ())
+
+
+def test_templates_render_as_in_transformers() -> None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    messages = example("a", "b", "c").messages
+    for source in (alpaca_chat_template(), templates.BOS + alpaca_chat_template()):
+        theirs, _ = render_jinja_template([messages], chat_template=source, add_generation_prompt=True, **SPECIALS)
+        assert Chat(source, "all", SPECIALS, ()).render(messages, "", add_generation_prompt=True) == theirs[0]

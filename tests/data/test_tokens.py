@@ -1,0 +1,192 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+
+from sft_recipes.data import templates, tokens
+from sft_recipes.data.formats import Example, to_example
+from sft_recipes.data.templates import Alpaca, Chat, Rendered
+from sft_recipes.data.tokens import Document, Encoder
+from sft_recipes.errors import DataError, ModelError
+from tests.data import tokenizers
+
+texts = st.text(st.characters(codec="utf-8"), max_size=40)
+
+
+def alpaca_row(instruction: str, output: str, input: str = "") -> Example:
+    return to_example({"instruction": instruction, "input": input, "output": output}, "alpaca", {}, "rows:1")
+
+
+def encode(kind: str, rendered: Rendered) -> Document:
+    [document] = Encoder(tokenizers.make(kind)).encode([rendered])
+    return document
+
+
+@pytest.mark.parametrize("kind", tokenizers.KINDS)
+@given(instruction=texts, output=texts, input=texts)
+@settings(max_examples=30)
+def test_ids_are_those_of_the_whole_text_with_bos_and_eos_once(
+    kind: str, instruction: str, output: str, input: str
+) -> None:
+    tokenizer = tokenizers.make(kind)
+    document = encode(kind, Alpaca()(alpaca_row(instruction, output, input)))
+
+    plain = tokens._copy(tokenizer.backend, specials_are_text=True)
+    whole = plain.encode(templates.alpaca_prompt(instruction, input) + output, add_special_tokens=False).ids
+    bos = [plain.token_to_id("<s>")] if "+bos" in kind else []
+    assert document.ids.tolist() == [*bos, *whole, plain.token_to_id(tokenizer.specials["eos_token"])]
+    assert document.stop == document.ids[-1]
+    assert document.trained[-1]
+
+
+@pytest.mark.parametrize("kind", tokenizers.KINDS)
+def test_the_answer_and_the_end_are_trained_on(kind: str) -> None:
+    document = encode(kind, Alpaca()(alpaca_row("Name a colour.", "red fox 12")))
+
+    backend = tokenizers.make(kind).backend
+    assert backend.decode(document.ids[document.trained].tolist(), skip_special_tokens=True).strip() == "red fox 12"
+    assert backend.decode(document.ids[~document.trained].tolist()).endswith("### Response:\n")
+
+
+def test_everything_is_trained_on() -> None:
+    document = encode("bytes+bos", Alpaca("all")(alpaca_row("Name a colour.", "red")))
+
+    assert document.trained.all()
+
+
+def test_an_empty_answer_is_its_end() -> None:
+    document = encode("bytes+bos", Alpaca()(alpaca_row("Say nothing.", "")))
+
+    assert document.ids[document.trained].tolist() == [document.stop]
+
+
+def test_a_token_across_the_border_belongs_to_the_answer() -> None:
+    """A prompt ends in a newline, the answer starts with one, and the tokenizer has one token for both."""
+    backend = Tokenizer(models.BPE({"f": 0, "\n": 1, "j": 2, "\n\n": 3, "</s>": 4}, [("\n", "\n")]))
+    backend.add_special_tokens(["</s>"])
+    encoder = Encoder(tokens.LightTokenizer(backend, {"eos_token": "</s>"}))
+
+    [document] = encoder.encode([Rendered("", "f\n\nj", [(2, 4)], writes_specials=False)])
+
+    assert document.ids.tolist() == [0, 3, 2, 4]
+    assert document.trained.tolist() == [False, True, True, True]
+
+
+@pytest.mark.parametrize("kind", tokenizers.KINDS)
+def test_text_that_looks_like_a_special_token_stays_text(kind: str) -> None:
+    tokenizer = tokenizers.make(kind)
+    for token in tokenizer.special_texts:
+        document = encode(kind, Alpaca()(alpaca_row(f"What is {token}?", f"It is {token}")))
+
+        special = [i for i in document.ids.tolist() if tokenizer.backend.id_to_token(i) in tokenizer.special_texts]
+        assert len(special) == ("+bos" in kind) + 1
+
+
+def chat(train_on: str) -> Chat:
+    tokenizer = tokenizers.make("chat")
+    assert tokenizer.chat_template is not None
+    return Chat(tokenizer.chat_template, train_on, tokenizer.specials, tokenizer.special_texts)
+
+
+TURNS = Example(
+    "rows:1",
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "the fox?"},
+        {"role": "assistant", "content": "quick"},
+        {"role": "user", "content": "the dogs?"},
+        {"role": "assistant", "content": "lazy"},
+    ],
+)
+
+
+@pytest.mark.parametrize(
+    ("train_on", "trained"),
+    [
+        ("completion", "lazy<|im_end|>\n"),
+        ("assistant", "quick<|im_end|>\nlazy<|im_end|>\n"),
+    ],
+)
+def test_turns_are_trained_on_with_their_end(train_on: str, trained: str) -> None:
+    document = encode("chat", chat(train_on)(TURNS))
+
+    backend = tokenizers.make("chat").backend
+    assert backend.decode(document.ids[document.trained].tolist(), skip_special_tokens=False) == trained
+    assert document.stop == backend.token_to_id("<|im_end|>")
+
+
+def test_a_chat_is_the_whole_rendered_text() -> None:
+    rendered = chat("all")(TURNS)
+    document = encode("chat", rendered)
+
+    assert document.ids.tolist() == tokenizers.make("chat").backend.encode(rendered.text).ids
+    assert document.trained.all()
+
+
+def test_a_template_that_does_not_close_the_turn_gets_an_end() -> None:
+    tokenizer = tokenizers.make("bytes+bos")
+    source = templates.BOS + "{% for m in messages %}{{ m.content }} {% endfor %}"
+    bare = Chat(source, "completion", tokenizer.specials, ())
+    document = encode("bytes+bos", bare(alpaca_row("the fox", "jumps")))
+
+    assert tokenizer.backend.decode(document.ids.tolist(), skip_special_tokens=False) == "<s>the fox jumps </s>"
+    assert document.trained[-1]
+    assert not document.trained[0]
+
+
+def test_a_batch_keeps_its_order() -> None:
+    rows = [alpaca_row(f"Say {n}.", str(n)) for n in range(7)]
+    rendered = [Alpaca()(row) if n % 2 else chat("completion")(row) for n, row in enumerate(rows)]
+    documents = Encoder(tokenizers.make("chat")).encode(rendered)
+
+    alone = [encode("chat", one) for one in rendered]
+    assert [document.ids.tolist() for document in documents] == [document.ids.tolist() for document in alone]
+
+
+def test_half_a_surrogate_pair_is_named() -> None:
+    with pytest.raises(DataError, match=r"rows:1: not valid Unicode: '\\ud800' is half of a surrogate pair"):
+        encode("bytes", Alpaca()(alpaca_row("a \ud800 b", "c")))
+
+
+def test_a_tokenizer_without_an_end() -> None:
+    tokenizer = tokenizers.make("bytes")
+    with pytest.raises(ModelError, match="no end token"):
+        Encoder(tokens.LightTokenizer(tokenizer.backend, {}))
+    with pytest.raises(ModelError, match="'<none>' is not in its vocabulary"):
+        Encoder(tokens.LightTokenizer(tokenizer.backend, {"eos_token": "<none>"}))
+
+
+@pytest.mark.parametrize("kind", tokenizers.KINDS)
+def test_a_directory_gives_the_tokenizer_that_transformers_gives(kind: str, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from sft_recipes.training.model import light
+
+    folder = tokenizers.save(kind, tmp_path / "model")
+    ours = tokens.from_directory(folder)
+    assert ours is not None
+    theirs = light(AutoTokenizer.from_pretrained(folder))
+
+    assert ours.chat_template == theirs.chat_template
+    assert {k: v for k, v in ours.specials.items() if k in theirs.specials} == dict(theirs.specials)
+    rendered = Alpaca()(alpaca_row("the fox", "äöü 漢字"))
+    ids = [Encoder(tokenizer).encode([rendered])[0].ids.tolist() for tokenizer in (ours, theirs)]
+    assert ids[0] == ids[1]
+
+
+def test_new_tokens_are_single(tmp_path: Path) -> None:
+    folder = tokenizers.save("bytes", tmp_path / "model")
+    tokenizer = tokens.from_directory(folder, ["<think>"])
+    assert tokenizer is not None
+
+    [document] = Encoder(tokenizer).encode([Rendered("", "a<think>b", [(0, 9)], writes_specials=False)])
+
+    assert len(document.ids) == 4
+
+
+def test_a_broken_tokenizer_file(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ModelError, match="not a valid tokenizer"):
+        tokens.from_directory(tmp_path)

@@ -1,0 +1,101 @@
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from sft_recipes.export import save
+
+TINY = Path(__file__).parents[2] / "sft_recipes" / "builtin" / "tiny"
+
+
+def tiny() -> LlamaForCausalLM:
+    return AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+
+
+def test_dtype_and_shards(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    save.save_model(tiny(), tokenizer, tmp_path / "m", dtype="float16", max_shard_size="500KB", stops=[1])
+
+    shards = sorted((tmp_path / "m").glob("model-*.safetensors"))
+    index = json.loads((tmp_path / "m" / "model.safetensors.index.json").read_text("utf-8"))
+    assert len(shards) > 2
+    assert all(shard.stat().st_size < 600_000 for shard in shards)
+    assert set(index["weight_map"].values()) == {shard.name for shard in shards}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert loaded.dtype == torch.float16
+    for (name, saved), (_, original) in zip(loaded.named_parameters(), tiny().named_parameters(), strict=True):
+        assert torch.equal(saved, original.half()), name
+
+
+def test_stops_come_before_those_of_the_base(tmp_path: Path) -> None:
+    model, tokenizer = tiny(), AutoTokenizer.from_pretrained(TINY)
+    model.generation_config.eos_token_id = [1, 9]
+    save.set_generation_config(model, tokenizer, [5, 1])
+
+    assert model.generation_config.eos_token_id == [5, 1, 9]
+    assert model.generation_config.pad_token_id == tokenizer.pad_token_id
+
+
+def test_sampling_settings_without_sampling_can_be_saved(tmp_path: Path) -> None:
+    model = tiny()
+    model.generation_config = GenerationConfig(temperature=0.6, top_p=0.9)
+    save.save_model(
+        model, AutoTokenizer.from_pretrained(TINY), tmp_path / "m", dtype="float32", max_shard_size="5GB", stops=[1]
+    )
+
+    assert GenerationConfig.from_pretrained(tmp_path / "m").do_sample is True
+
+
+def test_a_head_that_was_trained_apart_is_saved_apart(tmp_path: Path) -> None:
+    model = tiny()
+    assert model.config.tie_word_embeddings
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight + 1)
+    save.save_model(
+        model, AutoTokenizer.from_pretrained(TINY), tmp_path / "m", dtype="float32", max_shard_size="5GB", stops=[1]
+    )
+
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert not loaded.config.tie_word_embeddings
+    torch.testing.assert_close(loaded.lm_head.weight, loaded.model.embed_tokens.weight + 1)
+
+
+def test_a_name_is_given_only_to_what_is_complete(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="disk"), save.complete_or_not_there(tmp_path / "m") as folder:  # noqa: PT012
+        (folder / "half").write_text("x")
+        raise OSError("disk full")
+    assert list(tmp_path.iterdir()) == []
+
+    (tmp_path / ".m.partial").mkdir()  # left by a run that was killed
+    (tmp_path / ".m.partial" / "half").write_text("x")
+    with save.complete_or_not_there(tmp_path / "m") as folder:
+        (folder / "whole").write_text("x")
+    assert [path.name for path in (tmp_path / "m").iterdir()] == ["whole"]
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_the_tokenizer_is_saved_under_a_name_that_others_know(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    save.save_tokenizer(tokenizer, tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text("utf-8"))
+
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert "is_local" not in config
+    assert AutoTokenizer.from_pretrained(tmp_path)("a b")["input_ids"] == tokenizer("a b")["input_ids"]
+
+
+def test_files_are_safetensors_only(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=1024, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    save.save_model(
+        LlamaForCausalLM(config), AutoTokenizer.from_pretrained(TINY), tmp_path / "m",
+        dtype="bfloat16", max_shard_size="5GB", stops=[1],
+    )  # fmt: skip
+
+    assert not [name for name in os.listdir(tmp_path / "m") if name.endswith((".bin", ".pt", ".pth", ".pkl"))]  # noqa: PTH208
+    with safe_open(tmp_path / "m" / "model.safetensors", "pt") as file:
+        assert all(file.get_tensor(name).dtype == torch.bfloat16 for name in file.keys())  # noqa: SIM118

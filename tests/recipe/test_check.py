@@ -1,0 +1,217 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sft_recipes.errors import RecipeError
+from sft_recipes.recipe import check, upstream
+from tests.conftest import WriteRecipe
+
+
+def problems(recipe: Path, *overrides: str) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        check.accepted(recipe, overrides)
+    return list(caught.value.lines)
+
+
+def warnings(recipe: Path, *overrides: str) -> list[str]:
+    return check.accepted(recipe, overrides)[1]
+
+
+def test_a_good_recipe_has_neither_problems_nor_warnings(write_recipe: WriteRecipe) -> None:
+    assert warnings(write_recipe()) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["model.quantization=nf4"], "model.quantization: nf4 freezes the weights"),
+        (["train.gradient_accumulation_steps=2"], "give one"),
+        (["train.mixed_precision=fp16", "model.dtype=bfloat16"], "fp16 does not go with model.dtype: bfloat16"),
+        (["train.mixed_precision=fp16", "model.dtype=float16"], "needs float32 weights in full fine-tuning"),
+        (
+            ["train.mixed_precision=bf16", "model.dtype=float16", "lora.rank=2"],
+            "bf16 does not go with model.dtype: float16",
+        ),
+        (["data.eval=null", "checkpoint.export_best=true"], "chooses by validation loss"),
+        (["data.eval=null", "eval.every=2"], "eval.every without validation rows"),
+        (["data.packing=none", "data.cross_document_attention=true"], "leave one of them out"),
+        (["data.packing=bfd", "data.cross_document_attention=true"], "goes with packing: wrapped"),
+        (["train.optimizer=adamw_8bit_sr", "trl.optim_args=x"], "sets them itself"),
+        (["train.lr_scheduler=cosin"], "did you mean 'cosine'?"),
+        (["train.optimizer=adamw"], "is no name that is known here"),
+        (["trl.learning_rate=1"], "trl.learning_rate: a recipe says this with train.learning_rate"),
+        (["trl.adam_beta3=1"], "did you mean 'adam_beta2'?"),
+        (["train.micro_batch_size=auto"], "not in this version"),
+        (["launch.processes=2", "train.global_batch_size=4"], "not in this version"),
+        (["launch.strategy=fsdp2"], "fsdp2 is not in this version"),
+        (["launch.cpu_offload=true"], "launch.cpu_offload is not in this version"),
+        (["model.attention=varlen"], "not in this version"),
+    ],
+)
+def test_contradictions(write_recipe: WriteRecipe, overrides: list[str], said: str) -> None:
+    [problem] = problems(write_recipe(), *overrides)
+
+    assert said in problem
+    assert problem.startswith("--set: ") or ".yaml:" in problem
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["train.epochs=2"],  # with max_steps: whichever ends first
+        ["data.packing=wrapped", "data.overlong=split"],
+        ["train.global_batch_size=null", "train.gradient_accumulation_steps=3"],
+        ["train.mixed_precision=fp16"],
+        ["data.eval=null", "eval.every=2", "eval.generate=[a]"],
+        ["trl.adam_beta2=0.9", "trl.neftune_noise_alpha=5"],
+    ],
+)
+def test_what_is_no_contradiction(write_recipe: WriteRecipe, overrides: list[str]) -> None:
+    check.accepted(write_recipe(), overrides)
+
+
+def test_a_batch_that_does_not_come_out_lists_those_that_would(write_recipe: WriteRecipe) -> None:
+    [problem] = problems(write_recipe(), "train.global_batch_size=32", "train.micro_batch_size=6")
+
+    assert problem == (
+        "--set: train.global_batch_size: 32 sequences a step do not come out of micro-batches of 6; "
+        "micro_batch_size could be 1, 2, 4, 8, 16, 32, global_batch_size 30, 36"
+    )
+
+
+def test_global_batch_size_smaller_than_a_micro_batch(write_recipe: WriteRecipe) -> None:
+    [problem] = problems(write_recipe(), "train.global_batch_size=4", "train.micro_batch_size=6")
+
+    assert "micro_batch_size could be 1, 2, 4, global_batch_size 6" in problem
+
+
+@pytest.mark.parametrize(
+    ("overrides", "warned"),
+    [
+        ([], False),
+        (["model.dtype=bfloat16"], True),
+        (["model.dtype=bfloat16", "train.mixed_precision=bf16"], True),
+        (["model.dtype=bfloat16", "train.optimizer=adamw_8bit_sr"], False),
+        (["model.dtype=bfloat16", "lora.rank=2"], False),
+        (["model.dtype=bfloat16", "train.optimizer=adamw_torch_8bit"], True),
+        (
+            ["model.dtype=bfloat16", "train.optimizer=adamw_torch_8bit", "trl.optim_args=bf16_stochastic_round=True"],
+            False,
+        ),
+    ],
+)
+def test_updates_that_bfloat16_rounds_away_are_said(
+    write_recipe: WriteRecipe, overrides: list[str], warned: bool
+) -> None:
+    found = warnings(write_recipe(), *overrides)
+
+    assert [("lose updates to rounding" in line and "adamw_8bit_sr" in line) for line in found] == [True] * warned
+
+
+def test_updates_that_bfloat16_rounds_away() -> None:
+    """The figures of the warning: AdamW moves a weight by about the learning rate, less than bfloat16 can tell apart."""
+    import torch
+
+    torch.manual_seed(0)
+    unmoved = {}
+    for rate in (1e-5, 2e-5, 1e-4):
+        weight = torch.nn.Parameter((0.02 * torch.randn(100_000)).bfloat16())
+        before = weight.detach().clone()
+        optimizer = torch.optim.AdamW([weight], lr=rate, weight_decay=0.0)
+        for _ in range(20):
+            weight.grad = torch.ones_like(weight)
+            optimizer.step()
+        unmoved[rate] = (weight == before).float().mean().item()
+
+    assert unmoved == pytest.approx({1e-5: 0.84, 2e-5: 0.70, 1e-4: 0.12}, abs=0.03)
+
+
+def test_trust_remote_code_is_said(write_recipe: WriteRecipe) -> None:
+    [line] = warnings(write_recipe(), "model.trust_remote_code=true")
+
+    assert "Python code that comes with the model will run" in line
+
+
+@pytest.mark.parametrize(
+    ("package", "overrides", "extra"),
+    [
+        ("torchao", ["train.optimizer=adamw_8bit_sr"], "torchao"),
+        ("wandb", ["log.to=[wandb]"], "wandb"),
+        ("flash_attn", ["model.attention=flash_attention_2"], "flash"),
+    ],
+)
+def test_a_missing_package_names_its_extra(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, package: str, overrides: list[str], extra: str
+) -> None:
+    monkeypatch.setattr(check, "installed", lambda name: name != package and upstream.installed(name))
+
+    [problem] = problems(write_recipe(), *overrides)
+
+    assert f"pip install 'sft-recipes[{extra}]'" in problem
+
+
+def test_recipe_and_model_problems_come_together(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    (tmp_path / "broken").mkdir()
+    recipe = write_recipe(model={"name": str(tmp_path / "broken")}, train={"sed": 1, "lr_scheduler": "x"})
+
+    found = problems(recipe)
+
+    assert len(found) == 3
+    assert "unknown key 'train.sed'" in found[0]
+    assert "'x' is no name that is known here" in found[1]
+    assert "no config.json" in found[2]
+
+
+def write_model(folder: Path, config: dict[str, Any] | str, *files: str) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(config if isinstance(config, str) else json.dumps(config), encoding="utf-8")
+    for file in files:
+        (folder / file).touch()
+    return folder
+
+
+def test_a_sequence_longer_than_the_model_can_take(write_recipe: WriteRecipe) -> None:
+    [problem] = problems(write_recipe(), "data.max_length=2000")
+
+    assert "data.max_length: 2000 is more than the 1024 positions of builtin:tiny; set at most 1024" in problem
+
+
+@pytest.mark.parametrize(
+    ("config", "files", "said"),
+    [
+        ("{", [], "not valid JSON"),
+        ("[]", [], "no 'model_type'"),
+        ({"model_type": "llama"}, ["model.safetensors"], "has no tokenizer"),
+        ({"model_type": "llama"}, ["tokenizer.json"], "has no safetensors weights; expected model.safetensors"),
+        ({"model_type": "llama"}, ["tokenizer.json", "pytorch_model.bin"], "is a pickle"),
+    ],
+)
+def test_a_model_directory_that_is_none(
+    write_recipe: WriteRecipe, tmp_path: Path, config: Any, files: list[str], said: str
+) -> None:
+    folder = write_model(tmp_path / "model", config, *files)
+
+    assert said in problems(write_recipe(model={"name": str(folder)}))[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("builtin:huge", "there is builtin:tiny"),
+        ("/no/such/model", "no such directory"),
+        ("./model", "no such directory"),
+        ("a/b/c", "no such directory"),
+        (__file__, "is a file"),
+    ],
+)
+def test_a_model_that_is_not_there(write_recipe: WriteRecipe, name: str, said: str) -> None:
+    assert said in problems(write_recipe(model={"name": name}))[0]
+
+
+def test_an_adapter_is_no_model(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").touch()
+
+    assert "merge it first" in problems(write_recipe(model={"name": str(tmp_path / "adapter")}))[0]

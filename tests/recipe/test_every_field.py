@@ -1,0 +1,85 @@
+"""Every field of the recipe has a test that shows its effect: where it is, and that it is there."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from sft_recipes.recipe.load import field_names
+from sft_recipes.recipe.schema import Recipe
+
+TESTS = Path(__file__).parents[1]
+SHOWN_BY = {
+    "model.name": "test_bad_input.py::test_one_line_and_nothing_left_behind",
+    "model.revision": "test_hub.py::test_a_revision_of_a_model_on_the_hub",
+    "model.dtype": "training/test_model.py::test_weights_have_the_type_of_the_recipe",
+    "model.attention": "training/test_model.py::test_attention",
+    "model.quantization": "training/test_model.py::test_quantised_layers_and_those_left_out",
+    "model.new_tokens": "training/test_model.py::test_new_tokens_have_rows_that_are_trained",
+    "model.trust_remote_code": "training/test_model.py::test_remote_code_runs_only_where_the_recipe_says_so",
+    "data.train": "data/test_prepare.py::test_weights_repeat_rows",
+    "data.eval": "data/test_prepare.py::test_validation_from_a_file",
+    "data.format": "data/test_prepare.py::test_columns_and_format_of_the_recipe",
+    "data.columns": "data/test_prepare.py::test_columns_and_format_of_the_recipe",
+    "data.template": "training/test_model.py::test_the_chat_template_gives_the_trained_prompt",
+    "data.train_on": "data/test_tokens.py::test_turns_are_trained_on_with_their_end",
+    "data.max_length": "data/test_prepare.py::test_overlong_rows_are_an_error_that_says_what_would_fit",
+    "data.overlong": "data/test_prepare.py::test_overlong_rows_dropped_truncated_or_split_are_counted",
+    "data.packing": "data/test_prepare.py::test_packed_sequences_hold_every_token_once",
+    "data.cross_document_attention": "training/test_training.py::test_with_cross_document_attention_they_do",
+    "data.shuffle": "data/test_prepare.py::test_shuffling_is_seeded",
+    "data.max_train_samples": "data/test_prepare.py::test_at_most_so_many_samples",
+    "data.max_eval_samples": "data/test_prepare.py::test_at_most_so_many_samples",
+    "lora.rank": "training/test_model.py::test_adapters_are_those_of_the_recipe",
+    "lora.alpha": "training/test_model.py::test_adapters_are_those_of_the_recipe",
+    "lora.dropout": "training/test_model.py::test_adapters_are_those_of_the_recipe",
+    "lora.target_modules": "training/test_model.py::test_adapters_are_those_of_the_recipe",
+    "lora.modules_to_save": "training/test_model.py::test_layers_trained_in_full_beside_the_adapters",
+    "lora.use_dora": "training/test_model.py::test_adapters_are_those_of_the_recipe",
+    "lora.use_rslora": "training/test_model.py::test_adapters_are_those_of_the_recipe",
+    "train.epochs": "planning/test_steps.py::test_count",
+    "train.max_steps": "planning/test_steps.py::test_count",
+    "train.micro_batch_size": "training/test_trainer.py::test_a_field_moves_what_it_means",
+    "train.global_batch_size": "training/test_training.py::test_accumulation_equals_the_large_batch",
+    "train.gradient_accumulation_steps": "training/test_trainer.py::test_accumulation_instead_of_a_global_batch",
+    "train.learning_rate": "training/test_training.py::test_the_rate_of_every_step_is_that_of_the_formula",
+    "train.lr_scheduler": "training/test_training.py::test_the_rate_of_every_step_is_that_of_the_formula",
+    "train.warmup_ratio": "training/test_training.py::test_the_rate_of_every_step_is_that_of_the_formula",
+    "train.weight_decay": "training/test_trainer.py::test_a_field_moves_what_it_means",
+    "train.max_grad_norm": "training/test_trainer.py::test_a_field_moves_what_it_means",
+    "train.mixed_precision": "training/test_trainer.py::test_a_field_moves_what_it_means",
+    "train.optimizer": "training/test_training.py::test_stochastic_rounding_moves_weights_that_rounding_leaves",
+    "train.gradient_checkpointing": "training/test_training.py::test_checkpointing_changes_nothing_but_memory",
+    "train.compile": "training/test_trainer.py::test_a_field_moves_what_it_means",
+    "train.seed": "training/test_training.py::test_seeds_decide",
+    "eval.every": "training/test_training.py::test_validation_before_the_first_step_and_at_the_end",
+    "eval.generate": "test_run.py::test_prompts_answered_with_what_is_expected",
+    "eval.max_new_tokens": "test_run.py::test_prompts_without_validation_rows",
+    "checkpoint.every": "training/test_training.py::test_checkpoints_are_kept_as_many_as_asked",
+    "checkpoint.keep": "training/test_training.py::test_checkpoints_are_kept_as_many_as_asked",
+    "checkpoint.export_best": "training/test_training.py::test_the_best_checkpoint_is_exported",
+    "log.every": "training/test_logging.py::test_every_so_many_steps_and_the_last",
+    "log.to": "training/test_logging.py::test_trackers_write_into_the_run_directory",
+    "export.merge": "test_cli.py::test_run_generate_report_merge",
+    "export.dtype": "test_run.py::test_the_model_loads_anywhere_and_is_the_one_that_was_trained",
+    "export.max_shard_size": "test_run.py::test_shards",
+    "launch.processes": "recipe/test_check.py::test_contradictions",
+    "launch.machines": "recipe/test_check.py::test_contradictions",
+    "launch.strategy": "recipe/test_check.py::test_contradictions",
+    "launch.cpu_offload": "recipe/test_check.py::test_contradictions",
+    "output_dir": "test_run.py::test_a_recipe_that_names_only_what_it_must",
+    "trl": "training/test_trainer.py::test_a_field_moves_what_it_means",
+}
+SECTIONS = {name for name in Recipe.model_fields if any(field.startswith(f"{name}.") for field in field_names())}
+
+
+def test_every_field_is_shown() -> None:
+    assert set(SHOWN_BY) == set(field_names()) - SECTIONS
+
+
+@pytest.mark.parametrize("test", sorted(set(SHOWN_BY.values())))
+def test_the_test_is_there(test: str) -> None:
+    file, _, name = test.partition("::")
+    tree = ast.parse((TESTS / file).read_text("utf-8"))
+
+    assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}

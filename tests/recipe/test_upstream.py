@@ -1,0 +1,41 @@
+"""The names we rely on are those of the installed libraries: fails when an upstream name disappears."""
+
+import dataclasses
+
+from sft_recipes.recipe import upstream
+from sft_recipes.recipe.load import field_names
+
+
+def test_sft_config_fields_are_those_of_the_class() -> None:
+    from trl import SFTConfig
+
+    assert upstream.sft_config_fields() == {field.name for field in dataclasses.fields(SFTConfig)}
+
+
+def test_owned_fields_exist_and_point_to_recipe_keys() -> None:
+    assert set(upstream.OWNED) <= upstream.sft_config_fields()
+    assert set(upstream.OWNED.values()) - {"the flag --resume"} <= set(field_names())
+
+
+def test_other_words_point_to_recipe_keys() -> None:
+    assert set(upstream.OTHER_WORDS.values()) <= set(field_names())
+
+
+def test_schedulers_and_optimizers() -> None:
+    from transformers.trainer_utils import SchedulerType
+    from transformers.training_args import OptimizerNames
+
+    assert upstream.schedulers() == {member.value for member in SchedulerType}
+    assert upstream.optimizers() == {member.value for member in OptimizerNames}
+
+
+def test_what_we_lean_on_inside_the_libraries() -> None:
+    from bitsandbytes.nn import Linear4bit
+    from peft.utils.other import TrainableTokensWrapper
+    from transformers import Trainer
+    from trl import SFTTrainer
+
+    assert "support_avx512bf16_for_cpu" in vars(Linear4bit(4, 4))
+    assert hasattr(TrainableTokensWrapper, "_getattr_wrapped")
+    assert all(hasattr(Trainer, name) for name in ("evaluation_loop", "prediction_step", "_load_best_model"))
+    assert hasattr(SFTTrainer, "create_model_card")

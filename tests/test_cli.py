@@ -1,0 +1,176 @@
+"""The command line, as a program."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sft_recipes import __version__, cli
+from tests.conftest import WriteRecipe, write_rows
+
+HEAVY = ("torch", "transformers", "trl", "peft", "datasets")
+COMMANDS = ("run", "check", "generate", "merge", "report", "list", "new", "schema")
+
+
+def sft_recipe(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "sft_recipes.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+
+
+def test_help_names_every_command() -> None:
+    done = sft_recipe("--help")
+
+    assert done.returncode == 0
+    assert all(f"\n  {command} " in done.stdout for command in COMMANDS)
+    assert sft_recipe().stdout == done.stdout
+    assert sft_recipe("--version").stdout == f"sft-recipe {__version__}\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str) -> None:
+    done = sft_recipe(command, "--help")
+
+    assert done.returncode == 0
+    assert f"Usage: sft-recipe {command}" in done.stdout.replace("python -m sft_recipes.cli", "sft-recipe")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["rnu"], "No such command 'rnu'"),
+        (["run"], "Missing argument 'RECIPE'"),
+        (["run", "x.yaml", "--rsume"], "No such option: --rsume"),
+        (["run", "none.yaml"], "none.yaml: no such recipe; `sft-recipe list` shows those that ship"),
+        (["check", "none.yaml"], "none.yaml: no such recipe"),
+        (["new", "nothing"], "no recipe 'nothing' ships"),
+        (["report", "none"], "none: no run here"),
+        (["generate", "none", "--prompt", "x"], "none: no model here"),
+        (["merge", "none", "--out", "x"], "none: no adapter here"),
+        (["merge", "none", "--out", "x", "--dtype", "int4"], "--dtype int4: expected bfloat16, float16 or float32"),
+    ],
+)
+def test_wrong_command_lines_are_one_line_and_exit_2(arguments: list[str], said: str, tmp_path: Path) -> None:
+    done = sft_recipe(*arguments, cwd=tmp_path)
+
+    assert done.returncode == 2
+    assert done.stdout == ""
+    [line] = done.stderr.splitlines()
+    assert said in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_check_needs_no_torch(write_recipe: WriteRecipe) -> None:
+    code = f"""
+import sys
+from sft_recipes import cli
+sys.argv = ["sft-recipe", "check", {str(write_recipe())!r}]
+try:
+    cli.main()
+except SystemExit as done:
+    assert done.code == 0, done.code
+print(sorted(set({HEAVY!r}) & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_check_counts_rows_tokens_and_steps(write_recipe: WriteRecipe) -> None:
+    done = sft_recipe("check", str(write_recipe(model={"dtype": "bfloat16"})))
+
+    assert done.returncode == 0
+    assert "18 rows of alpaca as alpaca" in done.stdout
+    assert "steps: 3 of 4 sequences, 1 of them warmup" in done.stdout
+    assert done.stdout.endswith("recipe.yaml: good\n")
+    assert "warning: " in done.stderr
+    assert "lose updates to rounding" in done.stderr
+
+
+def test_check_finds_every_problem_at_once(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.jsonl", [{"instruction": "a", "output": "b"}, {"instruction": "a"}, {"output": 1}])
+    done = sft_recipe("check", str(write_recipe(train={"sed": 1, "lr_scheduler": "cosin"})))
+
+    assert done.returncode == 2
+    assert [line.split(": ", 1)[1] for line in done.stderr.splitlines()] == [
+        "unknown key 'train.sed'; did you mean 'seed'?",
+        "train.lr_scheduler: 'cosin' is no name that is known here; did you mean 'cosine'?",
+        "no column 'output' in this row, it has 'instruction'; rename with data.columns: {output: YOUR_COLUMN}",
+        "no column 'instruction' in this row, it has 'output'; rename with data.columns: {instruction: YOUR_COLUMN}",
+    ]
+
+
+def test_check_of_a_model_on_the_hub_that_cannot_be_reached(write_recipe: WriteRecipe) -> None:
+    done = sft_recipe("check", str(write_recipe(model={"name": "nobody/nothing"})))
+
+    assert done.returncode == 0
+    assert "24 rows" in done.stdout
+    assert "tokens and steps are not counted: the tokenizer of nobody/nothing cannot be had" in done.stdout
+
+
+def test_check_of_data_on_the_hub_looks_at_the_rest(write_recipe: WriteRecipe) -> None:
+    done = sft_recipe("check", str(write_recipe(data={"train": "nobody/nothing"})))
+
+    assert done.returncode == 0
+    assert "nobody/nothing is looked for on the hub when the run starts" in done.stdout
+
+
+def test_list_and_new(tmp_path: Path) -> None:
+    listed = sft_recipe("list").stdout.splitlines()
+    assert any(line.startswith("quickstart ") for line in listed)
+
+    done = sft_recipe("new", "quickstart", "--out", "mine.yaml", cwd=tmp_path)
+    assert done.stdout == "mine.yaml\n"
+    assert sft_recipe("check", "mine.yaml", cwd=tmp_path).returncode == 0
+
+
+def test_schema_is_a_schema_of_the_shipped_recipes() -> None:
+    import jsonschema
+    from ruamel.yaml import YAML
+
+    schema = json.loads(sft_recipe("schema").stdout)
+    for file in (Path(__file__).parents[1] / "recipes").glob("*.yaml"):
+        jsonschema.validate(YAML(typ="safe", pure=True).load(file.read_text("utf-8")), schema)
+
+
+def test_run_generate_report_merge(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """The commands one after the other, on one run."""
+    done = sft_recipe("run", str(write_recipe(lora={"rank": 2})), "--set", "export.merge=false")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "step 3/3" in done.stdout
+    assert "Talk to it: sft-recipe generate" in done.stdout
+
+    run = tmp_path / "run"
+    assert not (run / "model").exists()
+    (run / "report.html").unlink()
+    assert sft_recipe("report", str(run)).returncode == 0
+    assert (run / "report.html").is_file()
+
+    from_adapter = sft_recipe("generate", str(run), "--prompt", "Say it.", "--max-new-tokens", "5")
+    merged = sft_recipe("merge", str(run), "--out", str(tmp_path / "merged"), "--dtype", "float32")
+    from_model = sft_recipe("generate", str(tmp_path / "merged"), "--prompt", "Say it.", "--max-new-tokens", "5")
+    assert (merged.returncode, from_adapter.returncode, from_model.returncode) == (0, 0, 0), merged.stderr
+    assert from_adapter.stdout == from_model.stdout != ""
+
+    again = sft_recipe("merge", str(run), "--out", str(tmp_path / "merged"))
+    assert again.returncode == 2
+    assert "in use; choose another --out" in again.stderr
+
+
+def test_errors_go_to_stderr_without_a_traceback_unless_asked(write_recipe: WriteRecipe) -> None:
+    recipe = str(write_recipe(data={"train": "none.jsonl"}))
+    plain, debug = sft_recipe("run", recipe), sft_recipe("run", recipe, "--debug")
+
+    assert plain.stderr.splitlines() == [f"none.jsonl: no such file (working directory {Path.cwd()})"]
+    assert "Traceback" in debug.stderr
+    assert plain.returncode == 2
+
+
+def test_no_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_DISABLE_TELEMETRY")
+    cli._quiet(debug=True)
+
+    assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"

@@ -1,0 +1,285 @@
+"""Whole runs, as a user makes them, and what comes out of them loaded in a fresh process."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from sft_recipes.data.templates import alpaca_prompt
+from tests.conftest import ROWS, minimal, run, write_rows
+
+# Loads model/ as anyone would, and says what it does with a prompt.
+FRESH = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, prompt, out = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)
+ids = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False)
+ids = torch.tensor([ids])
+with torch.no_grad():
+    torch.save(model(input_ids=ids).logits, out)
+answer = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)
+print(json.dumps({
+    "ids": ids[0].tolist(), "text": tokenizer("Grüße <|end|> {x}")["input_ids"], "answer": answer[0, ids.shape[1]:].tolist(),
+    "pad": tokenizer.pad_token_id, "eos": tokenizer.eos_token_id, "generation": model.generation_config.to_dict(),
+    "dtype": str(model.dtype), "rows": model.get_input_embeddings().weight.shape[0], "size": len(tokenizer),
+}))
+"""
+PROMPT = "Say the word number 5."
+
+
+def in_a_fresh_process(folder: Path) -> dict[str, Any]:
+    out = folder.parent.parent / "logits.pt"
+    command = [sys.executable, "-c", FRESH, str(folder), PROMPT, str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return {**json.loads(done.stdout.splitlines()[-1]), "logits": torch.load(out)}
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "full-bf16": {"model": {"dtype": "bfloat16"}, "train": {"optimizer": "adamw_8bit_sr", "mixed_precision": "bf16"}},
+    "lora": {"lora": {"rank": 4}},
+    "dora-rslora": {"lora": {"rank": 4, "use_dora": True, "use_rslora": True}},
+    "head": {"lora": {"rank": 4, "modules_to_save": ["embed_tokens", "lm_head"]}},
+    "new-tokens": {"lora": {"rank": 4}, "model": {"new_tokens": ["<think>", "<done>"]}},
+}
+Trained = Callable[[str], tuple[Path, torch.Tensor]]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """The run of a method and the logits of the trainer's own model for PROMPT, made once."""
+    made: dict[str, tuple[Path, torch.Tensor]] = {}
+
+    def make(method: str) -> tuple[Path, torch.Tensor]:
+        if method not in made:
+            folder = tmp_path_factory.mktemp(method)
+            write_rows(folder / "train.jsonl")
+            recipe = minimal(folder) | {"export": {"dtype": "bfloat16" if method == "full-bf16" else "float32"}}
+            recipe["train"] |= {"max_steps": 60, "learning_rate": 5e-3}
+            for section, values in METHODS[method].items():
+                recipe[section] = recipe.get(section, {}) | values
+            (folder / "recipe.json").write_text(json.dumps(recipe), encoding="utf-8")
+            made[method] = run_and_watch(folder / "recipe.json")
+        return made[method]
+
+    return make
+
+
+def run_and_watch(recipe: Path) -> tuple[Path, torch.Tensor]:
+    """Run, and take the logits of the model as the trainer leaves it."""
+    from sft_recipes.training import trainer
+
+    kept: list[torch.Tensor] = []
+    train = trainer.train
+
+    def watched(sft: trainer.Trainer, *args: Any, **kwargs: Any) -> None:
+        train(sft, *args, **kwargs)
+        ids = sft.processing_class.apply_chat_template(
+            [{"role": "user", "content": PROMPT}], add_generation_prompt=True, return_dict=False
+        )
+        with torch.no_grad():
+            kept.append(sft.model.eval()(input_ids=torch.tensor([ids])).logits.clone())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "train", watched)
+        folder, _ = run(recipe)
+    return folder, kept[0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_model_loads_anywhere_and_is_the_one_that_was_trained(trained: Trained, method: str) -> None:
+    folder, logits = trained(method)
+    fresh = in_a_fresh_process(folder / "model")
+
+    tolerance = 5e-2 if method == "full-bf16" else 1e-4
+    torch.testing.assert_close(fresh["logits"].float(), logits.float(), atol=tolerance, rtol=tolerance)
+    assert fresh["dtype"] == ("torch.bfloat16" if method == "full-bf16" else "torch.float32")
+    assert fresh["rows"] >= fresh["size"]
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_model_speaks_the_format_of_the_training_and_stops(trained: Trained, method: str) -> None:
+    folder, _ = trained(method)
+    fresh = in_a_fresh_process(folder / "model")
+    from transformers import AutoTokenizer
+
+    base = AutoTokenizer.from_pretrained(Path(__file__).parents[1] / "sft_recipes" / "builtin" / "tiny")
+    assert fresh["ids"] == base(alpaca_prompt(PROMPT))["input_ids"]
+    assert fresh["text"] == base("Grüße <|end|> {x}")["input_ids"]
+    assert fresh["answer"][-1] == fresh["eos"]
+    assert fresh["pad"] not in (None, fresh["eos"])
+    assert fresh["generation"]["eos_token_id"] == fresh["eos"]
+    assert fresh["generation"]["pad_token_id"] == fresh["pad"]
+
+
+def test_the_model_has_learned(trained: Trained) -> None:
+    for method in ("full", "lora"):
+        folder, _ = trained(method)
+        losses = [
+            json.loads(line).get("eval_loss") for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()
+        ]
+        before, *_, after = [loss for loss in losses if loss is not None]
+        assert after < before / 3, method
+
+
+def test_everything_the_design_names_is_there(trained: Trained) -> None:
+    folder, _ = trained("lora")
+    names = ["recipe.resolved.json", "manifest.json", "data.json", "metrics.jsonl", "learning_curve.png", "report.html"]
+
+    assert all((folder / name).stat().st_size > 100 for name in names)
+    assert {child.name for child in folder.iterdir()} == {*names, "checkpoints", "adapter", "model"}
+    assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"} <= {
+        child.name for child in (folder / "model").iterdir()
+    }
+    assert not list(folder.rglob("*.bin.index*")) + [
+        file for file in (folder / "model").iterdir() if file.suffix == ".bin"
+    ]
+
+
+def test_a_full_run_has_no_adapter(trained: Trained) -> None:
+    assert not (trained("full")[0] / "adapter").exists()
+
+
+def test_the_resolved_recipe_and_the_manifest(trained: Trained) -> None:
+    folder, _ = trained("lora")
+    resolved = json.loads((folder / "recipe.resolved.json").read_text("utf-8"))
+    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+
+    assert resolved["lora"]["alpha"] == 32
+    assert resolved["data"]["packing"] == "bfd"
+    assert resolved["train"]["global_batch_size"] == 4
+    assert manifest["versions"]["trl"]
+    assert manifest["seed"] == 0
+    assert manifest["device"]["name"]
+    assert list(manifest["data"]) == [str(folder.parent / "train.jsonl")]
+    assert all(len(digest) == 64 for digest in manifest["data"].values())
+
+
+def test_metrics_have_what_the_design_names(trained: Trained) -> None:
+    lines = [json.loads(line) for line in (trained("lora")[0] / "metrics.jsonl").read_text("utf-8").splitlines()]
+    steps = [line for line in lines if "loss" in line]
+
+    assert [line["step"] for line in steps] == [1, 10, 20, 30, 40, 50, 60]
+    for line in steps:
+        assert {"loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "memory", "epoch"} <= line.keys()
+    assert [line["tokens"] for line in steps] == sorted(line["tokens"] for line in steps)
+
+
+def test_new_tokens_are_saved_with_the_adapter_and_survive_the_merge(trained: Trained) -> None:
+    folder, _ = trained("new-tokens")
+    fresh = in_a_fresh_process(folder / "model")
+
+    assert fresh["size"] == fresh["rows"] == 1026
+    with safe_open(folder / "adapter" / "adapter_model.safetensors", "pt") as file:
+        [name] = [name for name in file.keys() if "trainable_tokens" in name]  # noqa: SIM118  # no mapping
+        rows = file.get_tensor(name)
+    with safe_open(folder / "model" / "model.safetensors", "pt") as file:
+        embeddings = file.get_tensor("model.embed_tokens.weight")
+    torch.testing.assert_close(embeddings[1024:], rows)
+
+
+def test_tied_layers_trained_in_full_stay_tied(trained: Trained) -> None:
+    folder, _ = trained("head")
+    with safe_open(folder / "model" / "model.safetensors", "pt") as file:
+        assert "lm_head.weight" not in file.keys()  # noqa: SIM118  # no mapping
+    assert json.loads((folder / "model" / "config.json").read_text("utf-8"))["tie_word_embeddings"]
+
+
+def test_the_adapter_loads_on_its_base(trained: Trained) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, logits = trained("lora")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(
+        Path(__file__).parents[1] / "sft_recipes" / "builtin" / "tiny", dtype=torch.float32
+    )
+    adapted = PeftModel.from_pretrained(base, str(folder / "adapter"))
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": PROMPT}], add_generation_prompt=True, return_dict=False
+    )
+
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(input_ids=torch.tensor([ids])).logits, logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
+def test_qlora(tmp_path: Path, quantization: str) -> None:
+    """Real bitsandbytes: the base is quantised, adapters learn in float32, and the merge is into the original weights."""
+    write_rows(tmp_path / "train.jsonl")
+    recipe = minimal(tmp_path) | {"lora": {"rank": 4}, "export": {"dtype": "float32"}}
+    recipe["model"]["quantization"] = quantization
+    recipe["train"] |= {"max_steps": 20, "learning_rate": 5e-3, "mixed_precision": "bf16"}
+    (tmp_path / "r.json").write_text(json.dumps(recipe), encoding="utf-8")
+    folder, said = run(tmp_path / "r.json")
+
+    assert "QLoRA" in said
+    with safe_open(folder / "adapter" / "adapter_model.safetensors", "pt") as file:
+        name = next(name for name in file.keys() if name.endswith("up_proj.lora_B.weight"))  # noqa: SIM118
+        b, a = file.get_tensor(name), file.get_tensor(name.replace("lora_B", "lora_A"))
+    with safe_open(Path(__file__).parents[1] / "sft_recipes" / "builtin" / "tiny" / "model.safetensors", "pt") as file:
+        layer = name.removeprefix("base_model.model.").removesuffix(".lora_B.weight")
+        original = file.get_tensor(f"{layer}.weight").float()
+    with safe_open(folder / "model" / "model.safetensors", "pt") as file:
+        merged = file.get_tensor(f"{layer}.weight")
+    assert a.dtype == b.dtype == torch.float32
+    assert b.abs().max() > 0
+    torch.testing.assert_close(merged, original + 32 / 4 * (b @ a))
+    losses = [json.loads(line).get("eval_loss") for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    assert losses[-1] < losses[0] / 2
+
+
+def test_a_recipe_that_names_only_what_it_must(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "rows.jsonl", ROWS)
+    (tmp_path / "r.yaml").write_text("model: {name: builtin:tiny}\ndata: {train: rows.jsonl}\noutput_dir: out\n")
+    folder, said = run(tmp_path / "r.yaml")
+
+    assert folder == Path("out")
+    assert "lose updates to rounding" in said
+    assert (tmp_path / "out" / "model" / "model.safetensors").is_file()
+
+
+def test_prompts_answered_with_what_is_expected(tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.jsonl")
+    asked = [{"prompt": "Say the word number 1.", "expected": "word 1"}, "Say the word number 3."]
+    recipe = minimal(tmp_path) | {"eval": {"generate": asked, "max_new_tokens": 8}}
+    (tmp_path / "r.json").write_text(json.dumps(recipe), encoding="utf-8")
+    folder, said = run(tmp_path / "r.json")
+
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text("utf-8").splitlines()]
+    assert [sample["step"] for sample in samples] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert samples[0]["expected"] == "word 1"
+    assert samples[1]["expected"] is None
+    assert "exact match:" in said
+    assert "before:" in said
+
+
+def test_prompts_without_validation_rows(tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.jsonl")
+    recipe = minimal(tmp_path) | {"eval": {"generate": str(tmp_path / "train.jsonl"), "every": 2, "max_new_tokens": 4}}
+    recipe["data"]["eval"] = None
+    (tmp_path / "r.json").write_text(json.dumps(recipe), encoding="utf-8")
+    folder, _ = run(tmp_path / "r.json")
+
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    assert [line["step"] for line in lines if "eval_exact_match" in line] == [0, 2, 3]
+
+
+def test_shards(tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.jsonl")
+    recipe = minimal(tmp_path) | {"export": {"max_shard_size": "500KB"}}
+    (tmp_path / "r.json").write_text(json.dumps(recipe), encoding="utf-8")
+    folder, _ = run(tmp_path / "r.json")
+
+    assert len(list((folder / "model").glob("model-0000*-of-0000*.safetensors"))) > 2
+    assert in_a_fresh_process(folder / "model")["dtype"] == "torch.bfloat16"

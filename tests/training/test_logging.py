@@ -1,0 +1,140 @@
+import io
+import json
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from sft_recipes.training import logging
+from tests.conftest import WriteRecipe, metrics, run
+
+
+@pytest.fixture
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trackers' own variables as a user has them: none but wandb's offline mode."""
+    for name in ("WANDB_DIR", "WANDB_PROJECT", "TENSORBOARD_LOGGING_DIR", "TRACKIO_DIR"):
+        monkeypatch.setenv(name, "x")  # so that what the run sets is taken back afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+
+
+@pytest.mark.usefixtures("clean_environment")
+def test_trackers_write_into_the_run_directory(write_recipe: WriteRecipe) -> None:
+    """Weights & Biases really run, offline; TensorBoard and trackio too. What they hold is what metrics.jsonl holds."""
+    folder, said = run(write_recipe(log={"to": ["wandb", "tensorboard", "trackio"], "every": 1}), "train.max_steps=4")
+    losses = [line["loss"] for line in metrics(folder) if "loss" in line]
+
+    assert "warning: log.to" not in said
+    [record] = (folder / "wandb").glob("offline-run-*/run-*.wandb")
+    assert wandb_history(record, "train/loss") == pytest.approx(losses)
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(losses)
+    assert [event.step for event in events.Scalars("eval/loss")] == [0, 1, 2, 3, 4]
+
+    assert any(file.stat().st_size > 1000 for file in (folder / "trackio").rglob("*") if file.is_file())
+
+
+def wandb_history(record: Path, key: str) -> list[float]:
+    """The values of a metric in the file of an offline run."""
+    from wandb.proto import wandb_internal_pb2
+
+    values = []
+    for data in leveldb_records(record.read_bytes()):
+        message = wandb_internal_pb2.Record()
+        message.ParseFromString(data)
+        for item in message.history.item:
+            if key in (item.key, "/".join(item.nested_key)):
+                values.append(json.loads(item.value_json))
+    return values
+
+
+def leveldb_records(content: bytes) -> Iterator[bytes]:
+    """Records of a LevelDB log: blocks of 32 KiB, parts with checksum, length and kind. Seven bytes of wandb's precede."""
+    at, record = 7, b""
+    while at < len(content):
+        if 32768 - at % 32768 < 7:  # no room for another header in this block
+            at += 32768 - at % 32768
+            continue
+        _, length, kind = struct.unpack("<IHB", content[at : at + 7])
+        record += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield record
+            record = b""
+
+
+def test_a_tracker_that_fails_never_stops_a_run(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """With a key that cannot be one, wandb refuses to start."""
+    environment = os.environ | {"WANDB_MODE": "online", "WANDB_API_KEY": "too-short"}
+    command = [sys.executable, "-m", "sft_recipes.cli", "run", str(write_recipe(log={"to": ["wandb"]}))]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+    assert done.returncode == 0, done.stderr
+    [warning] = [line for line in done.stdout.splitlines() if line.startswith("warning: log.to")]
+    assert "wandb failed and is left out from here on" in warning
+    assert "too-short" not in done.stdout
+    assert (tmp_path / "run" / "model").is_dir()
+
+
+def test_a_tracker_that_cannot_be_made_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(logging, "get_reporting_integration_callbacks", lambda names: [lambda: 1 / 0])
+
+    assert logging.trackers(["wandb"], tmp_path, warnings.append) == []
+    assert "cannot be started and is left out: ZeroDivisionError" in warnings[0]
+
+
+def test_lines_where_there_is_no_terminal(write_recipe: WriteRecipe) -> None:
+    _, said = run(write_recipe(log={"every": 1}))
+    lines = [line for line in said.splitlines() if line.startswith("step ")]
+
+    assert [line.split("  ")[0] for line in lines] == ["step 0/3", *(f"step {n}/3" for n in (1, 1, 2, 2, 3, 3))]
+    assert "eval loss" in lines[0]
+    assert "perplexity" in lines[0]
+    for word in ("loss", "lr ", "tokens/s", "GiB", "left"):
+        assert word in lines[1]
+    assert "\x1b" not in said
+
+
+def test_a_bar_on_a_terminal() -> None:
+    from transformers import TrainerControl, TrainerState
+
+    said = io.StringIO()
+    display = logging.Display(Console(file=said, force_terminal=True, width=120))
+    state = TrainerState(max_steps=10, global_step=4)
+    display.on_train_begin(None, state, TrainerControl())
+    display.show({"step": 4, "loss": 1.5, "learning_rate": 1e-4, "tokens_per_second": 100.0, "memory": 1.0})
+    display.on_step_end(None, state, TrainerControl())
+    assert display.progress is not None
+    display.progress.refresh()
+    display.show({"step": 4, "eval_loss": 2.0, "eval_perplexity": 7.4})
+    display.on_train_end(None, state, TrainerControl())
+
+    assert "4/10" in said.getvalue()
+    assert "loss 1.5000" in said.getvalue()
+    assert "eval loss 2.0000" in said.getvalue()
+    assert display.progress is None
+
+
+def test_every_so_many_steps_and_the_last(write_recipe: WriteRecipe) -> None:
+    folder, _ = run(write_recipe(log={"every": 2}, data={"eval": None}), "train.max_steps=5")
+
+    assert [line["step"] for line in metrics(folder)] == [1, 2, 4, 5]
+
+
+def test_tokens_are_those_of_the_data(write_recipe: WriteRecipe) -> None:
+    recipe = write_recipe(data={"eval": None}, train={"max_steps": None, "epochs": 2}, log={"every": 1})
+    folder, _ = run(recipe)
+    tokens = json.loads((folder / "data.json").read_text("utf-8"))["train"]["tokens"]
+
+    assert metrics(folder)[-1]["tokens"] == 2 * tokens
+    assert metrics(folder)[-1]["epoch"] == 2.0

@@ -1,0 +1,183 @@
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from sft_recipes.data import prepare
+from sft_recipes.errors import ModelError
+from sft_recipes.recipe import load
+from sft_recipes.training import model
+from tests.conftest import WriteRecipe
+from tests.data import tokenizers
+
+TINY = Path(__file__).parents[2] / "sft_recipes" / "builtin" / "tiny"
+
+
+@pytest.mark.parametrize(
+    ("kind", "template"),
+    [*((kind, template) for kind in tokenizers.KINDS for template in ("alpaca", "file")), ("chat", "chat")],
+)
+def test_the_chat_template_gives_the_trained_prompt(
+    kind: str, template: str, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    if template == "file":
+        (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(tokenizers.save(kind, tmp_path / "model"))
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    recipe = load.load(
+        write_recipe(
+            data={"template": str(tmp_path / "t.jinja") if template == "file" else template, "overlong": "split"}
+        )
+    ).recipe
+    data = prepare.prepare(recipe, model.light(tokenizer))
+
+    model.set_chat_template(tokenizer, data)
+
+    assert data.prompt is not None
+    assert tokenizer.chat_template is not None
+    assert (
+        tokenizer.apply_chat_template(data.prompt.messages, add_generation_prompt=True, return_dict=False)
+        == data.prompt.ids
+    )
+
+
+def tokenizer_of(special: dict[str, str], *others: str) -> PreTrainedTokenizerFast:
+    """A tokenizer with these special tokens and a vocabulary of two letters."""
+    backend = Tokenizer(models.WordLevel({"a": 0, "b": 1}))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    tokenizer.add_special_tokens({"extra_special_tokens": list(others)})
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("special", "others", "pad"),
+    [
+        ({"eos_token": "</s>", "pad_token": "<pad>"}, [], "<pad>"),  # its own
+        ({"eos_token": "<|eot|>", "bos_token": "<|bot|>"}, ["<|reserved_0|>", "<|right_pad_id|>"], "<|right_pad_id|>"),
+        ({"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}, ["<|vision_pad|>", "<|fim_pad|>"], "<|vision_pad|>"),
+        ({"eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}, [], "<unk>"),  # Llama 2
+        ({"eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "unk_token": "<|endoftext|>"}, [], "<|endoftext|>"),  # SmolLM2
+        ({"eos_token": "</s>", "bos_token": "<s>"}, ["<|reserved_0|>"], "<|reserved_0|>"),
+        ({"eos_token": "<e>", "bos_token": "<e>", "unk_token": "<e>"}, [], "<|pad|>"),  # GPT-2: there is none to take
+    ],
+)  # fmt: skip
+def test_a_pad_token_that_is_not_the_end(special: dict[str, str], others: list[str], pad: str) -> None:
+    tokenizer = tokenizer_of(special, *others)
+    model.set_pad_token(tokenizer)
+
+    assert tokenizer.pad_token == pad
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+
+
+def loaded(recipe: Path, *overrides: str) -> Any:
+    wanted = load.load(recipe, overrides).recipe
+    return model.load_model(wanted, model.load_tokenizer(wanted.model))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_weights_have_the_type_of_the_recipe(write_recipe: WriteRecipe, dtype: str) -> None:
+    assert {p.dtype for p in loaded(write_recipe(), f"model.dtype={dtype}").parameters()} == {getattr(torch, dtype)}
+
+
+@pytest.mark.parametrize(("wanted", "used"), [("auto", "sdpa"), ("sdpa", "sdpa"), ("eager", "eager")])
+def test_attention(write_recipe: WriteRecipe, wanted: str, used: str) -> None:
+    assert loaded(write_recipe(), f"model.attention={wanted}").config._attn_implementation == used
+
+
+def test_adapters_are_those_of_the_recipe(write_recipe: WriteRecipe) -> None:
+    adapted = loaded(
+        write_recipe(),
+        "lora={rank: 3, alpha: 7, dropout: 0.25, target_modules: [q_proj, down_proj], use_rslora: true, use_dora: true}",
+    )
+    layer = adapted.base_model.model.model.layers[1].mlp.down_proj
+    trained = {name.split(".")[-3] for name, p in adapted.named_parameters() if p.requires_grad}
+
+    assert layer.lora_A["default"].weight.shape == (3, 352)
+    assert layer.scaling["default"] == pytest.approx(7 / 3**0.5)
+    assert layer.lora_dropout["default"].p == 0.25
+    assert layer.use_dora["default"]
+    assert trained == {"lora_A", "lora_B", "lora_magnitude_vector"}
+    assert not hasattr(adapted.base_model.model.model.layers[1].mlp.up_proj, "lora_A")
+
+
+def test_all_linear_is_every_linear_layer_but_the_head(write_recipe: WriteRecipe) -> None:
+    adapted = loaded(write_recipe(), "lora={}")
+    with_adapter = {name.split(".")[-1] for name, module in adapted.named_modules() if hasattr(module, "lora_A")}
+
+    assert with_adapter == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_layers_trained_in_full_beside_the_adapters(write_recipe: WriteRecipe) -> None:
+    adapted = loaded(write_recipe(), "lora={modules_to_save: [model.norm]}")
+
+    assert adapted.base_model.model.model.norm.modules_to_save["default"].weight.requires_grad
+    assert model.count_parameters(adapted)[1] == 149_504 + 128
+
+
+def test_what_adapters_train_is_float32(write_recipe: WriteRecipe) -> None:
+    adapted = loaded(write_recipe(), "model.dtype=bfloat16", "lora={modules_to_save: [norm]}")
+    model.keep_trainable_in_float32(adapted)
+
+    assert {p.dtype for p in adapted.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in adapted.parameters() if not p.requires_grad} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
+def test_quantised_layers_and_those_left_out(write_recipe: WriteRecipe, quantization: str) -> None:
+    adapted = loaded(write_recipe(), f"model.quantization={quantization}", "lora={modules_to_save: [up_proj]}")
+    block = adapted.base_model.model.model.layers[0]
+    kind = "Linear8bitLt" if quantization == "int8" else "Linear4bit"
+
+    assert type(block.self_attn.q_proj.base_layer).__name__ == kind
+    assert type(block.mlp.up_proj.modules_to_save["default"]).__name__ == "Linear"
+    assert type(adapted.base_model.model.lm_head).__name__ == "Linear"
+    if quantization != "int8":
+        assert block.self_attn.q_proj.base_layer.weight.quant_type == quantization
+        assert not block.self_attn.q_proj.base_layer.support_avx512bf16_for_cpu
+
+
+def test_new_tokens_have_rows_that_are_trained(write_recipe: WriteRecipe) -> None:
+    full = loaded(write_recipe(), "model.new_tokens=[<a>, <b>]")
+    adapted = loaded(write_recipe(), "model.new_tokens=[<a>, <b>]", "lora={}")
+
+    assert full.get_input_embeddings().weight.shape[0] == 1026
+    [rows] = [p for name, p in adapted.named_parameters() if "trainable_tokens" in name]
+    assert rows.shape == (2, 128)
+    assert rows.requires_grad
+
+
+def test_embeddings_with_rows_to_spare_are_left_as_they_are(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """As in Qwen2.5: 151,665 tokens, 151,936 rows. The new token is trained all the same."""
+    base = LlamaForCausalLM(
+        LlamaConfig(vocab_size=1100, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    )
+    base.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(TINY).save_pretrained(tmp_path / "model")
+    adapted = loaded(write_recipe(model={"name": str(tmp_path / "model")}), "model.new_tokens=[<a>]", "lora={}")
+
+    assert adapted.get_input_embeddings().weight.shape[0] == 1100
+    rows = {name.split(".")[-4]: p.shape for name, p in adapted.named_parameters() if "trainable_tokens" in name}
+    assert rows == {"embed_tokens": (1, 16), "lm_head": (1, 16)}  # the head is not tied, so it has a row of its own
+
+
+def test_remote_code_runs_only_where_the_recipe_says_so(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    shutil.copytree(TINY, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text("utf-8"))
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (tmp_path / "model" / "mine.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class Config(LlamaConfig):\n    model_type = 'mine'\n"
+        "class Model(LlamaForCausalLM):\n    config_class = Config\n",
+        encoding="utf-8",
+    )
+    recipe = write_recipe(model={"name": str(tmp_path / "model")})
+
+    with pytest.raises(ModelError, match=r"read it, then set model\.trust_remote_code: true"):
+        loaded(recipe)
+    assert type(loaded(recipe, "model.trust_remote_code=true")).__name__ == "Model"

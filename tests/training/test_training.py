@@ -1,0 +1,296 @@
+"""Training for real, on the embedded model: accumulation, schedule, validation loss, best checkpoint, failures."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sft_recipes.data import prepare
+from sft_recipes.errors import RunError
+from sft_recipes.recipe import load
+from sft_recipes.training import model, trainer
+from tests.conftest import ROWS, WriteRecipe, metrics, run, write_rows
+
+UNEQUAL = [
+    {"instruction": f"Count to {n}.", "input": "x " * (n % 5), "output": " ".join(str(i) for i in range(n + 1))}
+    for n in range(24)
+]
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradients of the first step, as they are before clipping."""
+
+    def __init__(self) -> None:
+        self.first: dict[str, torch.Tensor] = {}
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        self.first = self.first or {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def build(recipe: Path, *overrides: str) -> trainer.Trainer:
+    wanted = load.load(recipe, overrides).recipe
+    tokenizer = model.load_tokenizer(wanted.model)
+    data = prepare.prepare(wanted, model.light(tokenizer))
+    folder = recipe.parent / "built"
+    folder.mkdir(exist_ok=True)
+    return trainer.build(wanted, model.load_model(wanted, tokenizer), tokenizer, data, folder, Console(quiet=True))
+
+
+@pytest.mark.parametrize("packing", ["none", "bfd"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_accumulation_equals_the_large_batch(
+    write_recipe: WriteRecipe, tmp_path: Path, packing: str, method: str
+) -> None:
+    """1 x 8 and 4 x 2 sequences of unequal lengths: losses and gradients to 1e-5 relative in float32."""
+    write_rows(tmp_path / "train.jsonl", UNEQUAL)
+    sections = {"lora": {"rank": 4}} if method == "lora" else {}
+    recipe = write_recipe(
+        data={"packing": packing, "eval": None, "shuffle": False},
+        train={"max_steps": 2, "global_batch_size": 8, "max_grad_norm": 0.0},
+        log={"every": 1},
+        **sections,
+    )
+    losses, gradients = {}, {}
+    for micro in (8, 2):
+        sft = build(recipe, f"train.micro_batch_size={micro}")
+        kept = Gradients()
+        sft.add_callback(kept)
+        sft.train()
+        losses[micro] = [line["loss"] for line in sft.state.log_history if "loss" in line]
+        gradients[micro] = kept.first
+
+    assert len(losses[8]) == 2
+    assert losses[2] == pytest.approx(losses[8], rel=1e-5)
+    assert gradients[2].keys() == gradients[8].keys()
+    for name, large in gradients[8].items():
+        difference = (gradients[2][name] - large).norm() / large.norm().clamp(min=1e-12)
+        assert difference < 1e-5, name
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "formula"),
+    [
+        ("cosine", lambda x: (1 + math.cos(math.pi * x)) / 2),
+        ("linear", lambda x: 1 - x),
+        ("constant_with_warmup", lambda _: 1.0),
+    ],
+)
+def test_the_rate_of_every_step_is_that_of_the_formula(write_recipe: WriteRecipe, scheduler: str, formula: Any) -> None:
+    steps, warmup = 10, 3
+    folder, _ = run(
+        write_recipe(log={"every": 1}, data={"eval": None}, checkpoint={"every": None}),
+        f"train.max_steps={steps}",
+        "train.warmup_ratio=0.3",
+        f"train.lr_scheduler={scheduler}",
+        "train.micro_batch_size=1",
+        "train.global_batch_size=1",
+    )
+    expected = [
+        step / warmup if step < warmup else formula((step - warmup) / (steps - warmup)) for step in range(steps)
+    ]
+
+    assert [line["learning_rate"] for line in metrics(folder)] == pytest.approx(
+        [1e-3 * rate for rate in expected], rel=1e-6
+    )
+
+
+def test_the_validation_loss_does_not_depend_on_the_micro_batch(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """It is the mean over tokens: rows of unequal lengths in batches of 1, 2 and 5 give the same."""
+    write_rows(tmp_path / "train.jsonl", UNEQUAL)
+    recipe = write_recipe(data={"packing": "none"})
+    losses = [
+        build(recipe, f"train.micro_batch_size={micro}", f"train.global_batch_size={micro}").evaluate()
+        for micro in (1, 2, 5)
+    ]
+
+    assert [line["eval_loss"] for line in losses] == pytest.approx([losses[0]["eval_loss"]] * 3, rel=1e-5)
+    assert losses[0]["eval_perplexity"] == pytest.approx(math.exp(losses[0]["eval_loss"]))
+
+
+def test_the_validation_loss_is_that_of_the_definition(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.jsonl", UNEQUAL)
+    sft = build(write_recipe())
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for row in sft.eval_dataset:
+            start = 0
+            for length in row["seq_lengths"]:  # each document on its own
+                ids = torch.tensor([row["input_ids"][start : start + length]])
+                labels = torch.tensor(row["labels"][start : start + length])
+                logits = sft.model.eval()(input_ids=ids).logits[0, :-1].double()
+                target = labels[1:]
+                picked = torch.nn.functional.cross_entropy(logits[target >= 0], target[target >= 0], reduction="sum")
+                total, count, start = total + picked.item(), count + int((target >= 0).sum()), start + length
+
+    assert sft.evaluate()["eval_loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("packing", ["bfd", "wrapped"])
+def test_packed_documents_do_not_see_each_other(write_recipe: WriteRecipe, packing: str) -> None:
+    """Changing one document of a packed batch leaves the loss of the others as it is."""
+    sft = build(write_recipe(data={"packing": packing, "shuffle": False, "eval": None}))
+    batch = next(iter(sft.get_train_dataloader()))
+    starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
+    assert len(starts) > 2
+    with torch.no_grad():
+        before = sft.model.eval()(**{k: v for k, v in batch.items() if k != "labels"}).logits
+        batch["input_ids"][0, starts[0] : starts[1]] = 7
+        after = sft.model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+
+    assert torch.equal(before[0, starts[1] :], after[0, starts[1] :])
+    assert not torch.equal(before[0, : starts[1]], after[0, : starts[1]])
+
+
+def test_with_cross_document_attention_they_do(write_recipe: WriteRecipe) -> None:
+    sft = build(
+        write_recipe(data={"packing": "wrapped", "cross_document_attention": True, "shuffle": False, "eval": None})
+    )
+    batch = next(iter(sft.get_train_dataloader()))
+    with torch.no_grad():
+        before = sft.model.eval()(**{k: v for k, v in batch.items() if k != "labels"}).logits
+        batch["input_ids"][0, 0] = 7
+        after = sft.model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+
+    assert not torch.equal(before[0, -1], after[0, -1])
+
+
+def test_the_best_checkpoint_is_exported(write_recipe: WriteRecipe) -> None:
+    """A rate far too high makes the last weights worse than those of the first steps."""
+    folder, _ = run(
+        write_recipe(eval={"every": 1}, checkpoint={"every": 4, "export_best": True, "keep": 1}),
+        "train.max_steps=8",
+        "train.learning_rate=0.3",
+        "train.warmup_ratio=0.6",
+        "export.dtype=float32",
+    )
+    losses = {line["step"]: line["eval_loss"] for line in metrics(folder) if "eval_loss" in line and line["step"]}
+    best = min(losses, key=lambda step: losses[step])
+    assert best != 8
+
+    recipe = write_recipe(model={"name": str(folder / "model")})
+    assert build(recipe).evaluate()["eval_loss"] == pytest.approx(losses[best], rel=1e-5)
+    assert (folder / "checkpoints" / f"checkpoint-{best}").is_dir()
+
+
+def test_validation_before_the_first_step_and_at_the_end(write_recipe: WriteRecipe) -> None:
+    folder, said = run(write_recipe(eval={"every": None}), "train.max_steps=5")
+
+    assert [line["step"] for line in metrics(folder) if "eval_loss" in line] == [0, 5]
+    assert "validation loss:" in said
+
+
+def test_checkpoints_are_kept_as_many_as_asked(write_recipe: WriteRecipe) -> None:
+    folder, _ = run(write_recipe(checkpoint={"every": 1, "keep": 2}, data={"eval": None}), "train.max_steps=5")
+
+    assert sorted(child.name for child in (folder / "checkpoints").iterdir()) == ["checkpoint-4", "checkpoint-5"]
+
+
+def test_a_training_that_fails_is_one_line(write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("CUDA error:\nout of luck")
+
+    monkeypatch.setattr(trainer.Trainer, "training_step", fail)
+    with pytest.raises(RunError) as caught:
+        run(write_recipe())
+
+    [line] = caught.value.lines
+    assert line.endswith("run: training failed after step 0: CUDA error: out of luck")
+
+
+def test_stochastic_rounding_moves_weights_that_rounding_leaves(write_recipe: WriteRecipe) -> None:
+    """bfloat16 weights at 1e-5: AdamW leaves most as they are, adamw_8bit_sr moves about as many as it should."""
+    moved = {}
+    for optimizer in ("adamw_torch_fused", "adamw_8bit_sr"):
+        sft = build(
+            write_recipe(model={"dtype": "bfloat16"}, data={"eval": None}),
+            f"train.optimizer={optimizer}",
+            "train.learning_rate=1e-5",
+            "train.lr_scheduler=constant",
+            "train.warmup_ratio=0",
+            "train.max_steps=5",
+        )
+        weight = sft.model.model.layers[0].mlp.up_proj.weight
+        before = weight.detach().clone()
+        sft.train()
+        moved[optimizer] = (weight != before).float().mean().item()
+
+    assert moved["adamw_torch_fused"] < 0.2
+    assert moved["adamw_8bit_sr"] > 1.5 * moved["adamw_torch_fused"]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_bnb_8bit", "lion_8bit", "adafactor", "sgd", "rmsprop"])
+def test_optimizers_by_their_names(write_recipe: WriteRecipe, optimizer: str) -> None:
+    sft = build(write_recipe(), f"train.optimizer={optimizer}", "train.max_steps=8")
+    before = sft.evaluate()["eval_loss"]
+    sft.train()
+
+    assert sft.evaluate()["eval_loss"] < before
+
+
+def test_one_process_takes_one_device(write_recipe: WriteRecipe) -> None:
+    """With several GPUs in sight the Trainer would wrap the model in nn.DataParallel."""
+    assert vars(build(write_recipe()).args)["_n_gpu"] <= 1
+
+
+def test_checkpointing_changes_nothing_but_memory(write_recipe: WriteRecipe) -> None:
+    losses = []
+    for setting in ("false", "true", "2"):
+        sft = build(write_recipe(data={"eval": None}), f"train.gradient_checkpointing={setting}")
+        sft.train()
+        losses.append([line["loss"] for line in sft.state.log_history if "loss" in line])
+
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-6)
+
+
+def test_resume_ends_as_if_never_stopped(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    recipe = write_recipe(
+        lora={"rank": 2, "dropout": 0.1},
+        checkpoint={"every": 2, "keep": 9},
+        log={"every": 1},
+        export={"dtype": "float32"},
+    )
+    whole, _ = run(recipe, "train.max_steps=6", f"output_dir={tmp_path / 'whole'}")
+    stopped, _ = run(recipe, "train.max_steps=6", f"output_dir={tmp_path / 'stopped'}")
+    for step in (4, 6):  # as if it had been killed after step 3: checkpoint 2 is the newest
+        import shutil
+
+        shutil.rmtree(stopped / "checkpoints" / f"checkpoint-{step}")
+    run(recipe, "train.max_steps=6", f"output_dir={stopped}", resume=True)
+
+    same = ("step", "loss", "learning_rate", "eval_loss", "tokens")
+    assert [[line.get(k) for k in same] for line in metrics(stopped)] == [
+        [line.get(k) for k in same] for line in metrics(whole)
+    ]
+    assert (stopped / "model" / "model.safetensors").read_bytes() == (
+        whole / "model" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_seeds_decide(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    recipe = write_recipe(lora={"rank": 2}, data={"eval": None}, export={"merge": False})
+    weights = [
+        (
+            run(recipe, f"train.seed={seed}", f"output_dir={tmp_path / name}")[0]
+            / "adapter"
+            / "adapter_model.safetensors"
+        ).read_bytes()
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    ]
+
+    assert weights[0] == weights[1]
+    assert weights[0] != weights[2]
+
+
+def test_rows_are_those_of_the_recipe(write_recipe: WriteRecipe) -> None:
+    assert len(ROWS) == 24
+    sft = build(write_recipe(data={"packing": "none"}))
+
+    assert len(sft.train_dataset) == 18
+    assert len(sft.eval_dataset) == 6
