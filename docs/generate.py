@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from sft_recipes import cli
 from sft_recipes.recipe.load import expectation, schema_of, section_class
-from sft_recipes.recipe.schema import Recipe, Source
+from sft_recipes.recipe.schema import Recipe, WeightedSource
 
 DOCS = Path(__file__).parent
 
@@ -40,8 +40,8 @@ def recipe_page() -> str:
                 "",
                 "### data.train as a list",
                 "",
-                *_doc(Source),
-                *_table(Source.model_fields, ("data", "train", 0)),
+                *_doc(WeightedSource),
+                *_table(WeightedSource.model_fields, ("data", "train", 0)),
             ]
     lines += ["", "## Besides the sections", "", *_table(top, ())]
     return "\n".join(lines) + "\n"

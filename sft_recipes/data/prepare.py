@@ -16,7 +16,7 @@ from sft_recipes.data.accounting import Account, SourceAccount, percentiles
 from sft_recipes.data.formats import Example
 from sft_recipes.data.tokens import Document, Encoder, LightTokenizer
 from sft_recipes.errors import DataError
-from sft_recipes.recipe.schema import Data, Recipe, Source
+from sft_recipes.recipe.schema import Data, Recipe, Source, WeightedSource
 
 if TYPE_CHECKING:
     import pyarrow
@@ -113,7 +113,7 @@ def prepare(recipe: Recipe, tokenizer: LightTokenizer) -> Prepared:
     data, rng = recipe.data, random.Random(recipe.train.seed)
     problems: list[str] = []
     train = [_read(source, data, problems) for source in train_sources(data)]
-    held_out = [_read(Source(path=data.eval), data, problems)] if isinstance(data.eval, str) else []
+    held_out = [_read(source, data, problems, sources.HELD_OUT) for source in eval_sources(data)]
     _raise(problems)
     if isinstance(data.eval, float):
         held_out = _set_aside(train, data.eval, rng)
@@ -126,8 +126,8 @@ def prepare(recipe: Recipe, tokenizer: LightTokenizer) -> Prepared:
         )
     encoder = Encoder(tokenizer)
     way = {found: _way(data, found, tokenizer, encoder) for found in formats_found}
-    for read in train:
-        _weigh(read, rng)
+    for read, source in zip(train, train_sources(data), strict=True):
+        read.examples = _weighted(read.examples, source.weight, rng)
     limited = [(train, data.max_train_samples, data.shuffle), (held_out, data.max_eval_samples, False)]
     for reads, most, shuffle in limited:
         _limit(reads, most, rng if shuffle else None)
@@ -156,15 +156,22 @@ def read(source: Source, data: Data) -> list[Example]:
     return examples
 
 
-def train_sources(data: Data) -> list[Source]:
-    """`data.train` as sources, each with the format and columns that hold for it."""
+def train_sources(data: Data) -> list[WeightedSource]:
+    """The sources of training rows."""
     listed = [data.train] if isinstance(data.train, str) else data.train
-    return [Source(path=source) if isinstance(source, str) else source for source in listed]
+    return [WeightedSource(path=source) if isinstance(source, str) else source for source in listed]
+
+
+def eval_sources(data: Data) -> list[Source]:
+    """The source of validation rows; none where they are set aside from the training rows."""
+    if isinstance(data.eval, str):
+        return [Source(path=data.eval)]
+    return [data.eval] if isinstance(data.eval, Source) else []
 
 
 def every_source(data: Data) -> list[Source]:
     """The sources of training and validation rows."""
-    return train_sources(data) + ([Source(path=data.eval)] if isinstance(data.eval, str) else [])
+    return [*train_sources(data), *eval_sources(data)]
 
 
 def fingerprints(recipe: Recipe) -> dict[str, str]:
@@ -177,12 +184,12 @@ def fingerprints(recipe: Recipe) -> dict[str, str]:
 # --- Rows ------------------------------------------------------------------------------------------------------------
 
 
-def _read(source: Source, data: Data, problems: list[str]) -> _Read:
+def _read(source: Source, data: Data, problems: list[str], splits: tuple[str, ...] = sources.TRAIN) -> _Read:
     """Examples of one source; rows that cannot be read are added to `problems`."""
     columns = {**data.columns, **source.columns}
     found: str | None = source.format or data.format
     examples: list[Example] = []
-    for row in sources.read(source.path):
+    for row in sources.read(source.path, source.name, (source.split,) if source.split else splits):
         try:
             if isinstance(row, DataError):
                 raise row
@@ -228,11 +235,10 @@ def _set_aside(train: list[_Read], fraction: float, rng: random.Random) -> list[
     return [read for read in held_out if read.examples]
 
 
-def _weigh(read: _Read, rng: random.Random) -> None:
-    """Repeat the rows as often as the source's weight says; of a fraction, a random part."""
-    whole, part = divmod(read.source.weight, 1)
-    some = rng.sample(read.examples, round(part * len(read.examples)))
-    read.examples = read.examples * int(whole) + some
+def _weighted(examples: list[Example], weight: float, rng: random.Random) -> list[Example]:
+    """Each row as often as the weight says; of a fraction, a random part."""
+    whole, part = divmod(weight, 1)
+    return examples * int(whole) + rng.sample(examples, round(part * len(examples)))
 
 
 def _limit(reads: list[_Read], most: int | None, rng: random.Random | None) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 from sft_recipes.errors import DataError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+TRAIN = ("train",)  # of a hub data set's splits, those that are meant where none is named: the first that is there
+HELD_OUT = ("validation", "test")
 BUILTIN = Path(__file__).parent.parent / "builtin"
 
 
@@ -66,15 +68,18 @@ def fingerprint(path: str) -> str:
     return digest.hexdigest()
 
 
-def read(path: str) -> Iterator[Row | DataError]:
+def read(path: str, name: str | None = None, splits: tuple[str, ...] = TRAIN) -> Iterator[Row | DataError]:
     """The rows of all files that `path` means; a row that cannot be read comes as the error that says why.
 
-    A file that cannot be read at all raises DataError.
+    Of a hub data set, those of its configuration `name` and of the first of `splits` that it has. A file that cannot be
+    read at all raises DataError.
     """
     found = files(path)
     if found is None:
-        yield from _hub(path)
+        yield from _hub(path, name, splits)
         return
+    if name is not None or splits not in (TRAIN, HELD_OUT):
+        raise DataError(f"{path}: name and split choose from a data set on the hub, and this is a file; leave them out")
     for file in found:
         kind = _kind(file)
         if kind is None:
@@ -162,19 +167,28 @@ def _parquet(file: Path) -> Iterator[Row | DataError]:
         raise DataError(f"{file}: not a valid parquet file: {error}") from None
 
 
-def _hub(name: str) -> Iterator[Row | DataError]:
+def _hub(path: str, name: str | None, splits: tuple[str, ...]) -> Iterator[Row | DataError]:
     import datasets
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     try:
-        rows = datasets.load_dataset(name, split="train")
+        there = datasets.get_dataset_split_names(path, name)
+        split = next((wanted for wanted in splits if wanted in there), there[0] if len(there) == 1 else None)
+        if split is None or (splits not in (TRAIN, HELD_OUT) and split not in splits):
+            raise DataError(
+                f"{path}: no split {' or '.join(map(repr, splits))} on the hub, it has {', '.join(map(repr, there))}; "
+                f"choose one with {{path: {path}, split: {there[0]}}}"
+            )
+        rows = datasets.load_dataset(path, name, split=split)
+    except DataError:
+        raise
     except (OSError, ValueError, RuntimeError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = " ".join(str(error).split())[:300]
         raise DataError(
-            f"{name}: no such file, and not to be had from the hub either ({type(error).__name__}: {reason})"
+            f"{path}: no such file, and not to be had from the hub either ({type(error).__name__}: {reason})"
         ) from None
     for number, values in enumerate(rows, start=1):
-        yield Row(f"{name}:row {number}", values)
+        yield Row(f"{path}:{split}:row {number}", values)
 
 
 def _row(place: str, values: Any) -> Row | DataError:

@@ -50,25 +50,34 @@ class Model(_Section):
 
 
 class Source(_Section):
-    """One of several sources of training rows."""
+    """Where rows come from."""
 
     path: str
     """Path, glob, `builtin:` name or hub id."""
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    """How often the rows are seen in an epoch: 2 is twice, 0.5 a random half."""
+    name: str | None = None
+    """Of a hub data set's configurations, which; null: the only one."""
+    split: str | None = None
+    """Of a hub data set's splits, which; null: train, of data.eval validation or test."""
     format: Format | None = None
     """As `data.format`, for this source."""
     columns: dict[str, str] = {}
     """As `data.columns`, for this source."""
 
 
+class WeightedSource(Source):
+    """One of several sources of training rows."""
+
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """How often the rows are seen in an epoch: 2 is twice, 0.5 a random half."""
+
+
 class Data(_Section):
     """What it is trained on."""
 
-    train: str | list[str | Source]
-    """Path, glob, `builtin:` name, hub id, or a list of these or of {path, weight, format, columns}."""
-    eval: Annotated[float, Field(gt=0, lt=1)] | str | None = 0.02
-    """Fraction of the training rows to set aside, path, hub id, or null: no validation."""
+    train: str | list[str | WeightedSource]
+    """Path, glob, `builtin:` name, hub id, or a list of these or of {path, weight, name, split, format, columns}."""
+    eval: Annotated[float, Field(gt=0, lt=1)] | str | Source | None = 0.02
+    """Fraction of the training rows to set aside, path, hub id, {path, name, split, format, columns}, or null: none."""
     format: Format | None = None
     """Null: found from the columns."""
     columns: dict[str, str] = {}

@@ -22,7 +22,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from sft_recipes.data.prepare import Prepared
 from sft_recipes.data.templates import BOS
 from sft_recipes.data.tokens import LightTokenizer
-from sft_recipes.errors import ModelError
+from sft_recipes.errors import ModelError, RunError
 from sft_recipes.recipe import model_files, schema
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.recipe.upstream import installed
@@ -267,6 +267,13 @@ def _as_model_error(name: str, what: str) -> Iterator[None]:
         raise
     except Exception as error:  # their types are many: OSError, ValueError, KeyError, HTTP errors, SafetensorError
         reason = " ".join(str(error).split())
+        if is_out_of_memory(error):
+            raise RunError(f"model.name: {name}: out of memory while its {what} were loaded: {reason[:300]}") from error
         if "trust_remote_code" in reason:
             reason = "it is Python code that comes with the model; read it, then set model.trust_remote_code: true"
         raise ModelError(f"model.name: {name}: its {what} cannot be loaded: {reason[:300]}") from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Of a device, which torch has a type for, or of the host, for which its CPU allocator has only words."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

@@ -32,7 +32,7 @@ from sft_recipes.recipe.check import STOCHASTIC_ROUNDING, TORCHAO
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.training import checkpoints
 from sft_recipes.training.logging import Display, Metrics, trackers
-from sft_recipes.training.model import count_parameters, keep_trainable_in_float32
+from sft_recipes.training.model import count_parameters, is_out_of_memory, keep_trainable_in_float32
 from sft_recipes.training.preflight import check_isolation
 from sft_recipes.training.samples import Samples, questions
 
@@ -170,7 +170,8 @@ def build(
         # torchao compiles its step, which on a CPU takes a C++ compiler and minutes.
         torch.compiler.set_stance("force_eager")
     if keep_seq_lengths:
-        check_isolation(trainer)
+        with _as_recipe_error(f"model.name: {recipe.model.name}: it cannot run on the first rows"):
+            check_isolation(trainer)
     # Made here rather than with the first step, so that a name that cannot be used costs nothing.
     with _as_recipe_error(f"train.optimizer: {recipe.train.optimizer}"):
         trainer.create_optimizer()
@@ -222,20 +223,35 @@ def train(trainer: Trainer, run_dir: Path, *, resume: bool) -> None:
         raise
     except Exception as error:
         step = trainer.state.global_step
-        raise RunError(f"{run_dir}: training failed after step {step}: {_line(error)}") from error
+        raise RunError(
+            f"{run_dir}: training failed after step {step}: {_line(error)}{_memory_remedy(error)}"
+        ) from error
 
 
 @contextmanager
 def _as_recipe_error(what: str) -> Iterator[None]:
-    """What the libraries refuse of the recipe, in one line."""
+    """What the libraries refuse of the recipe, in one line; RunError where it is memory that is lacking."""
     try:
         yield
+    except SFTRecipeError:
+        raise
     except (ImportError, TypeError, ValueError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise RunError(f"out of memory before the first step: {_line(error)}{_memory_remedy(error)}") from error
         raise RecipeError(f"{what}: {_line(error)}") from error
 
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:400] or type(error).__name__
+
+
+def _memory_remedy(error: Exception) -> str:
+    if not is_out_of_memory(error):
+        return ""
+    return (
+        "; what takes less memory: a smaller train.micro_batch_size or data.max_length, train.gradient_checkpointing: true, "
+        "an optimizer with 8-bit states, lora, model.quantization"
+    )
 
 
 class _SaveBest(TrainerCallback):

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from trl import SFTConfig
 
+from sft_recipes.errors import RecipeError, RunError
 from sft_recipes.planning.steps import Steps, count
 from sft_recipes.recipe import load
 from sft_recipes.recipe.upstream import OWNED
@@ -101,3 +103,11 @@ def test_without_validation(write_recipe: WriteRecipe) -> None:
 
     assert made.eval_strategy == "no"
     assert not made.eval_on_start
+
+
+def test_too_little_memory_is_no_fault_of_the_recipe() -> None:
+    said = r"out of memory before the first step: .*; what takes less memory: a smaller"
+    with pytest.raises(RunError, match=said), trainer._as_recipe_error("trl"):
+        torch.empty(2**60, dtype=torch.uint8)
+    with pytest.raises(RecipeError, match="trl: no"), trainer._as_recipe_error("trl"):
+        raise RuntimeError("no")
