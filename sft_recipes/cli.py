@@ -180,6 +180,9 @@ def _quiet(debug: bool) -> None:
     """Keep the libraries' chatter from between our lines, and their pings from the network."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # On a CPU, torch's threads spin while they wait for each other. With another program on the same cores that is time
+    # taken from the one waited for: small models trained 4 times faster with less of it, and 8 % slower without the other.
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     if debug:
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
