@@ -1,3 +1,20 @@
-"""Fine-tune a language model from one YAML recipe, and trust the result."""
+"""Fine-tune a language model from one YAML recipe, and trust the result.
+
+`PackedSFTDataset` and `iterate_batches` are the classic packed data set as a library; they import torch when first used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sft_recipes.data.classic import PackedSFTDataset, iterate_batches
 
 __version__ = "0.1.0"
+__all__ = ["PackedSFTDataset", "__version__", "iterate_batches"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("PackedSFTDataset", "iterate_batches"):
+        from sft_recipes.data import classic
+
+        return getattr(classic, name)
+    raise AttributeError(f"module 'sft_recipes' has no attribute '{name}'")

@@ -1,16 +1,22 @@
-"""`sft-recipe check`: all that can be known of a run without torch."""
+"""`sft-recipe check` and `preview`: all that can be known of a run without torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
+
+from sft_recipes import run_folder
 from sft_recipes.data import prepare, sources, tokens
+from sft_recipes.data import preview as showing
 from sft_recipes.data.tokens import LightTokenizer
-from sft_recipes.errors import InputError, RecipeError
+from sft_recipes.errors import InputError, ModelError, RecipeError
 from sft_recipes.planning.steps import count
 from sft_recipes.recipe import model_files
-from sft_recipes.recipe.check import verdict_on
+from sft_recipes.recipe.check import accepted, verdict_on
 from sft_recipes.recipe.schema import Model, Recipe
+
+_SECONDS = 2.0  # of tokenising a source; what is found then is found in its first rows
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,36 @@ def check(recipe_file: str, overrides: Sequence[str] = ()) -> Findings:
             problems += [line for line in error.lines if line not in problems]
     if problems:
         raise RecipeError(*problems)
-    return Findings(lines, verdict.warnings)
+    assert loaded is not None
+    used = run_folder.in_the_way(loaded.recipe.output_dir)  # a problem of the next run, none of a finished one's recipe
+    return Findings(lines, verdict.warnings + ([loaded.placed(used)] if used else []))
+
+
+def preview(
+    recipe_file: str,
+    overrides: Sequence[str],
+    number: int,
+    rows: Sequence[int],
+    *,
+    ids: bool,
+    console: Console | None = None,
+) -> None:
+    """Print the tokens of `number` random training sequences, or of those that hold `rows`. Raises InputError."""
+    loaded, _ = accepted(recipe_file, overrides)
+    console = console or Console(highlight=False, soft_wrap=True)
+    with loaded.placing_errors():
+        tokenizer, missing = _tokenizer(loaded.recipe.model)
+        if tokenizer is None:
+            raise ModelError(f"model.name: {missing}")
+        # All rows where one is looked for, else as many as there is time for.
+        train = prepare.prepare(loaded.recipe, tokenizer, seconds=None if rows else _SECONDS).train
+        numbers = showing.choose(train, number, rows, loaded.recipe.train.seed)
+        console.print(train.account.lines("train")[-1], highlight=False)
+        if not console.is_terminal:
+            console.print(showing.LEGEND, markup=False)
+        console.print()
+        for text in showing.show(train, numbers, tokenizer.backend, colours=console.is_terminal, ids=ids):
+            console.print(text)
 
 
 def _examine_data(recipe: Recipe) -> list[str]:
@@ -50,12 +85,13 @@ def _examine_data(recipe: Recipe) -> list[str]:
             *(f"data: {path}: {number:,} rows" for path, number in rows),
             f"tokens and steps are not counted: {missing}",
         ]
-    data = prepare.prepare(recipe, tokenizer)
-    steps = count(recipe, len(data.train))
+    data = prepare.prepare(recipe, tokenizer, seconds=_SECONDS)
+    steps = count(recipe, round(len(data.train) / data.share))
+    about = "" if data.share == 1 else "about "
     return [
         *data.lines(),
-        f"steps: {steps.total:,} of {recipe.sequences_per_step} sequences, {steps.warmup:,} of them warmup; "
-        f"{steps.per_epoch:,} an epoch",
+        f"steps: {about}{steps.total:,} of {recipe.sequences_per_step} sequences, {steps.warmup:,} of them warmup; "
+        f"{about}{steps.per_epoch:,} an epoch",
     ]
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -28,6 +29,7 @@ RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="Path of a rec
 Overrides = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Replace a key, such as train.learning_rate=1e-4.")
 ]
+NoCache = Annotated[bool, typer.Option("--no-cache", help="Tokenise again, and keep nothing of it.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and what the libraries print.")]
 
 
@@ -46,6 +48,7 @@ def run(
     recipe: RecipeFile,
     overrides: Overrides = [],  # noqa: B006  # typer reads the default, nothing changes it
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")] = False,
+    no_cache: NoCache = False,
     debug: Debug = False,
 ) -> None:
     """Train, validate, export: the run directory holds everything."""
@@ -55,7 +58,7 @@ def run(
     _quiet(debug)
     from sft_recipes.run import run as start
 
-    start(recipe, overrides, resume=resume)
+    start(recipe, overrides, resume=resume, cached=not no_cache)
 
 
 @app.command()
@@ -70,6 +73,22 @@ def check(recipe: RecipeFile, overrides: Overrides = [], debug: Debug = False) -
     for warning in findings.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     print(f"{recipe}: good")
+
+
+@app.command()
+def preview(
+    recipe: RecipeFile,
+    overrides: Overrides = [],  # noqa: B006
+    number: Annotated[int, typer.Option("-n", min=1, help="How many sequences, at random.")] = 3,
+    rows: Annotated[list[int], typer.Option("--row", help="Instead, those that hold this row of the data.")] = [],  # noqa: B006
+    ids: Annotated[bool, typer.Option("--ids", help="Show token ids too.")] = False,
+    debug: Debug = False,
+) -> None:
+    """The exact tokens of some sequences: what is trained on, and where documents begin."""
+    _quiet(debug)
+    from sft_recipes.checks import preview as start
+
+    start(recipe, overrides, number, rows, ids=ids)
 
 
 @app.command()
@@ -103,8 +122,12 @@ def merge(
     debug: Debug = False,
 ) -> None:
     """Merge LoRA weights into the base model."""
-    if dtype not in ("bfloat16", "float16", "float32"):
-        raise RecipeError(f"--dtype {dtype}: expected bfloat16, float16 or float32")
+    from sft_recipes.recipe.load import expectation, schema_of
+
+    for option, value in (("dtype", dtype), ("max_shard_size", max_shard_size)):
+        wanted = schema_of(("export", option))
+        if not re.fullmatch(wanted.get("pattern", "|".join(wanted.get("enum", []))), value):
+            raise RecipeError(f"--{option.replace('_', '-')} {value}: expected {expectation(wanted)}")
     from sft_recipes.recipe import model_files
 
     found = model_files.find_adapter(adapter)

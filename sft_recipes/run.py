@@ -10,25 +10,37 @@ from sft_recipes.data import prepare
 from sft_recipes.export.outputs import export
 from sft_recipes.recipe import check
 from sft_recipes.report import page, words
-from sft_recipes.training import model, trainer
+from sft_recipes.training import checkpoints, model, trainer
 
 
 def run(
-    recipe_file: str, overrides: Sequence[str] = (), *, resume: bool = False, console: Console | None = None
+    recipe_file: str,
+    overrides: Sequence[str] = (),
+    *,
+    resume: bool = False,
+    cached: bool = True,
+    console: Console | None = None,
 ) -> Path:
     """Train, validate and export what a recipe says; returns the run directory, which holds everything.
 
     `overrides` are `key=value` as --set takes them. Raises InputError (a line a problem) where recipe, data, model or
-    output directory are wrong, and then leaves nothing behind; RunError where training or export failed.
+    output directory are wrong, and then leaves nothing behind; RunError where training or export failed. Without `cached`
+    the data is tokenised again, and nothing of it kept.
     """
     console = console or Console()
     loaded, warnings = check.accepted(recipe_file, overrides)
     recipe = loaded.recipe
     words.warn(console, warnings)
     with loaded.placing_errors(), run_folder.opened(recipe.output_dir, resume=resume) as folder:
+        data_now = prepare.fingerprints(recipe)
+        checkpoint = None
+        if resume:
+            run_folder.refuse_changes(folder, recipe, data_now)
+            checkpoint = checkpoints.newest(folder)
+
         # What it is trained on
         tokenizer = model.load_tokenizer(recipe.model)
-        data = prepare.prepare(recipe, model.light(tokenizer))
+        data = prepare.prepare(recipe, model.light(tokenizer), cached=cached)
         model.set_chat_template(tokenizer, data)
         words.say(console, data.lines())
 
@@ -36,10 +48,10 @@ def run(
         network = model.load_model(recipe, tokenizer)
         sft = trainer.build(recipe, network, tokenizer, data, folder, console)
         words.say(console, trainer.facts(recipe, sft))
-        run_folder.describe(folder, recipe_file, recipe, data.as_dict(), prepare.fingerprints(recipe), trainer.device())
+        run_folder.describe(folder, recipe_file, recipe, data.as_dict(), data_now, trainer.device())
 
         # The training itself
-        trainer.train(sft, folder, resume=resume)
+        trainer.train(sft, folder, checkpoint)
 
         # What comes out
         export(recipe, sft.model, tokenizer, data.stops, folder)

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sft_recipes.errors import InputError, OutputError
+from sft_recipes.errors import InputError, OutputError, RecipeError
 from sft_recipes.recipe.schema import Recipe
 
 LIBRARIES = (
@@ -21,22 +21,32 @@ LIBRARIES = (
 )  # fmt: skip
 
 
+def in_the_way(output_dir: str, *, resume: bool = False) -> str | None:
+    """What a run directory cannot be, or could only be with `resume`; None where nothing is in the way."""
+    folder = Path(output_dir).expanduser()
+    if folder.exists() and not folder.is_dir():
+        return f"output_dir: {folder} is a file; choose another with --set output_dir=DIR"
+    held = sorted(child.name for child in folder.iterdir()) if folder.is_dir() else []
+    if held and not resume:
+        return (
+            f"output_dir: {folder} is in use (it holds {', '.join(held[:4])}{', ...' if len(held) > 4 else ''}); continue "
+            "that run with --resume, choose another directory with --set output_dir=DIR, or remove it"
+        )
+    return None
+
+
 @contextmanager
 def opened(output_dir: str, *, resume: bool) -> Iterator[Path]:
-    """The run directory, made where it is not there. What was made is removed again where the input turns out wrong.
+    """The run directory, made where it is not there. What was made is removed again where the input turns out wrong
+    before the training has begun.
 
     Raises OutputError where it is in use (without `resume`), where there is nothing to resume, or it cannot be made.
     """
     folder = Path(output_dir).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"output_dir: {folder} is a file; choose another with --set output_dir=DIR")
+    if problem := in_the_way(output_dir, resume=resume):
+        raise OutputError(problem)
     held = sorted(child.name for child in folder.iterdir()) if folder.is_dir() else []
-    if held and not resume:
-        raise OutputError(
-            f"output_dir: {folder} is in use (it holds {', '.join(held[:4])}{', ...' if len(held) > 4 else ''}); continue "
-            "that run with --resume, choose another directory with --set output_dir=DIR, or remove it"
-        )
-    if resume and not held:
+    if resume and "manifest.json" not in held:
         raise OutputError(f"output_dir: {folder} holds no run to resume; start it without --resume")
     made = next((parent for parent in reversed([folder, *folder.parents]) if not parent.exists()), None)
     try:
@@ -46,11 +56,46 @@ def opened(output_dir: str, *, resume: bool) -> Iterator[Path]:
     try:
         yield folder
     except InputError:
-        if not held:
+        if not held and not (folder / "manifest.json").exists():
             shutil.rmtree(made or folder, ignore_errors=True)
             if made is None:
                 folder.mkdir()
         raise
+
+
+def refuse_changes(folder: Path, recipe: Recipe, fingerprints: dict[str, str]) -> None:
+    """A run is resumed as it was begun. Raises RecipeError with every key, and data source, that is another now."""
+    before, now = (_flat(values) for values in (_json(folder / "recipe.resolved.json"), recipe.resolved()))
+    data = _json(folder / "manifest.json").get("data", {})
+    changed = [
+        f"{key}: {json.dumps(now.get(key))} now, and {json.dumps(before.get(key))} in the run that is to be resumed"
+        for key in dict.fromkeys([*before, *now])
+        if before.get(key) != now.get(key) and key != "output_dir"
+    ]
+    changed += [
+        f"{path}: its content has changed since the run began"
+        for path in fingerprints
+        if fingerprints[path] != data.get(path)
+    ]
+    if changed:
+        raise RecipeError(
+            *changed, f"{folder} is resumed with what it was begun with, or another output_dir started anew"
+        )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of nested sections."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
+    return flat
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{file}: cannot be read: {error}; start again in another output_dir") from None
 
 
 def describe(

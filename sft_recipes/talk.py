@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sft_recipes.errors import ModelError
 from sft_recipes.export import load
 from sft_recipes.recipe import model_files
 from sft_recipes.training.generate import answer, prompt_ids
+from sft_recipes.training.model import as_model_error
 
 
 def talk(path: Path, prompt: str, input: str = "", *, max_new_tokens: int, temperature: float) -> str:
@@ -21,14 +23,20 @@ def talk(path: Path, prompt: str, input: str = "", *, max_new_tokens: int, tempe
     if model_files.is_adapter(folder):
         model, tokenizer = load.adapted(folder, "auto")
     else:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        with as_model_error(str(folder), "tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        with as_model_error(str(folder), "weights"):
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True)
     message: dict[str, Any] = {"role": "user", "content": prompt, **({"input": input} if input else {})}
+    ids = prompt_ids(tokenizer, [message], raw=_trained_on_text(path))
+    limit = model_files.positions(model.config.to_dict())
+    if limit is not None and len(ids) >= limit:
+        raise ModelError(f"{path}: the prompt has {len(ids)} tokens, and the model {limit} positions")
     [text] = answer(
         model.to(torch.accelerator.current_accelerator() or "cpu"),
         tokenizer,
-        [prompt_ids(tokenizer, [message], raw=_trained_on_text(path))],
-        max_new_tokens=max_new_tokens,
+        [ids],
+        max_new_tokens=min(max_new_tokens, limit - len(ids)) if limit else max_new_tokens,
         stops=load.stops(folder, tokenizer),
         temperature=temperature,
     )

@@ -27,6 +27,12 @@ ROWS = [
 WriteRecipe = Callable[..., Path]
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Nothing is taken from, or left in, the user's cache."""
+    os.environ["SFT_RECIPES_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 def write_rows(file: Path, rows: Iterable[Any] = ROWS) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 @dataclass
 class SourceAccount:
-    """One source. Rows read = kept + dropped; tokens are those of the kept rows, after cutting."""
+    """One source. Rows = kept + dropped; tokens are those in sequences, trained_tokens those among them that have a label."""
 
     path: str
     format: str
@@ -18,12 +19,15 @@ class SourceAccount:
     rows: int = 0
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)  # reason -> rows
+    duplicates: int = 0  # rows whose tokens are those of an earlier row
+    empty_answers: int = 0
     truncated_rows: int = 0
-    cut_tokens: int = 0
     split_rows: int = 0
+    cut_tokens: int = 0  # of kept rows, but not in a sequence
     tokens: int = 0
     trained_tokens: int = 0
-    lengths: list[int] = field(default_factory=list)  # of the rows read, before cutting
+    lengths: dict[str, int] = field(default_factory=dict)  # percentiles over the rows, before cutting
+    sampled: str = ""  # where not all rows were read: what was
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -33,13 +37,28 @@ class SourceAccount:
             "rows": self.rows,
             "kept": self.kept,
             "dropped": dict(self.dropped),
+            "duplicates": self.duplicates,
+            "empty_answers": self.empty_answers,
             "truncated_rows": self.truncated_rows,
-            "cut_tokens": self.cut_tokens,
             "split_rows": self.split_rows,
+            "cut_tokens": self.cut_tokens,
             "tokens": self.tokens,
             "trained_tokens": self.trained_tokens,
-            "length": percentiles(self.lengths),
+            "length": self.lengths,
         }
+
+    def line(self) -> str:
+        """The account in words."""
+        facts = [f"{self.rows:,} rows of {self.format} as {self.template}"]
+        facts += [self.sampled] if self.sampled else []
+        facts += [f"{count:,} dropped ({reason})" for reason, count in self.dropped.items()]
+        facts += [f"{self.duplicates:,} the same as an earlier one"] if self.duplicates else []
+        facts += [f"{self.empty_answers:,} without an answer"] if self.empty_answers else []
+        facts += [f"{self.truncated_rows:,} truncated"] if self.truncated_rows else []
+        facts += [f"{self.split_rows:,} split"] if self.split_rows else []
+        facts += [f"{self.cut_tokens:,} tokens cut"] if self.cut_tokens else []
+        spread = ", ".join(f"{name} {length:,}" for name, length in self.lengths.items())
+        return f"{self.path}: {', '.join(facts)}; tokens a row: {spread}"
 
 
 @dataclass
@@ -49,7 +68,7 @@ class Account:
     sources: list[SourceAccount] = field(default_factory=list)
     sequences: int = 0
     packing: str = "none"
-    fill: float = 0.0  # tokens / (sequences x max_length)
+    max_length: int = 0
 
     @property
     def tokens(self) -> int:
@@ -58,6 +77,11 @@ class Account:
     @property
     def trained_tokens(self) -> int:
         return sum(source.trained_tokens for source in self.sources)
+
+    @property
+    def fill(self) -> float:
+        """Tokens / (sequences x max_length)."""
+        return self.tokens / (self.sequences * self.max_length) if self.sequences else 0.0
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -71,25 +95,16 @@ class Account:
 
     def lines(self, name: str) -> list[str]:
         """The account in words, a line a source and one for all."""
-        lines = []
-        for source in self.sources:
-            facts = [f"{source.rows:,} rows of {source.format} as {source.template}"]
-            facts += [f"{count:,} dropped ({reason})" for reason, count in source.dropped.items()]
-            if source.truncated_rows:
-                facts.append(f"{source.truncated_rows:,} truncated ({source.cut_tokens:,} tokens cut)")
-            if source.split_rows:
-                facts.append(f"{source.split_rows:,} split")
-            lines.append(f"{name}: {source.path}: {', '.join(facts)}")
-        lines.append(
+        return [
+            *(f"{name}: {source.line()}" for source in self.sources),
             f"{name}: {self.tokens:,} tokens, {self.trained_tokens:,} trained on, in {self.sequences:,} sequences "
-            f"(packing {self.packing}, {self.fill:.1%} full)"
-        )
-        return lines
+            f"(packing {self.packing}, {self.fill:.1%} full)",
+        ]
 
 
-def percentiles(lengths: Sequence[int]) -> dict[str, int]:
+def percentiles(lengths: Sequence[int] | NDArray[np.int64]) -> dict[str, int]:
     """Smallest, median, 90th and 99th percentile, largest; {} of nothing."""
-    if not lengths:
+    if not len(lengths):
         return {}
     values = np.percentile(lengths, [0, 50, 90, 99, 100], method="higher").astype(int).tolist()
     return dict(zip(("min", "p50", "p90", "p99", "max"), values, strict=True))

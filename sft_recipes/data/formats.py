@@ -1,5 +1,7 @@
 """What a row of the data says, whatever its columns are called."""
 
+import contextlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +17,8 @@ NEEDS = {
 }
 # Other usual names of the same columns, looked for when the recipe does not rename.
 ALSO = {"completion": ("response",), "messages": ("conversations",)}
-_ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's words
+_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}  # ShareGPT's words
+_WEIGHTS = ("weight", "train")  # of single messages, in other tools
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +28,14 @@ class Example:
     place: str  # file:line
     messages: list[dict[str, Any]] = field(default_factory=list)
     text: str = ""
+    tools: list[Any] | None = None  # functions that the assistant may call, for templates that have a place for them
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is no answer in it."""
+        if not self.messages:
+            return not self.text.strip()
+        return not self.messages[-1]["content"].strip() and "tool_calls" not in self.messages[-1]
 
 
 def find_format(row: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:
@@ -32,10 +43,24 @@ def find_format(row: Mapping[str, Any], columns: Mapping[str, str]) -> str | Non
     return next((name for name, needs in NEEDS.items() if all(_column(row, need, columns) for need in needs)), None)
 
 
+def columns_of(format: str) -> tuple[str, ...]:
+    """The columns that `columns` can rename in rows of a format."""
+    return (*NEEDS[format], "input") if format == "alpaca" else NEEDS[format]
+
+
+def unknown(row: Mapping[str, Any], place: str) -> str:
+    """The problem of a row that no format fits."""
+    needs = " or ".join("+".join(needs) for needs in NEEDS.values())
+    return (
+        f"{place}: cannot tell the format from the columns {', '.join(map(repr, row))}; expected {needs}; "
+        "rename with data.columns, such as {prompt: YOUR_COLUMN, completion: YOUR_COLUMN}"
+    )
+
+
 def to_example(row: Mapping[str, Any], format: str, columns: Mapping[str, str], place: str) -> Example:
     """Read `row` as `format`. Raises DataError where a column is missing or holds something else than text."""
     if format == "messages":
-        return Example(place, _messages(row, columns, place))
+        return Example(place, _messages(row, columns, place), tools=_tools(row, place))
     if format == "text":
         return Example(place, text=_text(row, "text", columns, place))
     if format == "alpaca":
@@ -82,11 +107,54 @@ def _messages(row: Mapping[str, Any], columns: Mapping[str, str], place: str) ->
     for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, Mapping):
             raise DataError(f"{place}: message {number} must have 'role' and 'content', got {_short(turn)}")
-        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise DataError(f"{place}: message {number} must have a text 'role' and 'content', got {_short(turn)}")
-        messages.append({"role": _ROLES.get(role, role), "content": content})
+        messages.append(_message(turn, f"{place}: message {number}"))
     return messages
+
+
+def _message(turn: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """`role` and `content`, and whatever else a template may ask for; of tool calls, arguments that are JSON are read."""
+    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    calls = turn.get("tool_calls")
+    if isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
+        content = "".join(str(part.get("text", "")) for part in content)
+    if content is None and calls:
+        content = ""
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise DataError(f"{place} must have a text 'role' and 'content', got {_short(turn)}")
+    if found := next((key for key in _WEIGHTS if turn.get(key) is not None), None):
+        raise DataError(f"{place} has '{found}', which is not supported; choose with data.train_on, and take it out")
+    others = {key: value for key, value in turn.items() if key not in ("role", "from", "content", "value")}
+    message: dict[str, Any] = {"role": _ROLES.get(role, role), "content": content}
+    message |= {key: value for key, value in others.items() if value is not None}
+    if calls:
+        if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+            raise DataError(f"{place}: 'tool_calls' must be a list of objects, got {_short(calls)}")
+        message["tool_calls"] = [_call(call) for call in calls]
+    return message
+
+
+def _call(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool call whose arguments are an object: OpenAI writes them as JSON, templates expect what it means."""
+    inner = call.get("function")
+    if isinstance(inner, Mapping):
+        return {**call, "function": _call(inner)}
+    arguments = call.get("arguments")
+    if isinstance(arguments, str):
+        with contextlib.suppress(ValueError):
+            arguments = json.loads(arguments)
+    return {**call, "arguments": arguments} if "arguments" in call else dict(call)
+
+
+def _tools(row: Mapping[str, Any], place: str) -> list[Any] | None:
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except ValueError:
+            raise DataError(f"{place}: 'tools' must be a list of functions, got {_short(tools)}") from None
+    if tools is not None and not isinstance(tools, list):
+        raise DataError(f"{place}: 'tools' must be a list of functions, got {_short(tools)}")
+    return tools or None
 
 
 def _names(row: Mapping[str, Any]) -> str:

@@ -1,77 +1,26 @@
-"""The way of the data: sources → examples → text → token ids → sequences, with an account of every row and token."""
+"""The way of the data: sources → examples → text → documents of token ids → sequences, and an account of every one."""
 
-import random
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
+import hashlib
+import time
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from sft_recipes.data import formats, packing, sources, templates
-from sft_recipes.data.accounting import Account, SourceAccount, percentiles
+from sft_recipes.data import cache, formats, sources, templates
+from sft_recipes.data.accounting import SourceAccount
 from sft_recipes.data.formats import Example
-from sft_recipes.data.tokens import Document, Encoder, LightTokenizer
+from sft_recipes.data.sequences import Chosen, Ints, Sequences, lay_out
+from sft_recipes.data.tokens import Documents, Encoder, LightTokenizer
 from sft_recipes.errors import DataError
 from sft_recipes.recipe.schema import Data, Recipe, Source, WeightedSource
 
-if TYPE_CHECKING:
-    import pyarrow
-
-IGNORED = -100  # the label of a token that is not trained on, as torch's cross entropy has it
 _SHOWN = 20  # problems of the data that are listed; the rest are counted
-_BATCH = 1000
-
-
-@dataclass
-class Sequences:
-    """Documents laid out in sequences, and the account of them."""
-
-    documents: list[Document]
-    layout: list[list[packing.Piece]]
-    account: Account
-    isolated: bool  # documents in one sequence do not see each other
-
-    def __len__(self) -> int:
-        return len(self.layout)
-
-    def table(self) -> "pyarrow.Table":
-        """One row a sequence: input_ids, labels (not shifted; IGNORED where not trained), seq_lengths.
-
-        `seq_lengths` are the lengths of what sees itself alone: the documents, or the whole sequence. The first token of
-        each has no context within it, so it is not trained on.
-        """
-        import pyarrow
-
-        ids: list[NDArray[np.int32]] = []
-        labels: list[NDArray[np.int32]] = []
-        lengths: list[int] = []
-        token_offsets, piece_offsets = [0], [0]
-        for pieces in self.layout:
-            for document, start, end in pieces:
-                piece, trained = self.documents[document].ids[start:end], self.documents[document].trained[start:end]
-                ids.append(piece)
-                labels.append(np.where(trained, piece, np.int32(IGNORED)))
-                if self.isolated or (document, start, end) == pieces[0]:
-                    labels[-1][0] = IGNORED
-            sizes = [end - start for _, start, end in pieces]
-            lengths += sizes if self.isolated else [sum(sizes)]
-            token_offsets.append(token_offsets[-1] + sum(sizes))
-            piece_offsets.append(len(lengths))
-
-        def lists(values: Any, offsets: list[int]) -> "pyarrow.ListArray":
-            return pyarrow.LargeListArray.from_arrays(pyarrow.array(offsets, pyarrow.int64()), pyarrow.array(values))
-
-        return pyarrow.table(
-            {
-                "input_ids": lists(np.concatenate(ids), token_offsets),
-                "labels": lists(np.concatenate(labels), token_offsets),
-                "seq_lengths": lists(np.array(lengths, dtype=np.int32), piece_offsets),
-            }
-        )
+_BATCH = 1000  # rows that are tokenised at once
 
 
 @dataclass(frozen=True)
@@ -91,6 +40,7 @@ class Prepared:
     chat_template: str | None  # for the exported tokenizer; None: the tokenizer keeps what it has
     stops: list[int]  # tokens that end the documents, the most frequent first
     prompt: Prompt | None  # one that was trained on, to check the chat template with
+    share: float  # of the training rows that were read; below 1 where time ran out
 
     def as_dict(self) -> dict[str, Any]:
         return {"train": self.train.account.as_dict(), "eval": self.eval.account.as_dict() if self.eval else None}
@@ -99,60 +49,59 @@ class Prepared:
         return self.train.account.lines("train") + (self.eval.account.lines("eval") if self.eval else [])
 
 
-@dataclass
-class _Read:
-    """One source, read."""
+def prepare(
+    recipe: Recipe, tokenizer: LightTokenizer, *, cached: bool = True, seconds: float | None = None
+) -> Prepared:
+    """Everything from files to sequences. Raises DataError with a line for each of the first problems.
 
-    source: Source
-    format: str
-    examples: list[Example]
-
-
-def prepare(recipe: Recipe, tokenizer: LightTokenizer) -> Prepared:
-    """Everything from files to sequences. Raises DataError with a line for each of the first problems."""
-    data, rng = recipe.data, random.Random(recipe.train.seed)
-    problems: list[str] = []
-    train = [_read(source, data, problems) for source in train_sources(data)]
-    held_out = [_read(source, data, problems, sources.HELD_OUT) for source in eval_sources(data)]
-    _raise(problems)
-    if isinstance(data.eval, float):
-        held_out = _set_aside(train, data.eval, rng)
-
-    formats_found = {read.format for read in [*train, *held_out]}
-    if data.template is None and "messages" in formats_found and len(formats_found) > 1:
-        raise DataError(
-            f"data.train: the sources are {' and '.join(sorted(formats_found))}; say with data.template which one "
-            "template they share"
-        )
+    `cached` takes tokenised sources from the cache, and puts them there. `seconds` ends the tokenising of each source
+    after that time: what is prepared then is a sample, its first rows.
+    """
+    data, rng = recipe.data, np.random.default_rng(recipe.train.seed)
+    opened, train_count = _open_all(data), len(train_sources(data))
     encoder = Encoder(tokenizer)
-    way = {found: _way(data, found, tokenizer, encoder) for found in formats_found}
-    for read, source in zip(train, train_sources(data), strict=True):
-        read.examples = _weighted(read.examples, source.weight, rng)
-    limited = [(train, data.max_train_samples, data.shuffle), (held_out, data.max_eval_samples, False)]
-    for reads, most, shuffle in limited:
-        _limit(reads, most, rng if shuffle else None)
+    firsts = {rows.format or "": first for rows, first in reversed(opened)}
+    _refuse_two_templates(data, firsts)
+    ways = {found: _way(data, found, first, tokenizer, encoder) for found, first in firsts.items()}
+    tokenised = _tokenise_all(opened, data, ways, encoder, tokenizer, cached=cached, seconds=seconds)
+    train, held_out = tokenised[:train_count], tokenised[train_count:]
 
-    train_sequences = _sequences(train, data, encoder, way, rng if data.shuffle else None)
+    rows = [np.arange(len(each.documents)) for each in train]
+    eval_rows = [np.arange(len(each.documents)) for each in held_out]
+    if isinstance(data.eval, float):
+        held_out, eval_rows = train, _set_aside([len(each.documents) for each in train], data.eval, rng)
+        rows = [np.setdiff1d(all_rows, aside) for all_rows, aside in zip(rows, eval_rows, strict=True)]
+    weights = [source.weight for source in train_sources(data)]
+    rows = [_weighted(some, weight, rng) for some, weight in zip(rows, weights, strict=True)]
+    rows = _limited(rows, data.max_train_samples, rng if data.shuffle else None)
+    eval_rows = _limited(eval_rows, data.max_eval_samples, None)
+    if not sum(map(len, rows)):
+        raise DataError("data.train: no rows are left to train on; look at the weights, and at data.eval")
+
+    train_sequences = lay_out(_chosen(train, rows), data, rng if data.shuffle else None)
     if not train_sequences.account.trained_tokens:
         raise DataError("data.train: no token of the whole data set is trained on; check data.format and data.train_on")
-    eval_sequences = _sequences(held_out, data, encoder, way, None) if held_out else None
+    eval_sequences = lay_out(chosen, data, None) if (chosen := _chosen(held_out, eval_rows, only_some=True)) else None
     if eval_sequences is not None and not eval_sequences.account.trained_tokens:
         raise DataError("data.eval: no token of the validation rows is trained on; validation would be empty")
-    stops = Counter(document.stop for document in train_sequences.documents)
+    spoken = next((each for each in train if each.way.chat_source is not None), None)
     return Prepared(
         train_sequences,
         eval_sequences,
-        way[train[0].format].chat_source,
-        [stop for stop, _ in stops.most_common()],
-        _trained_prompt(train[0], data, encoder, tokenizer),
+        spoken.way.chat_source if spoken else None,
+        _most_frequent_first(
+            np.concatenate([each.documents.stops[some] for each, some in zip(train, rows, strict=True)])
+        ),
+        _trained_prompt(spoken, data, encoder, tokenizer) if spoken else None,
+        sum(len(each.documents) for each in train) / sum(each.total for each in train),
     )
 
 
 def read(source: Source, data: Data) -> list[Example]:
     """Examples of one source. Raises DataError with a line for each of the first rows that cannot be read."""
-    problems: list[str] = []
-    examples = _read(source, data, problems).examples
-    _raise(problems)
+    rows = _Rows(source, data, sources.TRAIN)
+    examples = list(rows)
+    _raise(rows.problems)
     return examples
 
 
@@ -176,82 +125,118 @@ def every_source(data: Data) -> list[Source]:
 
 def fingerprints(recipe: Recipe) -> dict[str, str]:
     """SHA-256 of every source's content."""
-    paths = [source.path for source in every_source(recipe.data)]
-    paths += [recipe.eval.generate] if isinstance(recipe.eval.generate, str) else []
-    return {path: sources.fingerprint(path) for path in paths}
+    found = {}
+    for each, splits in _with_splits(recipe.data):
+        found[each.path] = sources.fingerprint(each.path, each.name, splits)
+    if isinstance(recipe.eval.generate, str):
+        found[recipe.eval.generate] = sources.fingerprint(recipe.eval.generate)
+    return found
+
+
+def _with_splits(data: Data) -> list[tuple[Source, tuple[str, ...]]]:
+    """Every source with the splits of a hub data set that are meant by it."""
+    train: list[Source] = list(train_sources(data))
+    usual = [(train, sources.TRAIN), (eval_sources(data), sources.HELD_OUT)]
+    return [(source, (source.split,) if source.split else splits) for listed, splits in usual for source in listed]
 
 
 # --- Rows ------------------------------------------------------------------------------------------------------------
 
 
-def _read(source: Source, data: Data, problems: list[str], splits: tuple[str, ...] = sources.TRAIN) -> _Read:
-    """Examples of one source; rows that cannot be read are added to `problems`."""
-    columns = {**data.columns, **source.columns}
-    found: str | None = source.format or data.format
-    examples: list[Example] = []
-    for row in sources.read(source.path, source.name, (source.split,) if source.split else splits):
-        try:
-            if isinstance(row, DataError):
-                raise row
-            if found is None:
-                found = formats.find_format(row.values, columns)
-            if found is None:
-                raise DataError(
-                    f"{row.place}: cannot tell the format from the columns {', '.join(map(repr, row.values))}; expected "
-                    + " or ".join("+".join(needs) for needs in formats.NEEDS.values())
-                    + "; rename with data.columns, such as {prompt: YOUR_COLUMN, completion: YOUR_COLUMN}"
-                )
-            examples.append(formats.to_example(row.values, found, columns, row.place))
-        except DataError as error:
-            problems += error.lines
-            if found is None:
-                break
-    if not examples and not problems:
-        raise DataError(f"{source.path}: no rows")
-    return _Read(source, found or "text", examples)
+class _Rows:
+    """The examples of one source. What is wrong with the other rows is found in `problems` afterwards."""
+
+    def __init__(self, source: Source, data: Data, splits: tuple[str, ...]) -> None:
+        self.source, self.splits = source, splits
+        self.columns = {**data.columns, **source.columns}
+        self.format: str | None = source.format or data.format  # None until the first row is read
+        self.problems: list[str] = []
+
+    def __iter__(self) -> Iterator[Example]:
+        nothing = True
+        for row in sources.read(self.source.path, self.source.name, self.splits):
+            nothing = False
+            try:
+                if isinstance(row, DataError):
+                    raise row
+                if self.format is None:
+                    self.format = formats.find_format(row.values, self.columns)
+                if self.format is None:
+                    self.problems.append(formats.unknown(row.values, row.place))
+                    return
+                yield formats.to_example(row.values, self.format, self.columns, row.place)
+            except DataError as error:
+                self.problems += error.lines
+        if nothing:
+            raise DataError(f"{self.source.path}: no rows")
+
+    def places(self, numbers: Collection[int]) -> dict[int, str]:
+        """`file:line` of examples, counted from 0."""
+        rows = islice(sources.read(self.source.path, self.source.name, self.splits), max(numbers) + 1)
+        return {n: row.place for n, row in enumerate(rows) if n in numbers and isinstance(row, sources.Row)}
 
 
-def _raise(problems: list[str]) -> None:
+def _raise(problems: Sequence[str]) -> None:
     if problems:
         more = [f"... and {len(problems) - _SHOWN:,} more rows like these"] if len(problems) > _SHOWN else []
         raise DataError(*problems[:_SHOWN], *more)
 
 
-def _set_aside(train: list[_Read], fraction: float, rng: random.Random) -> list[_Read]:
-    """Take a random `fraction` of all rows, at least one, out of the training sources."""
-    total = sum(len(read.examples) for read in train)
+def _open_all(data: Data) -> list[tuple[_Rows, Example]]:
+    """Every source with its first example, by which its format is known."""
+    opened = []
+    problems: list[str] = []
+    for source, splits in _with_splits(data):
+        rows = _Rows(source, data, splits)
+        try:
+            first = next(iter(rows), None)
+        except DataError as error:
+            problems += error.lines
+            continue
+        if first is None:
+            problems += rows.problems
+        else:
+            opened.append((_Rows(source, data, splits), first))
+            opened[-1][0].format = rows.format
+    used = {name for rows, _ in opened for name in formats.columns_of(rows.format or "")}
+    if opened and (unused := [name for name in data.columns if name not in used]):
+        found = " and ".join(sorted({rows.format or "" for rows, _ in opened}))
+        problems.append(f"data.columns: no source has use for '{unused[0]}': the rows were read as {found}")
+    _raise(problems)
+    return opened
+
+
+def _set_aside(sizes: Sequence[int], fraction: float, rng: np.random.Generator) -> list[Ints]:
+    """Random rows of each source, a `fraction` of all and at least one."""
+    total = sum(sizes)
     count = max(1, round(fraction * total))
     if count >= total:
         raise DataError(
             f"data.eval: {fraction} of {total} rows leaves nothing to train on; set data.eval: null, or give more rows"
         )
-    chosen = set(rng.sample(range(total), count))
-    held_out, start = [], 0
-    for read in train:
-        numbered = list(enumerate(read.examples, start))
-        start += len(numbered)
-        held_out.append(replace(read, examples=[example for number, example in numbered if number in chosen]))
-        read.examples = [example for number, example in numbered if number not in chosen]
-    return [read for read in held_out if read.examples]
+    return _by_source(np.sort(rng.choice(total, count, replace=False)), sizes)
 
 
-def _weighted(examples: list[Example], weight: float, rng: random.Random) -> list[Example]:
+def _weighted(rows: Ints, weight: float, rng: np.random.Generator) -> Ints:
     """Each row as often as the weight says; of a fraction, a random part."""
     whole, part = divmod(weight, 1)
-    return examples * int(whole) + rng.sample(examples, round(part * len(examples)))
+    some = rng.choice(rows, round(part * len(rows)), replace=False)
+    return np.sort(np.concatenate([np.repeat(rows, int(whole)), some]))
 
 
-def _limit(reads: list[_Read], most: int | None, rng: random.Random | None) -> None:
-    """Keep `most` rows over all sources: random ones, or without `rng` the first."""
-    total = sum(len(read.examples) for read in reads)
-    if most is None or most >= total:
-        return
-    chosen = set(rng.sample(range(total), most) if rng else range(most))
-    start = 0
-    for read in reads:
-        numbered = list(enumerate(read.examples, start))
-        start += len(numbered)
-        read.examples = [example for number, example in numbered if number in chosen]
+def _limited(rows: list[Ints], most: int | None, rng: np.random.Generator | None) -> list[Ints]:
+    """`most` rows over all sources: random ones, or without `rng` the first."""
+    sizes = [len(some) for some in rows]
+    if most is None or most >= sum(sizes):
+        return rows
+    chosen = np.sort(rng.choice(sum(sizes), most, replace=False)) if rng else np.arange(most)
+    return [some[which] for some, which in zip(rows, _by_source(chosen, sizes), strict=True)]
+
+
+def _by_source(numbers: Ints, sizes: Sequence[int]) -> list[Ints]:
+    """Numbers of rows counted over all sources, as numbers within each."""
+    edges = np.cumsum([0, *sizes])
+    return [numbers[(numbers >= a) & (numbers < b)] - a for a, b in pairwise(edges)]
 
 
 # --- Text and tokens -------------------------------------------------------------------------------------------------
@@ -266,7 +251,26 @@ class _Way:
     chat_source: str | None  # the same as a chat template; None: the text is not made of messages
 
 
-def _way(data: Data, found: str, tokenizer: LightTokenizer, encoder: Encoder) -> _Way:
+@dataclass(frozen=True)
+class _Tokenised:
+    """One source as token ids, as far as it was read."""
+
+    rows: _Rows
+    way: _Way
+    first: Example
+    documents: Documents
+    total: int  # rows there are
+
+
+def _refuse_two_templates(data: Data, found: Collection[str]) -> None:
+    if data.template is None and "messages" in found and len(found) > 1:
+        raise DataError(
+            f"data.train: the sources are {' and '.join(sorted(found))}; say with data.template which one "
+            "template they share"
+        )
+
+
+def _way(data: Data, found: str, first: Example, tokenizer: LightTokenizer, encoder: Encoder) -> _Way:
     name = data.template or ("chat" if found == "messages" else "alpaca")
     if found == "text":
         if data.template is not None:
@@ -283,11 +287,23 @@ def _way(data: Data, found: str, tokenizer: LightTokenizer, encoder: Encoder) ->
         source = tokenizer.chat_template
     else:
         source = _template_file(name)
-    if encoder.bos and "bos_token" not in source:  # each document begins with BOS where the tokenizer adds one
+    bos = tokenizer.specials.get("bos_token")
+    chat = templates.Chat(source, data.train_on, tokenizer.specials, tokenizer.special_texts)
+    # Each document begins with BOS where the tokenizer adds one, and the template does not.
+    if encoder.bos and bos and not _renders(chat, first).startswith(bos):
         source = templates.BOS + source
+        chat = templates.Chat(source, data.train_on, tokenizer.specials, tokenizer.special_texts)
     if name == "alpaca" and found != "messages":
         return _Way(name, templates.Alpaca(data.train_on), source)
-    return _Way(name, templates.Chat(source, data.train_on, tokenizer.specials, tokenizer.special_texts), source)
+    return _Way(name, chat, source)
+
+
+def _renders(chat: templates.Chat, example: Example) -> str:
+    """The text of a row, "" where the template refuses it: that is said with all other rows that are wrong."""
+    try:
+        return chat.render(example.messages, example.place)
+    except DataError:
+        return ""
 
 
 def _template_file(name: str) -> str:
@@ -299,106 +315,111 @@ def _template_file(name: str) -> str:
         ) from None
 
 
-def _sequences(
-    reads: list[_Read], data: Data, encoder: Encoder, way: dict[str, _Way], rng: random.Random | None
-) -> Sequences:
-    account = Account(packing=data.packing)
-    documents: list[Document] = []
-    overlong: list[Document] = []
-    for read in reads:
-        source = SourceAccount(read.source.path, read.format, way[read.format].name)
-        account.sources.append(source)
-        for document in _encode(read.examples, way[read.format].render, encoder):
-            source.rows += 1
-            source.lengths.append(len(document.ids))
-            if len(document.ids) > data.max_length and data.packing != "wrapped" and data.overlong == "error":
-                overlong.append(document)
-                continue
-            documents += _fit(document, data, source)
-    if overlong:
-        raise DataError(_overlong_message(overlong, account, data.max_length))
-    if rng:
-        rng.shuffle(documents)
-    lengths = [len(document.ids) for document in documents]
-    if data.packing == "bfd":
-        layout = packing.best_fit_decreasing(lengths, data.max_length)
-    elif data.packing == "wrapped":
-        layout = packing.wrapped(lengths, data.max_length)
-    else:
-        layout = packing.one_each(lengths)
-    account.sequences = len(layout)
-    account.fill = sum(lengths) / (len(layout) * data.max_length) if layout else 0.0
-    return Sequences(documents, layout, account, isolated=not data.cross_document_attention)
-
-
-def _encode(examples: Sequence[Example], render: templates.Template, encoder: Encoder) -> Iterator[Document]:
+def _tokenise_all(
+    opened: Sequence[tuple[_Rows, Example]],
+    data: Data,
+    ways: dict[str, _Way],
+    encoder: Encoder,
+    tokenizer: LightTokenizer,
+    *,
+    cached: bool,
+    seconds: float | None,
+) -> list[_Tokenised]:
+    tokenised = []
     problems: list[str] = []
-    remaining = iter(examples)
-    while batch := list(islice(remaining, _BATCH)):
-        rendered = []
-        for example in batch:
-            try:
-                rendered.append(render(example))
-            except DataError as error:
-                problems += error.lines
-        if len(problems) >= _SHOWN:
-            break
-        if not problems:
-            yield from encoder.encode(rendered)
-    if problems:
-        raise DataError(*problems[:_SHOWN])
+    of_tokenizer = hashlib.sha256(tokenizer.backend.to_str().encode()).hexdigest() if cached else ""
+    for rows, first in opened:
+        assert rows.format is not None
+        way, source = ways[rows.format], rows.source
+        name = None
+        if cached:
+            content = sources.fingerprint(source.path, source.name, rows.splits)
+            name = cache.key(
+                content=content, path=source.path, format=rows.format, columns=rows.columns, way=way.name,
+                template=way.chat_source, train_on=data.train_on, tokenizer=of_tokenizer, specials=dict(tokenizer.specials),
+            )  # fmt: skip
+        work = _Work(rows, way.render, encoder, seconds)
+        try:
+            documents = cache.stored(name, work.batches, lambda work=work: not work.cut_short)  # type: ignore[misc]
+        except DataError as error:
+            problems += error.lines
+            continue
+        total = sources.count(source.path, source.name, rows.splits) if work.cut_short else len(documents)
+        tokenised.append(_Tokenised(rows, way, first, documents, total))
+    _raise(problems)
+    return tokenised
 
 
-def _fit(document: Document, data: Data, account: SourceAccount) -> Iterable[Document]:
-    """The document in pieces that fit, and what had to go for it."""
-    length, most = len(document.ids), data.max_length
-    pieces = [document]
-    if length > most and (data.packing != "wrapped" or data.overlong in ("drop", "truncate")):
-        if data.overlong == "drop":
-            account.dropped["overlong"] += 1
-            return []
-        if data.overlong == "truncate":
-            account.truncated_rows += 1
-            account.cut_tokens += length - most
-            pieces = [_cut(document, 0, most)]
-        else:
-            account.split_rows += 1
-            pieces = [_cut(document, start, end) for start, end in packing.split(length, most)]
-    # The first token of a document is never predicted.
-    pieces = [piece for piece in pieces if piece.trained[1:].any()]
-    if not pieces:
-        account.dropped["no trained token"] += 1
-        return []
-    account.kept += 1
-    account.tokens += sum(len(piece.ids) for piece in pieces)
-    account.trained_tokens += sum(int(piece.trained[1:].sum()) for piece in pieces)
-    return pieces
+class _Work:
+    """Tokenises the rows of a source, as long as there is time."""
+
+    def __init__(self, rows: _Rows, render: templates.Template, encoder: Encoder, seconds: float | None) -> None:
+        self.rows, self.render, self.encoder = rows, render, encoder
+        self.deadline = None if seconds is None else time.monotonic() + seconds
+        self.cut_short = False
+
+    def batches(self) -> Iterator[Documents]:
+        """Documents of a thousand rows at a time; one batch is encoded while the next is read.
+
+        Raises DataError with everything that is wrong with the rows.
+        """
+        problems: list[str] = []
+        examples = iter(self.rows)
+        waiting: Future[Documents] | None = None
+        with ThreadPoolExecutor(1) as pool:
+            while batch := list(islice(examples, _BATCH)):
+                rendered = []
+                for example in batch:
+                    try:
+                        rendered.append(self.render(example))
+                    except DataError as error:
+                        problems += error.lines
+                if problems or self.rows.problems:
+                    continue  # nothing will come of it; what else is wrong is still worth knowing
+                encoding = pool.submit(self.encoder.encode, rendered)
+                if waiting is not None:
+                    yield waiting.result()
+                waiting = encoding
+                if self.deadline is not None and time.monotonic() > self.deadline:
+                    self.cut_short = next(examples, None) is not None
+                    break
+            if self.rows.problems or problems:
+                raise DataError(*self.rows.problems, *problems)
+            if waiting is not None:
+                yield waiting.result()
 
 
-def _cut(document: Document, start: int, end: int) -> Document:
-    return replace(document, ids=document.ids[start:end], trained=document.trained[start:end])
+def _chosen(tokenised: Sequence[_Tokenised], rows: Sequence[Ints], *, only_some: bool = False) -> list[Chosen]:
+    """Rows of each source, with an account to be filled; `only_some` leaves out sources of which there are none."""
+    chosen = []
+    for each, some in zip(tokenised, rows, strict=True):
+        account = SourceAccount(each.rows.source.path, each.rows.format or "", each.way.name)
+        if each.total > len(each.documents):
+            account.sampled = f"of the first {len(each.documents):,} of about {each.total:,}"
+        if len(some) or not only_some:
+            chosen.append(Chosen(each.documents, some, account, each.rows.places))
+    return chosen
 
 
-def _overlong_message(overlong: list[Document], account: Account, most: int) -> str:
-    lengths = [length for source in account.sources for length in source.lengths]
-    spread = percentiles(lengths)
-    longest = max(overlong, key=lambda document: len(document.ids))
-    return (
-        f"data.max_length: {len(overlong):,} of {len(lengths):,} rows are longer than {most} tokens: half of all have up to "
-        f"{spread['p50']}, 90 % up to {spread['p90']}, 99 % up to {spread['p99']}, the longest {spread['max']} "
-        f"({longest.place}); set data.max_length to one of these, or data.overlong: drop, truncate or split"
-    )
+def _most_frequent_first(stops: Ints) -> list[int]:
+    values, counts = np.unique(stops, return_counts=True)
+    return [int(stop) for stop in values[np.argsort(-counts, kind="stable")]]
 
 
-def _trained_prompt(read: _Read, data: Data, encoder: Encoder, tokenizer: LightTokenizer) -> Prompt | None:
-    """The prompt of the first row as it is trained on; None for plain text, which has none."""
-    way = _way(data.model_copy(update={"train_on": "completion"}), read.format, tokenizer, encoder)
-    if way.chat_source is None:
-        return None
-    rendered = way.render(read.examples[0])
-    [document] = encoder.encode([rendered])
-    messages = read.examples[0].messages[:-1]
+def _trained_prompt(tokenised: _Tokenised, data: Data, encoder: Encoder, tokenizer: LightTokenizer) -> Prompt | None:
+    """A plain prompt as it is trained on: a made-up one, or where the template wants another kind that of the first row."""
+    completion = data.model_copy(update={"train_on": "completion"})
+    found, first = tokenised.rows.format or "", tokenised.first
+    way = _way(completion, found, first, tokenizer, encoder)
+    made_up = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    try:
+        example = Example("", made_up)
+        rendered = way.render(example)
+    except DataError:
+        example = first
+        rendered = way.render(example)
+    ids, trained = encoder.encode([rendered])[0]
+    messages = example.messages[:-1]
     return Prompt(
-        templates.as_chat(messages) if rendered.writes_specials else messages,
-        document.ids[: int(document.trained.argmax())].tolist(),
+        templates.as_chat(messages) if rendered.writes_specials else messages, ids[: int(trained.argmax())].tolist()
     )

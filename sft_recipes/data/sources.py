@@ -45,7 +45,7 @@ def files(path: str) -> list[Path] | None:
         if not matches:
             raise DataError(f"{path}: no file matches this pattern (working directory {Path.cwd()})")
         return matches
-    file = Path(path)
+    file = Path(path).expanduser()
     if file.is_file():
         return [file]
     if file.is_dir():
@@ -53,19 +53,43 @@ def files(path: str) -> list[Path] | None:
         if not inside:
             raise DataError(f"{path}: this directory holds no data files ({', '.join(SUFFIXES)}, each also .gz)")
         return inside
-    if _kind(file) or path.count("/") > 1 or file.is_absolute():
+    if _kind(file) or path.count("/") > 1 or path.startswith((".", "/", "~")):
         raise DataError(f"{path}: no such file (working directory {Path.cwd()})")
     return None
 
 
-def fingerprint(path: str) -> str:
-    """SHA-256 over the content of the files that `path` means; of a hub id, over its name."""
+def fingerprint(path: str, name: str | None = None, splits: tuple[str, ...] = TRAIN) -> str:
+    """SHA-256 over the content that `path` means, as `read` takes it."""
+    digest = hashlib.sha256()
     found = files(path)
-    digest = hashlib.sha256(b"" if found else path.encode())
     for file in found or []:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
+    if found is None:
+        for batch in _from_hub(path, name, splits)[0].data.table.to_batches():
+            for buffer in (buffer for column in batch.columns for buffer in column.buffers() if buffer):
+                digest.update(buffer)
     return digest.hexdigest()
+
+
+def count(path: str, name: str | None = None, splits: tuple[str, ...] = TRAIN) -> int:
+    """About how many rows there are, without reading them: lines where there are lines."""
+    found = files(path)
+    if found is None:
+        return len(_from_hub(path, name, splits)[0])
+    return sum(_count(file) for file in found)
+
+
+def _count(file: Path) -> int:
+    if _kind(file) == ".parquet":
+        from pyarrow import parquet
+
+        with _bytes(file) as stream:
+            return int(parquet.ParquetFile(stream).metadata.num_rows)
+    with _bytes(file) as stream:
+        if _kind(file) == ".json":
+            return len(json.loads(stream.read().decode("utf-8-sig")))
+        return sum(part.count(b"\n") for part in iter(lambda: stream.read(1 << 20), b""))
 
 
 def read(path: str, name: str | None = None, splits: tuple[str, ...] = TRAIN) -> Iterator[Row | DataError]:
@@ -167,7 +191,14 @@ def _parquet(file: Path) -> Iterator[Row | DataError]:
         raise DataError(f"{file}: not a valid parquet file: {error}") from None
 
 
-def _hub(path: str, name: str | None, splits: tuple[str, ...]) -> Iterator[Row | DataError]:
+def _hub(path: str, name: str | None, splits: tuple[str, ...]) -> Iterator[Row]:
+    rows, split = _from_hub(path, name, splits)
+    for number, values in enumerate(rows, start=1):
+        yield Row(f"{path}:{split}:row {number}", values)
+
+
+def _from_hub(path: str, name: str | None, splits: tuple[str, ...]) -> tuple[Any, str]:
+    """A data set on the hub, as `datasets` keeps it, and which of its splits that is."""
     import datasets
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
@@ -179,7 +210,7 @@ def _hub(path: str, name: str | None, splits: tuple[str, ...]) -> Iterator[Row |
                 f"{path}: no split {' or '.join(map(repr, splits))} on the hub, it has {', '.join(map(repr, there))}; "
                 f"choose one with {{path: {path}, split: {there[0]}}}"
             )
-        rows = datasets.load_dataset(path, name, split=split)
+        return datasets.load_dataset(path, name, split=split), split
     except DataError:
         raise
     except (OSError, ValueError, RuntimeError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled) as error:
@@ -187,8 +218,6 @@ def _hub(path: str, name: str | None, splits: tuple[str, ...]) -> Iterator[Row |
         raise DataError(
             f"{path}: no such file, and not to be had from the hub either ({type(error).__name__}: {reason})"
         ) from None
-    for number, values in enumerate(rows, start=1):
-        yield Row(f"{path}:{split}:row {number}", values)
 
 
 def _row(place: str, values: Any) -> Row | DataError:

@@ -6,8 +6,10 @@ tokens itself: the encoder reads them from the text, and an example whose own te
 could end a turn that the data did not end.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from importlib import resources
 from typing import Any
 
@@ -35,6 +37,7 @@ class Rendered:
     text: str
     trained: list[tuple[int, int]]
     writes_specials: bool
+    empty: bool = False  # nothing but white space is there to be answered
 
 
 Template = Callable[[Example], Rendered]
@@ -62,12 +65,14 @@ class Alpaca:
         user, assistant = example.messages
         prompt = alpaca_prompt(user["content"], user.get("input", ""))
         text = prompt + assistant["content"]
-        return Rendered(example.place, text, [(0 if self.train_all else len(prompt), len(text))], writes_specials=False)
+        trained = [(0 if self.train_all else len(prompt), len(text))]
+        return Rendered(example.place, text, trained, writes_specials=False, empty=example.empty)
 
 
 def plain(example: Example) -> Rendered:
     """Plain text, all of it trained on."""
-    return Rendered(example.place, example.text, [(0, len(example.text))], writes_specials=False)
+    whole = [(0, len(example.text))] if example.text else []
+    return Rendered(example.place, example.text, whole, writes_specials=False, empty=example.empty)
 
 
 class Chat:
@@ -79,7 +84,7 @@ class Chat:
     """
 
     def __init__(self, source: str, train_on: str, variables: Mapping[str, str], forbidden: Iterable[str]) -> None:
-        self.train_on = train_on
+        self.source, self.train_on = source, train_on
         self.variables = dict(variables)
         self.forbidden = tuple(forbidden)
         try:
@@ -89,41 +94,72 @@ class Chat:
 
     def __call__(self, example: Example) -> Rendered:
         messages = as_chat(example.messages)
-        for message in messages:
-            if found := next((token for token in self.forbidden if token in message["content"]), None):
+        for written in _texts([messages, example.tools]):
+            if found := next((token for token in (*self.forbidden, _OPEN, _CLOSE) if token in written), None):
                 raise DataError(
-                    f"{example.place}: the text contains {found!r}, which this tokenizer reads as a special token; "
-                    "take it out, or use data.template: alpaca, where it stays text"
+                    f"{example.place}: the text contains {found!r}, which this tokenizer reads as a special token; take it "
+                    "out (in rows of a prompt and an answer with data.template: alpaca it would stay text)"
                 )
+        for key, there in (("tool_calls", any("tool_calls" in m for m in messages)), ("tools", example.tools)):
+            if there and key not in self.source:
+                raise DataError(f"{example.place}: the row has '{key}', for which the chat template has no place")
         if messages[-1]["role"] != "assistant":
             raise DataError(
                 f"{example.place}: the last message must be from the assistant, got '{messages[-1]['role']}'"
             )
-        text = self.render(messages, example.place)
-        return Rendered(example.place, text, self._trained(messages, text, example.place), writes_specials=True)
+        marked = self._render(messages, example, add_generation_prompt=False)
+        text = _unmarked(marked)
+        trained = self._trained(messages, text, marked, example)
+        return Rendered(example.place, text, trained, writes_specials=True, empty=example.empty)
 
     def render(self, messages: list[dict[str, Any]], place: str, *, add_generation_prompt: bool = False) -> str:
+        """The text of messages. Raises DataError where the template refuses them."""
+        return _unmarked(self._render(messages, Example(place), add_generation_prompt=add_generation_prompt))
+
+    def _render(self, messages: list[dict[str, Any]], example: Example, *, add_generation_prompt: bool) -> str:
         try:
             return self.template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **self.variables
+                messages=messages,
+                tools=example.tools,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self.variables,
             )
-        except TemplateError as error:
-            raise DataError(f"{place}: the chat template refuses this row: {error}") from None
+        except (TemplateError, TypeError, ValueError) as error:
+            raise DataError(f"{example.place}: the chat template refuses this row: {error}") from None
 
-    def _trained(self, messages: list[dict[str, Any]], text: str, place: str) -> list[tuple[int, int]]:
+    def _trained(
+        self, messages: list[dict[str, Any]], text: str, marked: str, example: Example
+    ) -> list[tuple[int, int]]:
         if self.train_on == "all":
             return [(0, len(text))]
-        indices = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        # An assistant's message that begins a conversation answers nothing.
+        indices = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i]
+        indices = indices if self.train_on == "assistant" else indices[-1:]
         ranges = []
-        for index in indices if self.train_on == "assistant" else indices[-1:]:
-            before = self.render(messages[:index], place, add_generation_prompt=True)
-            upto = self.render(messages[: index + 1], place)
+        for index in indices:
+            before = _unmarked(self._render(messages[:index], example, add_generation_prompt=True))
+            upto = _unmarked(self._render(messages[: index + 1], example, add_generation_prompt=False))
             if not upto.startswith(before) or not text.startswith(upto):
+                if marks := self._marks(marked, text):
+                    return marks if self.train_on == "assistant" else marks[-1:]
                 raise DataError(
-                    f"{place}: the chat template renders message {index + 1} differently once later messages follow, "
+                    f"{example.place}: the chat template renders message {index + 1} differently once later messages follow, "
                     "so its tokens cannot be told apart; use data.train_on: completion or all"
                 )
             ranges.append((len(before), len(upto)))
+        return ranges
+
+    def _marks(self, marked: str, text: str) -> list[tuple[int, int]]:
+        """What stands between generation marks, each with the special token right behind it, which ends the turn."""
+        ranges, at = [], 0
+        for part in marked.split(_OPEN)[1:]:
+            at = marked.index(_OPEN + part, at)
+            start = len(_unmarked(marked[:at]))
+            end = start + len(part.partition(_CLOSE)[0])
+            closing = [token for token in self.forbidden if text.startswith(token, end)]
+            ranges.append((start, end + max(map(len, closing), default=0)))
+            at += 1
         return ranges
 
 
@@ -137,14 +173,35 @@ def as_chat(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+# Stand around what a template marks as generated; from Unicode's private use, and refused in data.
+_OPEN, _CLOSE = "\U0010fffc", "\U0010fffd"
+
+
+def _unmarked(text: str) -> str:
+    return text.replace(_OPEN, "").replace(_CLOSE, "")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in nested lists and mappings."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _texts(list(value.values()))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+
+
 class _Generation(Extension):
-    """`{% generation %} … {% endgeneration %}`, transformers' mark around the assistant's text: renders what it holds."""
+    """`{% generation %} … {% endgeneration %}`, transformers' mark around the assistant's text."""
 
     tags = {"generation"}
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        opens, closes = (nodes.Output([nodes.TemplateData(mark)]) for mark in (_OPEN, _CLOSE))
+        return [opens, *body, closes]
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
@@ -156,5 +213,11 @@ def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
+
+    def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # Jinja's own escapes HTML and sorts keys
+
+    environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -24,7 +24,10 @@ def adapted(
     if not file.is_file():
         raise ModelError(f"{adapter}: adapter_model.safetensors is missing")
     config = peft.PeftConfig.from_pretrained(str(adapter))
-    name = model_files.location(base) if base else config.base_model_name_or_path
+    try:
+        name = model_files.location(base) if base else config.base_model_name_or_path
+    except ModelError as error:
+        raise ModelError(str(error).replace("model.name", "--base", 1)) from None
     try:
         model = AutoModelForCausalLM.from_pretrained(
             name,
@@ -33,7 +36,7 @@ def adapted(
             dtype=dtype,
             use_safetensors=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{name}: the adapter's base cannot be loaded; give it with --base: {_line(error)}") from None
     has_tokenizer = (adapter / "tokenizer_config.json").is_file()
     tokenizer = AutoTokenizer.from_pretrained(adapter if has_tokenizer else name)

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import GenerationConfig
 
-from sft_recipes.errors import ModelError, OutputError
+from sft_recipes.errors import ModelError, OutputError, RunError
 from sft_recipes.export import load
 from sft_recipes.export.save import save_model
 
@@ -35,4 +36,7 @@ def merge(
     if (adapter / "generation_config.json").is_file():
         merged.generation_config = GenerationConfig.from_pretrained(adapter)
     stops = load.stops(adapter, tokenizer)
-    save_model(merged, tokenizer, out, dtype=dtype, max_shard_size=max_shard_size, stops=stops)
+    try:
+        save_model(merged, tokenizer, out, dtype=dtype, max_shard_size=max_shard_size, stops=stops)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{out}: cannot be written: {' '.join(str(error).split())}") from error

@@ -78,7 +78,10 @@ def set_generation_config(
     """Let `generate` stop where the trained documents end, besides where the base model did."""
     config: GenerationConfig = model.generation_config
     own = config.eos_token_id if config.eos_token_id is not None else []
-    ends = list(dict.fromkeys([*stops, *([own] if isinstance(own, int) else own)]))
+    # Configs made without a tokenizer name ends that are ordinary words of it.
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    own = [end for end in ([own] if isinstance(own, int) else own) if end in special]
+    ends = list(dict.fromkeys([*stops, *own]))
     config.eos_token_id = ends[0] if len(ends) == 1 else ends
     config.pad_token_id = tokenizer.pad_token_id
     config.bos_token_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else config.bos_token_id

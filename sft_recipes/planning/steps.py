@@ -34,4 +34,5 @@ def count(recipe: Recipe, sequences: int) -> Steps:
     total = by_epochs if train.max_steps is None else train.max_steps
     if train.epochs is not None:
         total = min(total, by_epochs)
-    return Steps(per_epoch, total, math.ceil(total * train.warmup_ratio))
+    # A warmup as long as the run would leave its only step at a rate of 0.
+    return Steps(per_epoch, total, min(math.ceil(total * train.warmup_ratio), total - 1))

@@ -4,6 +4,7 @@ Judges and never edits: a recipe means what it says.
 """
 
 import difflib
+import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from sft_recipes.recipe.schema import DEFAULT_GLOBAL_BATCH_SIZE, Recipe
 from sft_recipes.recipe.upstream import OWNED, installed, optimizers, schedulers, sft_config_fields
 
 STOCHASTIC_ROUNDING = "adamw_8bit_sr"
+COLUMNS = ("instruction", "input", "output", "prompt", "completion", "messages", "text")
 TORCHAO = (STOCHASTIC_ROUNDING, "adamw_torch_4bit", "adamw_torch_8bit")  # optimizers of that package
 
 
@@ -78,6 +80,11 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         yield "checkpoint.export_best chooses by validation loss, and data.eval is null; set data.eval, or leave it out"
     if data.eval is None and _given(recipe, "eval", "every") and not recipe.eval.generate:
         yield "eval.every without validation rows; set data.eval, or leave eval.every out"
+    if isinstance(data.eval, str) and re.fullmatch(r"[\d.]+(e-?\d+)?%?", data.eval.strip()):
+        yield f"data.eval: '{data.eval}' is text, and so the name of a file or data set; a fraction is a number, such as 0.02"
+    for name in data.columns:
+        if name not in COLUMNS:
+            yield f"data.columns: no format has a column '{name}'; there are {', '.join(COLUMNS)}"
     if data.cross_document_attention and data.packing == "none":
         yield "data.cross_document_attention is about packed documents, and data.packing is none; leave one of them out"
     if data.cross_document_attention and data.packing == "bfd":
@@ -114,6 +121,11 @@ def _names(recipe: Recipe) -> Iterator[str]:
     known = optimizers() | {STOCHASTIC_ROUNDING}
     if recipe.train.optimizer not in known:
         yield _no_such("train.optimizer", recipe.train.optimizer, known)
+    if recipe.lora is not None and isinstance(recipe.lora.target_modules, str):
+        try:
+            re.compile(recipe.lora.target_modules)
+        except re.error as error:
+            yield f"lora.target_modules: '{recipe.lora.target_modules}' is not a regular expression: {error}"
     for name in recipe.trl:
         if name in OWNED:
             yield f"trl.{name}: a recipe says this with {OWNED[name]}"
@@ -161,6 +173,12 @@ def _faults(recipe: Recipe) -> Iterator[str]:
             f"model.dtype: {recipe.model.dtype} weights with {recipe.train.optimizer} lose updates to rounding: at a "
             "learning rate of 1e-5, 2e-5 or 1e-4 some 84 %, 70 % or 12 % of typical weights do not move in 20 steps; "
             f"set train.optimizer: {STOCHASTIC_ROUNDING} (8-bit states, no more memory), or model.dtype: float32"
+        )
+    in_full = recipe.lora is not None and (recipe.lora.modules_to_save or recipe.model.new_tokens)
+    if in_full and recipe.model.dtype != "float32" and recipe.train.mixed_precision == "no":
+        yield (
+            f"train.mixed_precision: without autocast, lora.modules_to_save and model.new_tokens are trained in "
+            f"{recipe.model.dtype} and lose updates to rounding; set bf16"
         )
     if recipe.model.trust_remote_code:
         yield "model.trust_remote_code: Python code that comes with the model will run"

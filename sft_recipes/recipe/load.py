@@ -80,7 +80,8 @@ def examine(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Loaded | N
     here = Loaded(Recipe.model_construct(), source, places)
     for fault in sorted(faults, key=lambda fault: _line(here.place(*fault.path))):
         problems.append(f"{here.place(*fault.path)}: {_describe(fault)}")
-        _remove(data, fault.path)
+    for fault in sorted(faults, key=lambda fault: [(isinstance(part, int), part) for part in fault.path], reverse=True):
+        _remove(data, fault.path)  # the later items of a list first
     try:
         return Loaded(Recipe.model_validate(data), source, places), problems
     except ValidationError:
@@ -109,10 +110,17 @@ def _read(path: Path, places: dict[KeyPath, str], problems: list[str]) -> dict[s
     except (YAMLError, ValueError) as error:
         problems.append(f"{path}: not valid YAML: {' '.join(str(error).split())}")
         return None
+    if re.match(r"\s*%YAML\s+1\.[01]", text):
+        problems.append(f"{path}:1: recipes are YAML 1.2; take the line with %YAML out")
+        return None
     if not isinstance(node, MappingNode):
         problems.append(f"{path}:1: a recipe is a mapping of keys; see `sft-recipe list` for examples")
         return None
-    recipe: dict[str, Any] = _plain(node, yaml, str(path), (), places, problems)
+    try:
+        recipe: dict[str, Any] = _plain(node, yaml, str(path), (), places, problems)
+    except RecursionError:
+        problems.append(f"{path}: an alias (*) stands within what it means (&)")
+        return None
     return recipe
 
 
@@ -157,7 +165,7 @@ def _override(data: dict[str, Any], override: str, places: dict[KeyPath, str], p
     try:
         value = yaml.load(text) if text.strip() else None
     except YAMLError:
-        problems.append(f"--set {override}: the value is not valid YAML; quote it")
+        problems.append(f"--set {override}: the value is not valid YAML, or has a key twice; quote what is text")
         return
     section = data
     for part in path[:-1]:
@@ -225,6 +233,8 @@ def _suggestion(path: KeyPath) -> str:
     name = str(path[-1])
     section = schema_of(path[:-1])
     siblings = [name for branch in section.get("anyOf", [section]) for name in branch.get("properties", {})]
+    if name == "<<":
+        return "; merging keys with << is YAML 1.1, write them out"
     if name in OTHER_WORDS:
         return f"; a recipe calls it '{OTHER_WORDS[name]}'"
     if close := difflib.get_close_matches(name, siblings, n=1):
@@ -299,7 +309,8 @@ def expectation(schema: dict[str, Any]) -> str:
         "exclusiveMaximum": "below",
         "maximum": "of at most",
     }
-    limits = [f"{word} {schema[bound]:g}" for bound, word in bounds.items() if bound in schema]
+    # What no one comes near is not worth a word: the bounds of 32-bit numbers.
+    limits = [f"{word} {schema[bound]:g}" for bound, word in bounds.items() if schema.get(bound, 2**31) < 2**31]
     if "pattern" in schema:
         limits.append("such as 5GB or 500MB")
     return " ".join([words, " and ".join(limits)]).strip()
@@ -327,3 +338,5 @@ def _remove(data: Any, path: KeyPath) -> None:
             return
     if isinstance(data, dict):
         data.pop(path[-1], None)
+    elif isinstance(data, list) and isinstance(path[-1], int) and path[-1] < len(data):
+        del data[path[-1]]

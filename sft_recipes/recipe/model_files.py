@@ -63,7 +63,9 @@ def find_adapter(path: Path) -> Path:
 
 
 def find_model(path: Path) -> Path:
-    """The model or adapter that a path means: its directory, or a run that exported one. Raises ModelError."""
+    """The model or adapter that a path means: its directory, a run that exported one, `builtin:tiny`. Raises ModelError."""
+    if str(path).startswith("builtin:") and (built_in := directory(str(path))):
+        return built_in
     for folder in (path, path / "model", path / "adapter"):
         if (folder / "config.json").is_file() or is_adapter(folder):
             return folder

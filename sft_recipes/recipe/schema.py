@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 DEFAULT_GLOBAL_BATCH_SIZE = 32
 
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, lt=2**31)]
+Name = Annotated[str, Field(min_length=1)]
 # A float is a fraction of the run, an int a number of optimizer steps.
 Interval = Annotated[float, Field(gt=0, le=1)] | Positive | None
 DType = Literal["bfloat16", "float16", "float32"]
@@ -31,7 +32,7 @@ class _Section(BaseModel):
 class Model(_Section):
     """What is trained."""
 
-    name: str
+    name: Name
     """Hub id, local directory, or `builtin:tiny`."""
     revision: str | None = None
     """Branch, tag or commit on the hub; null: the default branch."""
@@ -43,7 +44,7 @@ class Model(_Section):
     """Attention implementation; auto: the fastest correct one that is installed."""
     quantization: Literal["nf4", "fp4", "int8"] | None = None
     """Quantise the frozen base with bitsandbytes; needs `lora:` (QLoRA)."""
-    new_tokens: list[str] = []
+    new_tokens: list[Name] = []
     """Tokens added to the tokenizer and the embeddings; they are trained, saved and merged."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models whose code you have read."""
@@ -74,7 +75,7 @@ class WeightedSource(Source):
 class Data(_Section):
     """What it is trained on."""
 
-    train: str | list[str | WeightedSource]
+    train: Name | Annotated[list[Name | WeightedSource], Field(min_length=1)]
     """Path, glob, `builtin:` name, hub id, or a list of these or of {path, weight, name, split, format, columns}."""
     eval: Annotated[float, Field(gt=0, lt=1)] | str | Source | None = 0.02
     """Fraction of the training rows to set aside, path, hub id, {path, name, split, format, columns}, or null: none."""
@@ -111,9 +112,9 @@ class Lora(_Section):
     """The update is scaled by alpha / rank (alpha / sqrt(rank) with use_rslora)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapters' input."""
-    target_modules: str | list[str] = "all-linear"
+    target_modules: Name | Annotated[list[Name], Field(min_length=1)] = "all-linear"
     """Names of the layers that get an adapter, a regular expression, or all-linear: every linear layer but the head."""
-    modules_to_save: list[str] = []
+    modules_to_save: list[Name] = []
     """Layers trained and saved in full, such as embed_tokens and lm_head."""
     use_dora: bool = False
     """Weight-decomposed adapters (DoRA)."""
@@ -152,7 +153,7 @@ class Train(_Section):
     """Recompute activations in the backward pass to save memory; N: of every Nth layer."""
     compile: bool = False
     """torch.compile the model."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Of the split, the order of the data, new weights and dropout."""
 
 
@@ -205,7 +206,7 @@ class Export(_Section):
     """With lora: also write the merged model."""
     dtype: DType = "bfloat16"
     """Type of the exported weights."""
-    max_shard_size: Annotated[str, Field(pattern=r"^\d+(\.\d+)?(KB|MB|GB)$")] = "5GB"
+    max_shard_size: Annotated[str, Field(pattern=r"^(0*[1-9]\d*(\.\d+)?|0*\.0*[1-9]\d*)(KB|MB|GB)$")] = "5GB"
     """Largest size of one safetensors file, such as 500MB or 5GB."""
 
 
@@ -234,7 +235,7 @@ class Recipe(_Section):
     log: Log = Log()
     export: Export = Export()
     launch: Launch = Launch()
-    output_dir: str
+    output_dir: Name
     """The run directory: it must not exist yet, or be empty."""
     trl: dict[str, Any] = {}
     """Any other field of TRL's SFTConfig, by its own name."""
@@ -255,7 +256,8 @@ class Recipe(_Section):
         if train.gradient_accumulation_steps is not None:
             return train.gradient_accumulation_steps
         assert isinstance(train.micro_batch_size, int)  # check refuses what has not been resolved
-        return (train.global_batch_size or DEFAULT_GLOBAL_BATCH_SIZE) // (train.micro_batch_size * world)
+        # At least 1 also where the division does not come out, which is an error: the rest can still be looked at.
+        return max(1, (train.global_batch_size or DEFAULT_GLOBAL_BATCH_SIZE) // (train.micro_batch_size * world))
 
     @property
     def sequences_per_step(self) -> int:

@@ -4,7 +4,7 @@ import shutil
 from importlib import resources
 from pathlib import Path
 
-from sft_recipes.errors import RecipeError
+from sft_recipes.errors import OutputError, RecipeError
 
 
 def folder() -> Path:
@@ -28,6 +28,9 @@ def copy(name: str, out: Path) -> Path:
         raise RecipeError(f"no recipe '{name}' ships; there are {', '.join(known for known, _ in recipes())}")
     if out.exists():
         raise RecipeError(f"{out} exists; choose another name with --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(file, out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, out)
+    except OSError as error:
+        raise OutputError(f"{out}: cannot be written: {error.strerror}") from None
     return out

@@ -12,7 +12,13 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     file = run_dir / "metrics.jsonl"
     if not file.is_file():
         raise OutputError(f"{run_dir}: no run here (metrics.jsonl is missing)")
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return whole_lines(file)
+
+
+def whole_lines(file: Path) -> list[dict[str, Any]]:
+    """The objects of a file with one a line; the last may be half written, where a run was killed."""
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def learning_curve(metrics: list[dict[str, Any]], out: Path, title: str) -> None:

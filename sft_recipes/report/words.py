@@ -1,6 +1,5 @@
 """What a run says on the console before and after the training."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from sft_recipes.report.curve import read_metrics
+from sft_recipes.report.curve import read_metrics, whole_lines
 
 _SAMPLES = 5  # answers that are shown; samples.jsonl has all
 
@@ -38,7 +37,7 @@ def conclude(console: Console, folder: Path) -> None:
 def samples(folder: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """The first and the last answer to each prompt of the run."""
     file = folder / "samples.jsonl"
-    lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.is_file() else []
+    lines = whole_lines(file) if file.is_file() else []
     if not lines:
         return []
     first, last = lines[0]["step"], lines[-1]["step"]

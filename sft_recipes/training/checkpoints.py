@@ -12,7 +12,10 @@ def newest(run_dir: Path) -> Path:
         folder for folder in (run_dir / "checkpoints").glob("checkpoint-*") if (folder / "trainer_state.json").is_file()
     ]
     if not found:
-        raise OutputError(f"output_dir: {run_dir} holds no checkpoint to resume from; remove it and start again")
+        raise OutputError(
+            f"output_dir: {run_dir} holds no complete checkpoint to resume from: the run stopped before its first; start "
+            "again with --set output_dir=DIR, or remove it"
+        )
     return max(found, key=_step)
 
 
@@ -22,7 +25,8 @@ def rewind(run_dir: Path, checkpoint: Path) -> None:
         file = run_dir / name
         if file.is_file():
             lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-            file.write_text("".join(line for line in lines if json.loads(line)["step"] <= _step(checkpoint)), "utf-8")
+            whole = (line for line in lines if line.endswith("\n"))  # a run that is killed can leave half a line
+            file.write_text("".join(line for line in whole if json.loads(line)["step"] <= _step(checkpoint)), "utf-8")
 
 
 def _step(checkpoint: Path) -> int:

@@ -8,6 +8,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sft_recipes.data.templates import as_chat
+from sft_recipes.data.tokens import Encoder
+from sft_recipes.training.model import light
 
 _BATCH = 16
 
@@ -16,7 +18,9 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]
     """Token ids of messages up to the answer: through the chat template, or (`raw`, or without one) as plain text."""
     template = tokenizer.chat_template
     if raw or not isinstance(template, str):
-        return list(tokenizer("\n\n".join(message["content"] for message in as_chat(messages)))["input_ids"])
+        text = "\n\n".join(message["content"] for message in as_chat(messages))
+        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return [*Encoder(light(tokenizer)).bos, *ids]  # as trained, but for the end
     if "message['input']" not in template:  # only the Alpaca template has a place for it
         messages = as_chat(messages)
     return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))

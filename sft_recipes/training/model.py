@@ -1,5 +1,6 @@
 """Tokenizer and model, as the recipe wants them trained."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -8,6 +9,7 @@ import peft
 import torch
 import transformers
 from peft.utils.other import TrainableTokensWrapper
+from tokenizers import Tokenizer
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -21,7 +23,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sft_recipes.data.prepare import Prepared
 from sft_recipes.data.templates import BOS
-from sft_recipes.data.tokens import LightTokenizer
+from sft_recipes.data.tokens import LightTokenizer, only_template
 from sft_recipes.errors import ModelError, RunError
 from sft_recipes.recipe import model_files, schema
 from sft_recipes.recipe.schema import Recipe
@@ -39,7 +41,7 @@ def load_tokenizer(model: schema.Model) -> PreTrainedTokenizerBase:
 
     Raises ModelError where it cannot be loaded or is not a fast tokenizer.
     """
-    with _as_model_error(model.name, "tokenizer"):
+    with as_model_error(f"model.name: {model.name}", "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
             model_files.location(model.name), revision=model.revision, trust_remote_code=model.trust_remote_code
         )
@@ -73,9 +75,10 @@ def set_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def light(tokenizer: PreTrainedTokenizerBase) -> LightTokenizer:
     """The tokenizer as the data stage wants it."""
-    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
+    template = only_template(tokenizer.chat_template)
     specials = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-    return LightTokenizer(tokenizer.backend_tokenizer, specials, template)
+    # A copy, because the data stage sets it up in its own way.
+    return LightTokenizer(Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()), specials, template)
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, data: Prepared) -> None:
@@ -104,7 +107,7 @@ def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrained
     Raises ModelError for what the model's files or the recipe's choice of layers make impossible.
     """
     wanted, name = recipe.model, model_files.location(recipe.model.name)
-    with _as_model_error(wanted.name, "config"):
+    with as_model_error(f"model.name: {wanted.name}", "config"):
         config = AutoConfig.from_pretrained(name, revision=wanted.revision, trust_remote_code=wanted.trust_remote_code)
     limit = model_files.positions(config.to_dict())
     if limit is not None and recipe.data.max_length > limit:
@@ -113,7 +116,7 @@ def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrained
             f"set at most {limit}"
         )
     transformers.set_seed(recipe.train.seed)  # new embeddings and adapters are drawn at random
-    with _as_model_error(wanted.name, "weights"):
+    with as_model_error(f"model.name: {wanted.name}", "weights"):
         model, loading = AutoModelForCausalLM.from_pretrained(
             name,
             output_loading_info=True,
@@ -197,6 +200,8 @@ def _with_adapters(
     inputs, head = (_name_of(model, end) for end in (model.get_input_embeddings(), model.get_output_embeddings()))
     tied = bool(model.config.get_text_config().tie_word_embeddings)
     rows_of = {inputs} if tied else {inputs, head}
+    if tied and not {inputs, head}.isdisjoint(lora.modules_to_save):
+        rows_of = set()  # trained in full, and one with the other
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         revision=wanted.revision,
@@ -207,13 +212,15 @@ def _with_adapters(
         modules_to_save=lora.modules_to_save or None,
         use_dora=lora.use_dora,
         use_rslora=lora.use_rslora,
-        trainable_token_indices=dict.fromkeys(rows_of - set(lora.modules_to_save), new_rows) if new_rows else None,
+        trainable_token_indices=dict.fromkeys(rows_of - set(lora.modules_to_save), new_rows) or None
+        if new_rows
+        else None,
         # Training one of two tied layers would untie them, and the merged model would have two.
         ensure_weight_tying=tied and not {inputs, head}.isdisjoint(lora.modules_to_save),
     )
     try:
         adapted = peft.get_peft_model(model, config)
-    except ValueError as error:
+    except (TypeError, ValueError, re.error) as error:
         raise ModelError(f"lora.target_modules: {' '.join(str(error).split())[:300]}") from error
     for module in adapted.modules():
         # TRL's fused head reads the head's bias, which this wrapper (PEFT 0.21) does not pass on.
@@ -248,19 +255,21 @@ def _name_of(model: PreTrainedModel, wanted: torch.nn.Module | None) -> str:
     return next((name.rpartition(".")[2] for name, module in model.named_modules() if module is wanted), "")
 
 
-def keep_trainable_in_float32(model: torch.nn.Module) -> None:
-    """Hold what adapters train in float32, where no update is lost to rounding.
+def keep_trainable_in_float32(model: torch.nn.Module, *, autocast: bool) -> None:
+    """Hold what is trained beside frozen weights in float32, where no update is lost to rounding.
 
     PEFT does so for adapters but not for layers trained in full; TRL takes a quantised model's adapters to bfloat16.
+    Without autocast a layer that is trained in full has to have the type of what it is given.
     """
-    for parameter in model.parameters():
+    given = model.config.dtype
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(torch.float32 if autocast or "lora_" in name else given)
 
 
 @contextmanager
-def _as_model_error(name: str, what: str) -> Iterator[None]:
-    """Errors of transformers, the hub and safetensors in one line."""
+def as_model_error(model: str, what: str) -> Iterator[None]:
+    """Errors of transformers, the hub and safetensors in one line: ModelError, RunError where memory is lacking."""
     try:
         yield
     except ModelError:
@@ -268,10 +277,12 @@ def _as_model_error(name: str, what: str) -> Iterator[None]:
     except Exception as error:  # their types are many: OSError, ValueError, KeyError, HTTP errors, SafetensorError
         reason = " ".join(str(error).split())
         if is_out_of_memory(error):
-            raise RunError(f"model.name: {name}: out of memory while its {what} were loaded: {reason[:300]}") from error
+            raise RunError(f"{model}: out of memory while its {what} were loaded: {reason[:300]}") from error
         if "trust_remote_code" in reason:
             reason = "it is Python code that comes with the model; read it, then set model.trust_remote_code: true"
-        raise ModelError(f"model.name: {name}: its {what} cannot be loaded: {reason[:300]}") from error
+        if "ignore_mismatched_sizes" in reason:
+            reason = "they have other shapes than its config says; get the files again"
+        raise ModelError(f"{model}: its {what} cannot be loaded: {reason[:300]}") from error
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -20,12 +20,11 @@ def check_isolation(trainer: Any) -> None:
     read neither the positions nor the sequence lengths that tell packed documents apart (OPT, Falcon, BLOOM, those with a
     recurrent state), and would let each document see those before it. Raises ModelError.
     """
-    row = next((row for row in trainer.train_dataset if len(row["seq_lengths"]) > 1), None)
-    if row is None:
+    documents = _two_documents(trainer)
+    if documents is None:
         return
-    start = row["seq_lengths"][0]
-    first, second = (min(length, _TOKENS) for length in row["seq_lengths"][:2])
-    before, document = row["input_ids"][:first], row["input_ids"][start : start + second]
+    before, document = documents
+    first, second = len(before), len(document)
     packed, embedded = _forward(trainer, before + document, [first, second])
     alone, _ = _forward(trainer, document, [second])
     packed, alone = packed[first:].float(), alone.float()
@@ -39,6 +38,26 @@ def check_isolation(trainer: Any) -> None:
             f"attention {config._attn_implementation} ({leak:.1%} of the gradient of one's logits falls on its neighbour, "
             f"and they are {shift:.1%} off those it has alone); set data.packing: none"
         )
+
+
+def _two_documents(trainer: Any) -> tuple[list[int], list[int]] | None:
+    """The beginnings of two documents that share a row of the model's input, None where none ever do.
+
+    That is the documents of one sequence, and those of one micro-batch, which is laid out as a single row.
+    """
+    micro = trainer.args.per_device_train_batch_size
+    found: list[list[int]] = []
+    for dataset in (trainer.train_dataset, trainer.eval_dataset):
+        for row in dataset or ():
+            start = 0
+            for length in row["seq_lengths"][:2]:
+                found.append(row["input_ids"][start : start + min(length, _TOKENS)])
+                start += length
+            if len(row["seq_lengths"]) > 1 or (len(found) > 1 and micro > 1):
+                return found[-2], found[-1]
+            if micro == 1:
+                found = []
+    return None
 
 
 def _forward(trainer: Any, ids: list[int], lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:

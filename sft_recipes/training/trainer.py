@@ -24,10 +24,12 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
-from sft_recipes.data.prepare import IGNORED, Prepared, Sequences
+from sft_recipes.data.prepare import Prepared
+from sft_recipes.data.sequences import IGNORED, Sequences
 from sft_recipes.errors import RecipeError, RunError, SFTRecipeError
 from sft_recipes.planning import disk
 from sft_recipes.planning.steps import Steps, count
+from sft_recipes.recipe import model_files
 from sft_recipes.recipe.check import STOCHASTIC_ROUNDING, TORCHAO
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.training import checkpoints
@@ -108,11 +110,15 @@ class Trainer(SFTTrainer):
     trained beside quantised weights, and the choice of the best checkpoint."""
 
     samples: Samples | None = None
+    aux_loss_enabled: bool  # SFTTrainer's own: whether a mixture of experts also learns to balance them
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Validation loss per token. The Trainer's own is a mean over batches, and moves with the micro-batch size."""
         self._loss_and_count = torch.zeros(2, dtype=torch.float64)
+        balances = self.aux_loss_enabled
+        self.aux_loss_enabled = False  # a mixture's loss on its routing is none of the data's
         output = super().evaluation_loop(*args, **kwargs)
+        self.aux_loss_enabled = balances
         total = self._loss_and_count.to(self.args.device) if self.args.world_size > 1 else self._loss_and_count
         loss, tokens = self.accelerator.reduce(total).tolist()
         output.metrics["eval_loss"] = loss / max(tokens, 1)
@@ -146,6 +152,10 @@ def build(
     steps = count(recipe, len(data.train))
     keep_seq_lengths = padding_free(recipe)
     display = Display(console)
+    text_config = model.config.get_text_config()
+    routing = {
+        n: getattr(text_config, n) for n in ("output_router_logits", "router_aux_loss_coef") if hasattr(text_config, n)
+    }
     with _as_recipe_error("trl: the training cannot be set up"):
         arguments = SFTConfig(**sft_config(recipe, steps, run_dir, validates=data.eval is not None))
         # One process trains on one device; the Trainer would take all it sees for nn.DataParallel, which TRL refuses.
@@ -162,10 +172,11 @@ def build(
                 *trackers(recipe.log.to, run_dir, lambda text: console.print(f"warning: {text}", soft_wrap=True)),
             ],
         )
+    text_config.update(routing)  # SFTTrainer asks for what it needs; the exported model is not to
     for unwanted in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(unwanted)
-    if recipe.lora is not None and recipe.train.mixed_precision != "no":
-        keep_trainable_in_float32(trainer.model)
+    if recipe.lora is not None:
+        keep_trainable_in_float32(trainer.model, autocast=recipe.train.mixed_precision != "no")
     if recipe.train.optimizer in TORCHAO and not torch.cuda.is_available():
         # torchao compiles its step, which on a CPU takes a C++ compiler and minutes.
         torch.compiler.set_stance("force_eager")
@@ -183,9 +194,21 @@ def build(
         trainer.add_callback(_SaveBest())
     if asked := questions(recipe):
         trainer.samples = Samples(asked, tokenizer, recipe, data, run_dir / "samples.jsonl")
+        _check_room_for_answers(recipe, trainer)
         if data.eval is None:
             trainer.add_callback(_SampleWithoutValidation(trainer, steps.every(recipe.eval.every)))
     return trainer
+
+
+def _check_room_for_answers(recipe: Recipe, trainer: Trainer) -> None:
+    assert trainer.samples is not None
+    longest, most = max(map(len, trainer.samples.prompts)), recipe.eval.max_new_tokens
+    limit = model_files.positions(trainer.model.config.to_dict())
+    if limit is not None and longest + most > limit:
+        raise RecipeError(
+            f"eval.max_new_tokens: {most} tokens after a prompt of {longest} are more than the {limit} positions of "
+            f"{recipe.model.name}; set at most {limit - longest}"
+        )
 
 
 def facts(recipe: Recipe, trainer: Trainer) -> list[str]:
@@ -210,11 +233,9 @@ def device() -> dict[str, Any]:
     return {"name": "mps" if torch.backends.mps.is_available() else "cpu", "threads": torch.get_num_threads()}
 
 
-def train(trainer: Trainer, run_dir: Path, *, resume: bool) -> None:
-    """Train to the end, from the newest checkpoint with `resume`. Raises RunError where training fails."""
-    checkpoint = None
-    if resume:
-        checkpoint = checkpoints.newest(run_dir)
+def train(trainer: Trainer, run_dir: Path, checkpoint: Path | None) -> None:
+    """Train to the end, from a checkpoint if there is one. Raises RunError where training fails."""
+    if checkpoint is not None:
         checkpoints.rewind(run_dir, checkpoint)
         trainer.args.eval_on_start = False  # that was before the first step
     try:

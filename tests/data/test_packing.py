@@ -8,10 +8,21 @@ CAPACITY = 16
 lengths_that_fit = st.lists(st.integers(1, CAPACITY), max_size=60)
 
 
-def tokens(layout: list[list[packing.Piece]]) -> list[tuple[int, int]]:
+def pieces(layout: packing.Layout) -> list[list[tuple[int, int, int]]]:
+    """Sequences of (document, start, end)."""
+    sequences: list[list[tuple[int, int, int]]] = []
+    for document, start, end, sequence in zip(*(column.tolist() for column in layout), strict=True):
+        if sequence == len(sequences):
+            sequences.append([])
+        assert sequence == len(sequences) - 1
+        sequences[-1].append((document, start, end))
+    return sequences
+
+
+def tokens(layout: packing.Layout) -> list[tuple[int, int]]:
     """Every token as (document, position), in order."""
     return [
-        (document, position) for pieces in layout for document, start, end in pieces for position in range(start, end)
+        (d, position) for sequence in pieces(layout) for d, start, end in sequence for position in range(start, end)
     ]
 
 
@@ -23,15 +34,15 @@ def test_every_token_once_and_no_sequence_too_long(pack, lengths: list[int]) -> 
     layout = pack(lengths, CAPACITY)
 
     assert sorted(tokens(layout)) == [(d, p) for d, length in enumerate(lengths) for p in range(length)]
-    assert all(0 < sum(end - start for _, start, end in pieces) <= CAPACITY for pieces in layout)
+    assert all(0 < sum(end - start for _, start, end in sequence) <= CAPACITY for sequence in pieces(layout))
 
 
 @given(lengths_that_fit)
 def test_best_fit_keeps_documents_whole(lengths: list[int]) -> None:
     assert all(
         start == 0 and end == lengths[d]
-        for pieces in packing.best_fit_decreasing(lengths, CAPACITY)
-        for d, start, end in pieces
+        for sequence in pieces(packing.best_fit_decreasing(lengths, CAPACITY))
+        for d, start, end in sequence
     )
 
 
@@ -46,7 +57,7 @@ def test_best_fit_is_that_of_the_plain_definition(lengths: list[int]) -> None:
             room.append(CAPACITY - length)
 
     layout = packing.best_fit_decreasing(lengths, CAPACITY)
-    assert sorted(CAPACITY - sum(e - s for _, s, e in pieces) for pieces in layout) == sorted(room)
+    assert sorted(CAPACITY - sum(e - s for _, s, e in sequence) for sequence in pieces(layout)) == sorted(room)
 
 
 def test_a_document_that_does_not_fit() -> None:
@@ -59,14 +70,24 @@ def test_wrapped_is_the_stream_cut_at_every_capacity(lengths: list[int]) -> None
     stream = [(d, p) for d, length in enumerate(lengths) for p in range(length)]
     layout = packing.wrapped(lengths, CAPACITY)
 
-    assert [tokens([pieces]) for pieces in layout] == [
-        stream[i : i + CAPACITY] for i in range(0, len(stream), CAPACITY)
+    assert tokens(layout) == stream
+    assert [sum(end - start for _, start, end in sequence) for sequence in pieces(layout)] == [
+        len(stream[i : i + CAPACITY]) for i in range(0, len(stream), CAPACITY)
     ]
 
 
-@given(st.integers(1, 100))
-def test_split(length: int) -> None:
-    ranges = list(packing.split(length, CAPACITY))
+@given(st.lists(st.integers(1, 100), max_size=20))
+def test_split(lengths: list[int]) -> None:
+    layout = packing.split(lengths, CAPACITY)
 
-    assert [p for start, end in ranges for p in range(start, end)] == list(range(length))
-    assert all(0 < end - start <= CAPACITY for start, end in ranges)
+    assert tokens(layout) == [(d, p) for d, length in enumerate(lengths) for p in range(length)]
+    assert all(0 < end - start <= CAPACITY for [(_, start, end)] in pieces(layout))
+    assert len(layout.document) == sum(-(-length // CAPACITY) for length in lengths)
+
+
+@given(lengths_that_fit)
+def test_best_fit_numbers_sequences_and_documents_as_they_came(lengths: list[int]) -> None:
+    sequences = [[d for d, _, _ in sequence] for sequence in pieces(packing.best_fit_decreasing(lengths, CAPACITY))]
+
+    assert [sequence[0] for sequence in sequences] == sorted(sequence[0] for sequence in sequences)
+    assert all(sequence == sorted(sequence) for sequence in sequences)

@@ -1,12 +1,20 @@
+from collections import Counter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sft_recipes.data import prepare
-from sft_recipes.data.prepare import IGNORED, Prepared
+from sft_recipes.data.prepare import Prepared
+from sft_recipes.data.sequences import IGNORED
+from sft_recipes.data.templates import Rendered, alpaca_prompt
+from sft_recipes.data.tokens import Encoder
 from sft_recipes.errors import DataError
 from sft_recipes.recipe import load
+from sft_recipes.recipe.schema import Data, Model, Recipe, Train
 from tests.conftest import ROWS, WriteRecipe, write_rows
 from tests.data import tokenizers
 
@@ -42,7 +50,7 @@ def test_one_sequence_a_row_without_packing(write_recipe: WriteRecipe) -> None:
     assert words(data) == [row["output"] for row in ROWS]
     assert len(data.train) == 24
     assert data.eval is None
-    bos = data.train.documents[0].ids[0]
+    bos = tokenizers.make("bytes+bos").backend.token_to_id("<s>")
     assert all(row["input_ids"][0] == bos and row["seq_lengths"] == [len(row["input_ids"])] for row in table(data))
 
 
@@ -74,7 +82,8 @@ def test_wrapped_with_cross_document_attention_is_one_stream(write_recipe: Write
         "data.eval=null",
     )
     rows = table(data)
-    stream = [token for document in data.train.documents for token in document.ids.tolist()]
+    whole = prepared(write_recipe(), "data.packing=none", "data.train_on=all", "data.eval=null")
+    stream = [token for row in table(whole) for token in row["input_ids"]]
 
     assert [token for row in rows for token in row["input_ids"]] == stream
     assert all(len(row["input_ids"]) == 200 for row in rows[:-1])
@@ -169,8 +178,8 @@ def test_overlong_rows_dropped_truncated_or_split_are_counted(write_recipe: Writ
     for overlong in ("drop", "truncate", "split"):
         data = prepared(write_recipe(), "data.eval=null", f"data.overlong={overlong}", "data.packing=none")
         accounts[overlong] = data.train.account.sources[0]
-        assert max(len(document.ids) for document in data.train.documents) <= 200
-    length = max(accounts["drop"].lengths)
+        assert max(len(row["input_ids"]) for row in table(data)) <= 200
+    length = accounts["drop"].lengths["max"]
 
     assert accounts["drop"].dropped == {"overlong": 1}
     assert accounts["drop"].kept == 24
@@ -223,7 +232,9 @@ def test_sources_of_two_formats_need_one_template(write_recipe: WriteRecipe, tmp
     both = f"data.train=[{tmp_path / 'train.jsonl'}, {file}]"
 
     assert "the sources are alpaca and messages; say with data.template" in problem(write_recipe(), both)
-    assert len(prepared(write_recipe(), both, "data.template=alpaca", "data.eval=null").train.documents) == 27
+    assert (
+        len(prepared(write_recipe(), both, "data.template=alpaca", "data.eval=null", "data.packing=none").train) == 27
+    )
 
 
 def test_too_few_rows_to_set_some_aside(write_recipe: WriteRecipe, tmp_path: Path) -> None:
@@ -243,8 +254,11 @@ def test_a_template_for_plain_text(write_recipe: WriteRecipe, tmp_path: Path) ->
     assert "has no use for plain text" in problem(write_recipe(), "data.template=alpaca")
 
 
-def test_the_account_adds_up(write_recipe: WriteRecipe) -> None:
-    data = prepared(write_recipe())
+@pytest.mark.parametrize("packing", ["none", "bfd", "wrapped", "wrapped crossing"])
+@pytest.mark.parametrize("train_on", ["completion", "all"])
+def test_the_account_adds_up(write_recipe: WriteRecipe, packing: str, train_on: str) -> None:
+    crossing = f"data.cross_document_attention={str('crossing' in packing).lower()}"
+    data = prepared(write_recipe(), f"data.packing={packing.split()[0]}", crossing, f"data.train_on={train_on}")
     rows = table(data)
     account = data.as_dict()["train"]
 
@@ -254,7 +268,9 @@ def test_the_account_adds_up(write_recipe: WriteRecipe) -> None:
     assert account["fill"] == pytest.approx(account["tokens"] / (len(rows) * 200), abs=1e-4)
     [source] = account["sources"]
     assert source["rows"] == source["kept"] == 18
-    assert source["length"]["max"] == max(len(document.ids) for document in data.train.documents)
+    assert source["cut_tokens"] == 0
+    if packing == "bfd":
+        assert source["length"]["max"] == max(length for row in rows for length in row["seq_lengths"])
     assert any("18 rows of alpaca as alpaca" in line for line in data.lines())
 
 
@@ -263,3 +279,95 @@ def test_stops_are_the_tokens_that_end_the_documents(write_recipe: WriteRecipe) 
     assert prepared(write_recipe(), "data.template=chat", kind="chat").stops == [
         tokenizers.make("chat").backend.token_to_id("<|im_end|>")
     ]
+
+
+def test_duplicates_and_empty_answers_are_counted(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    again = write_rows(tmp_path / "again.jsonl", [ROWS[0], {"instruction": "x", "output": " "}, ROWS[1], ROWS[1]])
+    sources = f"data.train=[{{path: {tmp_path / 'train.jsonl'}, weight: 2}}, {again}]"
+    accounts = prepared(write_recipe(), sources, "data.eval=null").train.account.sources
+
+    assert [source.duplicates for source in accounts] == [0, 3]
+    assert [source.empty_answers for source in accounts] == [0, 1]
+    assert "3 the same as an earlier one, 1 without an answer" in accounts[1].line()
+
+
+def test_a_part_without_a_trained_token_is_counted_as_cut(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """A prompt longer than a sequence: its first part teaches nothing, the row stays."""
+    write_rows(tmp_path / "train.jsonl", [{"instruction": "x " * 300, "output": "y"}, *ROWS])
+    data = prepared(write_recipe(), "data.eval=null", "data.overlong=split")
+    [source] = data.train.account.sources
+
+    assert source.kept == source.rows == 25
+    longest = source.lengths["max"]
+    assert source.cut_tokens == longest * 3 // 4  # of four pieces the last holds the answer
+    assert source.tokens == sum(len(row["input_ids"]) for row in table(data))
+
+
+def test_a_second_time_it_comes_from_the_cache(write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = write_recipe()
+    first = prepared(recipe)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("tokenised again")
+
+    # What is encoded for other reasons, such as the prompt to check the chat template with, is a single row.
+    monkeypatch.setattr(prepare._Work, "batches", refuse)
+    assert table(prepared(recipe)) == table(first)
+    assert table(prepared(recipe, "train.seed=3", "data.packing=none")) != table(first)
+    for other in ("data.train_on=all", "data.template=chat"):
+        with pytest.raises(AssertionError, match="tokenised again"):
+            prepared(recipe, other, kind="chat")
+    with pytest.raises(AssertionError, match="tokenised again"):
+        prepared(recipe, kind="bytes")
+    with pytest.raises(AssertionError, match="tokenised again"):
+        prepare.prepare(load.load(recipe).recipe, tokenizers.make("bytes+bos"), cached=False)
+
+
+def test_rows_that_changed_are_tokenised_again(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    recipe, file = write_recipe(), tmp_path / "train.jsonl"
+    prepared(recipe)
+    file.write_text(file.read_text("utf-8").replace("word 3", "word 4"), "utf-8")  # as long, and in the same second
+
+    assert "word 3" not in words(prepared(recipe, "data.eval=null", "data.packing=none"))
+
+
+def test_a_sample_where_there_is_too_little_time(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.jsonl", ROWS * 100)
+    recipe = load.load(write_recipe(), ["data.max_length=200", "data.eval=null"]).recipe
+    data = prepare.prepare(recipe, tokenizers.make("bytes+bos"), seconds=0)
+
+    assert data.share == 1000 / 2400
+    assert data.train.account.sources[0].rows == 1000
+    assert "of the first 1,000 of about 2,400" in data.lines()[0]
+    whole = prepare.prepare(recipe, tokenizers.make("bytes+bos"))  # the sample was not kept as if it were all
+    assert whole.share == 1
+    assert whole.train.account.sources[0].rows == 2400
+
+
+@given(
+    lengths=st.lists(st.integers(0, 60), min_size=1, max_size=12),
+    packing=st.sampled_from(["bfd", "wrapped", "none"]),
+    seed=st.integers(0, 5),
+)
+@settings(max_examples=40, deadline=None)
+def test_every_token_of_every_kept_row_once(lengths: list[int], packing: str, seed: int) -> None:
+    """Of rows of any length, packed any way and split where they do not fit."""
+    with TemporaryDirectory() as folder:
+        rows = [{"instruction": str(n), "output": " ".join(["fox"] * length)} for n, length in enumerate(lengths)]
+        file = write_rows(Path(folder) / "rows.jsonl", rows)
+        data = {
+            "train": str(file),
+            "eval": None,
+            "max_length": 120,
+            "packing": packing,
+            "overlong": "split",
+            "train_on": "all",
+        }
+        recipe = Recipe(model=Model(name="builtin:tiny"), data=Data(**data), train=Train(seed=seed), output_dir="x")
+        packed = prepare.prepare(recipe, tokenizers.make("bytes+bos"), cached=False).train
+        encoder = Encoder(tokenizers.make("bytes+bos"))
+        texts = [alpaca_prompt(row["instruction"]) + row["output"] for row in rows]
+        alone = [encoder.encode([Rendered("", text, [], writes_specials=False)]).ids.tolist() for text in texts]
+
+    counted = Counter(token for row in packed.table().to_pylist() for token in row["input_ids"])
+    assert counted == Counter(token for ids in alone for token in ids)

@@ -1,14 +1,16 @@
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, normalizers
 
 from sft_recipes.data import templates, tokens
 from sft_recipes.data.formats import Example, to_example
 from sft_recipes.data.templates import Alpaca, Chat, Rendered
-from sft_recipes.data.tokens import Document, Encoder
+from sft_recipes.data.tokens import Documents, Encoder, LightTokenizer
 from sft_recipes.errors import DataError, ModelError
 from tests.data import tokenizers
 
@@ -19,9 +21,27 @@ def alpaca_row(instruction: str, output: str, input: str = "") -> Example:
     return to_example({"instruction": instruction, "input": input, "output": output}, "alpaca", {}, "rows:1")
 
 
+@dataclass
+class Document:
+    ids: np.ndarray
+    trained: np.ndarray
+    stop: int
+
+
+def alone(documents: Documents) -> Document:
+    assert len(documents) == 1
+    return Document(*documents[0], int(documents.stops[0]))
+
+
 def encode(kind: str, rendered: Rendered) -> Document:
-    [document] = Encoder(tokenizers.make(kind)).encode([rendered])
-    return document
+    return alone(Encoder(tokenizers.make(kind)).encode([rendered]))
+
+
+def as_text(kind: str) -> Tokenizer:
+    """The tokenizer, taking special tokens for text."""
+    backend = Tokenizer.from_str(tokenizers.make(kind).backend.to_str())
+    backend.encode_special_tokens = True
+    return backend
 
 
 @pytest.mark.parametrize("kind", tokenizers.KINDS)
@@ -33,7 +53,7 @@ def test_ids_are_those_of_the_whole_text_with_bos_and_eos_once(
     tokenizer = tokenizers.make(kind)
     document = encode(kind, Alpaca()(alpaca_row(instruction, output, input)))
 
-    plain = tokens._copy(tokenizer.backend, specials_are_text=True)
+    plain = as_text(kind)
     whole = plain.encode(templates.alpaca_prompt(instruction, input) + output, add_special_tokens=False).ids
     bos = [plain.token_to_id("<s>")] if "+bos" in kind else []
     assert document.ids.tolist() == [*bos, *whole, plain.token_to_id(tokenizer.specials["eos_token"])]
@@ -68,7 +88,7 @@ def test_a_token_across_the_border_belongs_to_the_answer() -> None:
     backend.add_special_tokens(["</s>"])
     encoder = Encoder(tokens.LightTokenizer(backend, {"eos_token": "</s>"}))
 
-    [document] = encoder.encode([Rendered("", "f\n\nj", [(2, 4)], writes_specials=False)])
+    document = alone(encoder.encode([Rendered("", "f\n\nj", [(2, 4)], writes_specials=False)]))
 
     assert document.ids.tolist() == [0, 3, 2, 4]
     assert document.trained.tolist() == [False, True, True, True]
@@ -141,8 +161,48 @@ def test_a_batch_keeps_its_order() -> None:
     rendered = [Alpaca()(row) if n % 2 else chat("completion")(row) for n, row in enumerate(rows)]
     documents = Encoder(tokenizers.make("chat")).encode(rendered)
 
-    alone = [encode("chat", one) for one in rendered]
-    assert [document.ids.tolist() for document in documents] == [document.ids.tolist() for document in alone]
+    one_by_one = [encode("chat", one) for one in rendered]
+    assert [documents[n][0].tolist() for n in range(7)] == [document.ids.tolist() for document in one_by_one]
+    assert [documents[n][1].tolist() for n in range(7)] == [document.trained.tolist() for document in one_by_one]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in tokenizers.KINDS if kind.startswith(("bytes", "chat"))])
+@given(rows=st.lists(st.tuples(texts, texts, st.booleans()), min_size=1, max_size=5))
+@settings(max_examples=60)
+def test_bytes_and_offsets_find_the_same_tokens(kind: str, rows: list[tuple[str, str, bool]]) -> None:
+    """Byte-level tokenizers go a faster way; both ways agree wherever the stretches begin and end."""
+    by_bytes, by_offsets = Encoder(tokenizers.make(kind)), Encoder(tokenizers.make(kind))
+    by_offsets._bytes = None
+    specials = kind == "chat"
+    batch = [
+        Rendered("", a + b + "!", [(len(a), len(a + b) + (1 if to_end else 0))], writes_specials=specials)
+        for a, b, to_end in rows
+    ]
+    one, other = by_bytes.encode(batch), by_offsets.encode(batch)
+
+    assert one.ids.tolist() == other.ids.tolist()
+    assert one.trained.tolist() == other.trained.tolist()
+
+
+def test_a_normalizer_that_changes_the_text() -> None:
+    """Its tokens stand for other bytes than the row's, also where their number is the same."""
+    spec = tokenizers.make("bytes")
+    backend = Tokenizer.from_str(spec.backend.to_str())
+    backend.normalizer = normalizers.Sequence([normalizers.Replace("aa", "b"), normalizers.Replace("c", "dd")])
+    encoder = Encoder(LightTokenizer(backend, spec.specials))
+
+    document = alone(encoder.encode([Rendered("", "aax c", [(2, 5)], writes_specials=False)]))
+
+    assert backend.decode(document.ids.tolist(), skip_special_tokens=False) == "bx dd</s>"
+    assert backend.decode(document.ids[document.trained].tolist(), skip_special_tokens=False) == "x dd</s>"
+
+
+def test_empty_answers_and_equal_documents_are_known() -> None:
+    rows = [alpaca_row("a", "b"), alpaca_row("a", " \n"), alpaca_row("a", "b")]
+    documents = Encoder(tokenizers.make("bytes")).encode([Alpaca()(row) for row in rows])
+
+    assert documents.empty.tolist() == [False, True, False]
+    assert documents.digests[0] == documents.digests[2] != documents.digests[1]
 
 
 def test_half_a_surrogate_pair_is_named() -> None:
@@ -172,7 +232,7 @@ def test_a_directory_gives_the_tokenizer_that_transformers_gives(kind: str, tmp_
     assert ours.chat_template == theirs.chat_template
     assert {k: v for k, v in ours.specials.items() if k in theirs.specials} == dict(theirs.specials)
     rendered = Alpaca()(alpaca_row("the fox", "äöü 漢字"))
-    ids = [Encoder(tokenizer).encode([rendered])[0].ids.tolist() for tokenizer in (ours, theirs)]
+    ids = [Encoder(tokenizer).encode([rendered]).ids.tolist() for tokenizer in (ours, theirs)]
     assert ids[0] == ids[1]
 
 
@@ -181,7 +241,7 @@ def test_new_tokens_are_single(tmp_path: Path) -> None:
     tokenizer = tokens.from_directory(folder, ["<think>"])
     assert tokenizer is not None
 
-    [document] = Encoder(tokenizer).encode([Rendered("", "a<think>b", [(0, 9)], writes_specials=False)])
+    document = alone(Encoder(tokenizer).encode([Rendered("", "a<think>b", [(0, 9)], writes_specials=False)]))
 
     assert len(document.ids) == 4
 

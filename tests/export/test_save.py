@@ -33,10 +33,12 @@ def test_dtype_and_shards(tmp_path: Path) -> None:
 
 def test_stops_come_before_those_of_the_base(tmp_path: Path) -> None:
     model, tokenizer = tiny(), AutoTokenizer.from_pretrained(TINY)
-    model.generation_config.eos_token_id = [1, 9]
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|other end|>"]})
+    own = tokenizer.convert_tokens_to_ids("<|other end|>")
+    model.generation_config.eos_token_id = [1, own, 99]
     save.set_generation_config(model, tokenizer, [5, 1])
 
-    assert model.generation_config.eos_token_id == [5, 1, 9]
+    assert model.generation_config.eos_token_id == [5, 1, own]  # 99 is a word of this tokenizer
     assert model.generation_config.pad_token_id == tokenizer.pad_token_id
 
 

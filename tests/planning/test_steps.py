@@ -25,8 +25,8 @@ def recipe(drop_last: bool = False, **train: object) -> Recipe:
         ({"warmup_ratio": 0.0}, 320, Steps(10, 10, 0)),
         ({"warmup_ratio": 0.5}, 320, Steps(10, 10, 5)),
         ({"gradient_accumulation_steps": 4, "micro_batch_size": 8}, 320, Steps(10, 10, 1)),
-        ({}, 1, Steps(1, 1, 1)),
-        ({"micro_batch_size": 8, "drop_last": True}, 39, Steps(1, 1, 1)),
+        ({}, 1, Steps(1, 1, 0)),
+        ({"micro_batch_size": 8, "drop_last": True}, 39, Steps(1, 1, 0)),
         ({"micro_batch_size": 8, "global_batch_size": 8, "drop_last": True}, 39, Steps(4, 4, 1)),
     ],
 )

@@ -121,10 +121,15 @@ def test_layers_trained_in_full_beside_the_adapters(write_recipe: WriteRecipe) -
 
 def test_what_adapters_train_is_float32(write_recipe: WriteRecipe) -> None:
     adapted = loaded(write_recipe(), "model.dtype=bfloat16", "lora={modules_to_save: [norm]}")
-    model.keep_trainable_in_float32(adapted)
+    model.keep_trainable_in_float32(adapted, autocast=True)
 
     assert {p.dtype for p in adapted.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in adapted.parameters() if not p.requires_grad} == {torch.bfloat16}
+
+    model.keep_trainable_in_float32(adapted, autocast=False)
+    types = {name: p.dtype for name, p in adapted.named_parameters() if p.requires_grad}
+    assert {dtype for name, dtype in types.items() if "lora_" in name} == {torch.float32}
+    assert {dtype for name, dtype in types.items() if "lora_" not in name} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])

@@ -1,0 +1,126 @@
+"""Tokenised sources on disk, so that a second run need not tokenise again.
+
+An entry is a directory whose name is a hash of all that decides its content; it gets that name when it is complete. So it
+is never stale, and runs that write the same entry at once, or are killed while they write, do no harm.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import tempfile
+import time
+import zipfile
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sft_recipes.data.tokens import Documents
+
+_UNUSED = 30 * 24 * 3600  # seconds after which an entry that no run used is removed
+_ONE_EACH = ("stops", "empty", "digests")  # what there is of each document
+
+
+def folder() -> Path:
+    """Where entries are kept: $SFT_RECIPES_CACHE, or sft-recipes in the user's cache directory."""
+    if own := os.environ.get("SFT_RECIPES_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sft-recipes"
+
+
+def key(**decides: Any) -> str:
+    """The name of the entry that `decides` makes, together with the code of this package's data stage."""
+    return hashlib.sha256(json.dumps([_code(), decides], sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def _code() -> str:
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.iterdir()):
+        if file.suffix in (".py", ".jinja"):
+            digest.update(file.read_bytes())
+    for package in ("jinja2", "tokenizers"):
+        digest.update(importlib.metadata.version(package).encode())
+    return digest.hexdigest()
+
+
+def stored(name: str | None, make: Callable[[], Iterable[Documents]], complete: Callable[[], bool]) -> Documents:
+    """The documents of entry `name`, made and kept if they are not there; memory-mapped.
+
+    They are not kept where `name` is None, or where `complete` says afterwards that these are not all.
+    """
+    entry = folder() / name if name else None
+    if entry is not None and (found := _read(entry)) is not None:
+        with contextlib.suppress(OSError):
+            os.utime(entry)
+        return found
+    with _room(entry) as partial:
+        _write(partial, make())
+        if entry is not None and complete():
+            with contextlib.suppress(OSError):  # another run was faster, or the cache cannot be written
+                _remove_unused(entry.parent)
+                partial.rename(entry)
+                partial = entry
+        documents = _read(partial)
+    if documents is None:
+        raise OSError(f"{partial}: what was written cannot be read back")
+    return documents
+
+
+@contextmanager
+def _room(entry: Path | None) -> Iterator[Path]:
+    """A new directory beside the entry, or in the system's own place; it is gone afterwards, unless renamed."""
+    parent = None
+    if entry is not None:
+        with contextlib.suppress(OSError):
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            parent = entry.parent if os.access(entry.parent, os.W_OK) else None
+    made = Path(tempfile.mkdtemp(prefix="sft-recipes-", suffix=".partial", dir=parent))
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)  # what is mapped from it stays readable
+
+
+def _write(into: Path, batches: Iterable[Documents]) -> None:
+    lengths = array("q")
+    rest: dict[str, list[Any]] = {name: [] for name in _ONE_EACH}
+    with (into / "ids").open("wb") as ids, (into / "trained").open("wb") as trained:
+        for batch in batches:
+            batch.ids.tofile(ids)
+            batch.trained.tofile(trained)
+            lengths.extend(np.diff(batch.offsets).tolist())
+            for name, parts in rest.items():
+                parts.append(getattr(batch, name))
+    offsets = np.concatenate([[0], np.cumsum(np.frombuffer(lengths, dtype=np.int64))])
+    columns = {name: np.concatenate(parts) for name, parts in rest.items()}
+    np.savez(into / "documents.npz", offsets=offsets, allow_pickle=False, **columns)
+
+
+def _read(entry: Path) -> Documents | None:
+    """The documents in a directory; None where there are none, or not all."""
+    try:
+        with np.load(entry / "documents.npz") as rest:
+            columns = {name: rest[name] for name in ("offsets", *_ONE_EACH)}
+        # asarray: slicing a memmap takes ten times as long as slicing an array.
+        ids = np.asarray(np.memmap(entry / "ids", dtype=np.int32, mode="r"))
+        trained = np.asarray(np.memmap(entry / "trained", dtype=np.bool_, mode="r"))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    if len(ids) != columns["offsets"][-1] or len(trained) != len(ids):
+        return None
+    return Documents(ids, trained, **columns)
+
+
+def _remove_unused(parent: Path) -> None:
+    for entry in parent.iterdir():
+        with contextlib.suppress(OSError):
+            if time.time() - entry.stat().st_mtime > _UNUSED:
+                shutil.rmtree(entry)

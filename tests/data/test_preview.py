@@ -1,0 +1,64 @@
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from sft_recipes.checks import preview
+from sft_recipes.errors import DataError
+from tests.conftest import WriteRecipe, write_rows
+
+
+def shown(
+    recipe: Path, *overrides: str, number: int = 1, rows: tuple[int, ...] = (), ids: bool = False, colours: bool = False
+) -> str:
+    said = io.StringIO()
+    console = Console(
+        file=said, width=1000, highlight=False, force_terminal=colours, color_system="standard" if colours else None
+    )
+    preview(str(recipe), overrides, number, rows, ids=ids, console=console)
+    return said.getvalue()
+
+
+def test_a_row_as_plain_text(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    lines = shown(write_recipe(), "data.packing=none", "data.eval=null", rows=(8,)).splitlines()
+
+    assert any(line.startswith(f"{tmp_path / 'train.jsonl'}:8: positions 0 to ") for line in lines)
+    assert lines[-2].startswith("⟦")
+    assert lines[-2].replace("|", "") == "⟦word 7<end>⟧"
+    assert lines[5].startswith("<|begin|>|Below| is| an| instruction")
+
+
+def test_documents_of_a_packed_sequence(write_recipe: WriteRecipe) -> None:
+    apart = shown(write_recipe(), "data.max_length=128")
+    together = shown(
+        write_recipe(), "data.packing=wrapped", "data.cross_document_attention=true", "data.max_length=128"
+    )
+
+    assert apart.count("positions 0 to ") == apart.count("train.jsonl:") > 1
+    assert together.count("positions 0 to ") == 1
+    assert ", a part: positions" in together
+
+
+def test_ids_and_colours(write_recipe: WriteRecipe) -> None:
+    assert "<|end|>(1)" in shown(write_recipe(), ids=True)
+    coloured = shown(write_recipe(), colours=True)
+    assert "\x1b[" in coloured
+    assert "⟦" not in coloured
+
+
+def test_random_ones_are_seeded(write_recipe: WriteRecipe) -> None:
+    one, again, other = (shown(write_recipe(), "data.packing=none", f"train.seed={seed}") for seed in (1, 1, 2))
+
+    assert one == again != other
+    assert shown(write_recipe(), "data.packing=none", number=3).count("sequence ") == 3
+
+
+def test_a_row_that_is_in_no_sequence(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="--row 25: no sequence holds this row"):
+        shown(write_recipe(), rows=(25,))
+    write_rows(
+        tmp_path / "train.jsonl", [{"instruction": "x " * 300, "output": "y"}, {"instruction": "x", "output": "y"}]
+    )
+    with pytest.raises(DataError, match="--row 1: no sequence holds this row"):
+        shown(write_recipe(), "data.eval=null", "data.overlong=drop", rows=(1,))
