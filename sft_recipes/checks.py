@@ -10,7 +10,7 @@ from sft_recipes import run_folder
 from sft_recipes.data import prepare, sources, tokens
 from sft_recipes.data import preview as showing
 from sft_recipes.data.tokens import LightTokenizer
-from sft_recipes.errors import InputError, ModelError, RecipeError
+from sft_recipes.errors import DataError, InputError, ModelError, RecipeError
 from sft_recipes.planning.steps import count
 from sft_recipes.recipe import model_files
 from sft_recipes.recipe.check import accepted, verdict_on
@@ -73,8 +73,7 @@ def preview(
 
 
 def _examine_data(recipe: Recipe) -> list[str]:
-    remote = [source.path for source in prepare.every_source(recipe.data) if sources.files(source.path) is None]
-    if remote:
+    if remote := _on_the_hub(recipe):
         return [
             f"data: {', '.join(remote)} is looked for on the hub when the run starts; rows and steps are not counted"
         ]
@@ -93,6 +92,20 @@ def _examine_data(recipe: Recipe) -> list[str]:
         f"steps: {about}{steps.total:,} of {recipe.sequences_per_step} sequences, {steps.warmup:,} of them warmup; "
         f"{about}{steps.per_epoch:,} an epoch",
     ]
+
+
+def _on_the_hub(recipe: Recipe) -> list[str]:
+    """Sources that are no files. Raises DataError with all that look like files and are none."""
+    remote: list[str] = []
+    problems: list[str] = []
+    for source in prepare.every_source(recipe.data):
+        try:
+            remote += [source.path] if sources.files(source.path) is None else []
+        except DataError as error:
+            problems += error.lines
+    if problems:
+        raise DataError(*problems)
+    return remote
 
 
 def _tokenizer(model: Model) -> tuple[LightTokenizer | None, str]:

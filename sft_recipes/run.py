@@ -32,10 +32,9 @@ def run(
     recipe = loaded.recipe
     words.warn(console, warnings)
     with loaded.placing_errors(), run_folder.opened(recipe.output_dir, resume=resume) as folder:
-        data_now = prepare.fingerprints(recipe)
         checkpoint = None
         if resume:
-            run_folder.refuse_changes(folder, recipe, data_now)
+            run_folder.refuse_changes(folder, recipe, prepare.fingerprints(recipe))
             checkpoint = checkpoints.newest(folder)
 
         # What it is trained on
@@ -48,7 +47,7 @@ def run(
         network = model.load_model(recipe, tokenizer)
         sft = trainer.build(recipe, network, tokenizer, data, folder, console)
         words.say(console, trainer.facts(recipe, sft))
-        run_folder.describe(folder, recipe_file, recipe, data.as_dict(), data_now, trainer.device())
+        run_folder.describe(folder, recipe_file, recipe, data.as_dict(), prepare.fingerprints(recipe), trainer.device())
 
         # The training itself
         trainer.train(sft, folder, checkpoint)

@@ -49,7 +49,10 @@ def test_every_command_has_help(command: str) -> None:
         (["report", "none"], "none: no run here"),
         (["generate", "none", "--prompt", "x"], "none: no model here"),
         (["merge", "none", "--out", "x"], "none: no adapter here"),
-        (["merge", "none", "--out", "x", "--dtype", "int4"], "--dtype int4: expected one of bfloat16, float16, float32"),
+        (
+            ["merge", "none", "--out", "x", "--dtype", "int4"],
+            "--dtype int4: expected one of bfloat16, float16, float32",
+        ),
     ],
 )
 def test_wrong_command_lines_are_one_line_and_exit_2(arguments: list[str], said: str, tmp_path: Path) -> None:

@@ -309,8 +309,10 @@ def expectation(schema: dict[str, Any]) -> str:
         "exclusiveMaximum": "below",
         "maximum": "of at most",
     }
-    # What no one comes near is not worth a word: the bounds of 32-bit numbers.
-    limits = [f"{word} {schema[bound]:g}" for bound, word in bounds.items() if schema.get(bound, 2**31) < 2**31]
+    # The bound of 32-bit numbers is not worth a word.
+    limits = [f"{word} {schema[bound]:g}" for bound, word in bounds.items() if schema.get(bound, 2**31) != 2**31]
+    if "minItems" in schema:
+        limits.append(f"of at least {schema['minItems']}")
     if "pattern" in schema:
         limits.append("such as 5GB or 500MB")
     return " ".join([words, " and ".join(limits)]).strip()

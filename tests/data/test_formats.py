@@ -76,6 +76,9 @@ def test_nothing_known() -> None:
         ({"messages": []}, "messages", "must be a list of messages"),
         ({"messages": ["x"]}, "messages", "message 1 must have 'role' and 'content'"),
         ({"messages": [USER, {"role": "user"}]}, "messages", "message 2 must have a text 'role' and 'content'"),
+        ({"messages": [{**USER, "weight": 0}]}, "messages", "f:1: message 1 has 'weight', which is not supported"),
+        ({"messages": [{**USER, "tool_calls": 3}]}, "messages", "message 1: 'tool_calls' must be a list of objects"),
+        ({"messages": [USER], "tools": "{"}, "messages", "'tools' must be a list of functions, got '{'"),
         ({}, "messages", "no column 'messages' in this row, it has none"),
         ({"text": ["x" * 100]}, "text", "..."),
     ],
@@ -85,6 +88,28 @@ def test_rows_that_are_wrong(row: dict[str, Any], format: str, said: str) -> Non
         to_example(row, format, {}, "f:1")
 
     assert said in str(caught.value)
+
+
+def test_tool_calls_and_what_else_a_message_has() -> None:
+    """Arguments and tools that are written as JSON are read; what is null, as in parquet, is not there."""
+    call = {"id": "1", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    turns = [
+        {"role": "user", "content": [{"type": "text", "text": "1+"}, {"type": "text", "text": "1?"}], "name": None},
+        {"role": "assistant", "content": None, "tool_calls": [call], "tool_call_id": None},
+        {"from": "observation", "value": "2", "tool_call_id": "1"},
+    ]
+    row = to_example({"messages": turns, "tools": '[{"name": "add"}]'}, "messages", {}, "f:1")
+
+    assert row.messages == [
+        {"role": "user", "content": "1+1?"},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"id": "1", "function": {"name": "add", "arguments": {"a": 1}}}],
+        },
+        {"role": "tool", "content": "2", "tool_call_id": "1"},
+    ]
+    assert row.tools == [{"name": "add"}]
 
 
 def test_the_formats_are_those_of_the_schema() -> None:

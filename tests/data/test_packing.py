@@ -82,6 +82,10 @@ def test_split(lengths: list[int]) -> None:
 
     assert tokens(layout) == [(d, p) for d, length in enumerate(lengths) for p in range(length)]
     assert all(0 < end - start <= CAPACITY for [(_, start, end)] in pieces(layout))
+    parts: dict[int, list[int]] = {}
+    for [(document, start, end)] in pieces(layout):
+        parts.setdefault(document, []).append(end - start)
+    assert all(max(sizes) - min(sizes) <= 1 for sizes in parts.values())
     assert len(layout.document) == sum(-(-length // CAPACITY) for length in lengths)
 
 

@@ -237,6 +237,66 @@ def test_sources_of_two_formats_need_one_template(write_recipe: WriteRecipe, tmp
     )
 
 
+def test_a_template_that_writes_bos_as_text_has_it_once(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    (tmp_path / "chat.jinja").write_text("<s>{% for m in messages %}{{ m.content }}</s>{% endfor %}")
+    data = prepared(write_recipe(), f"data.template={tmp_path / 'chat.jinja'}", "data.packing=none")
+    bos = tokenizers.make("bytes+bos").backend.token_to_id("<s>")
+
+    assert all(row["input_ids"].count(bos) == 1 for row in table(data))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_exported_template_whatever_the_order_of_sources(
+    write_recipe: WriteRecipe, tmp_path: Path, order: int
+) -> None:
+    text = write_rows(tmp_path / "text.jsonl", [{"text": "hello"}] * 3)
+    listed = [str(text), str(tmp_path / "train.jsonl")][::order]
+    data = prepared(write_recipe(), f"data.train={listed}", "data.eval=null")
+
+    assert data.chat_template is not None
+    assert data.prompt is not None
+
+
+def test_a_first_row_with_special_text_or_a_newline_is_like_any_other(
+    write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    odd = {"instruction": "What is </s>?", "output": "\nThe end."}
+    write_rows(tmp_path / "train.jsonl", [odd, *ROWS])
+    data = prepared(write_recipe(), "data.eval=null")
+
+    assert data.prompt is not None
+    assert data.prompt.messages == [{"role": "user", "content": "Hello"}]
+
+
+def test_sources_that_are_left_empty(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    one = write_rows(tmp_path / "one.jsonl", ROWS[:1])
+    listed = f"data.train=[{{path: {one}, weight: 0.3}}, {tmp_path / 'train.jsonl'}]"
+    account = prepared(write_recipe(), listed, "data.eval=null").train.account
+
+    assert [source.rows for source in account.sources] == [0, 24]
+    assert "no rows are left" in problem(write_recipe(), f"data.train=[{{path: {one}, weight: 0.3}}]", "data.eval=null")
+
+
+def test_an_empty_text_is_dropped_and_counted(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.jsonl", [{"text": "hello fox"}, {"text": ""}])
+    [source] = prepared(write_recipe(), "data.eval=null").train.account.sources
+
+    assert (source.kept, source.dropped, source.empty_answers) == (1, {"no trained token": 1}, 1)
+
+
+def test_columns_that_no_source_has_use_for(write_recipe: WriteRecipe) -> None:
+    assert "no source has use for 'prompt': the rows were read as alpaca" in problem(
+        write_recipe(), "data.columns={prompt: q}"
+    )
+
+
+def test_every_source_that_cannot_be_read_at_once(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    empty = write_rows(tmp_path / "empty.jsonl", [])
+    lines = problem(write_recipe(), f"data.train=[{tmp_path / 'train.jsonl'}, {empty}, none.jsonl]").splitlines()
+
+    assert [line.split(": ")[1].split(" (")[0] for line in lines] == ["the file is empty", "no such file"]
+
+
 def test_too_few_rows_to_set_some_aside(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     write_rows(tmp_path / "train.jsonl", ROWS[:1])
 

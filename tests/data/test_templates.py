@@ -124,6 +124,62 @@ def test_generation_marks_render_what_they_hold() -> None:
     assert chat(example("a", "b")).text == "ab"
 
 
+MARKED = (
+    "{{ messages | length }}{% for m in messages %}{% if m.role == 'assistant' %}"
+    "<a>{% generation %}{{ m.content }}{% endgeneration %}</s>{% else %}<u>{{ m.content }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(("train_on", "trained"), [("completion", ["d</s>"]), ("assistant", ["b</s>", "d</s>"])])
+def test_generation_marks_where_earlier_turns_change(train_on: str, trained: list[str]) -> None:
+    """With the special token that ends the turn, also where it stands behind the mark."""
+    rendered = Chat(MARKED, train_on, SPECIALS, ("<s>", "</s>"))(example("a", "b", "c", "d"))
+
+    assert rendered.text == "4<u>a<a>b</s><u>c<a>d</s>"
+    assert [rendered.text[start:end] for start, end in rendered.trained] == trained
+
+
+def test_a_message_that_answers_nothing() -> None:
+    """A conversation that the assistant begins: there is no prompt to its first message."""
+    messages = [{"role": r, "content": c} for r, c in (("assistant", "Hello."), ("user", "One?"), ("assistant", "1"))]
+    source = (
+        "{% if messages[0].role == 'x' %}{% endif %}{% for m in messages %}{{ m.role[0] }}:{{ m.content }}|{% endfor %}"
+    )
+    rendered = Chat(source + "{% if add_generation_prompt %}a:{% endif %}", "assistant", {}, ())(
+        Example("f:1", messages)
+    )
+
+    assert [rendered.text[start:end] for start, end in rendered.trained] == ["1|"]
+
+
+def test_tool_calls_where_the_template_has_a_place() -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    messages = [
+        {"role": "user", "content": "1+1?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "2"},
+    ]
+    source = (
+        "{% if tools %}[{{ tools | tojson }}]{% endif %}{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name }}({{ c.function.arguments | tojson }}){% endfor %}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    row = Example("f:1", messages, tools=[{"name": "add <b>"}])
+    rendered = Chat(source, "assistant", {}, ())(row)
+
+    assert rendered.text == '[[{"name": "add <b>"}]]<user>1+1?<assistant>add({"a": 1})<tool>2<assistant>2'
+    assert [rendered.text[start:end] for start, end in rendered.trained] == ['add({"a": 1})', "2"]
+    with pytest.raises(DataError, match="the row has 'tool_calls', for which the chat template has no place"):
+        alpaca_chat()(row)
+    with pytest.raises(DataError, match="the text contains '</s>'"):
+        Chat(source, "assistant", {}, ("</s>",))(Example("f:1", messages, tools=[{"name": "</s>"}]))
+
+
+def test_the_day_as_templates_ask_for_it() -> None:
+    assert Chat("{{ strftime_now('%Y') }}", "all", {}, ()).render([], "").isdigit()
+
+
 def test_a_template_that_changes_earlier_turns() -> None:
     chat = Chat("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}", "assistant", {}, ())
 
@@ -147,6 +203,7 @@ def test_templates_render_as_in_transformers() -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     messages = example("a", "b", "c").messages
-    for source in (alpaca_chat_template(), templates.BOS + alpaca_chat_template()):
+    json_too = "{{ {'b': '<ä>', 'a': tools} | tojson }}"
+    for source in (alpaca_chat_template(), templates.BOS + alpaca_chat_template(), json_too):
         theirs, _ = render_jinja_template([messages], chat_template=source, add_generation_prompt=True, **SPECIALS)
         assert Chat(source, "all", SPECIALS, ()).render(messages, "", add_generation_prompt=True) == theirs[0]

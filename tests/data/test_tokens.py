@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, normalizers
+from tokenizers import Tokenizer, models, normalizers, processors
 
 from sft_recipes.data import templates, tokens
 from sft_recipes.data.formats import Example, to_example
@@ -195,6 +195,36 @@ def test_a_normalizer_that_changes_the_text() -> None:
 
     assert backend.decode(document.ids.tolist(), skip_special_tokens=False) == "bx dd</s>"
     assert backend.decode(document.ids[document.trained].tolist(), skip_special_tokens=False) == "x dd</s>"
+
+
+def test_indentation_is_trained_on_where_a_tokenizer_trims_offsets() -> None:
+    spec = tokenizers.make("bytes")
+    backend = Tokenizer.from_str(spec.backend.to_str())
+    backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    document = alone(Encoder(LightTokenizer(backend, spec.specials)).encode([Alpaca()(alpaca_row("Go.", "    fox"))]))
+
+    assert backend.decode(document.ids[document.trained].tolist()) == "    fox"
+
+
+def test_another_end_than_the_end_token() -> None:
+    """A tokenizer that ends texts in [SEP]: documents end in the end token all the same."""
+    spec = tokenizers.make("bytes+bos")
+    backend = Tokenizer.from_str(spec.backend.to_str())
+    backend.add_special_tokens(["[SEP]"])
+    ends = [(token, backend.token_to_id(token)) for token in ("<s>", "[SEP]")]
+    backend.post_processor = processors.TemplateProcessing("<s> $A [SEP]", special_tokens=ends)
+    document = alone(Encoder(LightTokenizer(backend, spec.specials)).encode([Alpaca()(alpaca_row("Go.", "fox"))]))
+
+    assert backend.decode(document.ids.tolist(), skip_special_tokens=False).endswith("fox</s>")
+    assert backend.decode(document.ids[document.trained].tolist(), skip_special_tokens=False) == "fox</s>"
+
+
+def test_of_several_chat_templates_the_default() -> None:
+    named = [{"name": "tool_use", "template": "a"}, {"name": "default", "template": "b"}]
+
+    assert tokens.only_template(named) == tokens.only_template({"default": "b", "tool_use": "a"}) == "b"
+    assert tokens.only_template("c") == "c"
+    assert tokens.only_template(None) is tokens.only_template({"tool_use": "a"}) is None
 
 
 def test_empty_answers_and_equal_documents_are_known() -> None:

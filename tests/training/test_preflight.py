@@ -5,7 +5,7 @@ import torch
 from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
 from sft_recipes.errors import ModelError
-from tests.conftest import WriteRecipe, run
+from tests.conftest import WriteRecipe, run, write_rows
 
 TINY = Path(__file__).parents[2] / "sft_recipes" / "builtin" / "tiny"
 
@@ -30,6 +30,18 @@ def test_a_model_that_leaks_between_packed_documents_is_refused(
         run(write_recipe(model={"name": opt}), f"data.packing={packing}")
 
     assert not (tmp_path / "run").exists()
+
+
+def test_documents_of_one_micro_batch_share_a_row_too(write_recipe: WriteRecipe, opt: str, tmp_path: Path) -> None:
+    """One document a sequence, which packing does not change: the micro-batch is one row all the same."""
+    rows = [{"instruction": f"Say {n} times: {'fox ' * 9}", "output": "fox " * 9} for n in range(12)]
+    write_rows(tmp_path / "train.jsonl", rows)
+    recipe = write_recipe(model={"name": opt}, data={"eval": None, "max_length": 100})
+
+    with pytest.raises(ModelError, match="documents packed into one sequence see each other"):
+        run(recipe)
+    folder, _ = run(recipe, "train.micro_batch_size=1")
+    assert (folder / "model").is_dir()
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,33 @@
 """Training for real, on the embedded model: accumulation, schedule, validation loss, best checkpoint, failures."""
 
+import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch.nn.functional import cross_entropy
+from transformers import (
+    AutoTokenizer,
+    MixtralConfig,
+    MixtralForCausalLM,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from sft_recipes.data import prepare
-from sft_recipes.errors import RunError
+from sft_recipes.errors import RecipeError, RunError
 from sft_recipes.recipe import load
+from sft_recipes.report import page
 from sft_recipes.training import model, trainer
 from tests.conftest import ROWS, WriteRecipe, metrics, run, write_rows
 
+TINY = Path(__file__).parents[2] / "sft_recipes" / "builtin" / "tiny"
 UNEQUAL = [
     {"instruction": f"Count to {n}.", "input": "x " * (n % 5), "output": " ".join(str(i) for i in range(n + 1))}
     for n in range(24)
@@ -259,8 +272,6 @@ def test_resume_ends_as_if_never_stopped(write_recipe: WriteRecipe, tmp_path: Pa
     whole, _ = run(recipe, "train.max_steps=6", f"output_dir={tmp_path / 'whole'}")
     stopped, _ = run(recipe, "train.max_steps=6", f"output_dir={tmp_path / 'stopped'}")
     for step in (4, 6):  # as if it had been killed after step 3: checkpoint 2 is the newest
-        import shutil
-
         shutil.rmtree(stopped / "checkpoints" / f"checkpoint-{step}")
     run(recipe, "train.max_steps=6", f"output_dir={stopped}", resume=True)
 
@@ -271,6 +282,108 @@ def test_resume_ends_as_if_never_stopped(write_recipe: WriteRecipe, tmp_path: Pa
     assert (stopped / "model" / "model.safetensors").read_bytes() == (
         whole / "model" / "model.safetensors"
     ).read_bytes()
+
+
+def test_a_run_is_resumed_as_it_was_begun(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    recipe = write_recipe(checkpoint={"every": 1})
+    folder, _ = run(recipe)
+    with pytest.raises(RecipeError) as caught:
+        run(recipe, "train.learning_rate=1", "data.packing=none", resume=True)
+    assert [line.split(": ", 1)[1] for line in caught.value.lines[:2]] == [
+        'data.packing: "none" now, and "bfd" in the run that is to be resumed',
+        "train.learning_rate: 1.0 now, and 0.001 in the run that is to be resumed",
+    ]
+
+    write_rows(tmp_path / "train.jsonl", ROWS[1:])
+    with pytest.raises(RecipeError, match=r"train.jsonl: its content has changed since the run began"):
+        run(recipe, resume=True)
+    assert json.loads((folder / "recipe.resolved.json").read_text("utf-8"))["train"]["learning_rate"] == 1e-3
+
+
+def test_half_a_line_is_no_obstacle(write_recipe: WriteRecipe) -> None:
+    """As a run leaves it that is killed while it writes."""
+    recipe = write_recipe(checkpoint={"every": 1})
+    folder, _ = run(recipe)
+    before = metrics(folder)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    page.write(folder)
+    run(recipe, resume=True)
+
+    assert [line["step"] for line in metrics(folder)] == [line["step"] for line in before]
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+def test_a_run_that_diverges_exports_nothing_and_keeps_its_files(
+    write_recipe: WriteRecipe, tmp_path: Path, lora: dict[str, int] | None
+) -> None:
+    with pytest.raises(RunError, match="the trained weights are not finite, so nothing is exported"):
+        run(write_recipe(lora=lora), "train.learning_rate=1e30", "train.max_grad_norm=0")
+
+    assert not (tmp_path / "run" / "model").exists()
+    assert not (tmp_path / "run" / "adapter").exists()
+    assert (tmp_path / "run" / "metrics.jsonl").is_file()
+
+
+def test_a_merge_that_fails_keeps_the_adapter(
+    write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base is gone by the time of the merge."""
+    base = tmp_path / "base"
+    shutil.copytree(TINY, base)
+    train = trainer.train
+
+    def train_and_lose_the_base(*args: Any) -> None:
+        train(*args)
+        base.rename(tmp_path / "elsewhere")
+
+    monkeypatch.setattr(trainer, "train", train_and_lose_the_base)
+    with pytest.raises(RunError, match=r"trained, but not merged: .* sft-recipe merge .*/run --out DIR"):
+        run(write_recipe(model={"name": str(base)}, lora={"rank": 2}))
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("mixed_precision", ["bf16", "no"])
+def test_adapters_on_quantised_weights_are_trained_in_float32(write_recipe: WriteRecipe, mixed_precision: str) -> None:
+    """TRL takes them to bfloat16."""
+    sft = build(
+        write_recipe(model={"quantization": "nf4"}, lora={"rank": 2, "modules_to_save": ["lm_head"]}),
+        f"train.mixed_precision={mixed_precision}",
+    )
+
+    assert {p.dtype for p in sft.model.parameters() if p.requires_grad} == {torch.float32}
+    sft.train()
+
+
+def test_the_validation_loss_of_a_mixture_is_that_of_its_tokens(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """Without the loss on its routing, which the training has; and the exported config is the base's."""
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=1024, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=2, router_aux_loss_coef=0.5,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "moe")
+    AutoTokenizer.from_pretrained(TINY).save_pretrained(tmp_path / "moe")
+    sft = build(write_recipe(model={"name": str(tmp_path / "moe")}, data={"packing": "none"}))
+    measured = sft.evaluate()["eval_loss"]
+
+    losses = []
+    for row in sft.eval_dataset:
+        ids, labels = (torch.tensor([row[name]]) for name in ("input_ids", "labels"))
+        with torch.no_grad():
+            logits = sft.model(ids, output_router_logits=False).logits
+        losses.append(cross_entropy(logits[0, :-1], labels[0, 1:], reduction="none")[labels[0, 1:] != -100])
+    assert measured == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
+    assert not sft.model.config.output_router_logits
+    sft.train()
+
+
+def test_answers_beyond_the_models_positions(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    with pytest.raises(
+        RecipeError, match=r"eval.max_new_tokens: 1000 tokens after a prompt of \d+ are more than the 1024 pos"
+    ):
+        run(write_recipe(eval={"generate": ["Say it."], "max_new_tokens": 1000}))
+    assert not (tmp_path / "run").exists()
 
 
 def test_seeds_decide(write_recipe: WriteRecipe, tmp_path: Path) -> None:
