@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Encoding
 
 from sft_recipes.data import cache, formats, sources, templates
 from sft_recipes.data.accounting import SourceAccount
 from sft_recipes.data.formats import Example
 from sft_recipes.data.sequences import Chosen, Ints, Sequences, lay_out
+from sft_recipes.data.templates import Rendered
 from sft_recipes.data.tokens import Documents, Encoder, LightTokenizer
 from sft_recipes.errors import DataError
 from sft_recipes.recipe.schema import Data, Recipe, Source, WeightedSource
 
 _SHOWN = 20  # problems of the data that are listed; the rest are counted
-_BATCH = 1000  # rows that are tokenised at once
+_BATCH = 500  # rows that are tokenised at once
 
 
 @dataclass(frozen=True)
@@ -359,13 +361,13 @@ class _Work:
         self.cut_short = False
 
     def batches(self) -> Iterator[Documents]:
-        """Documents of a thousand rows at a time; one batch is encoded while the next is read.
+        """Documents of some hundred rows at a time; while one batch is tokenised, others are read and put together.
 
         Raises DataError with everything that is wrong with the rows.
         """
         problems: list[str] = []
         examples = iter(self.rows)
-        waiting: Future[Documents] | None = None
+        waiting: tuple[list[Rendered], Future[list[Encoding]]] | None = None
         with ThreadPoolExecutor(1) as pool:
             while batch := list(islice(examples, _BATCH)):
                 rendered = []
@@ -376,17 +378,17 @@ class _Work:
                         problems += error.lines
                 if problems or self.rows.problems:
                     continue  # nothing will come of it; what else is wrong is still worth knowing
-                encoding = pool.submit(self.encoder.encode, rendered)
+                tokenising = pool.submit(self.encoder.tokenise, rendered)
                 if waiting is not None:
-                    yield waiting.result()
-                waiting = encoding
+                    yield self.encoder.documents(waiting[0], waiting[1].result())
+                waiting = rendered, tokenising
                 if self.deadline is not None and time.monotonic() > self.deadline:
                     self.cut_short = next(examples, None) is not None
                     break
             if self.rows.problems or problems:
                 raise DataError(*self.rows.problems, *problems)
             if waiting is not None:
-                yield waiting.result()
+                yield self.encoder.documents(waiting[0], waiting[1].result())
 
 
 def _chosen(tokenised: Sequence[_Tokenised], rows: Sequence[Ints], *, only_some: bool = False) -> list[Chosen]:

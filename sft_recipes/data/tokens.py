@@ -6,10 +6,10 @@ Where a token straddles the border between prompt and answer it counts as part o
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +113,8 @@ def join(parts: Sequence[Documents]) -> Documents:
     return Documents(column("ids"), column("trained"), offsets, column("stops"), column("empty"), column("digests"))
 
 
-# First and last + 1 token of a stretch that is trained on, counted from the document's first; None: to its very end.
-_Stretch = tuple[int, int | None]
+# Document, first token and last + 1 of a stretch that is trained on, counted from the document's first; -1: to its very end.
+_Stretch = tuple[int, int, int]
 
 
 class Encoder:
@@ -146,114 +146,132 @@ class Encoder:
         """Documents of a batch, in order. Raises DataError where the text is no valid Unicode."""
         if len({rendered.writes_specials for rendered in batch}) > 1:
             return join([self.encode([rendered]) for rendered in batch])
+        return self.documents(batch, self.tokenise(batch))
+
+    def tokenise(self, batch: Sequence[Rendered]) -> list[Encoding]:
+        """The tokenizer's part of `encode`, which leaves Python to others; rows are all of one kind.
+
+        Byte-level tokens go the way without offsets, which is faster: their bytes are the text's.
+        """
+        return self._tokenise(batch, fast=self._bytes is not None)
+
+    def documents(self, batch: Sequence[Rendered], encodings: list[Encoding]) -> Documents:
+        """What the encodings of a batch make."""
         specials = batch[0].writes_specials
-        texts = [rendered.text for rendered in batch]
-        try:
-            ids, stretches = self._encode(batch, texts, specials=specials)
-        except (TypeError, UnicodeEncodeError):
-            raise _not_unicode(batch) from None
-        if not specials and self._taken_off:
-            ids = [own[: -self._taken_off] for own in ids]
-        endings = [self._ending(text, specials=specials) for text in texts]
-        lengths = [len(own) + len(added) for own, (added, _) in zip(ids, endings, strict=True)]
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        flat = chain.from_iterable(part for own, (added, _) in zip(ids, endings, strict=True) for part in (own, added))
-        every = np.fromiter(flat, dtype=np.int32, count=offsets[-1])
+        flat = _Flat(encodings)
+        stretches = self._by_bytes(batch, flat, specials=specials) if self._bytes is not None else None
+        if stretches is None:
+            if self._bytes is not None:
+                encodings = self._tokenise(batch, fast=False)
+                flat = _Flat(encodings)
+            added = 0 if specials else len(self._end)
+            stretches = [
+                (number, start, end)
+                for number, (rendered, encoding) in enumerate(zip(batch, encodings, strict=True))
+                for start, end in _by_offsets(rendered, encoding, len(encoding.ids) - added)
+            ]
+        endings = [self._ending(rendered.text, specials=specials) for rendered in batch]
+        ends_here = np.array([closed for closed, _ in endings])
+        taken_off = 0 if specials else self._taken_off
+
+        # The tokenizer's tokens without what is taken off, and an end token behind those that lack one.
+        own = np.diff(flat.offsets) - taken_off
+        offsets = np.concatenate([[0], np.cumsum(own + ~ends_here)])
+        ids = np.full(offsets[-1], self.eos, dtype=np.int32)
+        theirs = np.ones(len(ids), dtype=bool)
+        theirs[offsets[1:][~ends_here] - 1] = False
+        if taken_off:
+            kept = np.ones(len(flat.ids), dtype=bool)
+            for at in range(taken_off):
+                kept[flat.offsets[1:] - 1 - at] = False
+            ids[theirs] = flat.ids[kept]
+        else:
+            ids[theirs] = flat.ids
+
         # +1 where a stretch begins, -1 behind its last token: the sum so far says whether a token is trained on.
-        changes = np.zeros(len(every) + 1, dtype=np.int8)
-        for own, first, behind in zip(stretches, offsets.tolist(), offsets[1:].tolist(), strict=False):
-            for start, end in own:
-                changes[first + start] += 1
-                changes[behind if end is None else first + end] -= 1
-        content = every.tobytes()
+        changes = np.zeros(len(ids) + 1, dtype=np.int8)
+        if stretches:
+            number, start, end = np.array(stretches).T
+            np.add.at(changes, offsets[number] + start, 1)
+            np.add.at(changes, np.where(end < 0, offsets[number + 1], offsets[number] + end), -1)
+        content, edges = ids.tobytes(), (4 * offsets).tolist()
         return Documents(
-            every,
+            ids,
             np.cumsum(changes[:-1], dtype=np.int8) > 0,
             offsets,
             np.array([stop for _, stop in endings], dtype=np.int32),
             np.array([rendered.empty for rendered in batch], dtype=bool),
-            np.array(
-                [_digest(content[4 * a : 4 * b]) for a, b in zip(offsets.tolist(), offsets[1:].tolist(), strict=False)],
-                dtype=np.uint64,
-            ),
+            np.array([_digest(content[a:b]) for a, b in pairwise(edges)], dtype=np.uint64),
         )
 
-    def _encode(
-        self, batch: Sequence[Rendered], texts: list[str], *, specials: bool
-    ) -> tuple[list[list[int]], list[list[_Stretch]]]:
-        """Ids as the tokenizer gives them, and the stretches of each document that are trained on."""
-        self._backend.encode_special_tokens = not specials
+    def _tokenise(self, batch: Sequence[Rendered], *, fast: bool) -> list[Encoding]:
+        as_text = not batch[0].writes_specials
+        if self._backend.encode_special_tokens != as_text:
+            self._backend.encode_special_tokens = as_text
+        encode = self._backend.encode_batch_fast if fast else self._backend.encode_batch
         try:
-            if self._bytes is not None:
-                # Twice as fast as with offsets, which byte-level tokens do without: their bytes are the text's.
-                fast = self._backend.encode_batch_fast(texts, add_special_tokens=not specials)
-                ids = [encoding.ids for encoding in fast]
-                if (stretches := self._stretches(batch, ids, specials=specials)) is not None:
-                    return ids, stretches
-            encodings = self._backend.encode_batch(texts, add_special_tokens=not specials)
-        finally:
-            self._backend.encode_special_tokens = False
-        added = 0 if specials else len(self._end)
-        return (
-            [encoding.ids for encoding in encodings],
-            [_by_offsets(rendered, e, len(e.ids) - added) for rendered, e in zip(batch, encodings, strict=True)],
-        )
+            return encode([rendered.text for rendered in batch], add_special_tokens=as_text)
+        except TypeError:
+            raise _not_unicode(batch) from None
 
-    def _stretches(
-        self, batch: Sequence[Rendered], ids: list[list[int]], *, specials: bool
-    ) -> list[list[_Stretch]] | None:
-        """From the number of bytes that each token stands for; None where these are not the bytes of the texts, as
-        where a normalizer or an added token takes away or adds something."""
+    def _by_bytes(self, batch: Sequence[Rendered], flat: "_Flat", *, specials: bool) -> list[_Stretch] | None:
+        """Stretches from the number of bytes that each token stands for. None where these are not the bytes of the texts,
+        as where a normalizer or an added token takes away or adds something."""
         assert self._bytes is not None
-        offsets = np.concatenate([[0], np.cumsum([len(own) for own in ids])])
-        sizes = self._bytes[np.fromiter(chain.from_iterable(ids), dtype=np.int32, count=offsets[-1])]
+        sizes = self._bytes[flat.ids]
         if not specials:  # what the tokenizer adds before and after stands for no text
             for at in range(len(self.bos)):
-                sizes[offsets[:-1] + at] = 0
+                sizes[flat.offsets[:-1] + at] = 0
             for at in range(len(self._end)):
-                sizes[offsets[1:] - 1 - at] = 0
+                sizes[flat.offsets[1:] - 1 - at] = 0
         ends = np.cumsum(sizes)
-        before = np.concatenate([[0], ends])[offsets]
-        encoded = [rendered.text.encode() for rendered in batch]
-        if not np.array_equal(np.diff(before), [len(text) for text in encoded]):
+        before = np.concatenate([[0], ends])[flat.offsets]
+        lengths = [len(rendered.text.encode()) for rendered in batch]
+        if not np.array_equal(np.diff(before), lengths):
             return None
         if self._normalizer is not None and any(self._normalizer.normalize_str(r.text) != r.text for r in batch):
             return None
-        stretches: list[list[_Stretch]] = []
-        added = 0 if specials else len(self._end)
-        for rendered, text, first, behind, base in zip(
-            batch, encoded, offsets.tolist(), offsets[1:].tolist(), before.tolist(), strict=False
-        ):
-            ascii_only = len(text) == len(rendered.text)
-            own: list[_Stretch] = []
+        numbers, starts, stops, to_end = [], [], [], []
+        for number, (rendered, length) in enumerate(zip(batch, lengths, strict=True)):
+            text = rendered.text
             for start, end in rendered.trained:
-                if start == end < len(rendered.text):
+                if start == end < len(text):
                     continue
-                begin = 0
-                if start:
-                    start_byte = start if ascii_only else len(rendered.text[:start].encode())
-                    begin = min(
-                        first + int(np.searchsorted(ends[first:behind], base + start_byte, "right")), behind - added
-                    )
-                    begin -= first
-                if end == len(rendered.text):
-                    own.append((begin, None))
-                    continue
-                end_byte = end if ascii_only else len(rendered.text[:end].encode())
-                stop = int(np.searchsorted(ends[first:behind], base + end_byte, "left")) + 1
-                own.append((begin, max(begin, stop)))
-            stretches.append(own)
-        return stretches
+                numbers.append(number)
+                to_end.append(end == len(text))
+                if length != len(text):  # not all of it is ASCII: characters are not bytes
+                    start, end = len(text[:start].encode()), len(text[:end].encode())
+                starts.append(start)
+                stops.append(end)
+        documents, first_byte = np.array(numbers, dtype=np.int64), np.array(starts, dtype=np.int64)
+        first, base = flat.offsets[documents], before[documents]
+        # The first token that ends behind the first byte; a stretch without bytes begins with what is put at the end.
+        begin = np.searchsorted(ends, base + first_byte, side="right") - first
+        begin = np.minimum(begin, np.diff(flat.offsets)[documents] - (0 if specials else len(self._end)))
+        begin[first_byte == 0] = 0
+        # Up to the token that holds the last byte.
+        stop = np.searchsorted(ends, base + np.array(stops, dtype=np.int64), side="left") + 1 - first
+        stop = np.where(to_end, -1, np.maximum(begin, stop))
+        return list(zip(numbers, begin.tolist(), stop.tolist(), strict=True))
 
-    def _ending(self, text: str, *, specials: bool) -> tuple[list[int], int]:
-        """What has to be put after a text so that it ends in a stop token, and that token."""
+    def _ending(self, text: str, *, specials: bool) -> tuple[bool, int]:
+        """Whether a text ends in a stop token as it is, and the one that it ends in then or is given."""
         if not specials:
-            return ([] if self._end == [self.eos] else [self.eos]), self.eos
+            return self._end == [self.eos], self.eos
         closing = [token for token in self._stops if text.rstrip().endswith(token)]
-        return ([], self._stops[max(closing, key=len)]) if closing else ([self.eos], self.eos)
+        return (True, self._stops[max(closing, key=len)]) if closing else (False, self.eos)
 
 
-def _by_offsets(rendered: Rendered, encoding: Encoding, own: int) -> list[_Stretch]:
+class _Flat:
+    """Ids of several encodings end to end, and where each begins."""
+
+    def __init__(self, encodings: Sequence[Encoding]) -> None:
+        lists = [encoding.ids for encoding in encodings]
+        self.offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in lists])])
+        self.ids = np.fromiter(chain.from_iterable(lists), dtype=np.int32, count=self.offsets[-1])
+
+
+def _by_offsets(rendered: Rendered, encoding: Encoding, own: int) -> Iterator[tuple[int, int]]:
     """Stretches from the characters that each token covers; the text's own tokens end before `own`."""
 
     def token_at(start: int) -> int:
@@ -261,18 +279,16 @@ def _by_offsets(rendered: Rendered, encoding: Encoding, own: int) -> list[_Stret
         covering = (encoding.char_to_token(position) for position in range(start, len(rendered.text)))
         return next((token for token in covering if token is not None), own)
 
-    stretches: list[_Stretch] = []
     for start, end in rendered.trained:
         if start == end < len(rendered.text):
             continue
         begin = token_at(start) if start else 0
         if end == len(rendered.text):
-            stretches.append((begin, None))
+            yield begin, -1
             continue
         stop = token_at(end)
         span = encoding.token_to_chars(stop) if stop < own else None
-        stretches.append((begin, stop + 1 if span is not None and span[0] < end else stop))
-    return stretches
+        yield begin, stop + 1 if span is not None and span[0] < end else stop
 
 
 def _added(backend: Tokenizer) -> tuple[list[int], list[int]]:
@@ -291,8 +307,9 @@ def _bytes_a_token(backend: Tokenizer) -> NDArray[np.int64] | None:
     if "ByteLevel" not in repr(backend.pre_tokenizer):
         return None
     vocabulary = backend.get_vocab()  # byte-level tokens are written with one letter a byte
-    sizes = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
-    sizes[list(vocabulary.values())] = [len(token) for token in vocabulary]
+    ids = np.fromiter(vocabulary.values(), dtype=np.int64, count=len(vocabulary))
+    sizes = np.zeros(ids.max() + 1, dtype=np.int64)
+    sizes[ids] = np.fromiter(map(len, vocabulary), dtype=np.int64, count=len(vocabulary))
     for token, added in backend.get_added_tokens_decoder().items():
         sizes[token] = len(added.content.encode())
     return sizes

@@ -396,9 +396,9 @@ def test_a_sample_where_there_is_too_little_time(write_recipe: WriteRecipe, tmp_
     recipe = load.load(write_recipe(), ["data.max_length=200", "data.eval=null"]).recipe
     data = prepare.prepare(recipe, tokenizers.make("bytes+bos"), seconds=0)
 
-    assert data.share == 1000 / 2400
-    assert data.train.account.sources[0].rows == 1000
-    assert "of the first 1,000 of about 2,400" in data.lines()[0]
+    assert data.share == 500 / 2400
+    assert data.train.account.sources[0].rows == 500
+    assert "of the first 500 of about 2,400" in data.lines()[0]
     whole = prepare.prepare(recipe, tokenizers.make("bytes+bos"))  # the sample was not kept as if it were all
     assert whole.share == 1
     assert whole.train.account.sources[0].rows == 2400
