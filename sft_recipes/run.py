@@ -47,7 +47,8 @@ def run(
         network = model.load_model(recipe, tokenizer)
         sft = trainer.build(recipe, network, tokenizer, data, folder, console)
         words.say(console, trainer.facts(recipe, sft))
-        run_folder.describe(folder, recipe_file, recipe, data.as_dict(), prepare.fingerprints(recipe), trainer.device())
+        counted = data.as_dict() | {"steps": sft.args.max_steps, "sequences_per_step": recipe.sequences_per_step}
+        run_folder.describe(folder, recipe_file, recipe, counted, prepare.fingerprints(recipe), trainer.device())
 
         # The training itself
         trainer.train(sft, folder, checkpoint)
