@@ -21,7 +21,7 @@ _ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}  # ShareGP
 _WEIGHTS = ("weight", "train")  # of single messages, in other tools
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Example:
     """One row: messages of `role` and `content` (an Alpaca input stays apart, as `input`), or plain text."""
 
@@ -76,8 +76,9 @@ def to_example(row: Mapping[str, Any], format: str, columns: Mapping[str, str], 
 
 def _column(row: Mapping[str, Any], name: str, columns: Mapping[str, str]) -> str | None:
     """The row's own name for the column `name`, or None."""
-    candidates = (columns[name],) if name in columns else (name, *ALSO.get(name, ()))
-    return next((candidate for candidate in candidates if candidate in row), None)
+    if name in columns:
+        return columns[name] if columns[name] in row else None
+    return name if name in row else next((other for other in ALSO.get(name, ()) if other in row), None)
 
 
 def _text(row: Mapping[str, Any], name: str, columns: Mapping[str, str], place: str) -> str:

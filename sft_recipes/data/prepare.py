@@ -1,9 +1,11 @@
 """The way of the data: sources → examples → text → documents of token ids → sequences, and an account of every one."""
 
+import gc
 import hashlib
 import time
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
@@ -342,7 +344,8 @@ def _tokenise_all(
             )  # fmt: skip
         work = _Work(rows, way.render, encoder, seconds)
         try:
-            documents = cache.stored(name, work.batches, lambda work=work: not work.cut_short)  # type: ignore[misc]
+            with _no_garbage_collection():
+                documents = cache.stored(name, work.batches, lambda work=work: not work.cut_short)  # type: ignore[misc]
         except DataError as error:
             problems += error.lines
             continue
@@ -350,6 +353,18 @@ def _tokenise_all(
         tokenised.append(_Tokenised(rows, way, first, documents, total))
     _raise(problems)
     return tokenised
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Rows hold no cycles; the collector would look through all that is imported each time so many of them are made."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class _Work:

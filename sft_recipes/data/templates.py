@@ -29,7 +29,7 @@ _REQUEST = ". Write a response that appropriately completes the request.\n\n"
 BOS = "{{- bos_token }}"  # goes before a chat template that does not write BOS
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Rendered:
     """Text of one document; `trained` are [start, end) character ranges; `writes_specials`: it holds special tokens."""
 

@@ -8,8 +8,7 @@ Where a token straddles the border between prompt and answer it counts as part o
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +112,9 @@ def join(parts: Sequence[Documents]) -> Documents:
     return Documents(column("ids"), column("trained"), offsets, column("stops"), column("empty"), column("digests"))
 
 
-# Document, first token and last + 1 of a stretch that is trained on, counted from the document's first; -1: to its very end.
-_Stretch = tuple[int, int, int]
+# Of stretches that are trained on, shape (3, stretches): document, first token and last + 1, counted from the document's
+# first; -1: to its very end.
+_Stretches = NDArray[np.int64]
 
 
 class Encoder:
@@ -165,11 +165,12 @@ class Encoder:
                 encodings = self._tokenise(batch, fast=False)
                 flat = _Flat(encodings)
             added = 0 if specials else len(self._end)
-            stretches = [
+            found = [
                 (number, start, end)
                 for number, (rendered, encoding) in enumerate(zip(batch, encodings, strict=True))
                 for start, end in _by_offsets(rendered, encoding, len(encoding.ids) - added)
             ]
+            stretches = np.array(found, dtype=np.int64).reshape(-1, 3).T
         endings = [self._ending(rendered.text, specials=specials) for rendered in batch]
         ends_here = np.array([closed for closed, _ in endings])
         taken_off = 0 if specials else self._taken_off
@@ -190,18 +191,16 @@ class Encoder:
 
         # +1 where a stretch begins, -1 behind its last token: the sum so far says whether a token is trained on.
         changes = np.zeros(len(ids) + 1, dtype=np.int8)
-        if stretches:
-            number, start, end = np.array(stretches).T
-            np.add.at(changes, offsets[number] + start, 1)
-            np.add.at(changes, np.where(end < 0, offsets[number + 1], offsets[number] + end), -1)
-        content, edges = ids.tobytes(), (4 * offsets).tolist()
+        number, start, end = stretches
+        np.add.at(changes, offsets[number] + start, 1)
+        np.add.at(changes, np.where(end < 0, offsets[number + 1], offsets[number] + end), -1)
         return Documents(
             ids,
             np.cumsum(changes[:-1], dtype=np.int8) > 0,
             offsets,
             np.array([stop for _, stop in endings], dtype=np.int32),
             np.array([rendered.empty for rendered in batch], dtype=bool),
-            np.array([_digest(content[a:b]) for a, b in pairwise(edges)], dtype=np.uint64),
+            _digests(ids, offsets),
         )
 
     def _tokenise(self, batch: Sequence[Rendered], *, fast: bool) -> list[Encoding]:
@@ -214,7 +213,7 @@ class Encoder:
         except TypeError:
             raise _not_unicode(batch) from None
 
-    def _by_bytes(self, batch: Sequence[Rendered], flat: "_Flat", *, specials: bool) -> list[_Stretch] | None:
+    def _by_bytes(self, batch: Sequence[Rendered], flat: "_Flat", *, specials: bool) -> _Stretches | None:
         """Stretches from the number of bytes that each token stands for. None where these are not the bytes of the texts,
         as where a normalizer or an added token takes away or adds something."""
         assert self._bytes is not None
@@ -252,7 +251,7 @@ class Encoder:
         # Up to the token that holds the last byte.
         stop = np.searchsorted(ends, base + np.array(stops, dtype=np.int64), side="left") + 1 - first
         stop = np.where(to_end, -1, np.maximum(begin, stop))
-        return list(zip(numbers, begin.tolist(), stop.tolist(), strict=True))
+        return np.stack([documents, begin, stop])
 
     def _ending(self, text: str, *, specials: bool) -> tuple[bool, int]:
         """Whether a text ends in a stop token as it is, and the one that it ends in then or is given."""
@@ -315,8 +314,15 @@ def _bytes_a_token(backend: Tokenizer) -> NDArray[np.int64] | None:
     return sizes
 
 
-def _digest(content: bytes) -> int:
-    return int.from_bytes(blake2b(content, digest_size=8).digest(), "little")
+def _digests(ids: NDArray[np.int32], offsets: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """64 bits of each document: the sum of its tokens, each scrambled with its position (as in MurmurHash3)."""
+    positions = np.arange(len(ids)) - np.repeat(offsets[:-1], np.diff(offsets))
+    mixed = ids.astype(np.uint64) << np.uint64(32) | positions.astype(np.uint64)
+    for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+        mixed ^= mixed >> np.uint64(33)
+        mixed *= np.uint64(factor)
+    mixed ^= mixed >> np.uint64(33)
+    return np.add.reduceat(mixed, offsets[:-1])  # no document is empty: each has its end
 
 
 def _not_unicode(batch: Iterable[Rendered]) -> DataError:
