@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from sft_recipes import run_folder
-from sft_recipes.data import prepare, sources, tokens
+from sft_recipes.data import prepare, reading, sources, tokens
 from sft_recipes.data import preview as showing
 from sft_recipes.data.tokens import LightTokenizer
 from sft_recipes.errors import DataError, InputError, ModelError, RecipeError
@@ -79,7 +79,7 @@ def _examine_data(recipe: Recipe) -> list[str]:
         ]
     tokenizer, missing = _tokenizer(recipe.model)
     if tokenizer is None:
-        rows = [(source.path, len(prepare.read(source, recipe.data))) for source in prepare.every_source(recipe.data)]
+        rows = [(source.path, len(reading.read(source, recipe.data))) for source in reading.every_source(recipe.data)]
         return [
             *(f"data: {path}: {number:,} rows" for path, number in rows),
             f"tokens and steps are not counted: {missing}",
@@ -98,7 +98,7 @@ def _on_the_hub(recipe: Recipe) -> list[str]:
     """Sources that are no files. Raises DataError with all that look like files and are none."""
     remote: list[str] = []
     problems: list[str] = []
-    for source in prepare.every_source(recipe.data):
+    for source in reading.every_source(recipe.data):
         try:
             remote += [source.path] if sources.files(source.path) is None else []
         except DataError as error:

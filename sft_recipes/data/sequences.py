@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from sft_recipes.data import packing
 from sft_recipes.data.accounting import Account, SourceAccount, percentiles
+from sft_recipes.data.packing import Ints
 from sft_recipes.data.tokens import Documents
 from sft_recipes.errors import DataError
 from sft_recipes.recipe.schema import Data
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # the label of a token that is not trained on, as torch's cross entropy has it
 _BATCH = 4096  # sequences that are put together at once
-
-Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)

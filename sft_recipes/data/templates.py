@@ -87,6 +87,7 @@ class Chat:
         self.source, self.train_on = source, train_on
         self.variables = dict(variables)
         self.forbidden = tuple(forbidden)
+        self.marks = "endgeneration" in source
         try:
             self.template = _environment().from_string(source)
         except TemplateError as error:
@@ -94,8 +95,9 @@ class Chat:
 
     def __call__(self, example: Example) -> Rendered:
         messages = as_chat(example.messages)
+        refused = (*self.forbidden, _OPEN, _CLOSE) if self.marks else self.forbidden
         for written in _texts([messages, example.tools]):
-            if found := next((token for token in (*self.forbidden, _OPEN, _CLOSE) if token in written), None):
+            if found := next((token for token in refused if token in written), None):
                 raise DataError(
                     f"{example.place}: the text contains {found!r}, which this tokenizer reads as a special token; take it "
                     "out (in rows of a prompt and an answer with data.template: alpaca it would stay text)"
@@ -108,13 +110,13 @@ class Chat:
                 f"{example.place}: the last message must be from the assistant, got '{messages[-1]['role']}'"
             )
         marked = self._render(messages, example, add_generation_prompt=False)
-        text = _unmarked(marked)
+        text = self._unmarked(marked)
         trained = self._trained(messages, text, marked, example)
         return Rendered(example.place, text, trained, writes_specials=True, empty=example.empty)
 
     def render(self, messages: list[dict[str, Any]], place: str, *, add_generation_prompt: bool = False) -> str:
         """The text of messages. Raises DataError where the template refuses them."""
-        return _unmarked(self._render(messages, Example(place), add_generation_prompt=add_generation_prompt))
+        return self._unmarked(self._render(messages, Example(place), add_generation_prompt=add_generation_prompt))
 
     def _render(self, messages: list[dict[str, Any]], example: Example, *, add_generation_prompt: bool) -> str:
         try:
@@ -138,11 +140,11 @@ class Chat:
         indices = indices if self.train_on == "assistant" else indices[-1:]
         ranges = []
         for index in indices:
-            before = _unmarked(self._render(messages[:index], example, add_generation_prompt=True))
-            upto = _unmarked(self._render(messages[: index + 1], example, add_generation_prompt=False))
+            before = self._unmarked(self._render(messages[:index], example, add_generation_prompt=True))
+            upto = self._unmarked(self._render(messages[: index + 1], example, add_generation_prompt=False))
             if not upto.startswith(before) or not text.startswith(upto):
-                if marks := self._marks(marked, text):
-                    return marks if self.train_on == "assistant" else marks[-1:]
+                if found := self._marked(marked, text):
+                    return found if self.train_on == "assistant" else found[-1:]
                 raise DataError(
                     f"{example.place}: the chat template renders message {index + 1} differently once later messages follow, "
                     "so its tokens cannot be told apart; use data.train_on: completion or all"
@@ -150,12 +152,15 @@ class Chat:
             ranges.append((len(before), len(upto)))
         return ranges
 
-    def _marks(self, marked: str, text: str) -> list[tuple[int, int]]:
+    def _unmarked(self, text: str) -> str:
+        return text.replace(_OPEN, "").replace(_CLOSE, "") if self.marks else text
+
+    def _marked(self, marked: str, text: str) -> list[tuple[int, int]]:
         """What stands between generation marks, each with the special token right behind it, which ends the turn."""
         ranges, at = [], 0
         for part in marked.split(_OPEN)[1:]:
             at = marked.index(_OPEN + part, at)
-            start = len(_unmarked(marked[:at]))
+            start = len(self._unmarked(marked[:at]))
             end = start + len(part.partition(_CLOSE)[0])
             closing = [token for token in self.forbidden if text.startswith(token, end)]
             ranges.append((start, end + max(map(len, closing), default=0)))
@@ -175,10 +180,6 @@ def as_chat(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 # Stand around what a template marks as generated; from Unicode's private use, and refused in data.
 _OPEN, _CLOSE = "\U0010fffc", "\U0010fffd"
-
-
-def _unmarked(text: str) -> str:
-    return text.replace(_OPEN, "").replace(_CLOSE, "")
 
 
 def _texts(value: Any) -> Iterator[str]:

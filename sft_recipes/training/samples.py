@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from sft_recipes.data import prepare
+from sft_recipes.data import reading
 from sft_recipes.data.formats import Example
 from sft_recipes.data.prepare import Prepared
 from sft_recipes.errors import DataError
@@ -28,7 +28,7 @@ def questions(recipe: Recipe) -> list[Question]:
     """`eval.generate`, written in the recipe or read from a file of rows. Raises DataError as the data itself would."""
     wanted = recipe.eval.generate
     if isinstance(wanted, str):
-        return [_from_row(example) for example in prepare.read(Source(path=wanted), recipe.data)]
+        return [_from_row(example) for example in reading.read(Source(path=wanted), recipe.data)]
     return [
         Question([{"role": "user", "content": prompt}], None)
         if isinstance(prompt, str)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft_recipes.data import prepare
+from sft_recipes.data import prepare, tokenising
 from sft_recipes.data.prepare import Prepared
 from sft_recipes.data.sequences import IGNORED
 from sft_recipes.data.templates import Rendered, alpaca_prompt
@@ -371,7 +371,7 @@ def test_a_second_time_it_comes_from_the_cache(write_recipe: WriteRecipe, monkey
         raise AssertionError("tokenised again")
 
     # What is encoded for other reasons, such as the prompt to check the chat template with, is a single row.
-    monkeypatch.setattr(prepare._Work, "batches", refuse)
+    monkeypatch.setattr(tokenising.Work, "batches", refuse)
     assert table(prepared(recipe)) == table(first)
     assert table(prepared(recipe, "train.seed=3", "data.packing=none")) != table(first)
     for other in ("data.train_on=all", "data.template=chat"):
