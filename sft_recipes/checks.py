@@ -64,7 +64,8 @@ def preview(
         # All rows where one is looked for, else as many as there is time for.
         train = prepare.prepare(loaded.recipe, tokenizer, seconds=None if rows else _SECONDS).train
         numbers = showing.choose(train, number, rows, loaded.recipe.train.seed)
-        console.print(train.account.lines("train")[-1], highlight=False)
+        for line in train.account.lines("train"):
+            console.print(line, highlight=False, markup=False)
         if not console.is_terminal:
             console.print(showing.LEGEND, markup=False)
         console.print()
@@ -85,7 +86,10 @@ def _examine_data(recipe: Recipe) -> list[str]:
             f"tokens and steps are not counted: {missing}",
         ]
     data = prepare.prepare(recipe, tokenizer, seconds=_SECONDS)
-    steps = count(recipe, round(len(data.train) / data.share))
+    larger = 1 / data.share  # than the sample
+    if recipe.data.max_train_samples:
+        larger = min(larger, recipe.data.max_train_samples / sum(source.rows for source in data.train.account.sources))
+    steps = count(recipe, round(len(data.train) * larger))
     about = "" if data.share == 1 else "about "
     return [
         *data.lines(),

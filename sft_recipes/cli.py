@@ -1,5 +1,6 @@
 """The command line. Everything that needs torch is imported inside the command that needs it."""
 
+import io
 import json
 import logging
 import os
@@ -179,6 +180,9 @@ def schema() -> None:
 def main() -> NoReturn:
     """Entry point. Exit codes: 0 done; 1 the run failed; 2 the recipe, the data or the command line is wrong."""
     debug = "--debug" in sys.argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # terminals that know only ASCII
     try:
         code = app(standalone_mode=False)
     except SFTRecipeError as error:

@@ -16,6 +16,7 @@ class SourceAccount:
     path: str
     format: str
     template: str
+    read: int = 0  # in the source, before some are set aside for validation, or chosen by weight and max samples
     rows: int = 0
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)  # reason -> rows
@@ -34,6 +35,7 @@ class SourceAccount:
             "path": self.path,
             "format": self.format,
             "template": self.template,
+            "read": self.read,
             "rows": self.rows,
             "kept": self.kept,
             "dropped": dict(self.dropped),

@@ -25,14 +25,15 @@ import numpy as np
 from sft_recipes.data.tokens import Documents
 
 _UNUSED = 30 * 24 * 3600  # seconds after which an entry that no run used is removed
+_PARTIAL = "partial-"  # begins the names of entries that are being written
 _ONE_EACH = ("stops", "empty", "digests")  # what there is of each document
 
 
 def folder() -> Path:
-    """Where entries are kept: $SFT_RECIPES_CACHE, or sft-recipes in the user's cache directory."""
-    if own := os.environ.get("SFT_RECIPES_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sft-recipes"
+    """Where entries are kept: in $SFT_RECIPES_CACHE, or sft-recipes in the user's cache directory."""
+    own = os.environ.get("SFT_RECIPES_CACHE")
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sft-recipes"
+    return (Path(own) if own else usual) / "tokenised"
 
 
 def key(**decides: Any) -> str:
@@ -61,11 +62,22 @@ def stored(name: str | None, make: Callable[[], Iterable[Documents]], complete: 
         with contextlib.suppress(OSError):
             os.utime(entry)
         return found
+    try:
+        return _made(entry, make, complete)
+    except OSError:
+        if entry is None:
+            raise
+        return _made(None, make, complete)  # the cache is full, or cannot be written: another place will do
+
+
+def _made(entry: Path | None, make: Callable[[], Iterable[Documents]], complete: Callable[[], bool]) -> Documents:
     with _room(entry) as partial:
         _write(partial, make())
         if entry is not None and complete():
             with contextlib.suppress(OSError):  # another run was faster, or the cache cannot be written
                 _remove_unused(entry.parent)
+                if entry.exists() and _read(entry) is None:
+                    shutil.rmtree(entry)  # it was cut off, or damaged
                 partial.rename(entry)
                 partial = entry
         documents = _read(partial)
@@ -82,7 +94,7 @@ def _room(entry: Path | None) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             entry.parent.mkdir(parents=True, exist_ok=True)
             parent = entry.parent if os.access(entry.parent, os.W_OK) else None
-    made = Path(tempfile.mkdtemp(prefix="sft-recipes-", suffix=".partial", dir=parent))
+    made = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=parent))
     try:
         yield made
     finally:
@@ -120,7 +132,7 @@ def _read(entry: Path) -> Documents | None:
 
 
 def _remove_unused(parent: Path) -> None:
-    for entry in parent.iterdir():
+    for entry in (*parent.glob("[0-9a-f]" * 64), *parent.glob(f"{_PARTIAL}*")):  # nothing else, should it be there
         with contextlib.suppress(OSError):
             if time.time() - entry.stat().st_mtime > _UNUSED:
                 shutil.rmtree(entry)

@@ -63,8 +63,15 @@ def _encode(tokenizer: Any, texts: list[str]) -> list[np.ndarray[Any, np.dtype[n
     if eos is None:
         raise ValueError("the tokenizer has no end token (eos_token)")
     documents = []
-    for ids in (
-        tokenizer(texts, split_special_tokens=True, truncation=False, padding=False)["input_ids"] if texts else []
-    ):
+    for ids in _ids(tokenizer, texts):
         documents.append(np.array(ids if ids[-1:] == [eos] else [*ids, eos], dtype=np.int64))
     return documents
+
+
+def _ids(tokenizer: Any, texts: list[str]) -> Any:
+    try:
+        return (
+            tokenizer(texts, split_special_tokens=True, truncation=False, padding=False)["input_ids"] if texts else []
+        )
+    except TypeError:  # none of transformers', but one that encodes
+        return [list(tokenizer.encode(text)) for text in texts]

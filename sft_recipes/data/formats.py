@@ -17,7 +17,9 @@ NEEDS = {
 }
 # Other usual names of the same columns, looked for when the recipe does not rename.
 ALSO = {"completion": ("response",), "messages": ("conversations",)}
-_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}  # ShareGPT's words
+# ShareGPT's words, and those that are taken as they are. Templates leave out what they do not know, without a word.
+_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
+_KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 _WEIGHTS = ("weight", "train")  # of single messages, in other tools
 
 
@@ -124,8 +126,11 @@ def _message(turn: Mapping[str, Any], place: str) -> dict[str, Any]:
         raise DataError(f"{place} must have a text 'role' and 'content', got {_short(turn)}")
     if found := next((key for key in _WEIGHTS if turn.get(key) is not None), None):
         raise DataError(f"{place} has '{found}', which is not supported; choose with data.train_on, and take it out")
+    role = _ROLES.get(role, role)
+    if role not in _KNOWN_ROLES:
+        raise DataError(f"{place} has the role '{role}'; expected one of {', '.join((*_KNOWN_ROLES, *_ROLES))}")
     others = {key: value for key, value in turn.items() if key not in ("role", "from", "content", "value")}
-    message: dict[str, Any] = {"role": _ROLES.get(role, role), "content": content}
+    message: dict[str, Any] = {"role": role, "content": content}
     message |= {key: value for key, value in others.items() if value is not None}
     if calls:
         if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):

@@ -108,7 +108,7 @@ def _chosen(tokenised: Sequence[Tokenised], rows: Sequence[Ints], *, only_some: 
     """Rows of each source, with an account to be filled; `only_some` leaves out sources of which there are none."""
     chosen = []
     for each, some in zip(tokenised, rows, strict=True):
-        account = SourceAccount(each.rows.source.path, each.rows.format or "", each.way.name)
+        account = SourceAccount(each.rows.source.path, each.rows.format or "", each.way.name, len(each.documents))
         if each.total > len(each.documents):
             account.sampled = f"of the first {len(each.documents):,} of about {each.total:,}"
         if len(some) or not only_some:
@@ -126,13 +126,15 @@ def _trained_prompt(tokenised: Tokenised, data: Data, encoder: Encoder, tokenize
     completion = data.model_copy(update={"train_on": "completion"})
     found, first = tokenised.rows.format or "", tokenised.first
     way = way_of(completion, found, first, tokenizer, encoder)
-    made_up = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
-    try:
-        example = Example("", made_up)
-        rendered = way.render(example)
-    except DataError:
-        example = first
-        rendered = way.render(example)
+    made_up = Example("", [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}])
+    for example in (made_up, first):
+        try:
+            rendered = way.render(example)
+            break
+        except DataError:
+            continue
+    else:
+        return None  # its prompts cannot be told from its answers, which only train_on: all does without
     ids, trained = encoder.encode([rendered])[0]
     messages = example.messages[:-1]
     return Prompt(

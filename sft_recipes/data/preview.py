@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 from sft_recipes.data.sequences import IGNORED, Sequences
 from sft_recipes.errors import DataError
 
+_CONTROLS = {code: 0x2400 + code for code in range(32) if code != ord("\n")} | {0x7F: 0x2421}  # as Unicode's pictures
 LEGEND = "tokens stand between |, and those that are trained on between ⟦ and ⟧"
 
 
@@ -90,7 +91,7 @@ def _tokens(
             text.append("⟧|" if before and not is_trained and not colours else "|", style="dim")
         word = special.get(token) or _word(token, backend)
         style = ("bold green" if is_trained else "dim") + (" reverse" if token in special else "")
-        text.append(word.replace("\n", "⏎\n") + (f"({token})" if ids else ""), style=style)
+        text.append(word.translate(_CONTROLS).replace("\n", "⏎\n") + (f"({token})" if ids else ""), style=style)
         before = is_trained
     if before and not colours:
         text.append("⟧")

@@ -119,13 +119,9 @@ def lay_out(chosen: Sequence[Chosen], data: Data, rng: np.random.Generator | Non
     if over.any():
         if data.overlong == "error":
             raise DataError(_overlong_message(chosen, source, row, end - start, over, data.max_length))
-        for each, number in zip(chosen, np.bincount(source[over], minlength=len(chosen)).tolist(), strict=True):
-            if data.overlong == "drop" and number:
-                each.account.dropped["overlong"] = number
-            elif data.overlong == "truncate":
-                each.account.truncated_rows = number
-            elif data.overlong == "split":
-                each.account.split_rows = number
+        if data.overlong == "drop":
+            for number, each in enumerate(chosen):
+                each.account.dropped["overlong"] = int((over & (source == number)).sum())
         if data.overlong == "drop":
             document, start, end = document[~over], start[~over], end[~over]
         elif data.overlong == "truncate":
@@ -142,8 +138,11 @@ def lay_out(chosen: Sequence[Chosen], data: Data, rng: np.random.Generator | Non
     for number, each in enumerate(chosen):
         mine = kept[source[kept] == number]
         each.account.kept = len(mine)
-        if untaught := each.account.rows - len(mine) - each.account.dropped["overlong"]:
-            each.account.dropped["no trained token"] = untaught
+        each.account.dropped["no trained token"] = each.account.rows - len(mine) - each.account.dropped["overlong"]
+        each.account.dropped = +each.account.dropped  # without what is 0
+        cut = int(over[mine].sum())
+        each.account.truncated_rows = cut if data.overlong == "truncate" else 0
+        each.account.split_rows = cut if data.overlong == "split" else 0
         offsets, rows = each.documents.offsets, row[mine]
         whole = int((offsets[rows + 1] - offsets[rows]).sum())
         each.account.cut_tokens = whole - int((end - start)[source[document] == number].sum())
@@ -218,8 +217,11 @@ def _overlong_message(
     spread = percentiles(lengths)
     longest = int(np.argmax(lengths))
     [place] = chosen[source[longest]].places([int(row[longest])]).values()
+    sampled = "".join(
+        f" ({each.account.sampled} rows of {each.account.path})" for each in chosen if each.account.sampled
+    )
     return (
-        f"data.max_length: {int(over.sum()):,} of {len(lengths):,} rows are longer than {most} tokens: half of all have up to "
-        f"{spread['p50']}, 90 % up to {spread['p90']}, 99 % up to {spread['p99']}, the longest {spread['max']} "
+        f"data.max_length: {int(over.sum()):,} of {len(lengths):,} rows{sampled} are longer than {most} tokens: half of all "
+        f"have up to {spread['p50']}, 90 % up to {spread['p90']}, 99 % up to {spread['p99']}, the longest {spread['max']} "
         f"({place}); set data.max_length to one of these, or data.overlong: drop, truncate or split"
     )

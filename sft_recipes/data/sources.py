@@ -40,8 +40,9 @@ def files(path: str) -> list[Path] | None:
                 f"{path}: no such built-in data; there is {', '.join(f'builtin:{name}' for name in shipped)}"
             )
         return found
-    if any(sign in path for sign in "*?["):
-        matches = sorted(Path(match) for match in glob.glob(path, recursive=True))  # noqa: PTH207  # absolute ones too
+    if any(sign in path for sign in "*?[") and not Path(path).exists():
+        found_paths = map(Path, glob.glob(path, recursive=True))  # noqa: PTH207  # absolute ones too
+        matches = sorted(match for match in found_paths if match.is_file())
         if not matches:
             raise DataError(f"{path}: no file matches this pattern (working directory {Path.cwd()})")
         return matches
@@ -137,6 +138,8 @@ def _jsonl(file: Path) -> Iterator[Row | DataError]:
                 yield DataError(f"{place}: not valid UTF-8")
             except json.JSONDecodeError as error:
                 yield DataError(f"{place}: not valid JSON: {error.msg} at column {error.colno}")
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+                yield DataError(f"{place}: cannot be read as JSON: {error}")
             else:
                 yield _row(place, values)
 
@@ -151,6 +154,8 @@ def _json(file: Path) -> Iterator[Row | DataError]:
     except json.JSONDecodeError as error:
         hint = "; a file with one object a line is .jsonl" if error.msg == "Extra data" else ""
         raise DataError(f"{file}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}{hint}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file}: cannot be read as JSON: {error}") from None
     if not isinstance(rows, list):
         raise DataError(f"{file}: expected a list of objects, got {type(rows).__name__}")
     for number, values in enumerate(rows, start=1):
@@ -160,8 +165,11 @@ def _json(file: Path) -> Iterator[Row | DataError]:
 def _csv(file: Path) -> Iterator[Row | DataError]:
     csv.field_size_limit(1 << 30)  # Python's own limit, 128 KiB a field, is shorter than a long document
     with _bytes(file) as stream:
-        reader = csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""))
+        reader = csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), strict=True)
         try:
+            names = reader.fieldnames or []
+            if len(set(names)) < len(names):
+                raise DataError(f"{file}:1: a column stands twice in the header: {', '.join(map(repr, names))}")
             for values in reader:
                 place = f"{file}:{reader.line_num}"
                 if None in values or None in values.values():
@@ -189,6 +197,8 @@ def _parquet(file: Path) -> Iterator[Row | DataError]:
                     yield Row(f"{file}:row {number}", values)
     except pyarrow.ArrowInvalid as error:
         raise DataError(f"{file}: not a valid parquet file: {error}") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{file}:row {number + 1} or later: not valid UTF-8") from None
 
 
 def _hub(path: str, name: str | None, splits: tuple[str, ...]) -> Iterator[Row]:

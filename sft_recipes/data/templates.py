@@ -80,11 +80,13 @@ class Chat:
 
     `train_on`: `completion` is the last message, `assistant` every assistant message, each with what the template writes
     to close it; `all` is the whole text. `variables` are the tokenizer's special tokens by name (`bos_token`, ...);
-    `forbidden` the texts that the tokenizer would read as special tokens.
+    `forbidden` the texts that the tokenizer would read as special tokens; `bos` one that every text begins with, once.
     """
 
-    def __init__(self, source: str, train_on: str, variables: Mapping[str, str], forbidden: Iterable[str]) -> None:
-        self.source, self.train_on = source, train_on
+    def __init__(
+        self, source: str, train_on: str, variables: Mapping[str, str], forbidden: Iterable[str], bos: str | None = None
+    ) -> None:
+        self.source, self.train_on, self.bos = source, train_on, bos
         self.variables = dict(variables)
         self.forbidden = tuple(forbidden)
         self.marks = "endgeneration" in source
@@ -112,6 +114,8 @@ class Chat:
         marked = self._render(messages, example, add_generation_prompt=False)
         text = self._unmarked(marked)
         trained = self._trained(messages, text, marked, example)
+        if self.bos:
+            text, trained = _with_once(self.bos, text, trained)
         return Rendered(example.place, text, trained, writes_specials=True, empty=example.empty)
 
     def render(self, messages: list[dict[str, Any]], place: str, *, add_generation_prompt: bool = False) -> str:
@@ -127,7 +131,7 @@ class Chat:
                 add_generation_prompt=add_generation_prompt,
                 **self.variables,
             )
-        except (TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # whatever a program does, division by zero included
             raise DataError(f"{example.place}: the chat template refuses this row: {error}") from None
 
     def _trained(
@@ -182,12 +186,22 @@ def as_chat(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 _OPEN, _CLOSE = "\U0010fffc", "\U0010fffd"
 
 
+def _with_once(bos: str, text: str, trained: list[tuple[int, int]]) -> tuple[str, list[tuple[int, int]]]:
+    """The text with `bos` before it once, also where the template writes it for some rows only; ranges moved with it."""
+    moved = text
+    while moved.startswith(bos):
+        moved = moved[len(bos) :]
+    moved = bos + moved
+    by = len(moved) - len(text)
+    return moved, [(max(0, start + by) if start else 0, end + by) for start, end in trained]
+
+
 def _texts(value: Any) -> Iterator[str]:
     """Every text in nested lists and mappings."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
-        yield from _texts(list(value.values()))
+        yield from _texts([*value.keys(), *value.values()])
     elif isinstance(value, list):
         for item in value:
             yield from _texts(item)

@@ -112,12 +112,12 @@ class Work:
                         rendered.append(self.render(example))
                     except DataError as error:
                         problems += error.lines
-                if problems or self.rows.problems:
-                    continue  # nothing will come of it; what else is wrong is still worth knowing
-                tokenising = pool.submit(self.encoder.tokenise, rendered)
-                if waiting is not None:
-                    yield self.encoder.documents(waiting[0], waiting[1].result())
-                waiting = rendered, tokenising
+                # With a problem nothing will come of it; what else is wrong is still worth knowing.
+                if not problems and not self.rows.problems:
+                    tokenising = pool.submit(self.encoder.tokenise, rendered)
+                    if waiting is not None:
+                        yield self.encoder.documents(waiting[0], waiting[1].result())
+                    waiting = rendered, tokenising
                 if self.deadline is not None and time.monotonic() > self.deadline:
                     self.cut_short = next(examples, None) is not None
                     break

@@ -53,7 +53,13 @@ def from_directory(folder: Path, new_tokens: Sequence[str] = ()) -> LightTokeniz
             specials[name] = token
     template_file = folder / "chat_template.jinja"
     template = template_file.read_text(encoding="utf-8") if template_file.is_file() else config.get("chat_template")
-    backend.add_special_tokens(list(specials.values()))  # as transformers has it, whatever the file says of them
+    more: list[Any] = []
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        given = config.get(name) or []
+        more += given.values() if isinstance(given, dict) else given
+    texts = [token.get("content") if isinstance(token, dict) else token for token in more]
+    # As transformers has it, whatever the file says of them.
+    backend.add_special_tokens([*specials.values(), *(text for text in texts if isinstance(text, str))])
     backend.add_tokens(list(new_tokens))
     return LightTokenizer(backend, specials, only_template(template))
 

@@ -55,6 +55,8 @@ def way_of(data: Data, found: str, first: Example, tokenizer: LightTokenizer, en
         chat = templates.Chat(source, data.train_on, tokenizer.specials, tokenizer.special_texts)
     if name == "alpaca" and found != "messages":
         return Way(name, templates.Alpaca(data.train_on), source)
+    if encoder.bos and bos:
+        chat = templates.Chat(source, data.train_on, tokenizer.specials, tokenizer.special_texts, bos)
     return Way(name, chat, source)
 
 

@@ -3,7 +3,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +42,7 @@ def kept(name: str | None, how: Callable[[], Iterator[Documents]] = make, *, com
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SFT_RECIPES_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+    return tmp_path / "cache" / "tokenised"
 
 
 ROWS = [[1, 2], [3], [4, 5, 6]]
@@ -82,6 +82,20 @@ def test_an_entry_that_is_not_whole_is_made_again(folder: Path, name: str, how: 
         file.write_bytes(file.read_bytes()[:-1])
 
     assert kept("a") == ROWS
+    assert kept("a", refuse) == ROWS  # it has taken the place of the broken one
+
+
+def test_a_full_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = cache._write
+
+    def full(into: Path, batches: Iterable[Documents]) -> None:
+        if into.parent == folder:
+            raise OSError(28, "No space left on device")
+        write(into, batches)
+
+    monkeypatch.setattr(cache, "_write", full)
+    assert kept("a") == ROWS
+    assert list(folder.iterdir()) == []
 
 
 def test_two_at_once(folder: Path) -> None:
@@ -113,13 +127,17 @@ cache.stored("a", make, lambda: True)
 
 
 def test_entries_that_no_run_used_go(folder: Path) -> None:
-    for name in ("old", "used"):
+    old, used, new = (cache.key(name=name) for name in ("old", "used", "new"))
+    (folder / "partial-abc").mkdir(parents=True)
+    (folder / "not ours").mkdir()
+    for name in (old, used):
         kept(name)
-        os.utime(folder / name, (0, time.time() - 40 * 24 * 3600))
-    kept("used", refuse)
-    kept("new")
+    for entry in folder.iterdir():
+        os.utime(entry, (0, time.time() - 40 * 24 * 3600))
+    kept(used, refuse)
+    kept(new)
 
-    assert sorted(entry.name for entry in folder.iterdir()) == ["new", "used"]
+    assert {entry.name for entry in folder.iterdir()} == {used, new, "not ours"}
 
 
 def test_a_cache_that_cannot_be_written(folder: Path) -> None:
@@ -145,4 +163,4 @@ def test_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("SFT_RECIPES_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
-    assert cache.folder() == tmp_path / "sft-recipes"
+    assert cache.folder() == tmp_path / "sft-recipes" / "tokenised"

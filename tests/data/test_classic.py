@@ -82,6 +82,20 @@ def test_one_epoch_in_batches(tmp_path: Path) -> None:
     assert sorted(mixed) == sorted(item["input_ids"].tolist() for item in dataset)
 
 
+def test_a_tokenizer_that_only_encodes(tmp_path: Path) -> None:
+    class Letters:
+        eos_token_id = 0
+
+        def __call__(self, text: str) -> dict[str, list[int]]:
+            raise TypeError
+
+        def encode(self, text: str) -> list[int]:
+            return [ord(letter) for letter in text]
+
+    dataset = PackedSFTDataset(Letters(), write_rows(tmp_path / "rows.jsonl", ROWS[:1]), 5, shuffle=False)
+    assert "".join(chr(i) for i in dataset[0]["input_ids"].tolist()) == "Below"
+
+
 def test_rows_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0]) + "\n{\n")
     with pytest.raises(DataError, match=r"rows.jsonl:2: not valid JSON"):

@@ -76,6 +76,11 @@ def test_nothing_known() -> None:
         ({"messages": []}, "messages", "must be a list of messages"),
         ({"messages": ["x"]}, "messages", "message 1 must have 'role' and 'content'"),
         ({"messages": [USER, {"role": "user"}]}, "messages", "message 2 must have a text 'role' and 'content'"),
+        (
+            {"messages": [USER, {"from": "function_call", "value": "x"}]},
+            "messages",
+            "message 2 has the role 'function_call'; expected one of system, developer, user, assistant, tool",
+        ),
         ({"messages": [{**USER, "weight": 0}]}, "messages", "f:1: message 1 has 'weight', which is not supported"),
         ({"messages": [{**USER, "tool_calls": 3}]}, "messages", "message 1: 'tool_calls' must be a list of objects"),
         ({"messages": [USER], "tools": "{"}, "messages", "'tools' must be a list of functions, got '{'"),

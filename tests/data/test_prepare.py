@@ -195,6 +195,7 @@ def test_a_row_cut_down_to_its_prompt_is_dropped_and_counted(write_recipe: Write
 
     assert account.dropped == {"no trained token": 1}
     assert account.kept == 24
+    assert account.truncated_rows == 0
 
 
 def test_nothing_trained_at_all_is_an_error(write_recipe: WriteRecipe, tmp_path: Path) -> None:
@@ -397,6 +398,10 @@ def test_a_sample_where_there_is_too_little_time(write_recipe: WriteRecipe, tmp_
     data = prepare.prepare(recipe, tokenizers.make("bytes+bos"), seconds=0)
 
     assert data.share == 500 / 2400
+    short = load.load(tmp_path / "recipe.yaml", ["data.max_length=9", "data.eval=null"]).recipe
+    said = r"500 of 500 rows \(of the first 500 of about 2,400 rows of .*\) are longer than 9 "
+    with pytest.raises(DataError, match=said):
+        prepare.prepare(short, tokenizers.make("bytes+bos"), seconds=0, cached=False)
     assert data.train.account.sources[0].rows == 500
     assert "of the first 500 of about 2,400" in data.lines()[0]
     whole = prepare.prepare(recipe, tokenizers.make("bytes+bos"))  # the sample was not kept as if it were all

@@ -53,6 +53,25 @@ def test_gzipped(tmp_path: Path) -> None:
     assert read(tmp_path / "a.jsonl.gz") == ROWS
 
 
+def test_csv_that_would_lose_rows(tmp_path: Path) -> None:
+    """A quote that is never closed, a column that stands twice."""
+    file = write(tmp_path / "a.csv", 'prompt,completion\nhi,yes\nfoo,"bar\nq,a\n')
+    assert "not valid CSV" in problem(file)
+    file = write(tmp_path / "b.csv", "prompt,prompt\nhi,yes\n")
+    assert "b.csv:1: a column stands twice in the header: 'prompt', 'prompt'" in problem(file)
+
+
+def test_json_beyond_measure(tmp_path: Path) -> None:
+    for content in ("[" * 200_000, '{"text": ' + "1" * 5000 + "}"):
+        assert "a.jsonl:1: cannot be read as JSON" in problem(write(tmp_path / "a.jsonl", content + "\n"))
+        assert "a.json: cannot be read as JSON" in problem(write(tmp_path / "a.json", content))
+
+
+def test_a_name_that_looks_like_a_pattern(tmp_path: Path) -> None:
+    assert read(write(tmp_path / "a[1].jsonl", jsonl())) == ROWS
+    assert read(f"{tmp_path}/**") == ROWS
+
+
 def test_blank_lines_and_a_byte_order_mark(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", "\ufeff" + jsonl().replace("\n", "\n\n  \n"))
     write(tmp_path / "a.json", "\ufeff" + json.dumps(ROWS))

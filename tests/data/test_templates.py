@@ -176,6 +176,33 @@ def test_tool_calls_where_the_template_has_a_place() -> None:
         Chat(source, "assistant", {}, ("</s>",))(Example("f:1", messages, tools=[{"name": "</s>"}]))
 
 
+def test_bos_once_where_a_template_writes_it_for_some_rows() -> None:
+    source = "{% for m in messages %}{% if m.role == 'system' %}<s>{% endif %}{{ m.content }}|{% endfor %}"
+    chat = Chat(source, "completion", SPECIALS, ("<s>", "</s>"), "<s>")
+    with_system = [{"role": "system", "content": "S"}, *example("a", "b").messages]
+
+    for row in (example("a", "b"), Example("f:1", with_system)):
+        rendered = chat(row)
+        assert rendered.text.count("<s>") == 1
+        assert rendered.text.startswith("<s>")
+        assert [rendered.text[start:end] for start, end in rendered.trained] == ["b|"]
+    both = Chat(templates.BOS + source, "all", SPECIALS, (), "<s>")(Example("f:1", with_system))
+    assert (both.text, both.trained) == ("<s>S|a|b|", [(0, 9)])
+
+
+def test_special_tokens_in_the_names_of_arguments() -> None:
+    call = {"function": {"name": "f", "arguments": {"</s>": 1}}}
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+
+    with pytest.raises(DataError, match="the text contains '</s>'"):
+        Chat("{{ messages[1].tool_calls }}", "all", SPECIALS, ("</s>",))(Example("f:1", messages))
+
+
+def test_whatever_a_template_does_is_one_line() -> None:
+    with pytest.raises(DataError, match="f:1: the chat template refuses this row: division by zero"):
+        Chat("{{ 1 / 0 }}", "all", {}, ())(example("a", "b"))
+
+
 def test_the_day_as_templates_ask_for_it() -> None:
     assert Chat("{{ strftime_now('%Y') }}", "all", {}, ()).render([], "").isdigit()
 
