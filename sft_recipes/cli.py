@@ -94,7 +94,9 @@ def preview(
 
 @app.command()
 def generate(
-    model: Annotated[Path, typer.Argument(metavar="MODEL_OR_RUN", help="A model, an adapter, or a run directory.")],
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL_OR_RUN", help="A model, an adapter, a run directory, or builtin:tiny.")
+    ],
     prompt: Annotated[str, typer.Option(help="What to answer.")],
     input: Annotated[str, typer.Option(help="The Alpaca input that goes with the prompt.")] = "",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length at which the answer is cut off.")] = 512,
