@@ -210,7 +210,7 @@ def _quiet(debug: bool) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # On a CPU, torch's threads spin while they wait for each other. With another program on the same cores that is time
-    # taken from the one waited for: small models trained 4 times faster with less of it, and 8 % slower without the other.
+    # taken from the one waited for (benchmarks/busy_cores.py).
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     if debug:
         return

@@ -122,7 +122,6 @@ def lay_out(chosen: Sequence[Chosen], data: Data, rng: np.random.Generator | Non
         if data.overlong == "drop":
             for number, each in enumerate(chosen):
                 each.account.dropped["overlong"] = int((over & (source == number)).sum())
-        if data.overlong == "drop":
             document, start, end = document[~over], start[~over], end[~over]
         elif data.overlong == "truncate":
             end = np.minimum(end, start + data.max_length)
