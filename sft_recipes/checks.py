@@ -49,7 +49,7 @@ def preview(
     recipe_file: str,
     overrides: Sequence[str],
     number: int,
-    rows: Sequence[int],
+    rows: Sequence[str],
     *,
     ids: bool,
     console: Console | None = None,
@@ -80,11 +80,12 @@ def _examine_data(recipe: Recipe) -> list[str]:
         ]
     tokenizer, missing = _tokenizer(recipe.model)
     if tokenizer is None:
-        rows = [(source.path, len(reading.read(source, recipe.data))) for source in reading.every_source(recipe.data)]
-        return [
-            *(f"data: {path}: {number:,} rows" for path, number in rows),
-            f"tokens and steps are not counted: {missing}",
-        ]
+        lines = []
+        for source in reading.every_source(recipe.data):
+            looked_at, there = reading.look_through(source, recipe.data, _SECONDS)
+            rows = f"{there:,} rows" if looked_at == there else f"the first {looked_at:,} of about {there:,} rows"
+            lines.append(f"data: {source.path}: {rows}")
+        return [*lines, f"tokens and steps are not counted: {missing}"]
     data = prepare.prepare(recipe, tokenizer, seconds=_SECONDS)
     larger = 1 / data.share  # than the sample
     if recipe.data.max_train_samples:

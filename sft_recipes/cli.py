@@ -81,7 +81,9 @@ def preview(
     recipe: RecipeFile,
     overrides: Overrides = [],  # noqa: B006
     number: Annotated[int, typer.Option("-n", min=1, help="How many sequences, at random.")] = 3,
-    rows: Annotated[list[int], typer.Option("--row", help="Instead, those that hold this row of the data.")] = [],  # noqa: B006
+    rows: Annotated[
+        list[str], typer.Option("--row", help="Instead, those that hold this row: its number, or FILE:LINE.")
+    ] = [],  # noqa: B006
     ids: Annotated[bool, typer.Option("--ids", help="Show token ids too.")] = False,
     debug: Debug = False,
 ) -> None:

@@ -11,17 +11,21 @@ from numpy.typing import NDArray
 
 @dataclass
 class SourceAccount:
-    """One source. Rows = kept + dropped; tokens are those in sequences, trained_tokens those among them that have a label."""
+    """One source. read = set_aside + not_chosen + rows, but for a weight above 1, by which a row counts as often as it is
+    seen; rows = kept + dropped; tokens are those in sequences, trained_tokens those among them that have a label."""
 
     path: str
     format: str
     template: str
-    read: int = 0  # in the source, before some are set aside for validation, or chosen by weight and max samples
+    read: int = 0  # rows of the source; of validation rows set aside from it, as many as these are
+    set_aside: int = 0  # for validation
+    not_chosen: int = 0  # because of a weight below 1, or the most samples
     rows: int = 0
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)  # reason -> rows
     duplicates: int = 0  # rows whose tokens are those of an earlier row
     empty_answers: int = 0
+    left_out: int = 0  # rows whose text lacks, or has otherwise, something that a message says
     truncated_rows: int = 0
     split_rows: int = 0
     cut_tokens: int = 0  # of kept rows, but not in a sequence
@@ -36,11 +40,14 @@ class SourceAccount:
             "format": self.format,
             "template": self.template,
             "read": self.read,
+            "set_aside": self.set_aside,
+            "not_chosen": self.not_chosen,
             "rows": self.rows,
             "kept": self.kept,
             "dropped": dict(self.dropped),
             "duplicates": self.duplicates,
             "empty_answers": self.empty_answers,
+            "left_out": self.left_out,
             "truncated_rows": self.truncated_rows,
             "split_rows": self.split_rows,
             "cut_tokens": self.cut_tokens,
@@ -53,9 +60,12 @@ class SourceAccount:
         """The account in words."""
         facts = [f"{self.rows:,} rows of {self.format} as {self.template}"]
         facts += [self.sampled] if self.sampled else []
+        facts += [f"{self.set_aside:,} more set aside for validation"] if self.set_aside else []
+        facts += [f"{self.not_chosen:,} more not chosen"] if self.not_chosen else []
         facts += [f"{count:,} dropped ({reason})" for reason, count in self.dropped.items()]
         facts += [f"{self.duplicates:,} the same as an earlier one"] if self.duplicates else []
         facts += [f"{self.empty_answers:,} without an answer"] if self.empty_answers else []
+        facts += [f"{self.left_out:,} of which the template leaves out or rewrites some text"] if self.left_out else []
         facts += [f"{self.truncated_rows:,} truncated"] if self.truncated_rows else []
         facts += [f"{self.split_rows:,} split"] if self.split_rows else []
         facts += [f"{self.cut_tokens:,} tokens cut"] if self.cut_tokens else []

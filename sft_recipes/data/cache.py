@@ -1,7 +1,8 @@
 """Tokenised sources on disk, so that a second run need not tokenise again.
 
 An entry is a directory whose name is a hash of all that decides its content; it gets that name when it is complete. So it
-is never stale, and runs that write the same entry at once, or are killed while they write, do no harm.
+is never stale, and runs that write the same entry at once, or are killed while they write, do no harm. What the disk has
+changed since is found by a checksum, and made again.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import shutil
 import tempfile
 import time
 import zipfile
+import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -22,11 +24,10 @@ from typing import Any
 
 import numpy as np
 
-from sft_recipes.data.tokens import Documents
+from sft_recipes.data.tokens import ONE_EACH, Documents
 
 _UNUSED = 30 * 24 * 3600  # seconds after which an entry that no run used is removed
 _PARTIAL = "partial-"  # begins the names of entries that are being written
-_ONE_EACH = ("stops", "empty", "digests")  # what there is of each document
 
 
 def folder() -> Path:
@@ -78,6 +79,9 @@ def _made(entry: Path | None, make: Callable[[], Iterable[Documents]], complete:
                 _remove_unused(entry.parent)
                 if entry.exists() and _read(entry) is None:
                     shutil.rmtree(entry)  # it was cut off, or damaged
+                for file in partial.iterdir():  # a name must not outlive, in a power cut, what it names
+                    with file.open("rb") as written:
+                        os.fsync(written.fileno())
                 partial.rename(entry)
                 partial = entry
         documents = _read(partial)
@@ -103,30 +107,33 @@ def _room(entry: Path | None) -> Iterator[Path]:
 
 def _write(into: Path, batches: Iterable[Documents]) -> None:
     lengths = array("q")
-    rest: dict[str, list[Any]] = {name: [] for name in _ONE_EACH}
+    rest: dict[str, list[Any]] = {name: [] for name in ONE_EACH}
+    checksums = [0, 0]
     with (into / "ids").open("wb") as ids, (into / "trained").open("wb") as trained:
         for batch in batches:
-            batch.ids.tofile(ids)
-            batch.trained.tofile(trained)
+            for number, (stream, values) in enumerate(((ids, batch.ids), (trained, batch.trained))):
+                stream.write(values.data)
+                checksums[number] = zlib.crc32(values.data, checksums[number])
             lengths.extend(np.diff(batch.offsets).tolist())
             for name, parts in rest.items():
                 parts.append(getattr(batch, name))
     offsets = np.concatenate([[0], np.cumsum(np.frombuffer(lengths, dtype=np.int64))])
     columns = {name: np.concatenate(parts) for name, parts in rest.items()}
-    np.savez(into / "documents.npz", offsets=offsets, allow_pickle=False, **columns)
+    np.savez(into / "documents.npz", offsets=offsets, checksums=checksums, allow_pickle=False, **columns)
 
 
 def _read(entry: Path) -> Documents | None:
     """The documents in a directory; None where there are none, or not all."""
     try:
         with np.load(entry / "documents.npz") as rest:
-            columns = {name: rest[name] for name in ("offsets", *_ONE_EACH)}
+            columns = {name: rest[name] for name in ("offsets", *ONE_EACH)}
+            checksums = rest["checksums"].tolist()
         # asarray: slicing a memmap takes ten times as long as slicing an array.
         ids = np.asarray(np.memmap(entry / "ids", dtype=np.int32, mode="r"))
         trained = np.asarray(np.memmap(entry / "trained", dtype=np.bool_, mode="r"))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
-    if len(ids) != columns["offsets"][-1] or len(trained) != len(ids):
+    if len(ids) != columns["offsets"][-1] or [zlib.crc32(ids.data), zlib.crc32(trained.data)] != checksums:
         return None
     return Documents(ids, trained, **columns)
 

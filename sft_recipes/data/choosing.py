@@ -1,6 +1,7 @@
 """Which rows are trained on, and which are validated on. Works on numbers of rows alone."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -10,23 +11,34 @@ from sft_recipes.errors import DataError
 from sft_recipes.recipe.schema import Data
 
 
-def choose(
-    sizes: Sequence[int], weights: Sequence[float], eval_sizes: Sequence[int], data: Data, rng: np.random.Generator
-) -> tuple[list[Ints], list[Ints]]:
+@dataclass(frozen=True)
+class Choice:
     """Rows of each training source, and of each source of validation rows, ascending.
 
-    Where `data.eval` is a fraction these are rows of the training sources. Raises DataError where none are left.
+    Where `data.eval` is a fraction, the validation rows are of the training sources; `set_aside` says how many of each.
     """
+
+    train: list[Ints]
+    eval: list[Ints]
+    set_aside: list[int]
+
+
+def choose(
+    sizes: Sequence[int], weights: Sequence[float], eval_sizes: Sequence[int], data: Data, rng: np.random.Generator
+) -> Choice:
+    """What is trained and validated on. Raises DataError where no rows are left to train on."""
     rows = [np.arange(size) for size in sizes]
     eval_rows = [np.arange(size) for size in eval_sizes]
+    aside = [0] * len(sizes)
     if isinstance(data.eval, float):
         eval_rows = set_aside(sizes, data.eval, rng)
-        rows = [np.setdiff1d(all_rows, aside) for all_rows, aside in zip(rows, eval_rows, strict=True)]
+        aside = [len(some) for some in eval_rows]
+        rows = [np.setdiff1d(all_rows, some) for all_rows, some in zip(rows, eval_rows, strict=True)]
     rows = [weighted(some, weight, rng) for some, weight in zip(rows, weights, strict=True)]
     rows = limited(rows, data.max_train_samples, rng if data.shuffle else None)
     if not sum(map(len, rows)):
         raise DataError("data.train: no rows are left to train on; look at the weights, and at data.eval")
-    return rows, limited(eval_rows, data.max_eval_samples, None)
+    return Choice(rows, limited(eval_rows, data.max_eval_samples, None), aside)
 
 
 def set_aside(sizes: Sequence[int], fraction: float, rng: np.random.Generator) -> list[Ints]:

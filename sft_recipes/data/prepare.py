@@ -67,18 +67,23 @@ def prepare(
     # Which rows for what
     weights = [source.weight for source in train_sources(data)]
     train, held_out = tokenised[: len(weights)], tokenised[len(weights) :]
-    rows, eval_rows = choosing.choose(_sizes(train), weights, _sizes(held_out), data, rng)
+    choice = choosing.choose(_sizes(train), weights, _sizes(held_out), data, rng)
 
     # Sequences
-    train_sequences = lay_out(_chosen(train, rows), data, rng if data.shuffle else None)
+    trained = _chosen(train, choice.train, _sizes(train), choice.set_aside)
+    train_sequences = lay_out(trained, data, rng if data.shuffle else None)
     if not train_sequences.account.trained_tokens:
         raise DataError("data.train: no token of the whole data set is trained on; check data.format and data.train_on")
-    validated = _chosen(train if isinstance(data.eval, float) else held_out, eval_rows, only_some=True)
+    if isinstance(data.eval, float):
+        validated = _chosen(train, choice.eval, choice.set_aside)
+    else:
+        validated = _chosen(held_out, choice.eval, _sizes(held_out))
+    validated = [each for each in validated if each.account.read]
     eval_sequences = lay_out(validated, data, None) if validated else None
     if eval_sequences is not None and not eval_sequences.account.trained_tokens:
         raise DataError("data.eval: no token of the validation rows is trained on; validation would be empty")
 
-    stops = [each.documents.stops[some] for each, some in zip(train, rows, strict=True)]
+    stops = [each.documents.stops[some] for each, some in zip(train, choice.train, strict=True)]
     spoken = next((each for each in train if each.way.chat_source is not None), None)
     return Prepared(
         train_sequences,
@@ -104,15 +109,17 @@ def fingerprints(recipe: Recipe) -> dict[str, str]:
     return found
 
 
-def _chosen(tokenised: Sequence[Tokenised], rows: Sequence[Ints], *, only_some: bool = False) -> list[Chosen]:
-    """Rows of each source, with an account to be filled; `only_some` leaves out sources of which there are none."""
+def _chosen(
+    tokenised: Sequence[Tokenised], rows: Sequence[Ints], read: Sequence[int], set_aside: Sequence[int] = ()
+) -> list[Chosen]:
+    """Rows of each source, chosen from as many as were `read` and not `set_aside`, with an account to be filled."""
     chosen = []
-    for each, some in zip(tokenised, rows, strict=True):
-        account = SourceAccount(each.rows.source.path, each.rows.format or "", each.way.name, len(each.documents))
+    for each, some, there, aside in zip(tokenised, rows, read, set_aside or [0] * len(rows), strict=True):
+        account = SourceAccount(each.rows.source.path, each.rows.format or "", each.way.name, there, aside)
+        account.not_chosen = there - aside - len(np.unique(some))
         if each.total > len(each.documents):
             account.sampled = f"of the first {len(each.documents):,} of about {each.total:,}"
-        if len(some) or not only_some:
-            chosen.append(Chosen(each.documents, some, account, each.rows.places))
+        chosen.append(Chosen(each.documents, some, account, each.rows.places))
     return chosen
 
 

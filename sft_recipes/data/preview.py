@@ -13,23 +13,36 @@ _CONTROLS = {code: 0x2400 + code for code in range(32) if code != ord("\n")} | {
 LEGEND = "tokens stand between |, and those that are trained on between ⟦ and ⟧"
 
 
-def choose(sequences: Sequences, count: int, rows: Sequence[int], seed: int) -> list[int]:
-    """Numbers of the sequences that hold `rows` (counted from 1 over the training rows of the first source), or without
-    any of `count` random ones. Raises DataError for a row that no sequence holds."""
+def choose(sequences: Sequences, count: int, rows: Sequence[str], seed: int) -> list[int]:
+    """Numbers of the sequences that hold `rows`, or without any of `count` random ones.
+
+    A row is `file:line` as errors and previews have it, or a number counted from 1 over the rows of the first source.
+    Raises DataError for a row that no sequence holds.
+    """
     if not rows:
         picked = np.random.default_rng(seed).permutation(len(sequences))[:count]
         return [int(number) for number in picked]
     found: list[int] = []
     for row in rows:
-        pieces = np.flatnonzero((sequences.source == 0) & (sequences.row == row - 1))
+        source, number = (0, int(row) - 1) if row.isdecimal() else _find(sequences, row)
+        pieces = np.flatnonzero((sequences.source == source) & (sequences.row == number))
         if not len(pieces):
-            account = sequences.account.sources[0]
             raise DataError(
-                f"--row {row}: no sequence holds this row of {account.path}; it is beyond the last, was dropped, or was set "
-                "aside for validation"
+                f"--row {row}: no sequence holds this row of {sequences.account.sources[source].path}; it is beyond the "
+                "last, was dropped, or was set aside for validation"
             )
         found += (np.searchsorted(sequences.bounds, pieces, side="right") - 1).tolist()
     return list(dict.fromkeys(found))
+
+
+def _find(sequences: Sequences, place: str) -> tuple[int, int]:
+    """Numbers of the source and the row that stands at a place."""
+    for source, each in enumerate(sequences.chosen):
+        for row, there in each.places(range(len(each.documents))).items():
+            if there == place:
+                return source, row
+    first = sequences.chosen[0].places([0])[0]
+    raise DataError(f"--row {place}: no training row stands there; expected a row's number, or a place such as {first}")
 
 
 def show(

@@ -1,5 +1,6 @@
 """Sources opened, and their rows as examples: what is trained on, before it is text."""
 
+import time
 from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
 
@@ -46,7 +47,7 @@ class Rows:
         self.problems: list[str] = []
 
     def __iter__(self) -> Iterator[Example]:
-        nothing = True
+        nothing, good = True, False
         for row in sources.read(self.source.path, self.source.name, self.splits):
             nothing = False
             try:
@@ -57,9 +58,14 @@ class Rows:
                 if self.format is None:
                     self.problems.append(formats.unknown(row.values, row.place))
                     return
-                yield formats.to_example(row.values, self.format, self.columns, row.place)
+                example = formats.to_example(row.values, self.format, self.columns, row.place)
             except DataError as error:
                 self.problems += error.lines
+                if not good and len(self.problems) >= _SHOWN:
+                    return  # the others will be no better
+            else:
+                good = True
+                yield example
         if nothing:
             raise DataError(f"{self.source.path}: no rows")
 
@@ -99,6 +105,18 @@ def read(source: Source, data: Data) -> list[Example]:
     examples = list(rows)
     raise_all(rows.problems)
     return examples
+
+
+def look_through(source: Source, data: Data, seconds: float) -> tuple[int, int]:
+    """How many rows of a source can be read in that time, and about how many there are. Raises DataError as `read`."""
+    rows, deadline = Rows(source, data, sources.TRAIN), time.monotonic() + seconds
+    number, cut_short = 0, False
+    for _ in rows:
+        number += 1
+        if cut_short := time.monotonic() > deadline:
+            break
+    raise_all(rows.problems)
+    return number, max(number, sources.count(source.path)) if cut_short else number
 
 
 def raise_all(problems: Sequence[str]) -> None:

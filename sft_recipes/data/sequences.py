@@ -177,6 +177,7 @@ def _look_at(chosen: Sequence[Chosen]) -> None:
         each.account.rows = len(each.rows)
         each.account.lengths = percentiles(np.diff(each.documents.offsets)[each.rows])
         each.account.empty_answers = int(each.documents.empty[each.rows].sum())
+        each.account.left_out = int(each.documents.left_out[each.rows].sum())
         each.account.duplicates = int((~first[at : at + len(rows)]).sum())
         at += len(rows)
 

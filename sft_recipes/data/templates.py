@@ -38,6 +38,7 @@ class Rendered:
     trained: list[tuple[int, int]]
     writes_specials: bool
     empty: bool = False  # nothing but white space is there to be answered
+    left_out: bool = False  # the text lacks something that a message says
 
 
 Template = Callable[[Example], Rendered]
@@ -116,7 +117,8 @@ class Chat:
         trained = self._trained(messages, text, marked, example)
         if self.bos:
             text, trained = _with_once(self.bos, text, trained)
-        return Rendered(example.place, text, trained, writes_specials=True, empty=example.empty)
+        left_out = any(message["content"].strip() not in text for message in messages)
+        return Rendered(example.place, text, trained, writes_specials=True, empty=example.empty, left_out=left_out)
 
     def render(self, messages: list[dict[str, Any]], place: str, *, add_generation_prompt: bool = False) -> str:
         """The text of messages. Raises DataError where the template refuses them."""
@@ -141,6 +143,8 @@ class Chat:
             return [(0, len(text))]
         # An assistant's message that begins a conversation answers nothing.
         indices = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i]
+        if self.train_on == "assistant" and (found := self._marked(marked, text)):
+            return found
         indices = indices if self.train_on == "assistant" else indices[-1:]
         ranges = []
         for index in indices:
@@ -148,7 +152,7 @@ class Chat:
             upto = self._unmarked(self._render(messages[: index + 1], example, add_generation_prompt=False))
             if not upto.startswith(before) or not text.startswith(upto):
                 if found := self._marked(marked, text):
-                    return found if self.train_on == "assistant" else found[-1:]
+                    return found[-1:]
                 raise DataError(
                     f"{example.place}: the chat template renders message {index + 1} differently once later messages follow, "
                     "so its tokens cannot be told apart; use data.train_on: completion or all"

@@ -1,14 +1,22 @@
 """Rows of every source as documents of token ids, from the cache or anew."""
 
+import ctypes
 import datetime
 import gc
 import hashlib
+import multiprocessing
+import os
+import signal
+import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
+from typing import Any
 
 from tokenizers import Encoding
 
@@ -18,10 +26,14 @@ from sft_recipes.data.reading import Rows, raise_all
 from sft_recipes.data.templates import Rendered, Template
 from sft_recipes.data.tokens import Documents, Encoder, LightTokenizer
 from sft_recipes.data.ways import Way
-from sft_recipes.errors import DataError
+from sft_recipes.errors import DataError, RunError
 from sft_recipes.recipe.schema import Data
 
 _BATCH = 500  # rows that are tokenised at once
+# Threads within one tokenizer are the faster way on few cores (benchmarks/data_prep.py); on many they wait for each other
+# (huggingface/tokenizers#1900) and for Python, which renders the rows. Then each process has a tokenizer of its own.
+_CORES_FOR_PROCESSES = 8
+_BATCHES_FOR_PROCESSES = 8  # a source with fewer is done before they have started
 
 
 @dataclass(frozen=True)
@@ -56,7 +68,8 @@ def tokenise_all(
         assert rows.format is not None
         way, source = ways[rows.format], rows.source
         name = None
-        if cached:
+        # A look at the data that is bounded in time has none to hash a large file.
+        if cached and (seconds is None or sources.size(source.path) <= sources.QUICK):
             written = way.chat_source or ""
             name = cache.key(
                 content=sources.fingerprint(source.path, source.name, rows.splits), path=source.path, format=rows.format,
@@ -95,33 +108,110 @@ class Work:
         self.rows, self.render, self.encoder = rows, render, encoder
         self.deadline = None if seconds is None else time.monotonic() + seconds
         self.cut_short = False
+        self.problems: list[str] = []
 
     def batches(self) -> Iterator[Documents]:
-        """Documents of some hundred rows at a time; while one batch is tokenised, others are read and put together.
+        """Documents of some hundred rows at a time. Raises DataError with everything that is wrong with the rows."""
+        examples = self._examples()
+        first = list(islice(examples, _BATCHES_FOR_PROCESSES))
+        everything = chain(first, examples)
+        if len(first) < _BATCHES_FOR_PROCESSES or (processes := _processes()) < 2:
+            yield from self._by_threads(everything)
+        else:
+            yield from self._by_processes(everything, processes)
+        if self.rows.problems or self.problems:
+            raise DataError(*self.rows.problems, *self.problems)
 
-        Raises DataError with everything that is wrong with the rows.
-        """
-        problems: list[str] = []
+    def _examples(self) -> Iterator[list[Example]]:
+        """Batches of rows, as long as there is time."""
         examples = iter(self.rows)
+        while batch := list(islice(examples, _BATCH)):
+            yield batch
+            if self.deadline is not None and time.monotonic() > self.deadline:
+                self.cut_short = next(examples, None) is not None
+                return
+
+    @property
+    def _good(self) -> bool:
+        """With a problem nothing will come of it; what else is wrong is still worth knowing."""
+        return not self.problems and not self.rows.problems
+
+    def _by_threads(self, batches: Iterable[list[Example]]) -> Iterator[Documents]:
+        """While one batch is tokenised, in Rust and on every core, others are read and put together."""
         waiting: tuple[list[Rendered], Future[list[Encoding]]] | None = None
         with ThreadPoolExecutor(1) as pool:
-            while batch := list(islice(examples, _BATCH)):
-                rendered = []
-                for example in batch:
-                    try:
-                        rendered.append(self.render(example))
-                    except DataError as error:
-                        problems += error.lines
-                # With a problem nothing will come of it; what else is wrong is still worth knowing.
-                if not problems and not self.rows.problems:
+            for batch in batches:
+                rendered, wrong = _rendered(batch, self.render)
+                self.problems += wrong
+                if self._good:
                     tokenising = pool.submit(self.encoder.tokenise, rendered)
-                    if waiting is not None:
-                        yield self.encoder.documents(waiting[0], waiting[1].result())
+                    yield from self._put_together(waiting)
                     waiting = rendered, tokenising
-                if self.deadline is not None and time.monotonic() > self.deadline:
-                    self.cut_short = next(examples, None) is not None
-                    break
-            if self.rows.problems or problems:
-                raise DataError(*self.rows.problems, *problems)
-            if waiting is not None:
+            if self._good:
+                yield from self._put_together(waiting)
+
+    def _put_together(self, waiting: tuple[list[Rendered], Future[list[Encoding]]] | None) -> Iterator[Documents]:
+        if waiting is not None:
+            try:
                 yield self.encoder.documents(waiting[0], waiting[1].result())
+            except DataError as error:
+                self.problems += error.lines
+
+    def _by_processes(self, batches: Iterable[list[Example]], processes: int) -> Iterator[Documents]:
+        """Each batch is rendered, tokenised and put together in one of the processes; they end with this one."""
+        waiting: deque[Future[tuple[Documents | None, list[str]]]] = deque()
+        _OF_WORKER.update(render=self.render, encoder=self.encoder)
+        with ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _set_up_worker) as pool:
+            for batch in batches:
+                waiting.append(pool.submit(_in_worker, batch))
+                if len(waiting) > 2 * processes:
+                    yield from self._received(waiting.popleft())
+            while waiting:
+                yield from self._received(waiting.popleft())
+
+    def _received(self, sent: Future[tuple[Documents | None, list[str]]]) -> Iterator[Documents]:
+        try:
+            documents, wrong = sent.result()
+        except BrokenProcessPool as error:
+            raise RunError(
+                f"{self.rows.source.path}: a process that tokenised it was killed, most likely because memory ran out"
+            ) from error
+        self.problems += wrong
+        if documents is not None and self._good:
+            yield documents
+
+
+def _processes() -> int:
+    """How many processes tokenise: 1 where threads do it."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1  # elsewhere forking is not safe
+    return cores if cores >= _CORES_FOR_PROCESSES else 1
+
+
+_PR_SET_PDEATHSIG = 1  # of Linux' prctl.h
+_OF_WORKER: dict[str, Any] = {}  # template and encoder, which a process has from birth: they cannot be sent
+
+
+def _set_up_worker() -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive forking
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # also where the parent is killed
+
+
+def _in_worker(batch: list[Example]) -> tuple[Documents | None, list[str]]:
+    rendered, wrong = _rendered(batch, _OF_WORKER["render"])
+    try:
+        return (None, wrong) if wrong else (_OF_WORKER["encoder"].encode(rendered), [])
+    except DataError as error:
+        return None, list(error.lines)
+
+
+def _rendered(batch: list[Example], render: Template) -> tuple[list[Rendered], list[str]]:
+    """The texts of rows, and what is wrong with the others."""
+    rendered: list[Rendered] = []
+    wrong: list[str] = []
+    for example in batch:
+        try:
+            rendered.append(render(example))
+        except DataError as error:
+            wrong += error.lines
+    return rendered, wrong

@@ -82,12 +82,16 @@ def _json(file: Path) -> dict[str, Any]:
         raise ModelError(f"{file}: not valid JSON: {error}") from None
 
 
+ONE_EACH = ("stops", "empty", "left_out", "digests")
+
+
 @dataclass(frozen=True)
 class Documents:
     """Tokenised documents, end to end: document i has the tokens from offsets[i] up to offsets[i + 1].
 
-    `ids` (int32) and `trained` (bool) have one entry a token; `stops` (the token that ends it), `empty` (it has no answer)
-    and `digests` (equal for equal ids) one a document; `offsets` (int64) one more.
+    `ids` (int32) and `trained` (bool) have one entry a token; those named in ONE_EACH one a document: `stops` (the token
+    that ends it), `empty` (it has no answer), `left_out` (it lacks something that its row says) and `digests` (equal for
+    equal ids); `offsets` (int64) one more.
     """
 
     ids: NDArray[np.int32]
@@ -95,6 +99,7 @@ class Documents:
     offsets: NDArray[np.int64]
     stops: NDArray[np.int32]
     empty: NDArray[np.bool_]
+    left_out: NDArray[np.bool_]
     digests: NDArray[np.uint64]
 
     def __len__(self) -> int:
@@ -115,7 +120,7 @@ def join(parts: Sequence[Documents]) -> Documents:
         return np.concatenate([getattr(part, name) for part in parts])
 
     offsets = np.concatenate([[0], np.cumsum(np.concatenate([np.diff(part.offsets) for part in parts]))])
-    return Documents(column("ids"), column("trained"), offsets, column("stops"), column("empty"), column("digests"))
+    return Documents(column("ids"), column("trained"), offsets, **{name: column(name) for name in ONE_EACH})
 
 
 # Of stretches that are trained on, shape (3, stretches): document, first token and last + 1, counted from the document's
@@ -206,6 +211,7 @@ class Encoder:
             offsets,
             np.array([stop for _, stop in endings], dtype=np.int32),
             np.array([rendered.empty for rendered in batch], dtype=bool),
+            np.array([rendered.left_out for rendered in batch], dtype=bool),
             _digests(ids, offsets),
         )
 
@@ -332,12 +338,14 @@ def _digests(ids: NDArray[np.int32], offsets: NDArray[np.int64]) -> NDArray[np.u
 
 
 def _not_unicode(batch: Iterable[Rendered]) -> DataError:
+    problems = []
     for rendered in batch:
         try:
             rendered.text.encode()
         except UnicodeEncodeError as error:
-            return DataError(
+            problems.append(
                 f"{rendered.place}: not valid Unicode: {rendered.text[error.start]!r} is half of a surrogate pair; "
                 "write the file as UTF-8"
             )
-    raise AssertionError("the tokenizer refuses text that is valid Unicode")
+    assert problems, "the tokenizer refuses text that is valid Unicode"
+    return DataError(*problems)

@@ -20,6 +20,7 @@ def documents(*rows: list[int]) -> Documents:
         np.cumsum([0, *map(len, rows)]),
         np.array([row[-1] for row in rows], dtype=np.int32),
         np.zeros(len(rows), dtype=bool),
+        np.zeros(len(rows), dtype=bool),
         np.array([hash(tuple(row)) % 2**32 for row in rows], dtype=np.uint64),
     )
 
@@ -72,12 +73,16 @@ def test_what_fails_halfway_leaves_nothing(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["ids", "trained", "documents.npz"])
-@pytest.mark.parametrize("how", ["cut", "gone"])
+@pytest.mark.parametrize("how", ["cut", "gone", "changed"])
 def test_an_entry_that_is_not_whole_is_made_again(folder: Path, name: str, how: str) -> None:
     kept("a")
     file = folder / "a" / name
     if how == "gone":
         file.unlink()
+    elif how == "changed":
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
     else:
         file.write_bytes(file.read_bytes()[:-1])
 

@@ -352,6 +352,36 @@ def test_duplicates_and_empty_answers_are_counted(write_recipe: WriteRecipe, tmp
     assert "3 the same as an earlier one, 1 without an answer" in accounts[1].line()
 
 
+def test_every_row_that_was_read_is_accounted_for(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    half = write_rows(tmp_path / "half.jsonl", [{**row, "input": "x"} for row in ROWS])
+    sources = f"data.train=[{tmp_path / 'train.jsonl'}, {{path: {half}, weight: 0.5}}]"
+    data = prepared(write_recipe(), sources, "data.eval=0.25", "data.max_train_samples=20", "data.max_eval_samples=5")
+
+    assert data.eval is not None
+    train, validation = (each.account.sources for each in (data.train, data.eval))
+    assert [each.read for each in train] == [24, 24]
+    assert all(each.read == each.set_aside + each.not_chosen + each.rows for each in train + validation)
+    assert sum(each.set_aside for each in train) == sum(each.read for each in validation) == 12
+    assert sum(each.rows for each in train) == 20
+    assert sum(each.not_chosen for each in validation) == 7
+    assert (
+        f"{train[1].set_aside} more set aside for validation, {train[1].not_chosen} more not chosen" in train[1].line()
+    )
+
+
+def test_text_that_a_template_leaves_out_is_counted(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    (tmp_path / "t.jinja").write_text(
+        "{% for m in messages if m.role != 'developer' %}{{ m.content }}</s>{% endfor %}", "utf-8"
+    )
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    told = [{"role": "developer", "content": "Be brief."}, *turns]
+    write_rows(tmp_path / "train.jsonl", [{"messages": turns}, {"messages": told}])
+    data = prepared(write_recipe(), f"data.template={tmp_path / 't.jinja'}", "data.eval=null")
+
+    assert data.as_dict()["train"]["sources"][0]["left_out"] == 1
+    assert "1 of which the template leaves out or rewrites some text" in data.lines()[0]
+
+
 def test_a_part_without_a_trained_token_is_counted_as_cut(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     """A prompt longer than a sequence: its first part teaches nothing, the row stays."""
     write_rows(tmp_path / "train.jsonl", [{"instruction": "x " * 300, "output": "y"}, *ROWS])

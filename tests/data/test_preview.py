@@ -10,7 +10,7 @@ from tests.conftest import WriteRecipe, write_rows
 
 
 def shown(
-    recipe: Path, *overrides: str, number: int = 1, rows: tuple[int, ...] = (), ids: bool = False, colours: bool = False
+    recipe: Path, *overrides: str, number: int = 1, rows: tuple[str, ...] = (), ids: bool = False, colours: bool = False
 ) -> str:
     said = io.StringIO()
     console = Console(
@@ -21,7 +21,7 @@ def shown(
 
 
 def test_a_row_as_plain_text(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    lines = shown(write_recipe(), "data.packing=none", "data.eval=null", rows=(8,)).splitlines()
+    lines = shown(write_recipe(), "data.packing=none", "data.eval=null", rows=("8",)).splitlines()
 
     assert any(line.startswith(f"{tmp_path / 'train.jsonl'}:8: positions 0 to ") for line in lines)
     assert lines[-2].startswith("⟦")
@@ -62,11 +62,23 @@ def test_random_ones_are_seeded(write_recipe: WriteRecipe) -> None:
     assert shown(write_recipe(), "data.packing=none", number=3).count("sequence ") == 3
 
 
+def test_a_row_by_its_place(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    more = tmp_path / "more.jsonl"
+    more.write_text('\n{"instruction": "Other.", "output": "place"}\n', encoding="utf-8")
+    both = f"data.train=[{tmp_path / 'train.jsonl'}, {more}]"
+    said = shown(write_recipe(), both, "data.eval=null", "data.packing=none", rows=(f"{more}:2",))
+
+    assert said.count("sequence ") == 1
+    assert "⟦place<end>⟧" in said.replace("|", "")
+    with pytest.raises(DataError, match=rf"--row {more}:1: no training row stands there; .* such as .*train.jsonl:1"):
+        shown(write_recipe(), both, "data.eval=null", rows=(f"{more}:1",))
+
+
 def test_a_row_that_is_in_no_sequence(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="--row 25: no sequence holds this row"):
-        shown(write_recipe(), rows=(25,))
+        shown(write_recipe(), rows=("25",))
     write_rows(
         tmp_path / "train.jsonl", [{"instruction": "x " * 300, "output": "y"}, {"instruction": "x", "output": "y"}]
     )
     with pytest.raises(DataError, match="--row 1: no sequence holds this row"):
-        shown(write_recipe(), "data.eval=null", "data.overlong=drop", rows=(1,))
+        shown(write_recipe(), "data.eval=null", "data.overlong=drop", rows=("1",))

@@ -139,6 +139,26 @@ def test_generation_marks_where_earlier_turns_change(train_on: str, trained: lis
     assert [rendered.text[start:end] for start, end in rendered.trained] == trained
 
 
+def test_generation_marks_say_what_the_assistant_wrote() -> None:
+    """Also where turns could be told apart without them."""
+    source = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}A[{% generation %}{{ m.content }}{% endgeneration %}</s>]"
+        "{% else %}U[{{ m.content }}]{% endif %}{% endfor %}{% if add_generation_prompt %}A{% endif %}"
+    )
+    rendered = Chat(source, "assistant", SPECIALS, ("<s>", "</s>"))(example("a", "b", "c", "d"))
+
+    assert [rendered.text[start:end] for start, end in rendered.trained] == ["b</s>", "d</s>"]
+
+
+def test_text_that_the_template_leaves_out_is_known() -> None:
+    messages = [{"role": r, "content": c} for r, c in (("developer", "Be brief."), ("user", "a"), ("assistant", "b"))]
+    whole = "{% for m in messages %}{{ m.content | trim }}|{% endfor %}"
+    without = "{% for m in messages if m.role != 'developer' %}{{ m.content }}|{% endfor %}"
+
+    assert not Chat(whole, "all", {}, ())(Example("f:1", messages)).left_out
+    assert Chat(without, "all", {}, ())(Example("f:1", messages)).left_out
+
+
 def test_a_message_that_answers_nothing() -> None:
     """A conversation that the assistant begins: there is no prompt to its first message."""
     messages = [{"role": r, "content": c} for r, c in (("assistant", "Hello."), ("user", "One?"), ("assistant", "1"))]

@@ -238,6 +238,10 @@ def test_empty_answers_and_equal_documents_are_known() -> None:
 def test_half_a_surrogate_pair_is_named() -> None:
     with pytest.raises(DataError, match=r"rows:1: not valid Unicode: '\\ud800' is half of a surrogate pair"):
         encode("bytes", Alpaca()(alpaca_row("a \ud800 b", "c")))
+    rows = [Alpaca()(alpaca_row(text, "c")) for text in ("\ud800", "good", "\udfff")]
+    with pytest.raises(DataError) as caught:
+        Encoder(tokenizers.make("bytes")).encode(rows)
+    assert len(caught.value.lines) == 2
 
 
 def test_a_tokenizer_without_an_end() -> None:

@@ -1,0 +1,98 @@
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sft_recipes.data import prepare, tokenising
+from sft_recipes.errors import DataError, RunError
+from sft_recipes.recipe import load
+from tests.conftest import ROWS, WriteRecipe, write_rows
+from tests.data import tokenizers
+
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere one process tokenises")
+MANY = [{**row, "instruction": f"{number}: {row['instruction']}"} for number in range(210) for row in ROWS]
+
+
+def prepared(recipe: Path, kind: str = "bytes+bos") -> prepare.Prepared:
+    loaded = load.load(recipe, ["data.max_length=200", "data.eval=null"]).recipe
+    return prepare.prepare(loaded, tokenizers.make(kind), cached=False)
+
+
+@pytest.fixture
+def many(write_recipe: WriteRecipe, tmp_path: Path) -> Path:
+    """A recipe with as many rows as processes are started for."""
+    assert len(MANY) > tokenising._BATCH * tokenising._BATCHES_FOR_PROCESSES
+    write_rows(tmp_path / "train.jsonl", MANY)
+    return write_recipe()
+
+
+@pytest.fixture
+def processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine with many cores."""
+    monkeypatch.setattr(tokenising, "_processes", lambda: 3)
+
+
+@LINUX
+@pytest.mark.parametrize("kind", ["bytes+bos", "metaspace+bos"])
+def test_processes_make_what_threads_make(many: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(tokenising, "_processes", lambda: 1)
+    by_threads = prepared(many, kind)
+    monkeypatch.setattr(tokenising, "_processes", lambda: 3)
+    monkeypatch.setattr(tokenising.Work, "_by_threads", lambda *_: pytest.fail("threads were used"))
+
+    assert prepared(many, kind).train.table().equals(by_threads.train.table())
+
+
+@LINUX
+def test_processes_say_what_is_wrong_with_each_row(many: Path, processes: None) -> None:
+    rows = [dict(row) for row in MANY]
+    rows[600]["output"] = "\ud800"
+    rows[2600]["output"] = "\ud801"
+    write_rows(many.parent / "train.jsonl", rows)
+    with pytest.raises(DataError) as caught:
+        prepared(many)
+
+    assert [line.partition(": ")[0].rpartition(":")[2] for line in caught.value.lines] == ["601", "2601"]
+
+
+@LINUX
+def test_a_process_that_is_killed(many: Path, processes: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenising, "_in_worker", killed)
+    with pytest.raises(RunError, match=r"train.jsonl: a process that tokenised it was killed"):
+        prepared(many)
+
+
+def killed(batch: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@LINUX
+def test_processes_end_with_the_one_that_started_them(many: Path) -> None:
+    code = f"""
+import os, time
+from pathlib import Path
+from sft_recipes.data import tokenising
+from tests.data.test_tokenising import prepared
+
+def wait(batch):
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+
+tokenising._processes, tokenising._in_worker = lambda: 2, wait
+prepared(Path({str(many)!r}))
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        assert len({parent.stdout.readline() for _ in range(2)}) == 2
+        parent.kill()
+        parent.communicate(timeout=60)  # the output is at an end, because no process holds it open
+
+
+def test_few_cores_tokenise_by_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4), raising=False)
+    assert tokenising._processes() == 1
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16), raising=False)
+    assert tokenising._processes() == (16 if sys.platform == "linux" else 1)
