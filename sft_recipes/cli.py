@@ -120,13 +120,17 @@ def merge(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER_OR_RUN", help="An adapter or a run directory.")],
     out: Annotated[Path, typer.Option(help="Directory to write the merged model to.")],
     base: Annotated[
-        str | None, typer.Option(help="Hub id or directory of the base; by default the adapter's own.")
+        str | None,
+        typer.Option(
+            help="Hub id or directory of the base, by default the adapter's own. After QLoRA also: original or dequantized, "
+            "by default the better of both."
+        ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     max_shard_size: Annotated[str, typer.Option(help="Largest size of one file.")] = "5GB",
     debug: Debug = False,
 ) -> None:
-    """Merge LoRA weights into the base model."""
+    """Merge LoRA weights into the base model, and prove that the result is the model that was trained."""
     from sft_recipes.recipe.load import expectation, schema_of
 
     for option, value in (("dtype", dtype), ("max_shard_size", max_shard_size)):
@@ -139,7 +143,8 @@ def merge(
     _quiet(debug)
     from sft_recipes.export import merge as merging
 
-    merging.merge(found, out, base=base, dtype=dtype, max_shard_size=max_shard_size)
+    for line in merging.merge(found, out, base=base, dtype=dtype, max_shard_size=max_shard_size):
+        print(line)
     print(f"{out}: merged")
 
 

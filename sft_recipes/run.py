@@ -54,7 +54,7 @@ def run(
         trainer.train(sft, folder, checkpoint)
 
         # What comes out
-        export(recipe, sft.model, tokenizer, data.stops, folder)
+        words.say(console, export(recipe, sft.model, tokenizer, data, folder))
         page.write(folder)
     words.conclude(console, folder)
     return folder

@@ -18,7 +18,7 @@ BELOW = {
     "data": {"recipe", "errors"},
     "planning": {"recipe", "errors"},
     "report": {"recipe", "errors"},
-    "export": {"recipe", "errors"},
+    "export": {"data", "recipe", "errors"},
     "training": {"planning", "data", "recipe", "errors"},
     "run_folder": {"recipe", "errors"},
     "checks": {"planning", "data", "recipe", "errors", "run_folder"},

@@ -1,54 +1,101 @@
 """Loading what was exported: adapters on their base, and the tokens at which a model stops."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import peft
-from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sft_recipes.errors import ModelError
+from sft_recipes.export.changes import names_of_ends, vocabulary
 from sft_recipes.export.save import untie
+from sft_recipes.export.tensors import in_file
 from sft_recipes.recipe import model_files
 
 
-def adapted(
-    adapter: Path, dtype: Any, *, base: str | None = None, trust_remote_code: bool = False
-) -> tuple[peft.PeftModel, PreTrainedTokenizerBase]:
-    """An adapter on its base (its own, or `base`) with weights in `dtype`, and its tokenizer.
+@dataclass(frozen=True)
+class Origin:
+    """An adapter's own settings, and where its base and its tokenizer are."""
 
-    Raises ModelError where the base cannot be loaded or does not fit.
-    """
-    file = adapter / "adapter_model.safetensors"
-    if not file.is_file():
+    config: peft.PeftConfig
+    base: str
+    revision: str | None
+    tokenizer: str
+
+
+def origin(adapter: Path, base: str | None = None) -> Origin:
+    """What an adapter is of; `base` instead of the base that it names. Raises ModelError."""
+    if not (adapter / "adapter_model.safetensors").is_file():
         raise ModelError(f"{adapter}: adapter_model.safetensors is missing")
-    config = peft.PeftConfig.from_pretrained(str(adapter))
+    try:
+        config = peft.PeftConfig.from_pretrained(str(adapter))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"{adapter}: its adapter_config.json cannot be read: {_line(error)}") from None
     try:
         name = model_files.location(base) if base else config.base_model_name_or_path
     except ModelError as error:
         raise ModelError(str(error).replace("model.name", "--base", 1)) from None
+    has_tokenizer = (adapter / "tokenizer_config.json").is_file()
+    return Origin(config, name, None if base else config.revision, str(adapter) if has_tokenizer else name)
+
+
+@contextmanager
+def as_base_error(name: str) -> Iterator[None]:
+    """What the libraries say of a base that cannot be loaded, as ModelError."""
     try:
+        yield
+    except ModelError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"{name}: the adapter's base cannot be loaded; give it with --base: {_line(error)}") from None
+
+
+def adapted(
+    adapter: Path,
+    dtype: Any,
+    *,
+    base: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    quantization: BitsAndBytesConfig | None = None,
+) -> tuple[peft.PeftModel, PreTrainedTokenizerBase]:
+    """An adapter on its base (its own, or `base`) with weights in `dtype` or quantised, and its tokenizer.
+
+    Raises ModelError where the base cannot be loaded or does not fit.
+    """
+    of = origin(adapter, base)
+    with as_base_error(of.base):
         model = AutoModelForCausalLM.from_pretrained(
-            name,
-            revision=None if base else config.revision,
+            of.base,
+            revision=revision or of.revision,
             trust_remote_code=trust_remote_code,
             dtype=dtype,
             use_safetensors=True,
+            **({"quantization_config": quantization, "device_map": {"": "cpu"}} if quantization else {}),
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{name}: the adapter's base cannot be loaded; give it with --base: {_line(error)}") from None
-    has_tokenizer = (adapter / "tokenizer_config.json").is_file()
-    tokenizer = AutoTokenizer.from_pretrained(adapter if has_tokenizer else name)
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(len(tokenizer))
-    with safe_open(file, "pt") as weights:
-        if any("lora_embedding" in key for key in weights.keys()):  # noqa: SIM118  # no mapping
-            untie(model)  # the adapter is on the embeddings alone; the head that is tied to them stays as it is
+    for module in model.modules():  # as in training
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    tokenizer = AutoTokenizer.from_pretrained(of.tokenizer, trust_remote_code=trust_remote_code)
+    given = in_file(adapter / "adapter_model.safetensors")
+    if (rows := vocabulary(given, of.config, model)) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    alone = {f"base_model.model.{name}" for name in names_of_ends(model)}
+    if any(key.rpartition(".lora_")[0] in alone for key in given):
+        untie(model)  # the adapter is on one of embeddings and head; the other, which shares its weight, stays as it is
     try:
-        return peft.PeftModel.from_pretrained(model, str(adapter)), tokenizer
-    except (RuntimeError, ValueError) as error:
-        raise ModelError(f"{adapter}: does not fit the base {name}: {_line(error)}") from None
+        whole = peft.PeftModel.from_pretrained(model, str(adapter))
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise ModelError(f"{adapter}: does not fit the base {of.base}: {_line(error)}") from None
+    known = peft.get_peft_model_state_dict(whole, save_embedding_layers=True)
+    if unknown := sorted(given.keys() - known.keys()):
+        raise ModelError(f"{adapter}: does not fit the base {of.base}: it has no place for {', '.join(unknown[:3])}")
+    return whole, tokenizer
 
 
 def stops(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -1,14 +1,48 @@
-"""Merging adapters into their base: W' = round(float32(W) + scale · B·A), with one rounding to the output type."""
+"""Merging adapters into their base: W' = round(float32(W) + scale · B·A), with one rounding to the output type.
 
+A few rows at a time, from file to file, so that no model needs more memory than another; and proven to be the model that
+was trained before it gets its name.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from transformers import GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sft_recipes.errors import ModelError, OutputError, RunError
-from sft_recipes.export import load
-from sft_recipes.export.save import save_model
+from sft_recipes.export import load, probe, tensors, verify
+from sft_recipes.export.changes import Merged, NotRowByRow
+from sft_recipes.export.load import Origin
+from sft_recipes.export.probe import Probe
+from sft_recipes.export.quantized import dequantized
+from sft_recipes.export.save import DTYPES, complete_or_not_there, save_around, save_model
+
+FILE = "merge.json"  # in the merged model's directory
+BASES = ("original", "dequantized")
+
+
+@dataclass
+class _Job:
+    """What is merged, and how it is to be written."""
+
+    adapter: Path
+    of: Origin
+    probe: Probe
+    tokenizer: PreTrainedTokenizerBase
+    stops: list[int]
+    dtype: str
+    max_shard_size: str
+    trust_remote_code: bool
 
 
 def merge(
@@ -19,24 +53,198 @@ def merge(
     dtype: str = "bfloat16",
     max_shard_size: str = "5GB",
     trust_remote_code: bool = False,
-) -> None:
-    """Write `adapter` merged into its base (its own, or `base`) as a model directory.
+) -> list[str]:
+    """Write `adapter` merged into its base as a model directory; returns what is to be said of it.
 
-    The base is loaded in float32 on the CPU, four bytes a parameter: also for an adapter that was trained on a quantised
-    base, which is merged into the original weights. Raises ModelError where adapter and base do not fit or the result is
-    not finite, OutputError where `out` is in use.
+    `base` is where the base is, if not where the adapter says. Of an adapter trained on a quantised base it may also be
+    `original` or `dequantized`: the weights that were quantised, or what became of them. Without it both are tried, and the
+    one with the lower loss on the held-out rows is kept. Raises ModelError where adapter and base do not fit or the result is
+    not finite, OutputError where `out` is in use, RunError where the result is not the model that was trained.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out}: in use; choose another --out, or remove it")
-    adapted, tokenizer = load.adapted(adapter, torch.float32, base=base, trust_remote_code=trust_remote_code)
+    of = load.origin(adapter, None if base in BASES else base)
+    known = probe.of_adapter(adapter) or Probe()
+    if base in BASES and not known.quantization:
+        raise ModelError(
+            f"--base {base}: {adapter} is not known to have been trained on a quantised base; merge it from its run's "
+            "directory, or say where the base is"
+        )
+    with load.as_base_error(of.tokenizer):
+        tokenizer = AutoTokenizer.from_pretrained(of.tokenizer, trust_remote_code=trust_remote_code)
+    stops = load.stops(adapter, tokenizer)
+    job = _Job(adapter, of, known, tokenizer, stops, dtype, max_shard_size, trust_remote_code)
+    names = [base] if base in BASES else [*BASES] if known.quantization else ["original"]
+    try:
+        with complete_or_not_there(out) as folder:
+            ways = {name: _write(job, folder / name, name) for name in names if name}
+            folders = {name: folder / name for name, way in ways.items() if way is not None}
+            figures = _proven(job, folders, out)
+            chosen = min(folders, key=lambda name: float(figures[name]["loss"]))
+            for file in list(folders[chosen].iterdir()):
+                file.rename(folder / file.name)
+            for name in names:
+                shutil.rmtree(folder / str(name), ignore_errors=True)
+            report = {
+                "adapter": str(adapter), "base": of.base, "revision": of.revision, "dtype": dtype,
+                "merged_into": chosen, "merged_by": ways[chosen], "figures": figures,
+            }  # fmt: skip
+            write_report(folder / FILE, report)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{out}: cannot be written: {' '.join(str(error).split())}") from error
+    return _lines(chosen, figures, ways, dtype)
+
+
+def write_report(file: Path, report: Mapping[str, Any]) -> None:
+    """Write a report of a model's directory, with size and SHA-256 of every file in it."""
+    files = sorted(there for there in file.parent.iterdir() if there.is_file())
+    with ThreadPoolExecutor() as pool:
+        hashes = list(pool.map(_sha256, files))
+    listed = {
+        there.name: {"bytes": there.stat().st_size, "sha256": hashed}
+        for there, hashed in zip(files, hashes, strict=True)
+    }
+    file.write_text(json.dumps({**report, "files": listed}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _proven(job: _Job, folders: Mapping[str, Path], out: Path) -> dict[str, dict[str, Any]]:
+    request = verify.Request(
+        models={name: str(folder.resolve()) for name, folder in folders.items()},
+        dtype=job.dtype,
+        tokenizer=_absolute(job.of.tokenizer),
+        stops=job.stops,
+        base=_absolute(job.of.base),
+        revision=job.of.revision,
+        adapter=str(job.adapter.resolve()),
+        rows=job.probe.rows,
+        prompt=job.probe.prompt,
+        quantization=job.probe.quantization,
+        trust_remote_code=job.trust_remote_code,
+    )
+    try:
+        return verify.prove(request)
+    except RunError as error:
+        raise RunError(*(f"{out}: not kept: {line}" for line in error.lines)) from error
+
+
+def _write(job: _Job, folder: Path, kind: str) -> str | None:
+    """Write one merged model, and say how; None where that cannot be done for the dequantised base."""
+    folder.mkdir()
+    try:
+        _row_by_row(job, folder, dequantize=kind == "dequantized")
+        return "rows"
+    except NotRowByRow as error:
+        if kind == "dequantized":
+            return None
+        _in_memory(job, folder)
+        return f"PEFT, in memory: {error}"
+
+
+def _row_by_row(job: _Job, folder: Path, *, dequantize: bool) -> None:
+    of = job.of
+    with load.as_base_error(of.base):
+        files = _files(of)
+        config = AutoConfig.from_pretrained(files, trust_remote_code=job.trust_remote_code)
+        if getattr(config, "auto_map", None):
+            raise NotRowByRow("the base brings code of its own")
+        if getattr(config, "quantization_config", None):
+            raise ModelError(f"{of.base}: the base is stored quantised; give the one it was made from with --base")
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=DTYPES[job.dtype])
+        base = tensors.in_model(files)
+        if (files / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(files)
+    if dequantize:
+        assert job.probe.quantization is not None
+        base = dequantized(base, model, job.probe.quantization, DTYPES[job.probe.loaded])
+    merged = Merged(job.adapter, of.config, base, model)
+    try:
+        tensors.write(merged.wanted, folder, DTYPES[job.dtype], job.max_shard_size)
+    except ModelError as error:
+        raise ModelError(f"{job.adapter}: cannot be merged: {error}") from None
+    text = model.config.get_text_config()
+    text.tie_word_embeddings = merged.tied
+    if merged.height != model.get_input_embeddings().weight.shape[0]:
+        text.vocab_size = merged.height
+    _end(job, model, folder)
+
+
+def _in_memory(job: _Job, folder: Path) -> None:
+    adapted, _ = load.adapted(
+        job.adapter, torch.float32, base=job.of.base, revision=job.of.revision, trust_remote_code=job.trust_remote_code
+    )
     try:
         merged = adapted.merge_and_unload(safe_merge=True)
     except ValueError as error:  # PEFT's word for weights that are not finite
-        raise ModelError(f"{adapter}: cannot be merged: {' '.join(str(error).split())}") from None
-    if (adapter / "generation_config.json").is_file():
-        merged.generation_config = GenerationConfig.from_pretrained(adapter)
-    stops = load.stops(adapter, tokenizer)
-    try:
-        save_model(merged, tokenizer, out, dtype=dtype, max_shard_size=max_shard_size, stops=stops)
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{out}: cannot be written: {' '.join(str(error).split())}") from error
+        raise ModelError(f"{job.adapter}: cannot be merged: {' '.join(str(error).split())}") from None
+    save_model(merged, folder, dtype=job.dtype, max_shard_size=job.max_shard_size)
+    _end(job, merged, folder)
+
+
+def _end(job: _Job, model: PreTrainedModel, folder: Path) -> None:
+    if (job.adapter / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(job.adapter)
+    save_around(model, job.tokenizer, folder, dtype=job.dtype, stops=job.stops)
+
+
+def _files(of: Origin) -> Path:
+    """The directory of the base's files, fetched from the hub where it is there."""
+    folder = Path(of.base)
+    if not folder.is_dir():
+        wanted = ["model*.safetensors", tensors.INDEX, "config.json", "generation_config.json"]
+        folder = Path(snapshot_download(of.base, revision=of.revision, allow_patterns=wanted))
+    if not (folder / tensors.INDEX).is_file() and not (folder / "model.safetensors").is_file():
+        pickled = any(folder.glob("pytorch_model*.bin"))
+        remedy = (
+            "its pytorch_model.bin is a pickle, which can run code, and is not read; convert it with transformers' "
+            "save_pretrained"
+            if pickled
+            else "expected model.safetensors, or shards with their index"
+        )
+        raise ModelError(f"{of.base}: the base has no safetensors weights; {remedy}")
+    return folder
+
+
+def _absolute(place: str) -> str:
+    return str(Path(place).resolve()) if Path(place).is_dir() else place
+
+
+def _lines(
+    chosen: str, figures: Mapping[str, Mapping[str, Any]], ways: Mapping[str, str | None], dtype: str
+) -> list[str]:
+    """What is to be said of a merge."""
+    lines = []
+    for name, found in figures.items():
+        if quantized := found.get("to_adapter_on_quantized_base"):
+            lines.append(
+                f"merged into the {name} base: held-out loss {found['loss']:.4f} (the adapter on its quantised base "
+                f"{quantized['loss']:.4f}), logits up to {quantized['largest_difference']:.3g} off, "
+                f"{quantized['mean_difference']:.3g} in the mean"
+            )
+    if len(figures) > 1:
+        lines.append(f"merged into: {chosen}, by the loss (--base {' or '.join(BASES)} chooses)")
+    elif None in ways.values():
+        lines.append("merged into: original; PEFT cannot merge this adapter into a dequantised base")
+    if (way := ways[chosen]) != "rows":
+        lines.append(f"merged by {way}")
+    return [*lines, *proof_in_words(figures[chosen], dtype)]
+
+
+def proof_in_words(found: Mapping[str, Any], dtype: str) -> list[str]:
+    """The figures of a model that was proven."""
+    lines = [
+        f"verified in a fresh process: logits within {found['largest_difference']:.2g} of the trained model's (rounding to "
+        f"{dtype} explains {found['explained_by_rounding']:.2g}) and up to {found['largest_difference_from_base']:.2g} from "
+        f"the base's; loss on held-out rows {found['loss']:.4f}, the trained model's {found['trained_loss']:.4f}, the base's "
+        f"{found['base_loss']:.4f}"
+    ]
+    if not found["largest_change_by_training"]:
+        lines.append("warning: the training has changed nothing: the model is the base")
+    elif found["largest_change_by_training"] < found["explained_by_rounding"]:
+        lines.append(f"warning: rounding to {dtype} changes more than the training did; export.dtype: float32 keeps it")
+    return lines

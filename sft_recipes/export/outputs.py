@@ -1,49 +1,65 @@
 """What a run leaves: the adapter and the model."""
 
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import peft
+import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from sft_recipes.data.prepare import Prepared
 from sft_recipes.errors import InputError, RunError
-from sft_recipes.export.merge import merge
-from sft_recipes.export.save import save_adapter, save_model
+from sft_recipes.export import tensors, verify
+from sft_recipes.export.merge import merge, proof_in_words, write_report
+from sft_recipes.export.probe import Probe, rows_of
+from sft_recipes.export.save import complete_or_not_there, save_adapter, save_around, save_model
+from sft_recipes.recipe import model_files
 from sft_recipes.recipe.schema import Recipe
+
+FILE = "export.json"  # in the directory of a model of which all weights were trained
 
 
 def export(
     recipe: Recipe,
     model: PreTrainedModel | peft.PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    stops: Sequence[int],
+    data: Prepared,
     folder: Path,
-) -> None:
-    """Write adapter/ and model/ into the run directory.
+) -> list[str]:
+    """Write adapter/ and model/ into the run directory; returns what is to be said of them.
 
-    Raises RunError where the trained weights are not finite, the merge is impossible, or the disk fails.
+    Raises RunError where the trained weights are not finite, the merge is impossible, the model is not the one that was
+    trained, or the disk fails.
     """
     if not all(bool(parameter.isfinite().all()) for parameter in model.parameters() if parameter.requires_grad):
         raise RunError(
             f"{folder}: the trained weights are not finite, so nothing is exported: the training diverged; set a lower "
             "train.learning_rate"
         )
-    dtype, shard = recipe.export.dtype, recipe.export.max_shard_size
     for earlier in (folder / "adapter", folder / "model"):
         shutil.rmtree(earlier, ignore_errors=True)  # of a run that is resumed after its export
+    quantization = getattr(model.config, "quantization_config", None)
+    probe = Probe(
+        rows_of(data.eval or data.train),
+        {"messages": data.prompt.messages, "ids": data.prompt.ids} if data.prompt and data.chat_template else None,
+        quantization.to_dict() if quantization is not None else None,
+        recipe.model.dtype,
+    )
     try:
+        probe.save(folder)
         if recipe.lora is None:
-            save_model(model, tokenizer, folder / "model", dtype=dtype, max_shard_size=shard, stops=stops)
-            return
-        save_adapter(model, tokenizer, folder / "adapter", stops=stops)
-        if recipe.export.merge:
-            merge(
-                folder / "adapter", folder / "model", dtype=dtype, max_shard_size=shard,
-                trust_remote_code=recipe.model.trust_remote_code,
-            )  # fmt: skip
+            return _whole(recipe, model, tokenizer, data.stops, probe, folder / "model")
+        save_adapter(model, tokenizer, folder / "adapter", stops=data.stops)
+        if not recipe.export.merge:
+            return []
+        return merge(
+            folder / "adapter", folder / "model", dtype=recipe.export.dtype, max_shard_size=recipe.export.max_shard_size,
+            trust_remote_code=recipe.model.trust_remote_code,
+        )  # fmt: skip
     except InputError as error:
         raise RunError(
             f"{folder}: trained, but not merged: {error}; the adapter is whole: sft-recipe merge {folder} --out DIR, when "
@@ -52,3 +68,49 @@ def export(
     except (OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise RunError(f"{folder}: export failed: {reason}; when that is mended, continue with --resume") from error
+
+
+def _whole(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    stops: Sequence[int],
+    probe: Probe,
+    out: Path,
+) -> list[str]:
+    """Write a model of which all weights were trained, and prove that it is that model."""
+    dtype, compute = recipe.export.dtype, str(model.dtype).removeprefix("torch.")
+    with complete_or_not_there(out) as folder, tempfile.TemporaryDirectory() as elsewhere:
+        trained = Path(elsewhere) / "trained.safetensors"
+        verify.keep(model, probe.rows, trained)
+        save_model(model, folder, dtype=dtype, max_shard_size=recipe.export.max_shard_size)
+        save_around(model, tokenizer, folder, dtype=dtype, stops=stops)
+        tokenizer.save_pretrained(elsewhere)
+        request = verify.Request(
+            models={"model": str(folder.resolve())},
+            dtype=dtype,
+            tokenizer=elsewhere,
+            stops=list(stops),
+            base=model_files.location(recipe.model.name),
+            revision=recipe.model.revision,
+            trained=str(trained),
+            rows=probe.rows,
+            prompt=probe.prompt,
+            trust_remote_code=recipe.model.trust_remote_code,
+            compute=compute,
+        )
+        try:
+            _check_bits(model, folder)
+            figures = verify.prove(request)["model"]
+        except RunError as error:
+            raise RunError(*(f"{out}: not kept: {line}" for line in error.lines)) from error
+        write_report(folder / FILE, {"base": recipe.model.name, "dtype": dtype, "figures": figures})
+    return proof_in_words(figures, dtype)
+
+
+def _check_bits(model: PreTrainedModel, folder: Path) -> None:
+    """Every weight in the files is, to the bit, the one in memory. Raises RunError."""
+    held = model.state_dict()
+    for name, stored in tensors.in_model(folder).items():
+        if name in held and not torch.equal(stored.whole(), held[name].cpu()):
+            raise RunError(f"{name} is not in the file as it is in memory")

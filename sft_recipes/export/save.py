@@ -28,26 +28,23 @@ def complete_or_not_there(out: Path) -> Iterator[Path]:
         raise
 
 
-def save_model(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    out: Path,
-    *,
-    dtype: str,
-    max_shard_size: str,
-    stops: Sequence[int],
-) -> None:
-    """Write the model with its weights rounded to `dtype`; `stops` are the tokens that end an answer.
-
-    The model is changed: it has `dtype` afterwards.
-    """
+def save_model(model: PreTrainedModel, folder: Path, *, dtype: str, max_shard_size: str) -> None:
+    """Write the model with its weights rounded to `dtype`. The model is changed: it has `dtype` afterwards."""
     model.to(DTYPES[dtype])
-    model.config.use_cache = True
     tie_if_equal(model)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+
+
+def save_around(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, dtype: str, stops: Sequence[int]
+) -> None:
+    """Write what belongs to weights of `dtype`: config, generation config, tokenizer; `stops` end an answer."""
+    model.config.use_cache = True
+    model.config.dtype = DTYPES[dtype]
     set_generation_config(model, tokenizer, stops)
-    with complete_or_not_there(out) as folder:
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
-        save_tokenizer(tokenizer, folder)
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
 
 
 def save_adapter(model: peft.PeftModel, tokenizer: PreTrainedTokenizerBase, out: Path, *, stops: Sequence[int]) -> None:

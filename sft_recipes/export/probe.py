@@ -1,0 +1,52 @@
+"""What an export is verified with: some rows that were held out, and a prompt as it was trained."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sft_recipes.data.sequences import IGNORED, Sequences
+from sft_recipes.errors import ModelError
+
+FILE = "probe.json"  # in a run's directory, beside adapter/ and model/
+_ROWS, _TOKENS = 16, 512  # at most
+
+
+@dataclass
+class Probe:
+    """Rows of `input_ids` and `labels` (not shifted, -100 where not trained), messages and the ids of their prompt, and how
+    the base was quantised in training."""
+
+    rows: list[dict[str, list[int]]] = field(default_factory=list)
+    prompt: dict[str, Any] | None = None
+    quantization: dict[str, Any] | None = None
+    loaded: str = "float32"  # type in which training held the weights that it did not quantise
+
+    def save(self, folder: Path) -> None:
+        (folder / FILE).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+
+
+def of_adapter(adapter: Path) -> Probe | None:
+    """The probe of the run that an adapter is from; None where it stands alone. Raises ModelError where it is broken."""
+    file = adapter.parent / FILE
+    if not file.is_file():
+        return None
+    try:
+        return Probe(**json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{file}: cannot be read: {error}; remove it, and merge without it") from None
+
+
+def rows_of(sequences: Sequences) -> list[dict[str, list[int]]]:
+    """The first documents of training or validation sequences, one a row."""
+    rows: list[dict[str, list[int]]] = []
+    for number in range(min(len(sequences), _ROWS)):
+        sequence, start = sequences[number], 0
+        for length in sequence["seq_lengths"]:
+            row = {name: sequence[name][start : start + min(length, _TOKENS)] for name in ("input_ids", "labels")}
+            start += length
+            if any(label != IGNORED for label in row["labels"][1:]):
+                rows.append(row)
+            if len(rows) == _ROWS:
+                return rows
+    return rows

@@ -1,0 +1,259 @@
+"""Proof that an exported model is the one that was trained, by a process that knows of nothing but the files.
+
+It is compared with the base and its adapter or, where all weights were trained, with what the training's own model makes of
+the same rows. What may differ is what rounding explains, and that is measured: each weight is moved once more, at random and
+by as much as rounding moves it; the logits of the right model are off by about as much as this makes them.
+"""
+
+import gc
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from sft_recipes.errors import RunError
+from sft_recipes.export import load
+from sft_recipes.export.save import DTYPES
+from sft_recipes.export.tensors import in_model
+
+Rows = Sequence[dict[str, list[int]]]
+
+_POSITIONS = 8  # of each row, at which logits are compared
+_TIMES = 4  # what the right model stays within; 0.2 to 1.3 were seen
+# Explained besides by sums in another order, as a part of the largest logit; in half precision also on another device.
+_NOISE = {"float32": 1e-4, "float16": 0.03, "bfloat16": 0.1}
+_TEXTS = ["Name three colours.", "  The cat's 12 hats\n\ncost $3.50 – naïve? 日本 🙂", "def f(x):\n\treturn x</s>"]
+
+
+@dataclass
+class Request:
+    """Directories of models by name (`original` and `dequantized`, or one of any name), and what they are to be like."""
+
+    models: dict[str, str]
+    dtype: str  # of their weights
+    tokenizer: str  # directory or hub id of the one of the training
+    stops: list[int]  # tokens that end an answer
+    base: str
+    revision: str | None = None
+    adapter: str | None = None
+    trained: str | None = None  # file of what the trained model makes of the rows, see `keep`
+    rows: list[dict[str, list[int]]] = field(default_factory=list)  # input_ids and labels; [] for rows of one's own
+    prompt: dict[str, Any] | None = None  # messages, and the ids that were trained as their prompt
+    quantization: dict[str, Any] | None = None
+    trust_remote_code: bool = False
+    compute: str | None = None  # null: float32, or where that is too large bfloat16
+
+
+@dataclass
+class Seen:
+    """What a model makes of the rows: logits (positions, vocabulary) and hidden states (positions, width) of each layer at
+    some positions, and the mean loss over all trained tokens."""
+
+    logits: torch.Tensor
+    hidden: list[torch.Tensor]
+    loss: float
+
+    def apart(self, other: "Seen") -> torch.Tensor:
+        """By how much logits differ, in those words that both know."""
+        words = min(self.logits.shape[1], other.logits.shape[1])
+        return (self.logits[:, :words] - other.logits[:, :words]).abs()
+
+
+def prove(request: Request) -> dict[str, dict[str, Any]]:
+    """Figures of each model. Raises RunError with everything that is wrong with them."""
+    said = elsewhere(request)
+    if said["problems"]:
+        raise RunError(*said["problems"])
+    return dict(said["figures"])
+
+
+def elsewhere(request: Request) -> dict[str, Any]:
+    """What `examine` says, in a fresh process."""
+    command = [sys.executable, "-m", "sft_recipes.export.verify"]
+    done = subprocess.run(command, input=json.dumps(asdict(request)), capture_output=True, text=True, check=False)
+    last = done.stdout.strip().rpartition("\n")[2]
+    if done.returncode or not last.startswith("{"):
+        reason = done.stderr.strip().rpartition("\n")[2][:300] or f"its process ended with {done.returncode}"
+        raise RunError(f"it could not be verified: {reason}")
+    return dict(json.loads(last))
+
+
+def examine(request: Request) -> dict[str, Any]:
+    """`problems`, a line each, and `figures` of each model."""
+    folders = {name: Path(folder) for name, folder in request.models.items()}
+    problems = [problem for folder in folders.values() for problem in _around_the_weights(request, folder)]
+    rows = request.rows or list(_rows_of_our_own(request.tokenizer))
+    compute = request.compute or _compute_type(next(iter(folders.values())))
+    seen = _references(request, rows, compute)
+    figures = {}
+    for name, folder in folders.items():
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=DTYPES[compute], output_loading_info=True, **_options(request)
+        )
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if loading[kind]:
+                problems.append(f"{kind.replace('_', ' ')}: {', '.join(map(str, list(loading[kind])[:3]))}")
+        own = look(model, rows)
+        _move(model, request.dtype)
+        moved = look(model, rows)
+        del model
+        gc.collect()
+        reference = seen["quantized" if name == "dequantized" else "trained"]
+        figures[name] = _figures(own, moved, reference, seen)
+        noise = _NOISE[compute] * float(reference.logits.abs().max())
+        if not own.apart(reference).max() <= _TIMES * own.apart(moved).max() + noise:  # also where it is no number
+            problems.append(
+                f"{name}: this is not the model that was trained: its logits are up to "
+                f"{figures[name]['largest_difference']:.3g} off, where rounding to {request.dtype} explains "
+                f"{figures[name]['explained_by_rounding']:.3g}{_first_layer(own, moved, reference, _NOISE[compute])}"
+            )
+    return {"problems": problems, "figures": figures}
+
+
+def look(model: PreTrainedModel, rows: Rows) -> Seen:
+    """Run the rows through a model, each alone."""
+    logits, hidden, loss, trained = [], [], 0.0, 0
+    model.eval()
+    device = model.get_input_embeddings().weight.device
+    for row in rows:
+        ids, labels = (torch.tensor(row[name], device=device) for name in ("input_ids", "labels"))
+        with torch.no_grad():
+            output = model(input_ids=ids[None], output_hidden_states=True, use_cache=False)
+        own = output.logits[0].float()
+        loss += float(torch.nn.functional.cross_entropy(own[:-1], labels[1:], reduction="sum"))
+        at = torch.nonzero(labels[1:] != -100).flatten()
+        trained += len(at)
+        at = at[:_POSITIONS]
+        logits.append(own[at].cpu())
+        hidden.append([states[0, at.to(states.device)].float().cpu() for states in output.hidden_states])
+    layers = [torch.cat(layer) for layer in zip(*hidden, strict=True)]
+    return Seen(torch.cat(logits), layers, loss / max(trained, 1))
+
+
+def keep(model: PreTrainedModel, rows: Rows, file: Path) -> None:
+    """Write down what a model makes of the rows."""
+    seen = look(model, rows)
+    save_file({"logits": seen.logits, "loss": torch.tensor(seen.loss, dtype=torch.float64)}, file)
+
+
+def _kept(file: str) -> Seen:
+    there = load_file(file)
+    return Seen(there["logits"], [], float(there["loss"]))
+
+
+def _options(request: Request) -> dict[str, Any]:
+    return {"use_safetensors": True, "trust_remote_code": request.trust_remote_code}
+
+
+def _references(request: Request, rows: Rows, compute: str) -> dict[str, Seen]:
+    """What `base`, the model as it was `trained`, and the adapter on the `quantized` base make of the rows."""
+    if request.trained is not None:
+        base = AutoModelForCausalLM.from_pretrained(
+            request.base, revision=request.revision, dtype=DTYPES[compute], **_options(request)
+        )
+        largest = max(max(row["input_ids"]) for row in rows)
+        if largest >= base.get_input_embeddings().weight.shape[0]:  # a new token
+            base.resize_token_embeddings(largest + 1, mean_resizing=False)
+        return {"base": look(base, rows), "trained": _kept(request.trained)}
+    assert request.adapter is not None
+    seen = {}
+    model, _ = load.adapted(
+        Path(request.adapter), DTYPES[compute], base=request.base, revision=request.revision,
+        trust_remote_code=request.trust_remote_code,
+    )  # fmt: skip
+    seen["trained"] = look(model, rows)
+    with model.disable_adapter():
+        seen["base"] = look(model, rows)
+    del model
+    gc.collect()
+    if request.quantization:
+        config = BitsAndBytesConfig.from_dict({**request.quantization, "bnb_4bit_compute_dtype": compute})
+        model, _ = load.adapted(
+            Path(request.adapter), DTYPES[compute], base=request.base, revision=request.revision,
+            trust_remote_code=request.trust_remote_code, quantization=config,
+        )  # fmt: skip
+        seen["quantized"] = look(model, rows)
+        del model
+        gc.collect()
+    return seen
+
+
+def _figures(own: Seen, moved: Seen, reference: Seen, seen: dict[str, Seen]) -> dict[str, Any]:
+    figures: dict[str, Any] = {
+        "loss": own.loss,
+        "trained_loss": reference.loss,
+        "base_loss": seen["base"].loss,
+        "largest_difference": float(own.apart(reference).max()),
+        "explained_by_rounding": float(own.apart(moved).max()),
+        "largest_difference_from_base": float(own.apart(seen["base"]).max()),
+        "largest_change_by_training": float(reference.apart(seen["base"]).max()),
+    }
+    if "quantized" in seen:
+        apart = own.apart(seen["quantized"])
+        figures["to_adapter_on_quantized_base"] = {
+            "loss": seen["quantized"].loss,
+            "largest_difference": float(apart.max()),
+            "mean_difference": float(apart.mean()),
+        }
+    return figures
+
+
+def _first_layer(own: Seen, moved: Seen, reference: Seen, noise: float) -> str:
+    """The first layer that differs by more than rounding explains, and by how much."""
+    for number, (mine, off, theirs) in enumerate(zip(own.hidden, moved.hidden, reference.hidden, strict=False)):
+        difference, explained = (mine - theirs).abs().max(), (mine - off).abs().max()
+        if not difference <= _TIMES * explained + noise * theirs.abs().max():
+            name = f"layer {number - 1}" if number else "the embeddings"
+            return f"; the first to differ is {name}, by up to {difference:.3g} where {explained:.3g} is explained"
+    return "; the first to differ is the head" if reference.hidden else ""
+
+
+def _move(model: PreTrainedModel, dtype: str) -> None:
+    """Multiply each weight by up to 1 ± half the spacing of `dtype`'s numbers, which is what rounding does at most."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.rand(parameter.shape, generator=generator) - 0.5
+            parameter.mul_((1 + torch.finfo(DTYPES[dtype]).eps * noise).to(parameter.dtype))
+
+
+def _compute_type(folder: Path) -> str:
+    weights = sum(torch.Size(tensor.shape).numel() for tensor in in_model(folder).values())
+    return "float32" if 5 * weights < psutil.virtual_memory().available else "bfloat16"
+
+
+def _rows_of_our_own(tokenizer: str) -> Iterator[dict[str, list[int]]]:
+    encode = AutoTokenizer.from_pretrained(tokenizer)
+    for text in _TEXTS:
+        ids = encode(text)["input_ids"]
+        yield {"input_ids": ids, "labels": ids}
+
+
+def _around_the_weights(request: Request, folder: Path) -> Iterator[str]:
+    """What is wrong with the tokenizer, the chat template and the generation config."""
+    options = {"trust_remote_code": request.trust_remote_code}
+    own: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **options)
+    trained = AutoTokenizer.from_pretrained(request.tokenizer, **options)
+    texts = [*_TEXTS, *(trained.decode(row["input_ids"]) for row in request.rows)]
+    if different := next((text for text in texts if own(text)["input_ids"] != trained(text)["input_ids"]), None):
+        yield f"the tokenizer gives other ids than that of the training, for {different[:60]!r}"
+    if request.prompt is not None:
+        ids = own.apply_chat_template(request.prompt["messages"], add_generation_prompt=True, return_dict=False)
+        if list(ids) != request.prompt["ids"]:
+            yield f"the chat template does not give the prompt of the training: {own.decode(ids)[:60]!r}"
+    ends = GenerationConfig.from_pretrained(folder).eos_token_id
+    if missing := set(request.stops) - set([ends] if isinstance(ends, int) else ends or []):
+        yield f"generation_config.json does not stop at {own.decode([min(missing)])!r}, which ends the training's answers"
+
+
+if __name__ == "__main__":
+    print(json.dumps(examine(Request(**json.load(sys.stdin)))))
