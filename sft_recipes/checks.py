@@ -61,6 +61,8 @@ def preview(
         tokenizer, missing = _tokenizer(loaded.recipe.model)
         if tokenizer is None:
             raise ModelError(f"model.name: {missing}")
+        if tokenizer.rebuilt:
+            tokenizer = _of_transformers(loaded.recipe.model)
         # All rows where one is looked for, else as many as there is time for.
         train = prepare.prepare(loaded.recipe, tokenizer, seconds=None if rows else _SECONDS).train
         numbers = showing.choose(train, number, rows, loaded.recipe.train.seed)
@@ -92,8 +94,13 @@ def _examine_data(recipe: Recipe) -> list[str]:
         larger = min(larger, recipe.data.max_train_samples / sum(source.rows for source in data.train.account.sources))
     steps = count(recipe, round(len(data.train) * larger))
     about = "" if data.share == 1 else "about "
+    anew = [
+        f"tokens are those of tokenizer.json; transformers makes a {tokenizer.rebuilt} anew, and the run may count a few "
+        "more or less"
+    ]
     return [
         *data.lines(),
+        *(anew if tokenizer.rebuilt else []),
         f"steps: {about}{steps.total:,} of {recipe.sequences_per_step} sequences, {steps.warmup:,} of them warmup; "
         f"{about}{steps.per_epoch:,} an epoch",
     ]
@@ -123,6 +130,14 @@ def _tokenizer(model: Model) -> tuple[LightTokenizer | None, str]:
             return None, f"the tokenizer of {model.name} cannot be had: {' '.join(str(error).split())[:200]}"
     tokenizer = tokens.from_directory(folder, model.new_tokens)
     return tokenizer, f"{model.name} has no tokenizer.json"
+
+
+def _of_transformers(model: Model) -> LightTokenizer:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_files.location(model.name), revision=model.revision)
+    tokenizer.add_tokens(model.new_tokens)
+    return tokens.of_transformers(tokenizer)
 
 
 def _download(model: Model) -> Path:

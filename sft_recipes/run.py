@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from sft_recipes import run_folder
-from sft_recipes.data import prepare
+from sft_recipes.data import prepare, tokens
 from sft_recipes.export.outputs import export
 from sft_recipes.recipe import check
 from sft_recipes.report import page, words
@@ -39,7 +39,7 @@ def run(
 
         # What it is trained on
         tokenizer = model.load_tokenizer(recipe.model)
-        data = prepare.prepare(recipe, model.light(tokenizer), cached=cached)
+        data = prepare.prepare(recipe, tokens.of_transformers(tokenizer), cached=cached)
         model.set_chat_template(tokenizer, data)
         words.say(console, data.lines())
 

@@ -33,6 +33,19 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["SFT_RECIPES_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(autouse=True)
+def verify_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports are verified in the test's own process, where the libraries are there already; those marked `fresh` are not."""
+    if "fresh" not in request.keywords:
+
+        def here(request: Any) -> dict[str, Any]:
+            from sft_recipes.export import verify
+
+            return verify.examine(request)
+
+        monkeypatch.setattr("sft_recipes.export.verify.elsewhere", here)
+
+
 def write_rows(file: Path, rows: Iterable[Any] = ROWS) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -133,7 +133,15 @@ def test_the_model_has_learned(trained: Trained) -> None:
 
 def test_everything_the_design_names_is_there(trained: Trained) -> None:
     folder, _ = trained("lora")
-    names = ["recipe.resolved.json", "manifest.json", "data.json", "metrics.jsonl", "learning_curve.png", "report.html"]
+    names = [
+        "recipe.resolved.json",
+        "manifest.json",
+        "data.json",
+        "metrics.jsonl",
+        "learning_curve.png",
+        "report.html",
+        "probe.json",
+    ]
 
     assert all((folder / name).stat().st_size > 100 for name in names)
     assert {child.name for child in folder.iterdir()} == {*names, "checkpoints", "adapter", "model"}

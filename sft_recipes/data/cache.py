@@ -27,6 +27,7 @@ import numpy as np
 from sft_recipes.data.tokens import ONE_EACH, Documents
 
 _UNUSED = 30 * 24 * 3600  # seconds after which an entry that no run used is removed
+_ABANDONED = 24 * 3600  # seconds after which nothing is being written any more
 _PARTIAL = "partial-"  # begins the names of entries that are being written
 
 
@@ -139,7 +140,8 @@ def _read(entry: Path) -> Documents | None:
 
 
 def _remove_unused(parent: Path) -> None:
-    for entry in (*parent.glob("[0-9a-f]" * 64), *parent.glob(f"{_PARTIAL}*")):  # nothing else, should it be there
-        with contextlib.suppress(OSError):
-            if time.time() - entry.stat().st_mtime > _UNUSED:
-                shutil.rmtree(entry)
+    for names, age in (("[0-9a-f]" * 64, _UNUSED), (f"{_PARTIAL}*", _ABANDONED)):  # nothing else, should it be there
+        for entry in parent.glob(names):
+            with contextlib.suppress(OSError):
+                if time.time() - entry.stat().st_mtime > age:
+                    shutil.rmtree(entry)

@@ -33,6 +33,10 @@ class PackedSFTDataset(Dataset[dict[str, torch.Tensor]]):  # type: ignore[misc] 
                 raise row
             user, assistant = formats.to_example(row.values, "prompt_completion", {}, row.place).messages
             texts.append(templates.alpaca_prompt(user["content"]) + assistant["content"])
+            try:
+                texts[-1].encode()
+            except UnicodeEncodeError:
+                raise DataError(f"{row.place}: not valid Unicode: half of a surrogate pair") from None
         documents = _encode(tokenizer, texts)
         order = torch.randperm(len(documents)).tolist() if shuffle else range(len(documents))
         stream = np.concatenate([np.zeros(0, dtype=np.int64), *(documents[number] for number in order)])

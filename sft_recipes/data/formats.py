@@ -80,7 +80,10 @@ def _column(row: Mapping[str, Any], name: str, columns: Mapping[str, str]) -> st
     """The row's own name for the column `name`, or None."""
     if name in columns:
         return columns[name] if columns[name] in row else None
-    return name if name in row else next((other for other in ALSO.get(name, ()) if other in row), None)
+    names = (name, *ALSO.get(name, ()))
+    # One that is null in this row is so because other rows have it.
+    filled = next((other for other in names if row.get(other) is not None), None)
+    return filled or next((other for other in names if other in row), None)
 
 
 def _text(row: Mapping[str, Any], name: str, columns: Mapping[str, str], place: str) -> str:
@@ -111,6 +114,12 @@ def _messages(row: Mapping[str, Any], columns: Mapping[str, str], place: str) ->
         if not isinstance(turn, Mapping):
             raise DataError(f"{place}: message {number} must have 'role' and 'content', got {_short(turn)}")
         messages.append(_message(turn, f"{place}: message {number}"))
+    system = row.get("system")  # as ShareGPT's rows have it
+    if isinstance(system, str) and system.strip() and column != "system":
+        if messages[0]["role"] == "system" and messages[0]["content"] != system:
+            raise DataError(f"{place}: both the column 'system' and the first message are system prompts; keep one")
+        if messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": system})
     return messages
 
 

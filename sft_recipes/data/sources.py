@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import json
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,11 @@ def size(path: str) -> int:
     return sum(file.stat().st_size for file in files(path) or [])
 
 
+def state(path: str) -> list[tuple[int, int]]:
+    """Size and time of the last change of the files that `path` means; [] of what is on the hub."""
+    return [(file.stat().st_size, file.stat().st_mtime_ns) for file in files(path) or []]
+
+
 def count(path: str, name: str | None = None, splits: tuple[str, ...] = TRAIN) -> int:
     """About how many rows there are, without reading them: lines where there are lines."""
     found = files(path)
@@ -97,10 +103,11 @@ def _count(file: Path) -> int:
         content: Any = gzip.GzipFile(fileobj=raw) if file.suffix == ".gz" else raw
         if _kind(file) == ".json":
             return len(json.loads(content.read().decode("utf-8-sig")))
-        lines = 0
+        lines = read = 0
         while part := content.read(1 << 20):
             lines += part.count(b"\n")
-            if raw.tell() > QUICK:  # the rest is taken to be like it
+            read += len(part)
+            if read > QUICK:  # the rest is taken to be like it
                 return int(lines * file.stat().st_size / raw.tell())
         return lines
 
@@ -125,7 +132,7 @@ def read(path: str, name: str | None = None, splits: tuple[str, ...] = TRAIN) ->
             raise DataError(f"{file}: the file is empty")
         try:
             yield from {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}[kind](file)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise DataError(f"{file}: cannot be read: {error}") from None
 
 
@@ -191,7 +198,7 @@ def _csv(file: Path) -> Iterator[Row | DataError]:
                 else:
                     yield Row(place, values)
         except UnicodeDecodeError:
-            raise DataError(f"{file}: not valid UTF-8") from None
+            raise DataError(f"{file}:{reader.line_num + 1} or later: not valid UTF-8") from None
         except csv.Error as error:
             raise DataError(f"{file}:{reader.line_num}: not valid CSV: {error}") from None
 
@@ -206,7 +213,7 @@ def _parquet(file: Path) -> Iterator[Row | DataError]:
             for batch in parquet.ParquetFile(stream).iter_batches():
                 for values in batch.to_pylist():
                     number += 1
-                    yield Row(f"{file}:row {number}", values)
+                    yield Row(f"{file}:row {number}", _as_written(values))
     except pyarrow.ArrowInvalid as error:
         raise DataError(f"{file}: not a valid parquet file: {error}") from None
     except UnicodeDecodeError:
@@ -216,7 +223,18 @@ def _parquet(file: Path) -> Iterator[Row | DataError]:
 def _hub(path: str, name: str | None, splits: tuple[str, ...]) -> Iterator[Row]:
     rows, split = _from_hub(path, name, splits)
     for number, values in enumerate(rows, start=1):
-        yield Row(f"{path}:{split}:row {number}", values)
+        yield Row(f"{path}:{split}:row {number}", _as_written(values))
+
+
+def _as_written(values: Any) -> Any:
+    """A row of a table without the nulls that Arrow puts into objects for the keys that other rows' objects have."""
+    return {name: _without_nulls(value) if isinstance(value, (list, dict)) else value for name, value in values.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _from_hub(path: str, name: str | None, splits: tuple[str, ...]) -> tuple[Any, str]:

@@ -117,7 +117,11 @@ class Chat:
         trained = self._trained(messages, text, marked, example)
         if self.bos:
             text, trained = _with_once(self.bos, text, trained)
-        left_out = any(message["content"].strip() not in text for message in messages)
+        left_out = any(
+            message["content"].strip() not in text
+            or any(said and key not in ("role", "content") and key not in self.source for key, said in message.items())
+            for message in messages
+        )
         return Rendered(example.place, text, trained, writes_specials=True, empty=example.empty, left_out=left_out)
 
     def render(self, messages: list[dict[str, Any]], place: str, *, add_generation_prompt: bool = False) -> str:
@@ -143,19 +147,23 @@ class Chat:
             return [(0, len(text))]
         # An assistant's message that begins a conversation answers nothing.
         indices = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i]
-        if self.train_on == "assistant" and (found := self._marked(marked, text)):
+        found = self._marked(marked, text)
+        if self.train_on == "assistant" and found:
             return found
+        if self.train_on == "completion" and found and len(found) == sum(m["role"] == "assistant" for m in messages):
+            return found[-1:]
         indices = indices if self.train_on == "assistant" else indices[-1:]
         ranges = []
         for index in indices:
             before = self._unmarked(self._render(messages[:index], example, add_generation_prompt=True))
             upto = self._unmarked(self._render(messages[: index + 1], example, add_generation_prompt=False))
             if not upto.startswith(before) or not text.startswith(upto):
-                if found := self._marked(marked, text):
+                if found:
                     return found[-1:]
+                other = "completion or all" if self.train_on == "assistant" else "all"
                 raise DataError(
-                    f"{example.place}: the chat template renders message {index + 1} differently once later messages follow, "
-                    "so its tokens cannot be told apart; use data.train_on: completion or all"
+                    f"{example.place}: the chat template renders message {index + 1} differently once others precede or "
+                    f"follow it, so its tokens cannot be told apart; use data.train_on: {other}"
                 )
             ranges.append((len(before), len(upto)))
         return ranges
@@ -171,6 +179,8 @@ class Chat:
             start = len(self._unmarked(marked[:at]))
             end = start + len(part.partition(_CLOSE)[0])
             closing = [token for token in self.forbidden if text.startswith(token, end)]
+            if text[start:end].rstrip().endswith(self.forbidden):
+                closing = []  # the turn ends within the mark, and what follows is the next one's
             ranges.append((start, end + max(map(len, closing), default=0)))
             at += 1
         return ranges

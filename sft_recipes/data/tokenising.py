@@ -29,7 +29,8 @@ from sft_recipes.data.ways import Way
 from sft_recipes.errors import DataError, RunError
 from sft_recipes.recipe.schema import Data
 
-_BATCH = 500  # rows that are tokenised at once
+_BATCH = 500  # rows that are tokenised at once, or
+_CHARACTERS = 2_000_000  # as many as have these
 # Threads within one tokenizer are the faster way on few cores (benchmarks/data_prep.py); on many they wait for each other
 # (huggingface/tokenizers#1900) and for Python, which renders the rows. Then each process has a tokenizer of its own.
 _CORES_FOR_PROCESSES = 8
@@ -67,7 +68,7 @@ def tokenise_all(
     for rows, first in opened:
         assert rows.format is not None
         way, source = ways[rows.format], rows.source
-        name = None
+        name, before = None, sources.state(source.path)  # what changes while it is read is not kept under the old name
         # A look at the data that is bounded in time has none to hash a large file.
         if cached and (seconds is None or sources.size(source.path) <= sources.QUICK):
             written = way.chat_source or ""
@@ -77,9 +78,13 @@ def tokenise_all(
                 specials=dict(tokenizer.specials), day=str(datetime.date.today()) if "strftime_now" in written else "",
             )  # fmt: skip
         work = Work(rows, way.render, encoder, seconds)
+
+        def complete(work: Work = work, before: object = before) -> bool:
+            return not work.cut_short and sources.state(work.rows.source.path) == before
+
         try:
             with _no_garbage_collection():
-                documents = cache.stored(name, work.batches, lambda work=work: not work.cut_short)  # type: ignore[misc]
+                documents = cache.stored(name, work.batches, complete)
         except DataError as error:
             problems += error.lines
             continue
@@ -113,23 +118,29 @@ class Work:
     def batches(self) -> Iterator[Documents]:
         """Documents of some hundred rows at a time. Raises DataError with everything that is wrong with the rows."""
         examples = self._examples()
-        first = list(islice(examples, _BATCHES_FOR_PROCESSES))
-        everything = chain(first, examples)
-        if len(first) < _BATCHES_FOR_PROCESSES or (processes := _processes()) < 2:
-            yield from self._by_threads(everything)
+        if self.deadline is not None or (processes := _processes()) < 2:
+            yield from self._by_threads(examples)
+        elif len(first := list(islice(examples, _BATCHES_FOR_PROCESSES))) < _BATCHES_FOR_PROCESSES:
+            yield from self._by_threads(first)
         else:
-            yield from self._by_processes(everything, processes)
+            yield from self._by_processes(chain(first, examples), processes)
         if self.rows.problems or self.problems:
             raise DataError(*self.rows.problems, *self.problems)
 
     def _examples(self) -> Iterator[list[Example]]:
         """Batches of rows, as long as there is time."""
-        examples = iter(self.rows)
-        while batch := list(islice(examples, _BATCH)):
+        examples, batch, characters = iter(self.rows), list[Example](), 0
+        for example in examples:
+            batch.append(example)
+            characters += len(example.text) + sum(len(message["content"]) for message in example.messages)
+            if len(batch) == _BATCH or characters > _CHARACTERS:
+                yield batch
+                batch, characters = [], 0
+                if self.deadline is not None and time.monotonic() > self.deadline:
+                    self.cut_short = next(examples, None) is not None
+                    return
+        if batch:
             yield batch
-            if self.deadline is not None and time.monotonic() > self.deadline:
-                self.cut_short = next(examples, None) is not None
-                return
 
     @property
     def _good(self) -> bool:

@@ -19,6 +19,10 @@ from tokenizers import Encoding, Tokenizer
 from sft_recipes.data.templates import Rendered
 from sft_recipes.errors import DataError, ModelError
 
+# Classes whose tokenizer.json transformers 5 takes as it is, or rebuilds as it is; of others, such as LlamaTokenizer, it
+# reads the vocabulary and makes the rest itself.
+_AS_IT_IS = ("TokenizersBackend", "PreTrainedTokenizer", "GPT2Tokenizer", "Qwen2Tokenizer")
+
 
 @dataclass(frozen=True)
 class LightTokenizer:
@@ -27,6 +31,7 @@ class LightTokenizer:
     backend: Tokenizer
     specials: Mapping[str, str]  # bos_token, eos_token, ... -> text
     chat_template: str | None = None
+    rebuilt: str = ""  # name of its class, where transformers makes that from the vocabulary alone, and maybe otherwise
 
     @property
     def special_texts(self) -> list[str]:
@@ -45,11 +50,10 @@ def from_directory(folder: Path, new_tokens: Sequence[str] = ()) -> LightTokeniz
         raise ModelError(f"{file}: not a valid tokenizer: {error}") from None
     config = _json(folder / "tokenizer_config.json") | _json(folder / "special_tokens_map.json")
     specials = {}
-    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-        token = config.get(name)
+    for name, token in config.items():
         if isinstance(token, dict):
             token = token.get("content")
-        if isinstance(token, str):
+        if isinstance(token, str) and name.endswith("_token"):
             specials[name] = token
     template_file = folder / "chat_template.jinja"
     template = template_file.read_text(encoding="utf-8") if template_file.is_file() else config.get("chat_template")
@@ -61,7 +65,17 @@ def from_directory(folder: Path, new_tokens: Sequence[str] = ()) -> LightTokeniz
     # As transformers has it, whatever the file says of them.
     backend.add_special_tokens([*specials.values(), *(text for text in texts if isinstance(text, str))])
     backend.add_tokens(list(new_tokens))
-    return LightTokenizer(backend, specials, only_template(template))
+    name = str(config.get("tokenizer_class") or _AS_IT_IS[0])
+    as_it_is = name.removesuffix("Fast") in _AS_IT_IS or "ByteLevel" in repr(backend.pre_tokenizer)
+    rebuilt = "" if as_it_is and not config.get("add_prefix_space") else name
+    return LightTokenizer(backend, specials, only_template(template), rebuilt)
+
+
+def of_transformers(tokenizer: Any) -> LightTokenizer:
+    """One of transformers' own. Works on a copy, because the data stage sets it up in its own way."""
+    specials = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    return LightTokenizer(backend, specials, only_template(tokenizer.chat_template))
 
 
 def only_template(template: Any) -> str | None:

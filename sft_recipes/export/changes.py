@@ -17,7 +17,7 @@ from sft_recipes.export.tensors import Stored, Wanted, in_file
 _PREFIX = "base_model.model."
 _LORA = (".lora_A.weight", ".lora_B.weight", ".lora_B.bias", ".lora_magnitude_vector")
 _EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
-_TOKENS = ".token_adapter.trainable_tokens_delta"
+_TOKENS = (".token_adapter.trainable_tokens_delta", ".token_adapter.base_layer.weight")
 # Ways to begin an adapter that leave the base as it is; others (pissa, olora, loftq, ...) take something away from it.
 _BEGINNINGS = (True, False, "gaussian", "eva", "orthogonal")
 
@@ -156,7 +156,7 @@ class Merged:
         merged: set[str] = set()
         for key, tensor in given.items():
             name = key.removeprefix(_PREFIX)
-            if kind := next((kind for kind in (*_LORA, *_EMBEDDING, _TOKENS) if name.endswith(kind)), None):
+            if kind := next((kind for kind in (*_LORA, *_EMBEDDING, *_TOKENS) if name.endswith(kind)), None):
                 layers.setdefault(name.removesuffix(kind), {})[kind] = tensor
             elif self._replace(name.replace(".base_layer.", "."), tensor):
                 merged.add(key)
@@ -165,8 +165,9 @@ class Merged:
                 self._low_rank(layer, *(parts.get(kind) for kind in _LORA))
             elif parts.keys() == set(_EMBEDDING):
                 self._low_rank(layer, *(parts[kind] for kind in _EMBEDDING), embedding=True)
-            elif parts.keys() == {_TOKENS}:
-                self._rows_of_tokens(layer, parts[_TOKENS])
+            elif parts.keys() <= set(_TOKENS) and _TOKENS[0] in parts:
+                if not (self.tied and layer == self.head):  # then they are those of the embeddings
+                    self._rows_of_tokens(layer, parts[_TOKENS[0]], parts.get(_TOKENS[1]))
             else:
                 continue
             merged |= {_PREFIX + layer + kind for kind in parts}
@@ -213,12 +214,12 @@ class Merged:
             own = self._stored(f"{layer}.bias")
             self.wanted[self._in_files(f"{layer}.bias")] = Wanted(own.shape, own, Bias(own, bias, scale).add)
 
-    def _rows_of_tokens(self, layer: str, rows: Stored) -> None:
+    def _rows_of_tokens(self, layer: str, rows: Stored, resized: Stored | None) -> None:
         chosen = self.config.trainable_token_indices
         places = chosen if isinstance(chosen, list) else next(
             (places for name, places in (chosen or {}).items() if layer == name or layer.endswith(f".{name}")), []
         )  # fmt: skip
-        base = self._stored(f"{layer}.weight")
+        base = resized or self._stored(f"{layer}.weight")
         if rows.shape != (len(places), *base.shape[1:]):
             raise ModelError(
                 f"{self.adapter}: does not fit the base: rows {list(rows.shape)} for {len(places)} tokens of {layer}, whose "

@@ -182,8 +182,8 @@ def _in_memory(job: _Job, folder: Path) -> None:
         merged = adapted.merge_and_unload(safe_merge=True)
     except ValueError as error:  # PEFT's word for weights that are not finite
         raise ModelError(f"{job.adapter}: cannot be merged: {' '.join(str(error).split())}") from None
-    save_model(merged, folder, dtype=job.dtype, max_shard_size=job.max_shard_size)
     _end(job, merged, folder)
+    save_model(merged, folder, dtype=job.dtype, max_shard_size=job.max_shard_size)
 
 
 def _end(job: _Job, model: PreTrainedModel, folder: Path) -> None:

@@ -83,8 +83,8 @@ def _whole(
     with complete_or_not_there(out) as folder, tempfile.TemporaryDirectory() as elsewhere:
         trained = Path(elsewhere) / "trained.safetensors"
         verify.keep(model, probe.rows, trained)
-        save_model(model, folder, dtype=dtype, max_shard_size=recipe.export.max_shard_size)
         save_around(model, tokenizer, folder, dtype=dtype, stops=stops)
+        save_model(model, folder, dtype=dtype, max_shard_size=recipe.export.max_shard_size)
         tokenizer.save_pretrained(elsewhere)
         request = verify.Request(
             models={"model": str(folder.resolve())},

@@ -38,7 +38,10 @@ def save_model(model: PreTrainedModel, folder: Path, *, dtype: str, max_shard_si
 def save_around(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, dtype: str, stops: Sequence[int]
 ) -> None:
-    """Write what belongs to weights of `dtype`: config, generation config, tokenizer; `stops` end an answer."""
+    """Write what belongs to weights of `dtype`: config, generation config, tokenizer; `stops` end an answer.
+
+    Goes before `save_model`, which writes both configs as this leaves them.
+    """
     model.config.use_cache = True
     model.config.dtype = DTYPES[dtype]
     set_generation_config(model, tokenizer, stops)

@@ -143,7 +143,7 @@ def _write(name: str, tensor: Wanted, dtype: torch.dtype, into: BinaryIO) -> Non
         _copy(stored, into)
         return
     rows, width = (tensor.shape[0], torch.Size(tensor.shape[1:]).numel()) if tensor.shape else (1, 1)
-    height = min(rows, max(1, _BLOCK // max(width, 1)))
+    height = max(1, min(rows, _BLOCK // max(width, 1)))
     shape = (height, *tensor.shape[1:])
     # Kept from block to block: new memory costs more than the sums that are done in it.
     exact, rounded = torch.empty(shape), torch.empty(shape, dtype=dtype)

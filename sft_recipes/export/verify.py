@@ -31,6 +31,7 @@ _POSITIONS = 8  # of each row, at which logits are compared
 _TIMES = 4  # what the right model stays within; 0.2 to 1.3 were seen
 # Explained besides by sums in another order, as a part of the largest logit; in half precision also on another device.
 _NOISE = {"float32": 1e-4, "float16": 0.03, "bfloat16": 0.1}
+_NOISE_OF_INT8 = 0.05  # LLM.int8 rounds what goes into a layer too
 _TEXTS = ["Name three colours.", "  The cat's 12 hats\n\ncost $3.50 – naïve? 日本 🙂", "def f(x):\n\treturn x</s>"]
 
 
@@ -109,12 +110,15 @@ def examine(request: Request) -> dict[str, Any]:
         gc.collect()
         reference = seen["quantized" if name == "dequantized" else "trained"]
         figures[name] = _figures(own, moved, reference, seen)
-        noise = _NOISE[compute] * float(reference.logits.abs().max())
-        if not own.apart(reference).max() <= _TIMES * own.apart(moved).max() + noise:  # also where it is no number
+        noise = _NOISE[compute]
+        if name == "dequantized" and (request.quantization or {}).get("load_in_8bit"):
+            noise = max(noise, _NOISE_OF_INT8)
+        limit = _TIMES * own.apart(moved).max() + noise * reference.logits.abs().max()
+        if not own.apart(reference).max() <= limit:  # also where it is no number
             problems.append(
                 f"{name}: this is not the model that was trained: its logits are up to "
                 f"{figures[name]['largest_difference']:.3g} off, where rounding to {request.dtype} explains "
-                f"{figures[name]['explained_by_rounding']:.3g}{_first_layer(own, moved, reference, _NOISE[compute])}"
+                f"{figures[name]['explained_by_rounding']:.3g}{_first_layer(own, moved, reference, noise)}"
             )
     return {"problems": problems, "figures": figures}
 
@@ -247,9 +251,13 @@ def _around_the_weights(request: Request, folder: Path) -> Iterator[str]:
     if different := next((text for text in texts if own(text)["input_ids"] != trained(text)["input_ids"]), None):
         yield f"the tokenizer gives other ids than that of the training, for {different[:60]!r}"
     if request.prompt is not None:
-        ids = own.apply_chat_template(request.prompt["messages"], add_generation_prompt=True, return_dict=False)
-        if list(ids) != request.prompt["ids"]:
-            yield f"the chat template does not give the prompt of the training: {own.decode(ids)[:60]!r}"
+        try:
+            ids = own.apply_chat_template(request.prompt["messages"], add_generation_prompt=True, return_dict=False)
+        except Exception as error:  # there is none, or whatever a program can do
+            yield f"the chat template does not give the prompt of the training: {str(error)[:100]}"
+        else:
+            if list(ids) != request.prompt["ids"]:
+                yield f"the chat template does not give the prompt of the training: {own.decode(ids)[:60]!r}"
     ends = GenerationConfig.from_pretrained(folder).eos_token_id
     if missing := set(request.stops) - set([ends] if isinstance(ends, int) else ends or []):
         yield f"generation_config.json does not stop at {own.decode([min(missing)])!r}, which ends the training's answers"

@@ -8,8 +8,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sft_recipes.data.templates import as_chat
-from sft_recipes.data.tokens import Encoder
-from sft_recipes.training.model import light
+from sft_recipes.data.tokens import Encoder, of_transformers
 
 _BATCH = 16
 
@@ -20,7 +19,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]
     if raw or not isinstance(template, str):
         text = "\n\n".join(message["content"] for message in as_chat(messages))
         ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return [*Encoder(light(tokenizer)).bos, *ids]  # as trained, but for the end
+        return [*Encoder(of_transformers(tokenizer)).bos, *ids]  # as trained, but for the end
     if "message['input']" not in template:  # only the Alpaca template has a place for it
         messages = as_chat(messages)
     return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))

@@ -9,7 +9,6 @@ import peft
 import torch
 import transformers
 from peft.utils.other import TrainableTokensWrapper
-from tokenizers import Tokenizer
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -23,7 +22,6 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sft_recipes.data.prepare import Prepared
 from sft_recipes.data.templates import BOS
-from sft_recipes.data.tokens import LightTokenizer, only_template
 from sft_recipes.errors import ModelError, RunError
 from sft_recipes.recipe import model_files, schema
 from sft_recipes.recipe.schema import Recipe
@@ -71,14 +69,6 @@ def set_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
     ]
     chosen = next((token for token in candidates if token is not None and token not in taken), NEW_PAD)
     tokenizer.add_special_tokens({"pad_token": chosen})
-
-
-def light(tokenizer: PreTrainedTokenizerBase) -> LightTokenizer:
-    """The tokenizer as the data stage wants it."""
-    template = only_template(tokenizer.chat_template)
-    specials = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-    # A copy, because the data stage sets it up in its own way.
-    return LightTokenizer(Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()), specials, template)
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, data: Prepared) -> None:

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sft_recipes import PackedSFTDataset, iterate_batches
 from sft_recipes.data import classic, prepare
 from sft_recipes.data.templates import alpaca_prompt
+from sft_recipes.data.tokens import of_transformers
 from sft_recipes.errors import DataError
 from sft_recipes.recipe import load
-from sft_recipes.training.model import light
 from tests.conftest import WriteRecipe, write_rows
 from tests.data import tokenizers
 
@@ -113,7 +113,7 @@ def test_a_recipe_trains_on_the_same_stream_with_labels_shifted_once(write_recip
         )
     ).recipe  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(TINY)
-    rows = prepare.prepare(recipe, light(tokenizer)).train.table().to_pylist()
+    rows = prepare.prepare(recipe, of_transformers(tokenizer)).train.table().to_pylist()
     dataset = PackedSFTDataset(tokenizer, file, 64, shuffle=False)
 
     assert [row["input_ids"] for row in rows[: len(dataset)]] == [item["input_ids"].tolist() for item in dataset]

@@ -123,3 +123,19 @@ def test_the_formats_are_those_of_the_schema() -> None:
     from sft_recipes.recipe.schema import Format
 
     assert tuple(formats.NEEDS) == get_args(Format)
+
+
+def test_a_system_prompt_beside_the_conversation() -> None:
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    read = to_example({"conversations": turns, "system": "Be brief."}, "messages", {}, "f:1").messages
+
+    assert [message["role"] for message in read] == ["system", "user", "assistant"]
+    assert read[0]["content"] == "Be brief."
+    again = {"conversations": [{"from": "system", "value": "Be long."}, *turns], "system": "Be brief."}
+    with pytest.raises(DataError, match="f:1: both the column 'system' and the first message are system prompts"):
+        to_example(again, "messages", {}, "f:1")
+
+
+def test_of_two_columns_that_mean_the_same_the_one_that_is_filled() -> None:
+    read = to_example({"prompt": "a", "completion": None, "response": "b"}, "prompt_completion", {}, "f:1")
+    assert read.messages[1]["content"] == "b"

@@ -2,9 +2,12 @@ import gzip
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet as pq
 
 from sft_recipes.data import sources
+from sft_recipes.data.sources import Row
 from sft_recipes.errors import DataError
 
 ROWS = [{"text": "a"}, {"text": "ü漢"}]
@@ -157,3 +160,33 @@ def test_fingerprints_follow_the_content(tmp_path: Path) -> None:
     assert sources.fingerprint(str(file)) == before
     write(file, jsonl() + " ")
     assert sources.fingerprint(str(file)) != before
+
+
+def test_objects_of_a_table_have_the_keys_that_were_written(tmp_path: Path) -> None:
+    """Arrow gives each the keys of all, with nulls."""
+    calls = [{"name": "now", "arguments": {"tz": "utc"}}, {"name": "weather", "arguments": {"city": "Zürich"}}]
+    table = pa.Table.from_pylist([{"calls": [call], "note": None} for call in calls])
+    pq.write_table(table, tmp_path / "a.parquet")
+
+    assert [row.values["calls"] for row in sources.read(str(tmp_path / "a.parquet")) if isinstance(row, Row)] == [
+        [call] for call in calls
+    ]
+
+
+def test_a_damaged_archive(tmp_path: Path) -> None:
+    packed = bytearray(gzip.compress(b'{"a": "b"}\n' * 1000))
+    packed[20] ^= 0xFF
+    packed[25] ^= 0xFF
+    (tmp_path / "a.jsonl.gz").write_bytes(packed)
+    with pytest.raises(DataError, match=r"a.jsonl.gz: cannot be read"):
+        list(sources.read(str(tmp_path / "a.jsonl.gz")))
+
+
+def test_rows_of_a_large_file_are_estimated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = b'{"text": "a line of text"}\n' * 400_000
+    (tmp_path / "a.jsonl").write_bytes(lines)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines, 1))
+    monkeypatch.setattr(sources, "QUICK", 1 << 21)
+
+    for name in ("a.jsonl", "a.jsonl.gz"):
+        assert sources.count(str(tmp_path / name)) == pytest.approx(400_000, rel=0.15)

@@ -145,8 +145,20 @@ def test_generation_marks_say_what_the_assistant_wrote() -> None:
         "{% for m in messages %}{% if m.role == 'assistant' %}A[{% generation %}{{ m.content }}{% endgeneration %}</s>]"
         "{% else %}U[{{ m.content }}]{% endif %}{% endfor %}{% if add_generation_prompt %}A{% endif %}"
     )
+    for train_on, trained in (("assistant", ["b</s>", "d</s>"]), ("completion", ["d</s>"])):
+        rendered = Chat(source, train_on, SPECIALS, ("<s>", "</s>"))(example("a", "b", "c", "d"))
+        assert [rendered.text[start:end] for start, end in rendered.trained] == trained
+
+
+def test_a_generation_mark_that_holds_the_end_of_the_turn() -> None:
+    """What follows it is the next turn's."""
+    source = (
+        "{% for m in messages %}<s>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}</s>{% endgeneration %}"
+        "{% else %}{{ m.content }}</s>{% endif %}{% endfor %}"
+    )
     rendered = Chat(source, "assistant", SPECIALS, ("<s>", "</s>"))(example("a", "b", "c", "d"))
 
+    assert rendered.text == "<s>a</s><s>b</s><s>c</s><s>d</s>"
     assert [rendered.text[start:end] for start, end in rendered.trained] == ["b</s>", "d</s>"]
 
 
@@ -156,6 +168,9 @@ def test_text_that_the_template_leaves_out_is_known() -> None:
     without = "{% for m in messages if m.role != 'developer' %}{{ m.content }}|{% endfor %}"
 
     assert not Chat(whole, "all", {}, ())(Example("f:1", messages)).left_out
+    thought = [*messages[:2], {**messages[2], "reasoning_content": "It is b."}]
+    assert Chat(whole, "all", {}, ())(Example("f:1", thought)).left_out
+    assert not Chat(whole + "{{ messages[2].reasoning_content }}", "all", {}, ())(Example("f:1", thought)).left_out
     assert Chat(without, "all", {}, ())(Example("f:1", messages)).left_out
 
 
@@ -230,7 +245,7 @@ def test_the_day_as_templates_ask_for_it() -> None:
 def test_a_template_that_changes_earlier_turns() -> None:
     chat = Chat("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}", "assistant", {}, ())
 
-    with pytest.raises(DataError, match="renders message 2 differently once later messages follow"):
+    with pytest.raises(DataError, match="renders message 2 differently once others precede or follow it"):
         chat(example("a", "b", "c", "d"))
 
 

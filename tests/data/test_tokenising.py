@@ -3,10 +3,11 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from sft_recipes.data import prepare, tokenising
+from sft_recipes.data import prepare, sources, tokenising
 from sft_recipes.errors import DataError, RunError
 from sft_recipes.recipe import load
 from tests.conftest import ROWS, WriteRecipe, write_rows
@@ -89,6 +90,36 @@ prepared(Path({str(many)!r}))
         assert len({parent.stdout.readline() for _ in range(2)}) == 2
         parent.kill()
         parent.communicate(timeout=60)  # the output is at an end, because no process holds it open
+
+
+def test_long_rows_are_tokenised_a_few_at_a_time(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """So that neither time nor memory of a look at them grows with their length."""
+    write_rows(tmp_path / "train.jsonl", [{"instruction": str(n), "output": "word " * 100_000} for n in range(20)])
+    loaded = load.load(write_recipe(), ["data.max_length=200", "data.eval=null", "data.overlong=split"]).recipe
+    sample = prepare.prepare(loaded, tokenizers.make("bytes+bos"), cached=False, seconds=0)
+
+    assert sample.train.account.sources[0].rows == 4  # of 500,000 characters each
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_kept(
+    write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else what was read would be found under the name of what was there before."""
+    recipe = load.load(write_recipe(), ["data.eval=null", "data.max_length=200"]).recipe
+    file, fingerprint = tmp_path / "train.jsonl", sources.fingerprint
+    before = file.read_text("utf-8")
+
+    def then_change(*args: Any) -> str:
+        found = fingerprint(*args)
+        file.write_text(before.replace("word", "other word"), "utf-8")
+        return found
+
+    monkeypatch.setattr(sources, "fingerprint", then_change)
+    changed = prepare.prepare(recipe, tokenizers.make("bytes+bos")).train
+    monkeypatch.setattr(sources, "fingerprint", fingerprint)
+    file.write_text(before, "utf-8")
+
+    assert prepare.prepare(recipe, tokenizers.make("bytes+bos")).train.account.tokens < changed.account.tokens
 
 
 def test_few_cores_tokenise_by_threads(monkeypatch: pytest.MonkeyPatch) -> None:

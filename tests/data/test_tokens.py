@@ -1,3 +1,4 @@
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -256,12 +257,12 @@ def test_a_tokenizer_without_an_end() -> None:
 def test_a_directory_gives_the_tokenizer_that_transformers_gives(kind: str, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    from sft_recipes.training.model import light
+    from sft_recipes.data.tokens import of_transformers
 
     folder = tokenizers.save(kind, tmp_path / "model")
     ours = tokens.from_directory(folder)
     assert ours is not None
-    theirs = light(AutoTokenizer.from_pretrained(folder))
+    theirs = of_transformers(AutoTokenizer.from_pretrained(folder))
 
     assert ours.chat_template == theirs.chat_template
     assert {k: v for k, v in ours.specials.items() if k in theirs.specials} == dict(theirs.specials)
@@ -284,3 +285,21 @@ def test_a_broken_tokenizer_file(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ModelError, match="not a valid tokenizer"):
         tokens.from_directory(tmp_path)
+
+
+def test_a_tokenizer_that_transformers_makes_anew_is_known(tmp_path: Path) -> None:
+    tokenizers.make("metaspace+bos").backend.save(str(tmp_path / "tokenizer.json"))
+    for name, rebuilt in (("LlamaTokenizer", "LlamaTokenizer"), ("PreTrainedTokenizerFast", ""), (None, "")):
+        config = {"bos_token": "<s>", "eos_token": "</s>", "sep_token": "<unk>", "tokenizer_class": name}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
+        found = tokens.from_directory(tmp_path)
+        assert found is not None
+        assert found.rebuilt == rebuilt
+        assert found.specials["sep_token"] == "<unk>"
+    tokenizers.make("bytes+bos").backend.save(str(tmp_path / "tokenizer.json"))
+    for more, rebuilt in (({}, ""), ({"add_prefix_space": True}, "GPT2Tokenizer")):
+        config = {"eos_token": "</s>", "tokenizer_class": "GPT2Tokenizer", **more}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
+        found = tokens.from_directory(tmp_path)
+        assert found is not None
+        assert found.rebuilt == rebuilt

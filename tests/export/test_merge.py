@@ -1,26 +1,90 @@
+import json
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
-from sft_recipes.errors import ModelError, OutputError
-from sft_recipes.export import merge
+from sft_recipes.errors import ModelError, OutputError, RunError
+from sft_recipes.export import changes, merge, tensors, verify
+from sft_recipes.export.probe import Probe
 
 TINY = Path(__file__).parents[2] / "sft_recipes" / "builtin" / "tiny"
+IDS = torch.arange(5, 40)[None]
 
 
-def adapter(folder: Path, **settings: Any) -> Path:
-    """An adapter with random weights, beside the base's tokenizer, as others save it."""
-    torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
-    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, init_lora_weights=False, **settings)
-    peft.get_peft_model(base, config).save_pretrained(str(folder))
+def llama(folder: Path) -> Path:
+    """The embedded model, whose head shares the weight of its embeddings."""
+    return TINY
+
+
+def gpt2(folder: Path) -> Path:
+    """Convolutions for layers, in files without the prefix that the model's own names have."""
+    torch.manual_seed(1)
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=1024, n_positions=64, bos_token_id=0, eos_token_id=1)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file({name.removeprefix("transformer."): w for name, w in weights.items()}, folder / "model.safetensors")
     AutoTokenizer.from_pretrained(TINY).save_pretrained(folder)
     return folder
+
+
+def untied(folder: Path) -> Path:
+    """Biases, a head of its own, bfloat16, several files."""
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=1024, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, attention_bias=True, tie_word_embeddings=False, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="60KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    AutoTokenizer.from_pretrained(TINY).save_pretrained(folder)
+    return folder
+
+
+def adapter(folder: Path, base: Path = TINY, *, resized: int = 0, beginning: Any = False, **settings: Any) -> Path:
+    """An adapter with random weights, beside the base's tokenizer, as others save it."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    if resized:
+        tokenizer.add_tokens([f"<new {number}>" for number in range(resized)])
+        rows = model.get_input_embeddings().weight.shape[0]
+        model.resize_token_embeddings(rows + resized)
+        ends = ["embed_tokens"] if model.config.tie_word_embeddings else ["embed_tokens", "lm_head"]
+        settings["trainable_token_indices"] = {end: [3, *range(rows, rows + resized)] for end in ends}
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, init_lora_weights=beginning, **settings)
+    adapted = peft.get_peft_model(model, config)
+    for name, parameter in adapted.named_parameters():
+        if "trainable_tokens" in name or "modules_to_save" in name or "lora_B.default.bias" in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        if "magnitude" in name:
+            parameter.data *= 1 + 0.2 * torch.rand_like(parameter)
+    adapted.save_pretrained(str(folder))
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def logits(model: PreTrainedModel | peft.PeftModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -39,33 +103,90 @@ def test_one_rounding_of_the_float32_sum(tmp_path: Path, dtype: str) -> None:
     assert torch.equal(weights["model.norm.weight"], base["model.norm.weight"].to(getattr(torch, dtype)))
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"target_modules": "all-linear", "use_dora": True},
-        {"target_modules": "all-linear", "use_rslora": True},
-        {"target_modules": ["embed_tokens", "q_proj"]},
-        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
-        {
-            "target_modules": ["q_proj"],
-            "rank_pattern": {"layers.0.self_attn.q_proj": 2},
-            "alpha_pattern": {"q_proj": 3},
-        },
-    ],
-    ids=["dora", "rslora", "embeddings", "untied head", "patterns"],
-)
-def test_the_merged_model_is_base_and_adapter(tmp_path: Path, settings: dict[str, Any]) -> None:
-    source = adapter(tmp_path / "adapter", **settings)
-    merge.merge(source, tmp_path / "out", dtype="float32")
-    base = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
-    ids = torch.arange(5, 40)[None]
-    with torch.no_grad():
-        plain = base(input_ids=ids).logits
-        adapted = peft.PeftModel.from_pretrained(base, str(source)).eval()(input_ids=ids).logits
-        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()(input_ids=ids).logits
+KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "linear": (llama, {"target_modules": "all-linear"}),
+    "rslora": (llama, {"target_modules": "all-linear", "use_rslora": True}),
+    "dora": (llama, {"target_modules": "all-linear", "use_dora": True}),
+    "patterns": (
+        llama,
+        {"target_modules": ["q_proj"], "rank_pattern": {"layers.0.self_attn.q_proj": 2}, "alpha_pattern": {"q_proj": 3}},
+    ),
+    "embeddings": (llama, {"target_modules": ["embed_tokens", "q_proj"]}),
+    "tied head": (llama, {"target_modules": ["q_proj", "lm_head"]}),
+    "head in full, of two": (llama, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "embeddings in full, of two": (llama, {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
+    "both in full": (
+        llama, {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    ),
+    "norm in full": (llama, {"target_modules": ["q_proj"], "modules_to_save": ["model.norm"]}),
+    "rows of tokens": (llama, {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3, 9]}}),
+    "new tokens": (llama, {"target_modules": ["q_proj"], "resized": 3}),
+    "new tokens, two ends": (untied, {"target_modules": ["q_proj"], "resized": 3}),
+    "convolutions": (gpt2, {"target_modules": ["c_attn", "c_proj", "c_fc"]}),
+    "convolutions, dora": (gpt2, {"target_modules": ["c_attn", "c_proj"], "use_dora": True}),
+    "biases": (gpt2, {"target_modules": ["c_attn"], "bias": "all"}),
+    "lora bias": (untied, {"target_modules": ["q_proj", "v_proj"], "lora_bias": True}),
+    "several files": (untied, {"target_modules": "all-linear"}),
+    "head and embeddings": (untied, {"target_modules": ["embed_tokens", "lm_head"]}),
+}  # fmt: skip
 
-    torch.testing.assert_close(merged, adapted, atol=1e-4, rtol=1e-4)
-    assert (merged - plain).abs().max() > 0.1
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_merged_model_is_base_and_adapter(tmp_path: Path, kind: str) -> None:
+    """Row by row; PEFT's own unmerged model is what it is held against, by us and by the merge itself."""
+    make, settings = KINDS[kind]
+    base = make(tmp_path / "base")
+    source = adapter(tmp_path / "adapter", base, **settings)
+    merge.merge(source, tmp_path / "out", dtype="float32")
+
+    assert json.loads((tmp_path / "out" / "merge.json").read_text("utf-8"))["merged_by"] == "rows"
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    without = logits(plain)
+    if settings.get("resized"):
+        plain.resize_token_embeddings(without.shape[-1] + settings["resized"])
+    if kind in ("embeddings", "tied head"):  # the other end stays as it is
+        plain.lm_head.weight = torch.nn.Parameter(plain.lm_head.weight.detach().clone())
+    expected = logits(peft.PeftModel.from_pretrained(plain, str(source)))
+    merged, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    assert merged.dtype == torch.float32
+    torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=1e-4)
+    assert (logits(merged)[..., : without.shape[-1]] - without).abs().max() > 0.01
+    tied = make is not untied and kind in (
+        "linear", "rslora", "dora", "patterns", "both in full", "norm in full", "rows of tokens", "new tokens",
+        "convolutions", "convolutions, dora", "biases",
+    )  # fmt: skip
+    assert merged.config.tie_word_embeddings == tied
+
+
+def test_what_only_peft_can_merge_goes_through_it(tmp_path: Path) -> None:
+    source = adapter(tmp_path / "adapter", target_modules=["q_proj"], beginning="pissa")
+    said = merge.merge(source, tmp_path / "out", dtype="float32")
+
+    assert "merged by PEFT, in memory: it was begun with pissa, which changes the base" in said
+    base = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    expected = logits(peft.PeftModel.from_pretrained(base, str(source)))
+    torch.testing.assert_close(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), expected, atol=1e-3, rtol=1e-3
+    )
+
+
+def test_shards_index_and_hashes(tmp_path: Path) -> None:
+    source = adapter(tmp_path / "adapter", target_modules="all-linear")
+    merge.merge(source, tmp_path / "out", max_shard_size="300KB")
+
+    files = sorted(file.name for file in (tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 4
+    index = json.loads((tmp_path / "out" / tensors.INDEX).read_text("utf-8"))
+    assert sorted(set(index["weight_map"].values())) == files
+    listed = json.loads((tmp_path / "out" / "merge.json").read_text("utf-8"))["files"]
+    assert listed.keys() == {file.name for file in (tmp_path / "out").iterdir()} - {"merge.json"}
+    checked = subprocess.run(
+        ["sha256sum", *listed], cwd=tmp_path / "out", capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert checked[::2] == [each["sha256"] for each in listed.values()]
 
 
 def test_the_base_can_be_given(tmp_path: Path) -> None:
@@ -79,28 +200,128 @@ def test_the_base_can_be_given(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-def test_an_adapter_of_another_model(tmp_path: Path) -> None:
-    source = adapter(tmp_path / "adapter", target_modules=["up_proj"])
-    weights = load_file(source / "adapter_model.safetensors")
-    from safetensors.torch import save_file
+def test_a_base_that_is_a_pickle(tmp_path: Path) -> None:
+    base = untied(tmp_path / "base")
+    source = adapter(tmp_path / "adapter", base, target_modules=["q_proj"])
+    for file in (*base.glob("*.safetensors"), base / tensors.INDEX):
+        file.unlink()
+    (base / "pytorch_model.bin").touch()
 
-    save_file({name: torch.cat([w, w], dim=-1) for name, w in weights.items()}, source / "adapter_model.safetensors")
-
-    with pytest.raises(ModelError, match="does not fit the base"):
+    with pytest.raises(ModelError, match=r"no safetensors weights; its pytorch_model.bin is a pickle"):
         merge.merge(source, tmp_path / "out")
+
+
+def rewritten(source: Path, change: Any) -> Path:
+    weights = load_file(source / "adapter_model.safetensors")
+    save_file(change(weights), source / "adapter_model.safetensors")
+    return source
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda w: {name: torch.cat([t, t], dim=-1) for name, t in w.items()}, "does not fit the base: the adapter of"),
+        (lambda w: {name: t * float("inf") for name, t in w.items()}, "would not be finite"),
+        (
+            lambda w: w | {"base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": torch.ones(4, 128)},
+            "does not fit",
+        ),
+        (lambda w: w | {"base_model.model.extra": torch.ones(4)}, "it has no place for base_model.model.extra"),
+    ],
+    ids=["another model's", "not finite", "a layer too many", "a stray tensor"],
+)
+def test_what_does_not_fit_is_not_written(tmp_path: Path, change: Any, said: str) -> None:
+    source = rewritten(adapter(tmp_path / "adapter", target_modules=["up_proj"]), change)
+
+    with pytest.raises(ModelError, match=said):
+        merge.merge(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_bias_that_the_base_has_no_place_for(tmp_path: Path) -> None:
+    source = adapter(tmp_path / "adapter", target_modules=["up_proj"])
+    config = json.loads((source / "adapter_config.json").read_text("utf-8")) | {"lora_bias": True}
+    (source / "adapter_config.json").write_text(json.dumps(config), "utf-8")
+    name = "base_model.model.model.layers.{}.mlp.up_proj.lora_B.bias"
+    rewritten(
+        source,
+        lambda w: w | {name.format(n): torch.ones(w[f"{name.format(n)[:-5]}.weight"].shape[0]) for n in range(4)},
+    )
+
+    with pytest.raises(ModelError, match=r"a bias for model.layers.0.mlp.up_proj \(lora_bias\), and the base has none"):
+        merge.merge(source, tmp_path / "out")
+
+
+def test_a_token_that_no_one_has_weights_of(tmp_path: Path) -> None:
+    source = adapter(tmp_path / "adapter", target_modules=["q_proj"], resized=3)
+    config = json.loads((source / "adapter_config.json").read_text("utf-8"))
+    config["trainable_token_indices"] = {"embed_tokens": [3, 1024, 1025, 1029]}
+    (source / "adapter_config.json").write_text(json.dumps(config), "utf-8")
+
+    with pytest.raises(ModelError, match="neither it nor the base has weights of token 1027"):
+        merge.merge(source, tmp_path / "out")
+
+
+def test_a_merge_that_is_wrong_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here of one layer alone, by half of what it should be."""
+    source = adapter(tmp_path / "adapter", target_modules=["up_proj"])
+    low_rank = changes.Merged._low_rank
+
+    def half(self: changes.Merged, layer: str, *args: Any, **options: Any) -> None:
+        before = self.config.lora_alpha
+        self.config.lora_alpha = before / 2 if ".2." in layer else before
+        low_rank(self, layer, *args, **options)
+        self.config.lora_alpha = before
+
+    monkeypatch.setattr(changes.Merged, "_low_rank", half)
+    with pytest.raises(RunError) as caught:
+        merge.merge(source, tmp_path / "out")
+
+    said = str(caught.value)
+    assert (
+        f"{tmp_path / 'out'}: not kept: original: this is not the model that was trained: its logits are up to" in said
+    )
+    assert "the first to differ is layer 2, by up to" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_tokenizer_template_or_stop_that_is_not_the_trained_one_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = adapter(tmp_path / "run" / "adapter", target_modules=["up_proj"])
+    prompt = {"messages": [{"role": "user", "content": "Hi"}], "ids": [1, 2, 3]}
+    Probe([], prompt).save(tmp_path / "run")
+    end = merge._end
+
+    def wrong(job: Any, model: PreTrainedModel, folder: Path) -> None:
+        job.tokenizer.add_tokens(["hat"])
+        job.stops.clear()
+        end(job, model, folder)
+        job.stops.append(7)
+
+    monkeypatch.setattr(merge, "_end", wrong)
+    with pytest.raises(RunError) as caught:
+        merge.merge(source, tmp_path / "out")
+
+    lines = [line.partition(" not kept: ")[2] for line in caught.value.lines]
+    assert len(lines) == 3
+    assert lines[0].startswith("the tokenizer gives other ids than that of the training, for \"  The cat's 12 hats")
+    assert lines[1].startswith("the chat template does not give the prompt of the training")
+    assert lines[2].startswith("generation_config.json does not stop at")
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_not_finite_is_not_written(tmp_path: Path) -> None:
-    source = adapter(tmp_path / "adapter", target_modules=["up_proj"])
-    weights = load_file(source / "adapter_model.safetensors")
-    from safetensors.torch import save_file
-
-    save_file({name: w * float("inf") for name, w in weights.items()}, source / "adapter_model.safetensors")
-
-    with pytest.raises(ModelError, match="cannot be merged"):
-        merge.merge(source, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+def test_what_changes_nothing_is_said(tmp_path: Path) -> None:
+    source = rewritten(
+        adapter(tmp_path / "adapter", target_modules=["up_proj"]), lambda w: {name: t * 0 for name, t in w.items()}
+    )
+    assert "warning: the training has changed nothing: the model is the base" in merge.merge(source, tmp_path / "out")
+    small = rewritten(
+        adapter(tmp_path / "adapter", target_modules=["up_proj"]), lambda w: {name: t * 0.003 for name, t in w.items()}
+    )
+    assert any(
+        "rounding to bfloat16 changes more than the training did" in line for line in merge.merge(small, tmp_path / "b")
+    )
 
 
 def test_a_directory_in_use(tmp_path: Path) -> None:
@@ -109,3 +330,104 @@ def test_a_directory_in_use(tmp_path: Path) -> None:
 
     with pytest.raises(OutputError, match="in use"):
         merge.merge(adapter(tmp_path / "adapter", target_modules=["up_proj"]), tmp_path / "out")
+
+
+def quantized(folder: Path, quantization: BitsAndBytesConfig, base: Path = TINY, **settings: Any) -> Path:
+    """An adapter of a run that trained it on a quantised base."""
+    source = adapter(folder / "adapter", base, **settings)
+    ids = list(range(5, 60))
+    Probe([{"input_ids": ids, "labels": ids}], None, quantization.to_dict(), "float32").save(folder)
+    return source
+
+
+NF4 = BitsAndBytesConfig(
+    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, llm_int8_skip_modules=["lm_head"]
+)
+FP4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4", llm_int8_skip_modules=["lm_head"])
+INT8 = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head"])
+
+
+@pytest.mark.parametrize("config", [NF4, FP4, INT8], ids=["nf4", "fp4", "int8"])
+def test_the_dequantised_base_is_the_one_that_was_trained_on(tmp_path: Path, config: BitsAndBytesConfig) -> None:
+    """Also those of its layers that have no adapter."""
+    source = quantized(tmp_path / "run", config, target_modules=["up_proj"])
+    said = merge.merge(source, tmp_path / "out", base="dequantized", dtype="float32")
+    report = json.loads((tmp_path / "out" / "merge.json").read_text("utf-8"))
+    figures = report["figures"]["dequantized"]["to_adapter_on_quantized_base"]
+
+    assert report["merged_into"] == "dequantized"
+    assert figures["largest_difference"] < (0.6 if config is INT8 else 0.002)  # int8 rounds what goes in, too
+    assert said[0].startswith("merged into the dequantized base: held-out loss ")
+    base, merged = load_file(TINY / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    off = {name: (merged[name] - base[name].float()).norm() / base[name].float().norm() for name in base}
+    assert off["model.layers.0.self_attn.q_proj.weight"] > 0.005  # no adapter there
+    assert off["model.embed_tokens.weight"] == off["model.norm.weight"] == 0
+
+
+def test_both_bases_are_tried_and_the_better_is_kept(tmp_path: Path) -> None:
+    source = quantized(tmp_path / "run", NF4, target_modules=["up_proj"])
+    said = merge.merge(source, tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "merge.json").read_text("utf-8"))
+    figures = report["figures"]
+
+    assert list(figures) == ["original", "dequantized"]
+    assert report["merged_into"] == min(figures, key=lambda name: figures[name]["loss"])
+    assert [line.partition(":")[0] for line in said[:3]] == [
+        "merged into the original base", "merged into the dequantized base", "merged into",
+    ]  # fmt: skip
+    for chosen in figures:
+        merge.merge(source, tmp_path / chosen, base=chosen)
+        same = (tmp_path / chosen / "model.safetensors").read_bytes() == (
+            tmp_path / "out" / "model.safetensors"
+        ).read_bytes()
+        assert same == (chosen == report["merged_into"])
+    assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir()) == []
+
+
+def test_a_quantised_base_of_convolutions(tmp_path: Path) -> None:
+    base = gpt2(tmp_path / "base")
+    source = quantized(tmp_path / "run", NF4, base, target_modules=["c_attn"])
+    merge.merge(source, tmp_path / "out", base="dequantized", dtype="float32")
+    figures = json.loads((tmp_path / "out" / "merge.json").read_text("utf-8"))["figures"]["dequantized"]
+
+    assert figures["largest_difference"] < 1e-3
+
+
+def test_a_choice_of_base_without_knowing_of_a_quantised_one(tmp_path: Path) -> None:
+    source = adapter(tmp_path / "adapter", target_modules=["up_proj"])
+    with pytest.raises(
+        ModelError, match=r"--base dequantized: .* is not known to have been trained on a quantised base"
+    ):
+        merge.merge(source, tmp_path / "out", base="dequantized")
+
+
+@pytest.mark.fresh
+def test_killed_at_any_point_the_next_try_works(tmp_path: Path) -> None:
+    source, out = adapter(tmp_path / "adapter", target_modules="all-linear"), tmp_path / "out"
+    code = f"""
+from pathlib import Path
+from sft_recipes.export import merge
+print(flush=True)
+merge.merge(Path({str(source)!r}), Path({str(out)!r}))
+"""
+    for delay in (0, 0.03, 0.1, 1):
+        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as merging:
+            assert merging.stdout is not None
+            merging.stdout.read(1)  # the libraries are there
+            time.sleep(delay)
+            merging.kill()
+        assert not out.exists()
+    said = merge.merge(source, out)
+    assert said[0].startswith("verified in a fresh process: logits within ")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "out"]
+
+
+@pytest.mark.fresh
+def test_a_fresh_process_that_fails_says_why(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    request = verify.Request(
+        {"x": str(tmp_path / "empty")}, "float32", str(TINY), [1], str(TINY), adapter=str(tmp_path)
+    )
+    with pytest.raises(RunError, match="it could not be verified: "):
+        verify.prove(request)
+    shutil.rmtree(tmp_path / "empty")

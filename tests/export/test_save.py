@@ -16,9 +16,15 @@ def tiny() -> LlamaForCausalLM:
     return AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
 
 
+def saved(model: LlamaForCausalLM, folder: Path, *, dtype: str = "float32", max_shard_size: str = "5GB") -> Path:
+    folder.mkdir()
+    save.save_around(model, AutoTokenizer.from_pretrained(TINY), folder, dtype=dtype, stops=[1])
+    save.save_model(model, folder, dtype=dtype, max_shard_size=max_shard_size)
+    return folder
+
+
 def test_dtype_and_shards(tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(TINY)
-    save.save_model(tiny(), tokenizer, tmp_path / "m", dtype="float16", max_shard_size="500KB", stops=[1])
+    saved(tiny(), tmp_path / "m", dtype="float16", max_shard_size="500KB")
 
     shards = sorted((tmp_path / "m").glob("model-*.safetensors"))
     index = json.loads((tmp_path / "m" / "model.safetensors.index.json").read_text("utf-8"))
@@ -27,8 +33,8 @@ def test_dtype_and_shards(tmp_path: Path) -> None:
     assert set(index["weight_map"].values()) == {shard.name for shard in shards}
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     assert loaded.dtype == torch.float16
-    for (name, saved), (_, original) in zip(loaded.named_parameters(), tiny().named_parameters(), strict=True):
-        assert torch.equal(saved, original.half()), name
+    for (name, own), (_, original) in zip(loaded.named_parameters(), tiny().named_parameters(), strict=True):
+        assert torch.equal(own, original.half()), name
 
 
 def test_stops_come_before_those_of_the_base(tmp_path: Path) -> None:
@@ -45,9 +51,7 @@ def test_stops_come_before_those_of_the_base(tmp_path: Path) -> None:
 def test_sampling_settings_without_sampling_can_be_saved(tmp_path: Path) -> None:
     model = tiny()
     model.generation_config = GenerationConfig(temperature=0.6, top_p=0.9)
-    save.save_model(
-        model, AutoTokenizer.from_pretrained(TINY), tmp_path / "m", dtype="float32", max_shard_size="5GB", stops=[1]
-    )
+    saved(model, tmp_path / "m")
 
     assert GenerationConfig.from_pretrained(tmp_path / "m").do_sample is True
 
@@ -56,9 +60,7 @@ def test_a_head_that_was_trained_apart_is_saved_apart(tmp_path: Path) -> None:
     model = tiny()
     assert model.config.tie_word_embeddings
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight + 1)
-    save.save_model(
-        model, AutoTokenizer.from_pretrained(TINY), tmp_path / "m", dtype="float32", max_shard_size="5GB", stops=[1]
-    )
+    saved(model, tmp_path / "m")
 
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     assert not loaded.config.tie_word_embeddings
@@ -93,10 +95,7 @@ def test_files_are_safetensors_only(tmp_path: Path) -> None:
     config = LlamaConfig(
         vocab_size=1024, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
     )
-    save.save_model(
-        LlamaForCausalLM(config), AutoTokenizer.from_pretrained(TINY), tmp_path / "m",
-        dtype="bfloat16", max_shard_size="5GB", stops=[1],
-    )  # fmt: skip
+    saved(LlamaForCausalLM(config), tmp_path / "m", dtype="bfloat16")
 
     assert not [name for name in os.listdir(tmp_path / "m") if name.endswith((".bin", ".pt", ".pth", ".pkl"))]  # noqa: PTH208
     with safe_open(tmp_path / "m" / "model.safetensors", "pt") as file:

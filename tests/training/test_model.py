@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sft_recipes.data import prepare
+from sft_recipes.data import prepare, tokens
 from sft_recipes.errors import ModelError
 from sft_recipes.recipe import load
 from sft_recipes.training import model
@@ -34,7 +34,7 @@ def test_the_chat_template_gives_the_trained_prompt(
             data={"template": str(tmp_path / "t.jinja") if template == "file" else template, "overlong": "split"}
         )
     ).recipe
-    data = prepare.prepare(recipe, model.light(tokenizer))
+    data = prepare.prepare(recipe, tokens.of_transformers(tokenizer))
 
     model.set_chat_template(tokenizer, data)
 

@@ -20,7 +20,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from sft_recipes.data import prepare
+from sft_recipes.data import prepare, tokens
 from sft_recipes.errors import RecipeError, RunError
 from sft_recipes.recipe import load
 from sft_recipes.report import page
@@ -49,7 +49,7 @@ class Gradients(TrainerCallback):
 def build(recipe: Path, *overrides: str) -> trainer.Trainer:
     wanted = load.load(recipe, overrides).recipe
     tokenizer = model.load_tokenizer(wanted.model)
-    data = prepare.prepare(wanted, model.light(tokenizer))
+    data = prepare.prepare(wanted, tokens.of_transformers(tokenizer))
     folder = recipe.parent / "built"
     folder.mkdir(exist_ok=True)
     return trainer.build(wanted, model.load_model(wanted, tokenizer), tokenizer, data, folder, Console(quiet=True))
