@@ -16,12 +16,18 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 @contextmanager
 def complete_or_not_there(out: Path) -> Iterator[Path]:
-    """A directory to write to, which gets the name `out` once all is written, and is removed if that fails."""
+    """A directory to write to, which gets the name `out` once all is written, and is removed if that fails.
+
+    Its files may be read by whom the directory may be read by: safetensors 0.8 lets the owner alone read what it writes.
+    """
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
+        for file in partial.rglob("*"):
+            if file.is_file():
+                file.chmod(partial.stat().st_mode & 0o666)
         partial.rename(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
