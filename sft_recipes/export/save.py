@@ -53,6 +53,7 @@ def save_model(
     set_generation_config(model, tokenizer, stops)
     with complete_or_not_there(out) as folder:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
+        say_rope_twice(folder / "config.json")
         save_tokenizer(tokenizer, folder)
 
 
@@ -76,6 +77,26 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     for local in ("is_local", "local_files_only"):  # of this machine
         config.pop(local, None)
     file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def say_rope_twice(file: Path) -> None:
+    """Say the rotary embedding of a config.json in the keys of transformers 4 as well.
+
+    It passes over `rope_parameters` without a word and takes a base of 10,000: another model, that answers otherwise.
+    """
+    config = json.loads(file.read_text(encoding="utf-8"))
+    for part in (config, config.get("text_config") or {}):
+        rope = part.get("rope_parameters") or {}
+        if "rope_theta" not in rope:
+            continue  # none, or one for each kind of layer, which has no common keys in transformers 4
+        part["rope_theta"] = rope["rope_theta"]
+        if "partial_rotary_factor" in rope:
+            part["partial_rotary_factor"] = rope["partial_rotary_factor"]
+        if rope.get("rope_type", "default") != "default":
+            part["rope_scaling"] = {
+                key: rope[key] for key in rope if key not in ("rope_theta", "partial_rotary_factor")
+            }
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def set_generation_config(

@@ -9,9 +9,10 @@ import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors import safe_open
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from sft_recipes.data.templates import alpaca_prompt
+from sft_recipes.export import save
 from tests.conftest import minimal, run, write_rows
 
 TINY = Path(__file__).parents[2] / "sft_recipes" / "builtin" / "tiny"
@@ -105,3 +106,41 @@ def test_servers_that_render_and_tokenise_by_themselves_get_the_prompt_of_the_tr
     assert ids == AutoTokenizer.from_pretrained(model).apply_chat_template(
         MESSAGES, add_generation_prompt=True, return_dict=False, **arguments
     )
+
+
+LLAMA_3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+PARTIAL = {"rope_type": "default", "partial_rotary_factor": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("rope", "as_before"),
+    [
+        ({"rope_type": "default"}, {}),
+        (LLAMA_3, {"rope_scaling": LLAMA_3}),
+        (PARTIAL, {"partial_rotary_factor": 0.5}),
+    ],
+    ids=["default", "llama3", "partial"],
+)
+def test_the_rotary_embedding_is_said_in_the_keys_of_transformers_4_too(
+    tmp_path: Path, rope: dict[str, Any], as_before: dict[str, Any]
+) -> None:
+    config = LlamaConfig(
+        vocab_size=1024, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=512, rope_parameters={**rope, "rope_theta": 500000.0},
+    )  # fmt: skip
+    original = LlamaForCausalLM(config).eval()
+    save.save_model(
+        original, AutoTokenizer.from_pretrained(TINY), tmp_path / "m", dtype="float32", max_shard_size="5GB", stops=[1]
+    )
+    written = content(tmp_path / "m" / "config.json")
+
+    assert written["rope_theta"] == 500000.0
+    assert {key: written[key] for key in ("rope_scaling", "partial_rotary_factor") if key in written} == as_before
+    assert written["rope_parameters"] == {**rope, "rope_theta": 500000.0}
+    assert AutoConfig.from_pretrained(tmp_path / "m").rope_parameters == config.rope_parameters
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
+    ids = torch.arange(5, 200)[None]
+    assert torch.equal(loaded(input_ids=ids).logits, original(input_ids=ids).logits)
