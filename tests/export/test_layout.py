@@ -1,6 +1,9 @@
 """What servers read of model/, as far as it shows without one."""
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,9 @@ from sft_recipes.data.templates import alpaca_prompt
 from sft_recipes.export import save
 from tests.conftest import minimal, run, write_rows
 
-TINY = Path(__file__).parents[2] / "sft_recipes" / "builtin" / "tiny"
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "sft_recipes" / "builtin" / "tiny"
+PAGE = (ROOT / "docs" / "serving.md").read_text("utf-8")
 MESSAGES = [{"role": "user", "content": "What is the opposite of empty?"}]
 
 
@@ -144,3 +149,22 @@ def test_the_rotary_embedding_is_said_in_the_keys_of_transformers_4_too(
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
     ids = torch.arange(5, 200)[None]
     assert torch.equal(loaded(input_ids=ids).logits, original(input_ids=ids).logits)
+
+
+def test_the_code_of_the_page(model: Path, tmp_path: Path) -> None:
+    [code] = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "quickstart").symlink_to(model.parent)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_the_prompts_of_the_page() -> None:
+    """The request has what the chat template reads, and Ollama's template is Alpaca's."""
+    [request] = re.findall(r"-d '(\{.*?\})'\n", PAGE, re.DOTALL)
+    [ollama] = re.findall(r'TEMPLATE """(.*?)"""', PAGE, re.DOTALL)
+
+    assert list(json.loads(request)["chat_template_kwargs"]) == ["input"]
+    assert ollama == alpaca_prompt("{{ .Prompt }}")
