@@ -171,7 +171,8 @@ def _row_by_row(job: _Job, folder: Path, *, dequantize: bool) -> None:
     text.tie_word_embeddings = merged.tied
     if merged.height != model.get_input_embeddings().weight.shape[0]:
         text.vocab_size = merged.height
-    _end(job, model, folder)
+    model.generation_config = _generation(job, model.generation_config)
+    save_around(model, job.tokenizer, folder, dtype=job.dtype, stops=job.stops)
 
 
 def _in_memory(job: _Job, folder: Path) -> None:
@@ -182,14 +183,15 @@ def _in_memory(job: _Job, folder: Path) -> None:
         merged = adapted.merge_and_unload(safe_merge=True)
     except ValueError as error:  # PEFT's word for weights that are not finite
         raise ModelError(f"{job.adapter}: cannot be merged: {' '.join(str(error).split())}") from None
-    _end(job, merged, folder)
-    save_model(merged, folder, dtype=job.dtype, max_shard_size=job.max_shard_size)
+    merged.generation_config = _generation(job, merged.generation_config)
+    save_model(
+        merged, job.tokenizer, folder, dtype=job.dtype, max_shard_size=job.max_shard_size, stops=job.stops
+    )  # fmt: skip
 
 
-def _end(job: _Job, model: PreTrainedModel, folder: Path) -> None:
-    if (job.adapter / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(job.adapter)
-    save_around(model, job.tokenizer, folder, dtype=job.dtype, stops=job.stops)
+def _generation(job: _Job, of_base: GenerationConfig) -> GenerationConfig:
+    own = (job.adapter / "generation_config.json").is_file()
+    return GenerationConfig.from_pretrained(job.adapter) if own else of_base
 
 
 def _files(of: Origin) -> Path:

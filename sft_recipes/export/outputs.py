@@ -16,7 +16,7 @@ from sft_recipes.errors import InputError, RunError
 from sft_recipes.export import tensors, verify
 from sft_recipes.export.merge import merge, proof_in_words, write_report
 from sft_recipes.export.probe import Probe, rows_of
-from sft_recipes.export.save import complete_or_not_there, save_adapter, save_around, save_model
+from sft_recipes.export.save import complete_or_not_there, save_adapter, save_model
 from sft_recipes.recipe import model_files
 from sft_recipes.recipe.schema import Recipe
 
@@ -83,8 +83,8 @@ def _whole(
     with complete_or_not_there(out) as folder, tempfile.TemporaryDirectory() as elsewhere:
         trained = Path(elsewhere) / "trained.safetensors"
         verify.keep(model, probe.rows, trained)
-        save_around(model, tokenizer, folder, dtype=dtype, stops=stops)
-        save_model(model, folder, dtype=dtype, max_shard_size=recipe.export.max_shard_size)
+        shard = recipe.export.max_shard_size
+        save_model(model, tokenizer, folder, dtype=dtype, max_shard_size=shard, stops=stops)
         tokenizer.save_pretrained(elsewhere)
         request = verify.Request(
             models={"model": str(folder.resolve())},

@@ -16,36 +16,51 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 @contextmanager
 def complete_or_not_there(out: Path) -> Iterator[Path]:
-    """A directory to write to, which gets the name `out` once all is written, and is removed if that fails."""
+    """A directory to write to, which gets the name `out` once all is written, and is removed if that fails.
+
+    Its files may be read by whom the directory may be read by: safetensors 0.8 lets the owner alone read what it writes.
+    """
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
+        for file in partial.rglob("*"):
+            if file.is_file():
+                file.chmod(partial.stat().st_mode & 0o666)
         partial.rename(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def save_model(model: PreTrainedModel, folder: Path, *, dtype: str, max_shard_size: str) -> None:
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    dtype: str,
+    max_shard_size: str,
+    stops: Sequence[int],
+) -> None:
     """Write the model with its weights rounded to `dtype`. The model is changed: it has `dtype` afterwards."""
     model.to(DTYPES[dtype])
     tie_if_equal(model)
+    set_generation_config(model, tokenizer, stops)  # else it cannot be saved
     model.save_pretrained(folder, max_shard_size=max_shard_size)
+    save_around(model, tokenizer, folder, dtype=dtype, stops=stops)
 
 
 def save_around(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, dtype: str, stops: Sequence[int]
 ) -> None:
-    """Write what belongs to weights of `dtype`: config, generation config, tokenizer; `stops` end an answer.
-
-    Goes before `save_model`, which writes both configs as this leaves them.
-    """
+    """Write what belongs to weights of `dtype`: config, generation config, tokenizer; `stops` are the tokens that end an
+    answer."""
     model.config.use_cache = True
     model.config.dtype = DTYPES[dtype]
     set_generation_config(model, tokenizer, stops)
     model.config.save_pretrained(folder)
+    say_rope_twice(folder / "config.json")
     model.generation_config.save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
 
@@ -70,6 +85,26 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     for local in ("is_local", "local_files_only"):  # of this machine
         config.pop(local, None)
     file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def say_rope_twice(file: Path) -> None:
+    """Say the rotary embedding of a config.json in the keys of transformers 4 as well.
+
+    It passes over `rope_parameters` without a word and takes a base of 10,000: another model, that answers otherwise.
+    """
+    config = json.loads(file.read_text(encoding="utf-8"))
+    for part in (config, config.get("text_config") or {}):
+        rope = part.get("rope_parameters") or {}
+        if "rope_theta" not in rope:
+            continue  # none, or one for each kind of layer, which has no common keys in transformers 4
+        part["rope_theta"] = rope["rope_theta"]
+        if "partial_rotary_factor" in rope:
+            part["partial_rotary_factor"] = rope["partial_rotary_factor"]
+        if rope.get("rope_type", "default") != "default":
+            part["rope_scaling"] = {
+                key: rope[key] for key in rope if key not in ("rope_theta", "partial_rotary_factor")
+            }
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def set_generation_config(

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from sft_recipes.errors import ModelError, OutputError, RunError
-from sft_recipes.export import changes, merge, tensors, verify
+from sft_recipes.export import changes, merge, save, tensors, verify
 from sft_recipes.export.probe import Probe
 
 TINY = Path(__file__).parents[2] / "sft_recipes" / "builtin" / "tiny"
@@ -291,15 +291,12 @@ def test_a_tokenizer_template_or_stop_that_is_not_the_trained_one_is_not_kept(
     source = adapter(tmp_path / "run" / "adapter", target_modules=["up_proj"])
     prompt = {"messages": [{"role": "user", "content": "Hi"}], "ids": [1, 2, 3]}
     Probe([], prompt).save(tmp_path / "run")
-    end = merge._end
 
-    def wrong(job: Any, model: PreTrainedModel, folder: Path) -> None:
-        job.tokenizer.add_tokens(["hat"])
-        job.stops.clear()
-        end(job, model, folder)
-        job.stops.append(7)
+    def wrong(model: PreTrainedModel, tokenizer: Any, folder: Path, *, dtype: str, stops: list[int]) -> None:
+        tokenizer.add_tokens(["hat"])
+        save.save_around(model, tokenizer, folder, dtype=dtype, stops=[7])
 
-    monkeypatch.setattr(merge, "_end", wrong)
+    monkeypatch.setattr(merge, "save_around", wrong)
     with pytest.raises(RunError) as caught:
         merge.merge(source, tmp_path / "out")
 

@@ -18,8 +18,8 @@ def tiny() -> LlamaForCausalLM:
 
 def saved(model: LlamaForCausalLM, folder: Path, *, dtype: str = "float32", max_shard_size: str = "5GB") -> Path:
     folder.mkdir()
-    save.save_around(model, AutoTokenizer.from_pretrained(TINY), folder, dtype=dtype, stops=[1])
-    save.save_model(model, folder, dtype=dtype, max_shard_size=max_shard_size)
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    save.save_model(model, tokenizer, folder, dtype=dtype, max_shard_size=max_shard_size, stops=[1])
     return folder
 
 
