@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOTrainer
 from trl.trainer.utils import use_adapter
 
-from sft_recipes.data import prepare
+from sft_recipes.data import prepare, tokens
 from sft_recipes.data.sequences import IGNORED
 from sft_recipes.export.merge import merge
 from sft_recipes.recipe import load
@@ -149,7 +149,7 @@ def test_pairs_are_the_tokens_of_the_fine_tuning(
     named = [f"data.template={tmp_path / 'chat.jinja'}"] if template == "chat" else []
     run(recipe, "train.max_steps=1", *named)
     loaded = load.load(recipe, named).recipe
-    sft = prepare.prepare(loaded, model.light(model.load_tokenizer(loaded.model))).train
+    sft = prepare.prepare(loaded, tokens.of_transformers(model.load_tokenizer(loaded.model))).train
     dpo = build(tmp_path / "run" / "model", folder / "pairs.jsonl", tmp_path / "out", **SETTINGS).train_dataset
 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")

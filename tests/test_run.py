@@ -222,7 +222,7 @@ def test_the_adapter_loads_on_its_base(trained: Trained) -> None:
 
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
 def test_qlora(tmp_path: Path, quantization: str) -> None:
-    """Real bitsandbytes: the base is quantised, adapters learn in float32, and the merge is into the original weights."""
+    """Real bitsandbytes: the base is quantised, adapters learn in float32, and the merge is into the better of both bases."""
     write_rows(tmp_path / "train.jsonl")
     recipe = minimal(tmp_path) | {"lora": {"rank": 4}, "export": {"dtype": "float32"}}
     recipe["model"]["quantization"] = quantization
@@ -241,7 +241,13 @@ def test_qlora(tmp_path: Path, quantization: str) -> None:
         merged = file.get_tensor(f"{layer}.weight")
     assert a.dtype == b.dtype == torch.float32
     assert b.abs().max() > 0
-    torch.testing.assert_close(merged, original + 32 / 4 * (b @ a))
+    report = json.loads((folder / "model" / "merge.json").read_text("utf-8"))
+    figures = report["figures"]
+    assert report["merged_into"] == min(figures, key=lambda name: figures[name]["loss"])
+    assert "merged into the original base: held-out loss" in said
+    assert "merged into the dequantized base: held-out loss" in said
+    exact = torch.equal(merged, original + 32 / 4 * (b @ a))
+    assert exact == (report["merged_into"] == "original")
     losses = [json.loads(line).get("eval_loss") for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
     assert losses[-1] < losses[0] / 2
 

@@ -20,7 +20,8 @@ def needed(recipe: Recipe, parameters: int, trained: int) -> int:
     checkpoints = recipe.checkpoint.keep + 1 + recipe.checkpoint.export_best if recipe.checkpoint.every else 0
     exported = trained * weights if recipe.lora else 0
     if recipe.lora is None or recipe.export.merge:
-        exported += parameters * BYTES[recipe.export.dtype]
+        # Of a quantised base both candidates are written, before one is chosen.
+        exported += parameters * BYTES[recipe.export.dtype] * (2 if recipe.model.quantization else 1)
     return checkpoints * trained * (weights + moments) + exported
 
 

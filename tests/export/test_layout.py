@@ -41,7 +41,7 @@ def content(file: Path) -> dict[str, Any]:
 def test_the_files(model: Path) -> None:
     assert {path.name for path in model.iterdir()} == {
         "config.json", "generation_config.json", "model.safetensors",
-        "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+        "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "merge.json",
     }  # fmt: skip
 
 

@@ -294,7 +294,8 @@ def test_a_tokenizer_template_or_stop_that_is_not_the_trained_one_is_not_kept(
 
     def wrong(model: PreTrainedModel, tokenizer: Any, folder: Path, *, dtype: str, stops: list[int]) -> None:
         tokenizer.add_tokens(["hat"])
-        save.save_around(model, tokenizer, folder, dtype=dtype, stops=[7])
+        save.save_around(model, tokenizer, folder, dtype=dtype, stops=stops)
+        (folder / "generation_config.json").write_text('{"eos_token_id": 7}', "utf-8")
 
     monkeypatch.setattr(merge, "save_around", wrong)
     with pytest.raises(RunError) as caught:
