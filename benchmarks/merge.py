@@ -22,15 +22,16 @@ BEGIN = """
 import json, resource, shutil, sys, time
 from pathlib import Path
 base, adapter, out = map(Path, sys.argv[1:4])
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def held(what):  # VmRSS: now; VmHWM: at most
+    return int(Path("/proc/self/status").read_text().split(what + ":")[1].split()[0]) / 2**20
 """
 END = """
-print(json.dumps({"seconds": time.perf_counter() - began, "gib": peak() - before, **more}))
+print(json.dumps({"seconds": time.perf_counter() - began, "gib": held("VmHWM") - before, **more}))
 """
 WAYS = {
     "plain copy of the base": BEGIN
     + """
-more, before, began = {}, peak(), time.perf_counter()
+more, before, began = {}, held("VmRSS"), time.perf_counter()
 shutil.copytree(base, out)
 """
     + END,
@@ -40,14 +41,14 @@ from collections import defaultdict
 from sft_recipes.export import merge
 merge._proven = lambda *args: {"original": defaultdict(float)}  # the proof and the hashes are timed apart
 merge.write_report = lambda *args: None
-more, before, began = {}, peak(), time.perf_counter()
+more, before, began = {}, held("VmRSS"), time.perf_counter()
 merge.merge(adapter, out)
 """
     + END,
     "sft-recipes, verified": BEGIN
     + """
 from sft_recipes.export import merge
-more, before, began = {}, peak(), time.perf_counter()
+more, before, began = {}, held("VmRSS"), time.perf_counter()
 more["said"] = merge.merge(adapter, out)
 more["verifying_gib"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
 """
@@ -57,7 +58,7 @@ more["verifying_gib"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss /
 import torch, peft
 from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
-more, before, began = {}, peak(), time.perf_counter()
+more, before, began = {}, held("VmRSS"), time.perf_counter()
 model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
 peft.PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out, max_shard_size="5GB")
 """

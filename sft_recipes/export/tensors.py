@@ -9,10 +9,12 @@ import os
 import struct
 import sys
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO, ClassVar
+from typing import ClassVar
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -25,7 +27,8 @@ _DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_BLOCK = 1 << 20  # elements that are worked on at once: what fits into a core's cache
+_BLOCK = 1 << 19  # elements that are worked on at once: what fits into a core's cache
+_AT_ONCE = 2  # tensors: while one is read or written, another is computed
 INDEX = "model.safetensors.index.json"
 Shape = tuple[int, ...]
 
@@ -119,6 +122,7 @@ def write(wanted: Mapping[str, Wanted], folder: Path, dtype: torch.dtype, max_sh
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_size,
     )
+    places: dict[str, tuple[Path, int]] = {}
     for file, names in split.filename_to_tensors.items():
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         end = 0
@@ -126,18 +130,40 @@ def write(wanted: Mapping[str, Wanted], folder: Path, dtype: torch.dtype, max_sh
             start, end = end, end + size_of(wanted[name])
             described = {"dtype": _NAMES[type_of(wanted[name])], "shape": wanted[name].shape}
             header[name] = {**described, "data_offsets": [start, end]}
+            places[name] = folder / file, start
         content = json.dumps(header, separators=(",", ":")).encode()
         content += b" " * (-len(content) % 8)  # tensors begin at a multiple of 8
         with (folder / file).open("wb") as stream:
             stream.write(struct.pack("<Q", len(content)) + content)
-            for name in names:
-                _write(name, wanted[name], type_of(wanted[name]), stream)
+            stream.truncate(8 + len(content) + end)
+        for name in names:
+            places[name] = folder / file, places[name][1] + 8 + len(content)
+
+    def fill(name: str) -> None:
+        file, start = places[name]
+        with file.open("r+b", buffering=0) as stream:
+            stream.seek(start)
+            _write(name, wanted[name], type_of(wanted[name]), stream)
+
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(
+            _AT_ONCE, initializer=torch.set_num_threads, initargs=(-(-threads // _AT_ONCE),)
+        ) as pool:
+            for done in [pool.submit(fill, name) for name in places]:
+                try:
+                    done.result()
+                except BaseException:
+                    pool.shutdown(cancel_futures=True)
+                    raise
+    finally:
+        torch.set_num_threads(threads)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write(name: str, tensor: Wanted, dtype: torch.dtype, into: BinaryIO) -> None:
+def _write(name: str, tensor: Wanted, dtype: torch.dtype, into: FileIO) -> None:
     stored = tensor.stored
     if tensor.add is None and stored.verbatim and stored.dtype == dtype:
         _copy(stored, into)
@@ -155,16 +181,17 @@ def _write(name: str, tensor: Wanted, dtype: torch.dtype, into: BinaryIO) -> Non
         out.copy_(block)
         if not out.sum(dtype=torch.float32).isfinite():
             raise ModelError(f"{name} would not be finite")
-        into.write(out.view(-1).view(torch.uint8).numpy().data)
+        left = out.view(-1).view(torch.uint8).numpy().data
+        while left:
+            left = left[into.write(left) :]
 
 
 def _as_stored(stored: Stored, first: int, last: int, block: torch.Tensor) -> None:
     block.copy_(stored.rows(first, last).view(block.shape))
 
 
-def _copy(stored: Stored, into: BinaryIO) -> None:
+def _copy(stored: Stored, into: FileIO) -> None:
     """The very bytes, from file to file; on Linux without passing through this process."""
-    into.flush()
     at, left = stored.start, torch.Size(stored.shape).numel() * stored.dtype.itemsize
     with stored.file.open("rb") as source:
         while left:

@@ -32,6 +32,7 @@ _TIMES = 4  # what the right model stays within; 0.2 to 1.3 were seen
 # Explained besides by sums in another order, as a part of the largest logit; in half precision also on another device.
 _NOISE = {"float32": 1e-4, "float16": 0.03, "bfloat16": 0.1}
 _NOISE_OF_INT8 = 0.05  # LLM.int8 rounds what goes into a layer too
+_NUMBERS = (1 << 20) - 3  # random ones, used again and again; no multiple of a weight's width
 _TEXTS = ["Name three colours.", "  The cat's 12 hats\n\ncost $3.50 – naïve? 日本 🙂", "def f(x):\n\treturn x</s>"]
 
 
@@ -223,11 +224,12 @@ def _first_layer(own: Seen, moved: Seen, reference: Seen, noise: float) -> str:
 
 def _move(model: PreTrainedModel, dtype: str) -> None:
     """Multiply each weight by up to 1 ± half the spacing of `dtype`'s numbers, which is what rounding does at most."""
-    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(_NUMBERS, generator=torch.Generator().manual_seed(0)) - 0.5
+    factors = (1 + torch.finfo(DTYPES[dtype]).eps * noise).to(model.dtype)
     with torch.no_grad():
         for parameter in model.parameters():
-            noise = torch.rand(parameter.shape, generator=generator) - 0.5
-            parameter.mul_((1 + torch.finfo(DTYPES[dtype]).eps * noise).to(parameter.dtype))
+            for some in parameter.view(-1).split(_NUMBERS):
+                some.mul_(factors[: len(some)])
 
 
 def _compute_type(folder: Path) -> str:
