@@ -128,6 +128,9 @@ def merge(
     ] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     max_shard_size: Annotated[str, typer.Option(help="Largest size of one file.")] = "5GB",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that the base brings.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Merge LoRA weights into the base model, and prove that the result is the model that was trained."""
@@ -143,7 +146,9 @@ def merge(
     _quiet(debug)
     from sft_recipes.export import merge as merging
 
-    for line in merging.merge(found, out, base=base, dtype=dtype, max_shard_size=max_shard_size):
+    for line in merging.merge(
+        found, out, base=base, dtype=dtype, max_shard_size=max_shard_size, trust_remote_code=trust_remote_code
+    ):
         print(line)
     print(f"{out}: merged")
 

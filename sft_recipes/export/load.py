@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -14,7 +15,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from sft_recipes.errors import ModelError
 from sft_recipes.export.changes import names_of_ends, vocabulary
 from sft_recipes.export.save import untie
-from sft_recipes.export.tensors import in_file
+from sft_recipes.export.tensors import INDEX, in_file
 from sft_recipes.recipe import model_files
 
 
@@ -42,6 +43,24 @@ def origin(adapter: Path, base: str | None = None) -> Origin:
         raise ModelError(str(error).replace("model.name", "--base", 1)) from None
     has_tokenizer = (adapter / "tokenizer_config.json").is_file()
     return Origin(config, name, None if base else config.revision, str(adapter) if has_tokenizer else name)
+
+
+def files(of: Origin) -> Path:
+    """The directory of the base's files, fetched from the hub where it is there."""
+    folder = Path(of.base)
+    if not folder.is_dir():
+        wanted = ["model*.safetensors", INDEX, "config.json", "generation_config.json"]
+        folder = Path(snapshot_download(of.base, revision=of.revision, allow_patterns=wanted))
+    if not (folder / INDEX).is_file() and not (folder / "model.safetensors").is_file():
+        pickled = any(folder.glob("pytorch_model*.bin"))
+        remedy = (
+            "its pytorch_model.bin is a pickle, which can run code, and is not read; convert it with transformers' "
+            "save_pretrained"
+            if pickled
+            else "expected model.safetensors, or shards with their index"
+        )
+        raise ModelError(f"{of.base}: the base has no safetensors weights; {remedy}")
+    return folder
 
 
 @contextmanager

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -79,6 +78,10 @@ def merge(
         with complete_or_not_there(out) as folder:
             ways = {name: _write(job, folder / name, name) for name in names if name}
             folders = {name: folder / name for name, way in ways.items() if way is not None}
+            if not folders:
+                raise ModelError(
+                    f"--base {base}: only PEFT can merge {adapter}, and it cannot do that into such a base"
+                )
             figures = _proven(job, folders, out)
             chosen = min(folders, key=lambda name: float(figures[name]["loss"]))
             for file in list(folders[chosen].iterdir()):
@@ -148,7 +151,7 @@ def _write(job: _Job, folder: Path, kind: str) -> str | None:
 def _row_by_row(job: _Job, folder: Path, *, dequantize: bool) -> None:
     of = job.of
     with load.as_base_error(of.base):
-        files = _files(of)
+        files = load.files(of)
         config = AutoConfig.from_pretrained(files, trust_remote_code=job.trust_remote_code)
         if getattr(config, "auto_map", None):
             raise NotRowByRow("the base brings code of its own")
@@ -192,24 +195,6 @@ def _in_memory(job: _Job, folder: Path) -> None:
 def _generation(job: _Job, of_base: GenerationConfig) -> GenerationConfig:
     own = (job.adapter / "generation_config.json").is_file()
     return GenerationConfig.from_pretrained(job.adapter) if own else of_base
-
-
-def _files(of: Origin) -> Path:
-    """The directory of the base's files, fetched from the hub where it is there."""
-    folder = Path(of.base)
-    if not folder.is_dir():
-        wanted = ["model*.safetensors", tensors.INDEX, "config.json", "generation_config.json"]
-        folder = Path(snapshot_download(of.base, revision=of.revision, allow_patterns=wanted))
-    if not (folder / tensors.INDEX).is_file() and not (folder / "model.safetensors").is_file():
-        pickled = any(folder.glob("pytorch_model*.bin"))
-        remedy = (
-            "its pytorch_model.bin is a pickle, which can run code, and is not read; convert it with transformers' "
-            "save_pretrained"
-            if pickled
-            else "expected model.safetensors, or shards with their index"
-        )
-        raise ModelError(f"{of.base}: the base has no safetensors weights; {remedy}")
-    return folder
 
 
 def _absolute(place: str) -> str:

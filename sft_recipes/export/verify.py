@@ -7,6 +7,7 @@ by as much as rounding moves it; the logits of the right model are off by about 
 
 import gc
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -83,6 +84,11 @@ def elsewhere(request: Request) -> dict[str, Any]:
     command = [sys.executable, "-m", "sft_recipes.export.verify"]
     done = subprocess.run(command, input=json.dumps(asdict(request)), capture_output=True, text=True, check=False)
     last = done.stdout.strip().rpartition("\n")[2]
+    if done.returncode == -signal.SIGKILL:
+        raise RunError(
+            "it could not be verified: the process that does it was killed, most likely because memory ran out; it holds the "
+            "whole model, 2 bytes a parameter at the least"
+        )
     if done.returncode or not last.startswith("{"):
         reason = done.stderr.strip().rpartition("\n")[2][:300] or f"its process ended with {done.returncode}"
         raise RunError(f"it could not be verified: {reason}")

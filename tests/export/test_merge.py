@@ -399,6 +399,17 @@ def test_a_choice_of_base_without_knowing_of_a_quantised_one(tmp_path: Path) -> 
         merge.merge(source, tmp_path / "out", base="dequantized")
 
 
+def test_peft_merges_into_the_original_alone(tmp_path: Path) -> None:
+    source = quantized(tmp_path / "run", NF4, target_modules=["up_proj"], beginning="pissa")
+    said = merge.merge(source, tmp_path / "out", base="original")
+    assert any(line.startswith("merged by PEFT, in memory: ") for line in said)
+    with pytest.raises(
+        ModelError, match=r"--base dequantized: only PEFT can merge .*, and it cannot do that into such a base"
+    ):
+        merge.merge(source, tmp_path / "other", base="dequantized")
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.fresh
 def test_killed_at_any_point_the_next_try_works(tmp_path: Path) -> None:
     source, out = adapter(tmp_path / "adapter", target_modules="all-linear"), tmp_path / "out"
@@ -418,6 +429,17 @@ merge.merge(Path({str(source)!r}), Path({str(out)!r}))
     said = merge.merge(source, out)
     assert said[0].startswith("verified in a fresh process: logits within ")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "out"]
+
+
+@pytest.mark.fresh
+def test_a_fresh_process_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed = tmp_path / "python"
+    killed.write_text("#!/bin/sh\nkill -9 $$\n", "utf-8")
+    killed.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(killed))
+    with pytest.raises(RunError, match="out: not kept: it could not be verified: the process that does it was killed"):
+        merge.merge(adapter(tmp_path / "adapter", target_modules=["up_proj"]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.fresh
