@@ -400,7 +400,7 @@ def test_a_choice_of_base_without_knowing_of_a_quantised_one(tmp_path: Path) -> 
 
 
 def test_peft_merges_into_the_original_alone(tmp_path: Path) -> None:
-    source = quantized(tmp_path / "run", NF4, target_modules=["up_proj"], beginning="pissa")
+    source = quantized(tmp_path / "run", NF4, target_modules=["embed_tokens"], use_dora=True)
     said = merge.merge(source, tmp_path / "out", base="original")
     assert any(line.startswith("merged by PEFT, in memory: ") for line in said)
     with pytest.raises(

@@ -1,0 +1,78 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sft_recipes.errors import RunError
+from sft_recipes.export import outputs, verify
+from tests.conftest import WriteRecipe, run
+
+
+def test_a_model_trained_in_full_is_proven(write_recipe: WriteRecipe) -> None:
+    folder, said = run(write_recipe(export={"dtype": "bfloat16"}))
+    report = json.loads((folder / "model" / "export.json").read_text("utf-8"))
+
+    assert "verified in a fresh process: logits within" in said
+    assert report["figures"]["largest_difference"] < 4 * report["figures"]["explained_by_rounding"]
+    assert report["figures"]["largest_difference_from_base"] > 0.1
+    assert report["files"].keys() == {file.name for file in (folder / "model").iterdir()} - {"export.json"}
+
+
+def test_new_tokens_of_a_model_trained_in_full(write_recipe: WriteRecipe) -> None:
+    """The base does not know them, and is asked about the others."""
+    model = {"name": "builtin:tiny", "dtype": "float32", "new_tokens": ["word"]}
+    folder, _ = run(write_recipe(model=model, export={"dtype": "float32"}))
+    assert json.loads((folder / "model" / "export.json").read_text("utf-8"))["figures"]["largest_difference"] < 1e-3
+
+
+def broken_files(model: Any, tokenizer: Any, folder: Path, **options: Any) -> None:
+    _SAVE(model, tokenizer, folder, **options)
+    file = folder / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def another_model(model: Any, rows: Any, file: Path) -> None:
+    with torch.no_grad():
+        model.model.norm.weight *= 1.01
+    _KEEP(model, rows, file)
+    with torch.no_grad():
+        model.model.norm.weight /= 1.01
+
+
+_SAVE, _KEEP = outputs.save_model, verify.keep
+
+
+@pytest.mark.parametrize(
+    ("where", "what", "said"),
+    [
+        ((outputs, "save_model"), broken_files, "is not in the file as it is in memory"),
+        ((verify, "keep"), another_model, "this is not the model that was trained"),
+    ],
+    ids=["a damaged file", "another model"],
+)
+def test_what_is_not_the_trained_model_is_not_kept(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, where: Any, what: Any, said: str
+) -> None:
+    monkeypatch.setattr(*where, what)
+    recipe = write_recipe(export={"dtype": "float32"})
+    with pytest.raises(RunError, match=rf"run/model: not kept: .*{said}"):
+        run(recipe)
+
+    folder = recipe.parent / "run"
+    assert not (folder / "model").exists()
+    assert not list(folder.glob(".*"))
+
+
+def test_an_adapter_is_exported_with_its_probe(write_recipe: WriteRecipe) -> None:
+    folder, said = run(write_recipe(lora={"rank": 2}, export={"merge": False}))
+    probe = json.loads((folder / "probe.json").read_text("utf-8"))
+
+    assert "verified" not in said
+    assert 0 < len(probe["rows"]) <= 16
+    assert all(len(row["input_ids"]) == len(row["labels"]) for row in probe["rows"])
+    assert probe["prompt"]["messages"][-1]["role"] == "user"
+    assert probe["quantization"] is None
