@@ -82,8 +82,10 @@ def adapted(
     revision: str | None = None,
     trust_remote_code: bool = False,
     quantization: BitsAndBytesConfig | None = None,
+    back_to: Any = None,
 ) -> tuple[peft.PeftModel, PreTrainedTokenizerBase]:
-    """An adapter on its base (its own, or `base`) with weights in `dtype` or quantised, and its tokenizer.
+    """An adapter on its base (its own, or `base`) with weights in `dtype`, or quantised, or that and `back_to` another
+    type; and its tokenizer.
 
     Raises ModelError where the base cannot be loaded or does not fit.
     """
@@ -97,6 +99,8 @@ def adapted(
             use_safetensors=True,
             **({"quantization_config": quantization, "device_map": {"": "cpu"}} if quantization else {}),
         )
+    if back_to is not None:
+        model = model.dequantize(dtype=back_to).to(back_to)
     for module in model.modules():  # as in training
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False

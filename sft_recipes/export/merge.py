@@ -127,6 +127,7 @@ def _proven(job: _Job, folders: Mapping[str, Path], out: Path) -> dict[str, dict
         rows=job.probe.rows,
         prompt=job.probe.prompt,
         quantization=job.probe.quantization,
+        loaded=job.probe.loaded,
         trust_remote_code=job.trust_remote_code,
     )
     try:
@@ -232,6 +233,9 @@ def proof_in_words(found: Mapping[str, Any], dtype: str) -> list[str]:
     ]
     if not found["largest_change_by_training"]:
         lines.append("warning: the training has changed nothing: the model is the base")
-    elif found["largest_change_by_training"] < found["explained_by_rounding"]:
-        lines.append(f"warning: rounding to {dtype} changes more than the training did; export.dtype: float32 keeps it")
+    elif found["explained_by_rounding"] > found["largest_change_by_training"] / 2:
+        lines.append(
+            f"warning: rounding to {dtype} changes the logits by as much as {found['explained_by_rounding']:.2g}, the training "
+            f"did by {found['largest_change_by_training']:.2g}; float32 (export.dtype, --dtype) keeps what was trained"
+        )
     return lines

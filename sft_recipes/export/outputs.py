@@ -81,10 +81,12 @@ def _whole(
     """Write a model of which all weights were trained, and prove that it is that model."""
     dtype, compute = recipe.export.dtype, str(model.dtype).removeprefix("torch.")
     with complete_or_not_there(out) as folder, tempfile.TemporaryDirectory() as elsewhere:
-        trained = Path(elsewhere) / "trained.safetensors"
+        trained, rounded = (Path(elsewhere) / name for name in ("trained", "rounded"))
         verify.keep(model, probe.rows, trained)
         shard = recipe.export.max_shard_size
         save_model(model, tokenizer, folder, dtype=dtype, max_shard_size=shard, stops=stops)
+        _check_bits(model, folder, out)
+        verify.keep(model.to(getattr(torch, compute)), probe.rows, rounded)
         tokenizer.save_pretrained(elsewhere)
         request = verify.Request(
             models={"model": str(folder.resolve())},
@@ -94,13 +96,13 @@ def _whole(
             base=model_files.location(recipe.model.name),
             revision=recipe.model.revision,
             trained=str(trained),
+            rounded=str(rounded),
             rows=probe.rows,
             prompt=probe.prompt,
             trust_remote_code=recipe.model.trust_remote_code,
             compute=compute,
         )
         try:
-            _check_bits(model, folder)
             figures = verify.prove(request)["model"]
         except RunError as error:
             raise RunError(*(f"{out}: not kept: {line}" for line in error.lines)) from error
@@ -108,9 +110,9 @@ def _whole(
     return proof_in_words(figures, dtype)
 
 
-def _check_bits(model: PreTrainedModel, folder: Path) -> None:
+def _check_bits(model: PreTrainedModel, folder: Path, out: Path) -> None:
     """Every weight in the files is, to the bit, the one in memory. Raises RunError."""
     held = model.state_dict()
     for name, stored in tensors.in_model(folder).items():
         if name in held and not torch.equal(stored.whole(), held[name].cpu()):
-            raise RunError(f"{name} is not in the file as it is in memory")
+            raise RunError(f"{out}: not kept: {name} is not in the file as it is in memory")

@@ -34,7 +34,7 @@ class Dequantized(Stored):
     def _there_and_back(self, weight: torch.Tensor) -> torch.Tensor:
         from bitsandbytes import functional
 
-        weight = weight.to(self.loaded)
+        weight = weight.to(self.loaded).float()
         weight = weight.T.contiguous() if self.transposed else weight
         if self.config.load_in_8bit:
             few, scale, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))

@@ -1,8 +1,8 @@
 """Proof that an exported model is the one that was trained, by a process that knows of nothing but the files.
 
 It is compared with the base and its adapter or, where all weights were trained, with what the training's own model makes of
-the same rows. What may differ is what rounding explains, and that is measured: each weight is moved once more, at random and
-by as much as rounding moves it; the logits of the right model are off by about as much as this makes them.
+the same rows. What may differ is what rounding explains, and that is measured: PEFT merges the adapter in memory, in float32,
+and these weights are rounded to the type of the export. The right model differs from that one by next to nothing.
 """
 
 import gc
@@ -29,11 +29,11 @@ from sft_recipes.export.tensors import in_model
 Rows = Sequence[dict[str, list[int]]]
 
 _POSITIONS = 8  # of each row, at which logits are compared
-_TIMES = 4  # what the right model stays within; 0.2 to 1.3 were seen
-# Explained besides by sums in another order, as a part of the largest logit; in half precision also on another device.
+# How far the model may be from the reference that is rounded: a part of what rounding does to the logits, because sums in
+# another order round some weights the other way (a few in a million), and a part of the largest logit, for the arithmetic
+# (in half precision also on another device).
+_OF_ROUNDING = 0.5
 _NOISE = {"float32": 1e-4, "float16": 0.03, "bfloat16": 0.1}
-_NOISE_OF_INT8 = 0.05  # LLM.int8 rounds what goes into a layer too
-_NUMBERS = (1 << 20) - 3  # random ones, used again and again; no multiple of a weight's width
 _TEXTS = ["Name three colours.", "  The cat's 12 hats\n\ncost $3.50 – naïve? 日本 🙂", "def f(x):\n\treturn x</s>"]
 
 
@@ -48,10 +48,12 @@ class Request:
     base: str
     revision: str | None = None
     adapter: str | None = None
-    trained: str | None = None  # file of what the trained model makes of the rows, see `keep`
+    trained: str | None = None  # files of what the trained model makes of the rows, see `keep`,
+    rounded: str | None = None  # and with its weights rounded to `dtype`
     rows: list[dict[str, list[int]]] = field(default_factory=list)  # input_ids and labels; [] for rows of one's own
     prompt: dict[str, Any] | None = None  # messages, and the ids that were trained as their prompt
     quantization: dict[str, Any] | None = None
+    loaded: str = "float32"  # type of the weights that were quantised
     trust_remote_code: bool = False
     compute: str | None = None  # null: float32, or where that is too large bfloat16
 
@@ -111,23 +113,24 @@ def examine(request: Request) -> dict[str, Any]:
             if loading[kind]:
                 problems.append(f"{kind.replace('_', ' ')}: {', '.join(map(str, list(loading[kind])[:3]))}")
         own = look(model, rows)
-        _move(model, request.dtype)
-        moved = look(model, rows)
         del model
         gc.collect()
-        reference = seen["quantized" if name == "dequantized" else "trained"]
-        figures[name] = _figures(own, moved, reference, seen)
-        noise = _NOISE[compute]
-        if name == "dequantized" and (request.quantization or {}).get("load_in_8bit"):
-            noise = max(noise, _NOISE_OF_INT8)
-        limit = _TIMES * own.apart(moved).max() + noise * reference.logits.abs().max()
-        if not own.apart(reference).max() <= limit:  # also where it is no number
+        kind = "dequantized " if name == "dequantized" else ""
+        trained, rounded = seen[f"{kind}trained"], seen[f"{kind}rounded"]
+        figures[name] = _figures(own, trained, rounded, seen)
+        if not _near(own.logits, trained.logits, rounded.logits, compute):
             problems.append(
                 f"{name}: this is not the model that was trained: its logits are up to "
                 f"{figures[name]['largest_difference']:.3g} off, where rounding to {request.dtype} explains "
-                f"{figures[name]['explained_by_rounding']:.3g}{_first_layer(own, moved, reference, noise)}"
+                f"{figures[name]['explained_by_rounding']:.3g}{_first_layer(own, trained, rounded, compute)}"
             )
     return {"problems": problems, "figures": figures}
+
+
+def _near(own: torch.Tensor, trained: torch.Tensor, rounded: torch.Tensor, compute: str) -> bool:
+    """Whether `own` is as `rounded`; not where there are numbers that are none."""
+    limit = _OF_ROUNDING * (rounded - trained).abs().max() + _NOISE[compute] * trained.abs().max()
+    return bool((own - rounded).abs().max() <= limit)
 
 
 def look(model: PreTrainedModel, rows: Rows) -> Seen:
@@ -174,39 +177,56 @@ def _references(request: Request, rows: Rows, compute: str) -> dict[str, Seen]:
         largest = max(max(row["input_ids"]) for row in rows)
         if largest >= base.get_input_embeddings().weight.shape[0]:  # a new token
             base.resize_token_embeddings(largest + 1, mean_resizing=False)
-        return {"base": look(base, rows), "trained": _kept(request.trained)}
-    assert request.adapter is not None
+        assert request.rounded is not None
+        return {"base": look(base, rows), "trained": _kept(request.trained), "rounded": _kept(request.rounded)}
     seen = {}
-    model, _ = load.adapted(
-        Path(request.adapter), DTYPES[compute], base=request.base, revision=request.revision,
-        trust_remote_code=request.trust_remote_code,
-    )  # fmt: skip
-    seen["trained"] = look(model, rows)
+    model = _adapted(request, compute)
     with model.disable_adapter():
         seen["base"] = look(model, rows)
+    seen["trained"], seen["rounded"] = _with_and_without_rounding(model, rows, request.dtype)
     del model
     gc.collect()
     if request.quantization:
         config = BitsAndBytesConfig.from_dict({**request.quantization, "bnb_4bit_compute_dtype": compute})
-        model, _ = load.adapted(
-            Path(request.adapter), DTYPES[compute], base=request.base, revision=request.revision,
-            trust_remote_code=request.trust_remote_code, quantization=config,
-        )  # fmt: skip
-        seen["quantized"] = look(model, rows)
-        del model
+        seen["quantized"] = look(_adapted(request, compute, quantization=config), rows)
         gc.collect()
+    if "dequantized" in request.models:
+        model = _adapted(request, request.loaded, quantization=config, back_to=DTYPES[compute])
+        both = _with_and_without_rounding(model, rows, request.dtype)
+        seen["dequantized trained"], seen["dequantized rounded"] = both
     return seen
 
 
-def _figures(own: Seen, moved: Seen, reference: Seen, seen: dict[str, Seen]) -> dict[str, Any]:
+def _adapted(request: Request, dtype: str, **quantization: Any) -> Any:
+    assert request.adapter is not None
+    adapted, _ = load.adapted(
+        Path(request.adapter), DTYPES[dtype], base=request.base, revision=request.revision,
+        trust_remote_code=request.trust_remote_code, **quantization,
+    )  # fmt: skip
+    return adapted
+
+
+def _with_and_without_rounding(model: Any, rows: Rows, dtype: str) -> tuple[Seen, Seen]:
+    """What an adapter on its base makes of the rows, and both merged by PEFT, with weights that `dtype` can hold."""
+    trained = look(model, rows)
+    merged = model.merge_and_unload()
+    with torch.no_grad():
+        for parameter in merged.parameters():
+            for some in parameter.view(-1).split(1 << 22):  # in memory for some of them at a time
+                some.copy_(some.to(DTYPES[dtype]))
+    return trained, look(merged, rows)
+
+
+def _figures(own: Seen, trained: Seen, rounded: Seen, seen: dict[str, Seen]) -> dict[str, Any]:
     figures: dict[str, Any] = {
         "loss": own.loss,
-        "trained_loss": reference.loss,
+        "trained_loss": trained.loss,
         "base_loss": seen["base"].loss,
-        "largest_difference": float(own.apart(reference).max()),
-        "explained_by_rounding": float(own.apart(moved).max()),
+        "largest_difference": float(own.apart(trained).max()),
+        "explained_by_rounding": float(rounded.apart(trained).max()),
+        "not_explained": float(own.apart(rounded).max()),
         "largest_difference_from_base": float(own.apart(seen["base"]).max()),
-        "largest_change_by_training": float(reference.apart(seen["base"]).max()),
+        "largest_change_by_training": float(trained.apart(seen["base"]).max()),
     }
     if "quantized" in seen:
         apart = own.apart(seen["quantized"])
@@ -218,24 +238,13 @@ def _figures(own: Seen, moved: Seen, reference: Seen, seen: dict[str, Seen]) -> 
     return figures
 
 
-def _first_layer(own: Seen, moved: Seen, reference: Seen, noise: float) -> str:
+def _first_layer(own: Seen, trained: Seen, rounded: Seen, compute: str) -> str:
     """The first layer that differs by more than rounding explains, and by how much."""
-    for number, (mine, off, theirs) in enumerate(zip(own.hidden, moved.hidden, reference.hidden, strict=False)):
-        difference, explained = (mine - theirs).abs().max(), (mine - off).abs().max()
-        if not difference <= _TIMES * explained + noise * theirs.abs().max():
+    for number, states in enumerate(zip(own.hidden, trained.hidden, rounded.hidden, strict=False)):
+        if not _near(*states, compute):
             name = f"layer {number - 1}" if number else "the embeddings"
-            return f"; the first to differ is {name}, by up to {difference:.3g} where {explained:.3g} is explained"
-    return "; the first to differ is the head" if reference.hidden else ""
-
-
-def _move(model: PreTrainedModel, dtype: str) -> None:
-    """Multiply each weight by up to 1 ± half the spacing of `dtype`'s numbers, which is what rounding does at most."""
-    noise = torch.rand(_NUMBERS, generator=torch.Generator().manual_seed(0)) - 0.5
-    factors = (1 + torch.finfo(DTYPES[dtype]).eps * noise).to(model.dtype)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            for some in parameter.view(-1).split(_NUMBERS):
-                some.mul_(factors[: len(some)])
+            return f"; the first to differ is {name}, by up to {(states[0] - states[2]).abs().max():.3g}"
+    return "; the first to differ is the head" if trained.hidden else ""
 
 
 def _compute_type(folder: Path) -> str:
