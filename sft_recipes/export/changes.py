@@ -20,6 +20,11 @@ _EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
 _TOKENS = (".token_adapter.trainable_tokens_delta", ".token_adapter.base_layer.weight")
 # Ways to begin an adapter that leave the base as it is; others (pissa, olora, loftq, ...) take something away from it.
 _BEGINNINGS = (True, False, "gaussian", "eva", "orthogonal")
+# What makes another sum of an adapter, or of the layers it is on.
+_VARIANTS = (
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "monteclora_config", "use_bdlora",
+    "use_qalora", "velora_config",
+)  # fmt: skip
 
 
 class NotRowByRow(Exception):
@@ -109,7 +114,8 @@ class Bias:
 
 def vocabulary(given: Mapping[str, Stored], config: peft.PeftConfig, model: PreTrainedModel) -> int:
     """How many rows of the embeddings an adapter knows of; 0 where it says nothing about them."""
-    ends = {f"{_PREFIX}{name}.weight" for name in names_of_ends(model) if name}
+    inside = ("", ".base_layer", ".token_adapter.base_layer")
+    ends = {f"{_PREFIX}{name}{part}.weight" for name in names_of_ends(model) if name for part in inside}
     whole = [tensor.shape[0] for key, tensor in given.items() if key in ends]
     chosen = getattr(config, "trainable_token_indices", None) or []
     places = chosen if isinstance(chosen, list) else [place for some in chosen.values() for place in some]
@@ -121,6 +127,21 @@ def names_of_ends(model: PreTrainedModel) -> tuple[str, str]:
     names = {module: name for name, module in model.named_modules()}
     head = model.get_output_embeddings()
     return names[model.get_input_embeddings()], names[head] if head is not None else ""
+
+
+def refuse_incomplete(adapter: Path, config: peft.PeftConfig, model: PreTrainedModel) -> None:
+    """Raise ModelError where an adapter lacks tensors that its config asks for. `model`, on the meta device, is changed."""
+    if config.peft_type != peft.PeftType.LORA or config.init_lora_weights not in _BEGINNINGS:
+        return
+    try:
+        wanted = peft.get_peft_model_state_dict(peft.get_peft_model(model, config), save_embedding_layers=False)
+    except (ValueError, TypeError, RuntimeError, KeyError) as error:
+        raise ModelError(f"{adapter}: does not fit the base: {' '.join(str(error).split())[:300]}") from None
+    given = in_file(adapter / "adapter_model.safetensors")
+    if missing := sorted(key for key in wanted.keys() - given.keys() if "lora_" in key):
+        raise ModelError(
+            f"{adapter}: lacks {len(missing)} of the tensors that its adapter_config.json asks for, such as {missing[0]}"
+        )
 
 
 class Merged:
@@ -138,10 +159,17 @@ class Merged:
             raise NotRowByRow(f"it is of the kind {config.peft_type}")
         if config.init_lora_weights not in _BEGINNINGS:
             raise NotRowByRow(f"it was begun with {config.init_lora_weights}, which changes the base")
+        if found := next((name for name in _VARIANTS if getattr(config, name, None)), None):
+            raise NotRowByRow(f"it has {found}")
         self.adapter, self.config, self.base, self.model = adapter, config, base, model
         self.modules = dict(model.named_modules())
         self.embeddings, self.head = names_of_ends(model)
         self.tied = bool(self.head) and bool(model.config.get_text_config().tie_word_embeddings)
+        inputs, head = (self._in_files(f"{name}.weight") for name in (self.embeddings, self.head))
+        if inputs not in base:
+            raise NotRowByRow(f"the base's files have no {inputs}")
+        if self.tied and head in base and not _same(base[inputs], base[head]):
+            self.tied = False  # whatever the config says, and so transformers has it
         self.wanted = {name: Wanted(stored.shape, stored) for name, stored in base.items()}
         given = in_file(adapter / "adapter_model.safetensors")
         if left := given.keys() - self._merge(given):
@@ -160,6 +188,12 @@ class Merged:
                 layers.setdefault(name.removesuffix(kind), {})[kind] = tensor
             elif self._replace(name.replace(".base_layer.", "."), tensor):
                 merged.add(key)
+        ends = [parts.keys() for layer, parts in layers.items() if layer in (self.embeddings, self.head)]
+        if self.tied and ends and set().union(*ends) - set(_TOKENS):
+            if getattr(self.config, "ensure_weight_tying", False):
+                raise NotRowByRow("it has ensure_weight_tying")
+            if any(_TOKENS[0] in kinds for kinds in ends):
+                raise NotRowByRow("it has both rows of tokens and LoRA on weights that are shared")
         for layer, parts in layers.items():
             if parts.keys() <= set(_LORA) and {*_LORA[:2]} <= parts.keys() and self._is_matrix(layer):
                 self._low_rank(layer, *(parts.get(kind) for kind in _LORA))
@@ -178,8 +212,14 @@ class Merged:
         inside, _, parameter = name.rpartition(".")
         if not isinstance(getattr(self.modules.get(inside), parameter, None), torch.Tensor):
             return False
+        self._refuse_unknown(name)
         self.wanted[self._in_files(name)] = Wanted(tensor.shape, tensor)
         return True
+
+    def _refuse_unknown(self, name: str) -> None:
+        """Some models have other names in memory than in their files."""
+        if self._in_files(name) not in self.base and not (self.tied and name == f"{self.head}.weight"):
+            raise NotRowByRow(f"the base's files have no {name}")
 
     def _low_rank(
         self,
@@ -219,6 +259,9 @@ class Merged:
         places = chosen if isinstance(chosen, list) else next(
             (places for name, places in (chosen or {}).items() if layer == name or layer.endswith(f".{name}")), []
         )  # fmt: skip
+        self._refuse_unknown(f"{layer}.weight")
+        if self.tied and isinstance(chosen, dict) and any(name in self.head for name in chosen):
+            raise NotRowByRow("it has rows of tokens for a head that shares its weight")
         base = resized or self._stored(f"{layer}.weight")
         if rows.shape != (len(places), *base.shape[1:]):
             raise ModelError(
@@ -250,7 +293,7 @@ class Merged:
         self.tied = embedded == answered or (
             embedded.add is answered.add is None
             and embedded.shape == answered.shape
-            and torch.equal(_whole(embedded), _whole(answered))
+            and _same(embedded.stored, answered.stored)
         )
         self.wanted.pop(head, None)
         if not self.tied:
@@ -270,12 +313,13 @@ class Merged:
         return isinstance(self.modules.get(layer), (torch.nn.Linear, Conv1D))
 
     def _stored(self, name: str) -> Stored:
-        if self.tied and name == f"{self.head}.weight":
-            name = f"{self.embeddings}.weight"
-        stored = self.base.get(self._in_files(name))
-        if stored is None:
-            raise NotRowByRow(f"the base's files have no {name}")
-        return stored
+        self._refuse_unknown(name)
+        shared = f"{self.embeddings}.weight" if self.tied and name == f"{self.head}.weight" else name
+        for known in (name, shared):  # as it is, or as the adapter has it whole
+            now = self.wanted.get(self._in_files(known))
+            if now is not None and now.add is None:
+                return now.stored
+        return self.base[self._in_files(shared)]
 
     def _in_files(self, name: str) -> str:
         """The name by which the files know a parameter: some are written without the prefix of the whole model."""
@@ -283,6 +327,9 @@ class Merged:
         return without if name not in self.base and without in self.base else name
 
 
-def _whole(tensor: Wanted) -> torch.Tensor:
-    assert tensor.stored is not None
-    return tensor.stored.whole()
+def _same(one: Stored, other: Stored) -> bool:
+    """Whether two tensors of rows are equal; some rows are in memory at a time."""
+    if one.shape != other.shape or one == other:
+        return one.shape == other.shape
+    ranges = ((first, min(first + 4096, one.shape[0])) for first in range(0, one.shape[0], 4096))
+    return all(torch.equal(one.rows(*some).float(), other.rows(*some).float()) for some in ranges)

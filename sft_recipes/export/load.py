@@ -41,6 +41,8 @@ def origin(adapter: Path, base: str | None = None) -> Origin:
         name = model_files.location(base) if base else config.base_model_name_or_path
     except ModelError as error:
         raise ModelError(str(error).replace("model.name", "--base", 1)) from None
+    if not name:
+        raise ModelError(f"{adapter}: does not say what its base is; give it with --base")
     has_tokenizer = (adapter / "tokenizer_config.json").is_file()
     return Origin(config, name, None if base else config.revision, str(adapter) if has_tokenizer else name)
 
@@ -109,7 +111,8 @@ def adapted(
     if (rows := vocabulary(given, of.config, model)) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(rows, mean_resizing=False)
     alone = {f"base_model.model.{name}" for name in names_of_ends(model)}
-    if any(key.rpartition(".lora_")[0] in alone for key in given):
+    together = getattr(of.config, "ensure_weight_tying", False)
+    if not together and any(key.rpartition(".lora_")[0] in alone for key in given):
         untie(model)  # the adapter is on one of embeddings and head; the other, which shares its weight, stays as it is
     try:
         whole = peft.PeftModel.from_pretrained(model, str(adapter))
@@ -128,7 +131,7 @@ def stops(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         ends = GenerationConfig.from_pretrained(folder).eos_token_id
     if ends is None:
         ends = tokenizer.eos_token_id
-    return [ends] if isinstance(ends, int) else list(ends)
+    return [ends] if isinstance(ends, int) else list(ends or [])
 
 
 def _line(error: Exception) -> str:

@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from sft_recipes.errors import ModelError, OutputError, RunError
+from sft_recipes.errors import ModelError, OutputError, RunError, SFTRecipeError
 from sft_recipes.export import load, probe, tensors, verify
-from sft_recipes.export.changes import Merged, NotRowByRow
+from sft_recipes.export.changes import Merged, NotRowByRow, refuse_incomplete
 from sft_recipes.export.load import Origin
 from sft_recipes.export.probe import Probe
 from sft_recipes.export.quantized import dequantized
@@ -93,6 +93,8 @@ def merge(
                 "merged_into": chosen, "merged_by": ways[chosen], "figures": figures,
             }  # fmt: skip
             write_report(folder / FILE, report)
+    except SFTRecipeError:
+        raise
     except (OSError, SafetensorError) as error:
         raise RunError(f"{out}: cannot be written: {' '.join(str(error).split())}") from error
     return _lines(chosen, figures, ways, dtype)
@@ -140,13 +142,19 @@ def _write(job: _Job, folder: Path, kind: str) -> str | None:
     """Write one merged model, and say how; None where that cannot be done for the dequantised base."""
     folder.mkdir()
     try:
-        _row_by_row(job, folder, dequantize=kind == "dequantized")
-        return "rows"
-    except NotRowByRow as error:
-        if kind == "dequantized":
-            return None
-        _in_memory(job, folder)
-        return f"PEFT, in memory: {error}"
+        try:
+            _row_by_row(job, folder, dequantize=kind == "dequantized")
+            return "rows"
+        except NotRowByRow as error:
+            if kind == "dequantized":
+                return None
+            _in_memory(job, folder)
+            return f"PEFT, in memory: {error}"
+    except (SFTRecipeError, OSError, SafetensorError):
+        raise
+    except Exception as error:  # what PEFT and transformers say of adapters that make no sense has many types
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"{job.adapter}: cannot be merged: {type(error).__name__}: {reason}") from error
 
 
 def _row_by_row(job: _Job, folder: Path, *, dequantize: bool) -> None:
@@ -163,6 +171,9 @@ def _row_by_row(job: _Job, folder: Path, *, dequantize: bool) -> None:
         base = tensors.in_model(files)
         if (files / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(files)
+        with torch.device("meta"):
+            twin = AutoModelForCausalLM.from_config(config, dtype=DTYPES[job.dtype])
+    refuse_incomplete(job.adapter, of.config, twin)
     if dequantize:
         assert job.probe.quantization is not None
         base = dequantized(base, model, job.probe.quantization, DTYPES[job.probe.loaded])
@@ -183,10 +194,7 @@ def _in_memory(job: _Job, folder: Path) -> None:
     adapted, _ = load.adapted(
         job.adapter, torch.float32, base=job.of.base, revision=job.of.revision, trust_remote_code=job.trust_remote_code
     )
-    try:
-        merged = adapted.merge_and_unload(safe_merge=True)
-    except ValueError as error:  # PEFT's word for weights that are not finite
-        raise ModelError(f"{job.adapter}: cannot be merged: {' '.join(str(error).split())}") from None
+    merged = adapted.merge_and_unload(safe_merge=True)  # ValueError where a number is not finite
     merged.generation_config = _generation(job, merged.generation_config)
     save_model(
         merged, job.tokenizer, folder, dtype=job.dtype, max_shard_size=job.max_shard_size, stops=job.stops
@@ -235,7 +243,7 @@ def proof_in_words(found: Mapping[str, Any], dtype: str) -> list[str]:
         lines.append("warning: the training has changed nothing: the model is the base")
     elif found["explained_by_rounding"] > found["largest_change_by_training"] / 2:
         lines.append(
-            f"warning: rounding to {dtype} changes the logits by as much as {found['explained_by_rounding']:.2g}, the training "
-            f"did by {found['largest_change_by_training']:.2g}; float32 (export.dtype, --dtype) keeps what was trained"
+            f"warning: rounding to {dtype} changes the logits by as much as {found['explained_by_rounding']:.2g}, the "
+            f"training did by {found['largest_change_by_training']:.2g}; float32 (export.dtype, --dtype) keeps it"
         )
     return lines

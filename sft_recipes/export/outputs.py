@@ -54,6 +54,8 @@ def export(
         if recipe.lora is None:
             return _whole(recipe, model, tokenizer, data.stops, probe, folder / "model")
         save_adapter(model, tokenizer, folder / "adapter", stops=data.stops)
+        if probe.quantization:
+            probe.save_quantization(folder / "adapter")
         if not recipe.export.merge:
             return []
         return merge(

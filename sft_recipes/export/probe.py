@@ -9,6 +9,7 @@ from sft_recipes.data.sequences import IGNORED, Sequences
 from sft_recipes.errors import ModelError
 
 FILE = "probe.json"  # in a run's directory, beside adapter/ and model/
+QUANTIZATION = "quantization.json"  # in the directory of an adapter that was trained on a quantised base
 _ROWS, _TOKENS = 16, 512  # at most
 
 
@@ -25,14 +26,25 @@ class Probe:
     def save(self, folder: Path) -> None:
         (folder / FILE).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
 
+    def save_quantization(self, adapter: Path) -> None:
+        """Beside the adapter, so that it also knows its base where it goes alone."""
+        known = {"quantization": self.quantization, "loaded": self.loaded}
+        (adapter / QUANTIZATION).write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+
 
 def of_adapter(adapter: Path) -> Probe | None:
-    """The probe of the run that an adapter is from; None where it stands alone. Raises ModelError where it is broken."""
-    file = adapter.parent / FILE
-    if not file.is_file():
+    """The probe of the run that an adapter is from, or what it knows of its quantised base; None where it stands alone.
+
+    Raises ModelError where it is broken.
+    """
+    file = next((there for there in (adapter.parent / FILE, adapter / QUANTIZATION) if there.is_file()), None)
+    if file is None:
         return None
     try:
-        return Probe(**json.loads(file.read_text(encoding="utf-8")))
+        probe = Probe(**json.loads(file.read_text(encoding="utf-8")))
+        if not isinstance(probe.rows, list) or not isinstance(probe.quantization, dict | None):
+            raise TypeError("expected a list of rows and a quantisation's settings")
+        return probe
     except (ValueError, TypeError) as error:
         raise ModelError(f"{file}: cannot be read: {error}; remove it, and merge without it") from None
 

@@ -1,6 +1,8 @@
 """A model directory that loads anywhere: weights, config, generation config, tokenizer, chat template."""
 
+import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +12,8 @@ import peft
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from sft_recipes.errors import OutputError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -21,9 +25,18 @@ def complete_or_not_there(out: Path) -> Iterator[Path]:
     Its files may be read by whom the directory may be read by: safetensors 0.8 lets the owner alone read what it writes.
     """
     partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial.mkdir(parents=True, exist_ok=True)
+    held = os.open(partial, os.O_RDONLY)
     try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed, or this process has ended
+        if os.fstat(held).st_ino != partial.stat().st_ino:  # it has just got its name
+            raise BlockingIOError
+    except (BlockingIOError, FileNotFoundError):
+        os.close(held)
+        raise OutputError(f"{out}: is being written by another process") from None
+    try:
+        for left in partial.iterdir():  # by one that was killed
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         yield partial
         for file in partial.rglob("*"):
             if file.is_file():
@@ -32,6 +45,8 @@ def complete_or_not_there(out: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    finally:
+        os.close(held)
 
 
 def save_model(
@@ -57,6 +72,7 @@ def save_around(
     """Write what belongs to weights of `dtype`: config, generation config, tokenizer; `stops` are the tokens that end an
     answer."""
     model.config.use_cache = True
+    model.config.architectures = [type(model).__name__]
     model.config.dtype = DTYPES[dtype]
     set_generation_config(model, tokenizer, stops)
     model.config.save_pretrained(folder)

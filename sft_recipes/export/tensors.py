@@ -93,8 +93,8 @@ def in_file(file: Path) -> dict[str, Stored]:
 
 
 def in_model(folder: Path) -> dict[str, Stored]:
-    """The tensors of a model's directory, in one file or several. Raises ModelError."""
-    if not (folder / INDEX).is_file():
+    """The tensors of a model's directory, in one file (which transformers prefers) or several. Raises ModelError."""
+    if (folder / "model.safetensors").is_file() or not (folder / INDEX).is_file():
         return in_file(folder / "model.safetensors")
     try:
         names = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]

@@ -5,8 +5,10 @@ the same rows. What may differ is what rounding explains, and that is measured: 
 and these weights are rounded to the type of the export. The right model differs from that one by next to nothing.
 """
 
+import ctypes
 import gc
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -24,7 +26,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from sft_recipes.errors import RunError
 from sft_recipes.export import load
 from sft_recipes.export.save import DTYPES
-from sft_recipes.export.tensors import in_model
+from sft_recipes.export.tensors import Stored, in_model
 
 Rows = Sequence[dict[str, list[int]]]
 
@@ -33,6 +35,7 @@ _POSITIONS = 8  # of each row, at which logits are compared
 # another order round some weights the other way (a few in a million), and a part of the largest logit, for the arithmetic
 # (in half precision also on another device).
 _OF_ROUNDING = 0.5
+_NUMBERS = 1 << 22  # that are worked on at once
 _NOISE = {"float32": 1e-4, "float16": 0.03, "bfloat16": 0.1}
 _TEXTS = ["Name three colours.", "  The cat's 12 hats\n\ncost $3.50 – naïve? 日本 🙂", "def f(x):\n\treturn x</s>"]
 
@@ -83,8 +86,13 @@ def prove(request: Request) -> dict[str, dict[str, Any]]:
 
 def elsewhere(request: Request) -> dict[str, Any]:
     """What `examine` says, in a fresh process."""
-    command = [sys.executable, "-m", "sft_recipes.export.verify"]
-    done = subprocess.run(command, input=json.dumps(asdict(request)), capture_output=True, text=True, check=False)
+    command = [sys.executable, "-P", "-m", "sft_recipes.export.verify"]  # -P: nothing from the working directory
+    own = str(Path(__file__).parents[2])
+    paths = os.pathsep.join(filter(None, [own, os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        command, input=json.dumps(asdict(request)), env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
     last = done.stdout.strip().rpartition("\n")[2]
     if done.returncode == -signal.SIGKILL:
         raise RunError(
@@ -101,15 +109,15 @@ def examine(request: Request) -> dict[str, Any]:
     """`problems`, a line each, and `figures` of each model."""
     folders = {name: Path(folder) for name, folder in request.models.items()}
     problems = [problem for folder in folders.values() for problem in _around_the_weights(request, folder)]
-    rows = request.rows or list(_rows_of_our_own(request.tokenizer))
+    rows = request.rows or list(_rows_of_our_own(request))
     compute = request.compute or _compute_type(next(iter(folders.values())))
-    seen = _references(request, rows, compute)
+    seen = _references(request, rows, compute, problems)
     figures = {}
     for name, folder in folders.items():
         model, loading = AutoModelForCausalLM.from_pretrained(
             folder, dtype=DTYPES[compute], output_loading_info=True, **_options(request)
         )
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        for kind in ("missing_keys", "mismatched_keys"):
             if loading[kind]:
                 problems.append(f"{kind.replace('_', ' ')}: {', '.join(map(str, list(loading[kind])[:3]))}")
         own = look(model, rows)
@@ -168,8 +176,11 @@ def _options(request: Request) -> dict[str, Any]:
     return {"use_safetensors": True, "trust_remote_code": request.trust_remote_code}
 
 
-def _references(request: Request, rows: Rows, compute: str) -> dict[str, Seen]:
-    """What `base`, the model as it was `trained`, and the adapter on the `quantized` base make of the rows."""
+def _references(request: Request, rows: Rows, compute: str, problems: list[str]) -> dict[str, Seen]:
+    """What `base`, the model as it was `trained`, that `rounded`, and the adapter on the `quantized` base make of the rows.
+
+    Adds to `problems` where weights are not those that PEFT merges.
+    """
     if request.trained is not None:
         base = AutoModelForCausalLM.from_pretrained(
             request.base, revision=request.revision, dtype=DTYPES[compute], **_options(request)
@@ -183,7 +194,12 @@ def _references(request: Request, rows: Rows, compute: str) -> dict[str, Seen]:
     model = _adapted(request, compute)
     with model.disable_adapter():
         seen["base"] = look(model, rows)
-    seen["trained"], seen["rounded"] = _with_and_without_rounding(model, rows, request.dtype)
+    seen["trained"] = look(model, rows)
+    if own := request.models.keys() - {"dequantized"}:
+        merged = _rounded(model, request.dtype)
+        seen["rounded"] = look(merged, rows)
+        problems += [line for name in own for line in _weights(merged, name, request, compute)]
+        del merged
     del model
     gc.collect()
     if request.quantization:
@@ -192,8 +208,10 @@ def _references(request: Request, rows: Rows, compute: str) -> dict[str, Seen]:
         gc.collect()
     if "dequantized" in request.models:
         model = _adapted(request, request.loaded, quantization=config, back_to=DTYPES[compute])
-        both = _with_and_without_rounding(model, rows, request.dtype)
-        seen["dequantized trained"], seen["dequantized rounded"] = both
+        seen["dequantized trained"] = look(model, rows)
+        merged = _rounded(model, request.dtype)
+        seen["dequantized rounded"] = look(merged, rows)
+        problems += _weights(merged, "dequantized", request, compute)
     return seen
 
 
@@ -206,15 +224,50 @@ def _adapted(request: Request, dtype: str, **quantization: Any) -> Any:
     return adapted
 
 
-def _with_and_without_rounding(model: Any, rows: Rows, dtype: str) -> tuple[Seen, Seen]:
-    """What an adapter on its base makes of the rows, and both merged by PEFT, with weights that `dtype` can hold."""
-    trained = look(model, rows)
+def _rounded(model: Any, dtype: str) -> PreTrainedModel:
+    """An adapter and its base, merged by PEFT in memory, with weights that `dtype` can hold."""
     merged = model.merge_and_unload()
     with torch.no_grad():
         for parameter in merged.parameters():
-            for some in parameter.view(-1).split(1 << 22):  # in memory for some of them at a time
+            for some in parameter.view(-1).split(_NUMBERS):
                 some.copy_(some.to(DTYPES[dtype]))
-    return trained, look(merged, rows)
+    return merged
+
+
+def _weights(merged: PreTrainedModel, name: str, request: Request, compute: str) -> Iterator[str]:
+    """The first weight in the files that is not the one that PEFT merges, to a unit in its last place.
+
+    Sums in another order round a few in a million the other way; PEFT's own in half precision, which round twice, a few in
+    a hundred.
+    """
+    files, prefix = in_model(Path(request.models[name])), f"{merged.base_model_prefix}."
+    for parameter, theirs in merged.named_parameters():
+        stored = files.get(parameter, files.get(parameter.removeprefix(prefix)))
+        if stored is None:
+            continue  # written under another name, which its loading and its logits will tell
+        ways = [theirs.detach()]
+        if name == "dequantized" and theirs.ndim == 2:
+            ways.append(theirs.detach().T)  # transformers makes linear layers of quantised convolutions
+        found = [_differing(stored, way, request.dtype, compute) for way in ways if stored.shape == way.shape]
+        if found and all(found):
+            yield f"{name}: {parameter} is not what base and adapter make together: {found[0]}"
+            return
+
+
+def _differing(stored: Stored, theirs: torch.Tensor, dtype: str, compute: str) -> str:
+    """How a tensor in a file differs from one in memory by more than rounding explains; "" where it does not."""
+    half = dtype != "float32"
+    allowed, unit = 1e-3 if compute == "float32" else 0.1, torch.finfo(DTYPES[dtype]).eps
+    unequal, off = 0, 0.0
+    height = max(1, _NUMBERS // max(1, theirs[0].numel()))
+    for first in range(0, len(theirs), height):
+        rows = theirs[first : first + height].float()
+        difference = (stored.rows(first, first + len(rows)).float() - rows).abs()
+        unequal += int((difference > 0).sum())
+        off = max(off, float((difference - 2 * unit * rows.abs()).max()))
+    if off <= 1e-5 * float(theirs.abs().max()) and not (half and unequal > allowed * theirs.numel() + 8):
+        return ""
+    return f"{unequal:,} of {theirs.numel():,} numbers differ, by up to {max(off, 0):.3g} more than rounding to {dtype} does"
 
 
 def _figures(own: Seen, trained: Seen, rounded: Seen, seen: dict[str, Seen]) -> dict[str, Any]:
@@ -252,8 +305,8 @@ def _compute_type(folder: Path) -> str:
     return "float32" if 5 * weights < psutil.virtual_memory().available else "bfloat16"
 
 
-def _rows_of_our_own(tokenizer: str) -> Iterator[dict[str, list[int]]]:
-    encode = AutoTokenizer.from_pretrained(tokenizer)
+def _rows_of_our_own(request: Request) -> Iterator[dict[str, list[int]]]:
+    encode = AutoTokenizer.from_pretrained(request.tokenizer, trust_remote_code=request.trust_remote_code)
     for text in _TEXTS:
         ids = encode(text)["input_ids"]
         yield {"input_ids": ids, "labels": ids}
@@ -281,4 +334,6 @@ def _around_the_weights(request: Request, folder: Path) -> Iterator[str]:
 
 
 if __name__ == "__main__":
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with the process that asked for it
     print(json.dumps(examine(Request(**json.load(sys.stdin)))))

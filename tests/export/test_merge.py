@@ -285,6 +285,71 @@ def test_a_merge_that_is_wrong_is_not_kept(tmp_path: Path, monkeypatch: pytest.M
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
+def test_a_small_part_that_is_missing_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer's change, of a hundredth of its weights: less than rounding does to the logits."""
+    source = rewritten(
+        adapter(tmp_path / "adapter", target_modules=["up_proj"]), lambda w: {name: t * 0.1 for name, t in w.items()}
+    )
+    low_rank = changes.Merged._low_rank
+    monkeypatch.setattr(
+        changes.Merged,
+        "_low_rank",
+        lambda self, layer, *args, **kw: None if ".2." in layer else low_rank(self, layer, *args, **kw),
+    )
+    with pytest.raises(RunError, match=r"model.layers.2.mlp.up_proj.weight is not what base and adapter make together"):
+        merge.merge(source, tmp_path / "out")
+
+
+def test_an_adapter_that_lacks_something(tmp_path: Path) -> None:
+    key = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+    source = rewritten(
+        adapter(tmp_path / "adapter", target_modules=["up_proj"]), lambda w: {k: t for k, t in w.items() if k != key}
+    )
+    with pytest.raises(
+        ModelError, match=rf"lacks 1 of the tensors that its adapter_config.json asks for, such as {key}"
+    ):
+        merge.merge(source, tmp_path / "out")
+
+
+def test_an_adapter_that_names_no_base(tmp_path: Path) -> None:
+    source = adapter(tmp_path / "adapter", target_modules=["up_proj"])
+    config = json.loads((source / "adapter_config.json").read_text("utf-8")) | {"base_model_name_or_path": None}
+    (source / "adapter_config.json").write_text(json.dumps(config), "utf-8")
+
+    with pytest.raises(ModelError, match="does not say what its base is; give it with --base"):
+        merge.merge(source, tmp_path / "out")
+
+
+def test_embeddings_with_an_adapter_and_more_rows(tmp_path: Path) -> None:
+    """As PEFT saves them where the vocabulary has grown: whole, beside the adapter."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    model.resize_token_embeddings(1027)
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=4, init_lora_weights=False, target_modules=["embed_tokens", "q_proj"]
+    )
+    peft.get_peft_model(model, config).save_pretrained(str(tmp_path / "adapter"))
+    AutoTokenizer.from_pretrained(TINY).save_pretrained(tmp_path / "adapter")
+    merge.merge(tmp_path / "adapter", tmp_path / "out", dtype="float32")
+
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.vocab_size == 1027
+
+
+def test_two_merges_into_one_place(tmp_path: Path) -> None:
+    with save.complete_or_not_there(tmp_path / "out"):
+        with pytest.raises(OutputError, match="out: is being written by another process"):
+            merge.merge(adapter(tmp_path / "adapter", target_modules=["up_proj"]), tmp_path / "out")
+        assert (tmp_path / ".out.partial").is_dir()
+
+
+def test_an_adapter_that_left_its_run_knows_its_base(tmp_path: Path) -> None:
+    source = quantized(tmp_path / "run", NF4, target_modules=["up_proj"])
+    Probe([], None, NF4.to_dict(), "float32").save_quantization(source)
+    source.rename(tmp_path / "moved")
+
+    assert any(line.startswith("merged into: ") for line in merge.merge(tmp_path / "moved", tmp_path / "out"))
+
+
 def test_a_tokenizer_template_or_stop_that_is_not_the_trained_one_is_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

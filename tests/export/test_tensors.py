@@ -115,6 +115,7 @@ def test_a_file_that_is_not_whole(tmp_path: Path, cut: int) -> None:
 
 def test_an_index_that_names_what_is_not_there(tmp_path: Path) -> None:
     stored(tmp_path)
-    (tmp_path / tensors.INDEX).write_text('{"weight_map": {"x": "model.safetensors"}}', "utf-8")
+    (tmp_path / "model.safetensors").rename(tmp_path / "a.safetensors")
+    (tmp_path / tensors.INDEX).write_text('{"weight_map": {"x": "a.safetensors"}}', "utf-8")
     with pytest.raises(ModelError, match="does not name the tensors of its files"):
         tensors.in_model(tmp_path)
