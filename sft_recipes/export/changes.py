@@ -284,8 +284,10 @@ class Merged:
         if not self.tied:
             return
         inputs, head = (self._in_files(f"{name}.weight") for name in (self.embeddings, self.head))
-        shared = Wanted(self.base[inputs].shape, self.base[inputs])
-        embedded, answered = self.wanted[inputs], self.wanted.get(head, shared)
+        embedded = self.wanted[inputs]
+        before = embedded.stored if embedded.add else self.base[inputs]  # with the rows of a grown vocabulary
+        shared = Wanted(before.shape, before)
+        answered = self.wanted.get(head, shared)
         if head in self.base and answered.stored is self.base[head] and answered.add is None:
             answered = shared  # written twice, read once
         if isinstance(getattr(embedded.add, "__self__", None), Replaced):

@@ -111,6 +111,9 @@ def adapted(
     if (rows := vocabulary(given, of.config, model)) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(rows, mean_resizing=False)
     alone = {f"base_model.model.{name}" for name in names_of_ends(model)}
+    grown = given.get(f"base_model.model.{names_of_ends(model)[0]}.base_layer.weight")
+    if grown is not None:  # saved beside the adapter, and shared with the head until they are untied
+        model.get_input_embeddings().weight.data.copy_(grown.whole())
     together = getattr(of.config, "ensure_weight_tying", False)
     if not together and any(key.rpartition(".lora_")[0] in alone for key in given):
         untie(model)  # the adapter is on one of embeddings and head; the other, which shares its weight, stays as it is
