@@ -235,7 +235,7 @@ def _rounded(model: Any, dtype: str) -> PreTrainedModel:
 
 
 def _weights(merged: PreTrainedModel, name: str, request: Request, compute: str) -> Iterator[str]:
-    """The first weight in the files that is not the one that PEFT merges, to a unit in its last place.
+    """The first weight in the files that is not the one that PEFT merges, to two units in its last place.
 
     Sums in another order round a few in a million the other way; PEFT's own in half precision, which round twice, a few in
     a hundred.
