@@ -75,11 +75,6 @@ def fingerprint(path: str, name: str | None = None, splits: tuple[str, ...] = TR
     return digest.hexdigest()
 
 
-def size(path: str) -> int:
-    """Bytes of the files that `path` means; 0 of what is on the hub."""
-    return sum(file.stat().st_size for file in files(path) or [])
-
-
 def state(path: str) -> list[tuple[int, int]]:
     """Size and time of the last change of the files that `path` means; [] of what is on the hub."""
     return [(file.stat().st_size, file.stat().st_mtime_ns) for file in files(path) or []]

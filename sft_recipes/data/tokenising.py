@@ -68,9 +68,10 @@ def tokenise_all(
     for rows, first in opened:
         assert rows.format is not None
         way, source = ways[rows.format], rows.source
-        name, before = None, sources.state(source.path)  # what changes while it is read is not kept under the old name
+        before = sources.state(source.path)  # what changes while it is read is not kept under the old name
+        name = None
         # A look at the data that is bounded in time has none to hash a large file.
-        if cached and (seconds is None or sources.size(source.path) <= sources.QUICK):
+        if cached and (seconds is None or sum(size for size, _ in before) <= sources.QUICK):
             written = way.chat_source or ""
             name = cache.key(
                 content=sources.fingerprint(source.path, source.name, rows.splits), path=source.path, format=rows.format,
