@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -48,18 +49,34 @@ def _without_command(
 def run(
     recipe: RecipeFile,
     overrides: Overrides = [],  # noqa: B006  # typer reads the default, nothing changes it
-    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the newest complete checkpoint; start where there is none.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Resume with other versions, or other settings that do no harm.")
+    ] = False,
+    stop_after: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Stop after 3h, 90m, 1h30m, with a checkpoint; exit code 75.")
+    ] = None,
     no_cache: NoCache = False,
     debug: Debug = False,
 ) -> None:
     """Train, validate, export: the run directory holds everything."""
+    from sft_recipes import stopping
     from sft_recipes.recipe import check as recipe_check
 
-    recipe_check.accepted(recipe, overrides)  # a typo is said at once, not after the seconds that importing torch takes
-    _quiet(debug)
-    from sft_recipes.run import run as start
+    if force and not resume:
+        raise RecipeError("--force goes with --resume: it lets a run continue with other versions or settings")
+    limit = None if stop_after is None else stopping.seconds(stop_after)
+    again = sys.argv[1:] if "--resume" in sys.argv else [*sys.argv[1:], "--resume"]
+    with stopping.on_request(limit, shlex.join(["sft-recipe", *again])) as stop:
+        recipe_check.accepted(
+            recipe, overrides
+        )  # a typo is said at once, not after the seconds that importing torch takes
+        _quiet(debug)
+        from sft_recipes.run import run as start
 
-    start(recipe, overrides, resume=resume, cached=not no_cache)
+        start(recipe, overrides, resume=resume, force=force, cached=not no_cache, stop=stop)
 
 
 @app.command()
@@ -192,7 +209,8 @@ def schema() -> None:
 
 
 def main() -> NoReturn:
-    """Entry point. Exit codes: 0 done; 1 the run failed; 2 the recipe, the data or the command line is wrong."""
+    """Entry point. Exit codes: 0 done; 1 the run failed; 2 the recipe, the data or the command line is wrong; 75 stopped
+    on request, and to be resumed."""
     debug = "--debug" in sys.argv
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

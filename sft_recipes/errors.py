@@ -2,6 +2,7 @@
 
     SFTRecipeError              exit code 1
     ├── RunError                training or export failed
+    ├── Stopped                 exit code 75: ended on request; --resume continues
     └── InputError              exit code 2: something the user gave is wrong
         ├── RecipeError         the recipe or the command line
         ├── DataError           the data
@@ -27,6 +28,12 @@ class SFTRecipeError(Exception):
 
 class RunError(SFTRecipeError, RuntimeError):
     """Training, evaluation or export failed after it had begun."""
+
+
+class Stopped(SFTRecipeError, RuntimeError):
+    """The run was ended on request, and can be continued. 75 is EX_TEMPFAIL of sysexits.h: try again."""
+
+    exit_code = 75
 
 
 class InputError(SFTRecipeError, ValueError):

@@ -10,6 +10,7 @@ from sft_recipes.data import prepare, tokens
 from sft_recipes.export.outputs import export
 from sft_recipes.recipe import check
 from sft_recipes.report import page, words
+from sft_recipes.stopping import Stop
 from sft_recipes.training import checkpoints, model, trainer
 
 
@@ -18,24 +19,35 @@ def run(
     overrides: Sequence[str] = (),
     *,
     resume: bool = False,
+    force: bool = False,
     cached: bool = True,
+    stop: Stop | None = None,
     console: Console | None = None,
 ) -> Path:
     """Train, validate and export what a recipe says; returns the run directory, which holds everything.
 
-    `overrides` are `key=value` as --set takes them. Raises InputError (a line a problem) where recipe, data, model or
-    output directory are wrong, and then leaves nothing behind; RunError where training or export failed. Without `cached`
-    the data is tokenised again, and nothing of it kept.
+    `overrides` are `key=value` as --set takes them. `resume` continues from the newest complete checkpoint, or starts where
+    there is none; `force` lets it do so with changes that do no harm. Without `cached` the data is tokenised again, and
+    nothing of it kept. Raises InputError (a line a problem) where recipe, data, model or output directory are wrong, and
+    then leaves nothing behind; RunError where training or export failed; Stopped where `stop` asked for that.
     """
-    console = console or Console()
+    console = console or words.Voice()
     loaded, warnings = check.accepted(recipe_file, overrides)
     recipe = loaded.recipe
     words.warn(console, warnings)
     with loaded.placing_errors(), run_folder.opened(recipe.output_dir, resume=resume) as folder:
-        checkpoint = None
+        checkpoint, changes = None, list[str]()
         if resume:
-            run_folder.refuse_changes(folder, recipe, prepare.fingerprints(recipe))
-            checkpoint = checkpoints.newest(folder)
+            changes = run_folder.changes(folder, recipe, prepare.fingerprints(recipe), force=force)
+            words.warn(console, changes)
+            if run_folder.is_finished(folder):
+                words.say(console, [f"{folder}: this run has finished"])
+                return folder
+            checkpoint, passed_over = checkpoints.newest(folder)
+            words.warn(console, passed_over)
+            words.say(
+                console, [f"resumed from {checkpoint}" if checkpoint else "no checkpoint yet: from the first step"]
+            )
 
         # What it is trained on
         tokenizer = model.load_tokenizer(recipe.model)
@@ -45,16 +57,20 @@ def run(
 
         # What is trained
         network = model.load_model(recipe, tokenizer)
-        sft = trainer.build(recipe, network, tokenizer, data, folder, console)
+        sft = trainer.build(recipe, network, tokenizer, data, folder, console, stop)
         words.say(console, trainer.facts(recipe, sft))
         counted = data.as_dict() | {"steps": sft.args.max_steps, "sequences_per_step": recipe.sequences_per_step}
-        run_folder.describe(folder, recipe_file, recipe, counted, prepare.fingerprints(recipe), trainer.device())
+        run_folder.describe(
+            folder, recipe_file, recipe, counted, prepare.fingerprints(recipe), trainer.device(), checkpoint, changes
+        )
 
         # The training itself
-        trainer.train(sft, folder, checkpoint)
+        trainer.train(sft, checkpoint)
 
         # What comes out
         words.say(console, export(recipe, sft.model, tokenizer, data, folder))
-        page.write(folder)
+        with words.no_more_than_a_warning(console, "the report"):
+            page.write(folder)
+        run_folder.finish(folder)
     words.conclude(console, folder)
     return folder

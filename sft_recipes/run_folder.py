@@ -12,12 +12,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from sft_recipes import files
 from sft_recipes.errors import InputError, OutputError, RecipeError
 from sft_recipes.recipe.schema import Recipe
 
+MANIFEST, RESOLVED = "manifest.json", "recipe.resolved.json"
+OURS = (MANIFEST, RESOLVED, f".{RESOLVED}.partial")  # a run that was begun holds one of these
+# Keys that change what is written and said of a training, and not the training.
+_HARMLESS = ("checkpoint.", "log.", "export.", "eval.", "train.on_nonfinite")
 LIBRARIES = (
     "sft-recipes", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "bitsandbytes",
-    "safetensors", "torchao", "flash-attn",
+    "safetensors", "numpy", "torchao", "flash-attn",
 )  # fmt: skip
 
 
@@ -26,7 +31,12 @@ def in_the_way(output_dir: str, *, resume: bool = False) -> str | None:
     folder = Path(output_dir).expanduser()
     if folder.exists() and not folder.is_dir():
         return f"output_dir: {folder} is a file; choose another with --set output_dir=DIR"
-    held = sorted(child.name for child in folder.iterdir()) if folder.is_dir() else []
+    held = _held(folder)
+    if resume and held and not any(name in OURS for name in held):
+        return (
+            f"output_dir: {folder} holds no run to resume, but {', '.join(held[:4])}{', ...' if len(held) > 4 else ''}; "
+            "choose another directory with --set output_dir=DIR"
+        )
     if held and not resume:
         return (
             f"output_dir: {folder} is in use (it holds {', '.join(held[:4])}{', ...' if len(held) > 4 else ''}); continue "
@@ -37,50 +47,65 @@ def in_the_way(output_dir: str, *, resume: bool = False) -> str | None:
 
 @contextmanager
 def opened(output_dir: str, *, resume: bool) -> Iterator[Path]:
-    """The run directory, made where it is not there. What was made is removed again where the input turns out wrong
-    before the training has begun.
+    """The run directory, made where it is not there, and held against other processes. What was made is removed again
+    where the input turns out wrong, or a signal comes, before the training has begun.
 
-    Raises OutputError where it is in use (without `resume`), where there is nothing to resume, or it cannot be made.
+    Raises OutputError where it is in use (without `resume`), holds something else than a run, or cannot be made.
     """
     folder = Path(output_dir).expanduser()
     if problem := in_the_way(output_dir, resume=resume):
         raise OutputError(problem)
-    held = sorted(child.name for child in folder.iterdir()) if folder.is_dir() else []
-    if resume and "manifest.json" not in held:
-        raise OutputError(f"output_dir: {folder} holds no run to resume; start it without --resume")
     made = next((parent for parent in reversed([folder, *folder.parents]) if not parent.exists()), None)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"output_dir: {folder} cannot be made: {error.strerror}") from None
+        raise OutputError(
+            f"output_dir: {folder} cannot be made: {error.strerror}; choose another with --set output_dir=DIR"
+        ) from None
+    held = _held(folder)
     try:
-        yield folder
-    except InputError:
-        if not held and not (folder / "manifest.json").exists():
+        with files.locked(folder):
+            yield folder
+    except (InputError, KeyboardInterrupt):
+        if not held and not (folder / MANIFEST).exists():
             shutil.rmtree(made or folder, ignore_errors=True)
             if made is None:
                 folder.mkdir()
         raise
 
 
-def refuse_changes(folder: Path, recipe: Recipe, fingerprints: dict[str, str]) -> None:
-    """A run is resumed as it was begun. Raises RecipeError with every key, and data source, that is another now."""
-    before, now = (_flat(values) for values in (_json(folder / "recipe.resolved.json"), recipe.resolved()))
-    data = _json(folder / "manifest.json").get("data", {})
-    changed = [
-        f"{key}: {json.dumps(now.get(key))} now, and {json.dumps(before.get(key))} in the run that is to be resumed"
-        for key in dict.fromkeys([*before, *now])
-        if before.get(key) != now.get(key) and key != "output_dir"
-    ]
-    changed += [
-        f"{path}: its content has changed since the run began"
-        for path in fingerprints
-        if fingerprints[path] != data.get(path)
-    ]
-    if changed:
-        raise RecipeError(
-            *changed, f"{folder} is resumed with what it was begun with, or another output_dir started anew"
-        )
+def _held(folder: Path) -> list[str]:
+    return sorted(child.name for child in folder.iterdir()) if folder.is_dir() else []
+
+
+def changes(folder: Path, recipe: Recipe, fingerprints: dict[str, str], *, force: bool) -> list[str]:
+    """What is another than when the run began: a line for each key, data source and library version.
+
+    A run is resumed as it was begun: raises RecipeError with these lines where there are any, but where `force` allows
+    those that do no harm.
+    """
+    if not (folder / MANIFEST).exists():  # it did not come to begin
+        return []
+    before, now = (_flat(values) for values in (_json(folder / RESOLVED), recipe.resolved()))
+    manifest = _json(folder / MANIFEST)
+    harmful, harmless = list[str](), list[str]()
+    for key in dict.fromkeys([*before, *now]):
+        if before.get(key) != now.get(key) and key != "output_dir":
+            line = f"{key}: {json.dumps(now.get(key))} now, and {json.dumps(before.get(key))} in the run that is to be resumed"
+            (harmless if key.startswith(_HARMLESS) else harmful).append(line)
+    for path, found in fingerprints.items():
+        if found != manifest.get("data", {}).get(path):
+            harmful.append(f"{path}: its content has changed since the run began")
+    used = manifest.get("versions", {})
+    for name, installed in versions().items():
+        if installed != used.get(name):
+            harmless.append(f"{name}: version {installed} now, and {used.get(name)} when the run began")
+    anew = f"{folder} is resumed with what it was begun with, or another output_dir started anew"
+    if harmful:
+        raise RecipeError(*harmful, *harmless, anew)
+    if harmless and not force:
+        raise RecipeError(*harmless, f"{anew}; --force resumes it all the same")
+    return harmless
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -99,24 +124,55 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def describe(
-    folder: Path, recipe_file: str, recipe: Recipe, data: dict[str, Any], fingerprints: dict[str, str], device: Any
+    folder: Path,
+    recipe_file: str,
+    recipe: Recipe,
+    data: dict[str, Any],
+    fingerprints: dict[str, str],
+    device: Any,
+    checkpoint: Path | None,
+    forced: list[str],
 ) -> None:
-    """Write down what is run: recipe.resolved.json, data.json and manifest.json."""
-    manifest = {
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
-        "recipe": recipe_file,
-        "seed": recipe.train.seed,
-        "data": fingerprints,
-        "device": device,
-        "platform": platform.platform(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
-        "git_commit": _git_commit(),
-    }
-    contents = {"recipe.resolved": recipe.resolved(), "data": data, "manifest": manifest}
-    for name, content in contents.items():
-        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        (folder / f"{name}.json").write_text(text, encoding="utf-8")
+    """Write down what is run: recipe.resolved.json, data.json, and last manifest.json, with which the run has begun.
+
+    Of a run that is resumed the manifest stays, and says how it went on.
+    """
+    now = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "command": sys.argv, "device": device}
+    if checkpoint is not None:
+        manifest = _json(folder / MANIFEST)
+        manifest.setdefault("resumed", []).append(now | {"from": checkpoint.name, "changes": forced})
+        if forced:
+            manifest["versions"] = versions()
+    else:
+        manifest = now | {
+            "recipe": recipe_file,
+            "seed": recipe.train.seed,
+            "data": fingerprints,
+            "platform": platform.platform(),
+            "versions": versions(),
+            "git_commit": _git_commit(),
+        }
+    files.write_json(folder / RESOLVED, recipe.resolved())
+    files.write_json(folder / "data.json", data)
+    files.write_json(folder / MANIFEST, manifest)
+
+
+def finish(folder: Path) -> None:
+    """Write down that the run has come to its end."""
+    files.write_json(
+        folder / MANIFEST, _json(folder / MANIFEST) | {"finished": datetime.now(UTC).isoformat(timespec="seconds")}
+    )
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run has come to its end, and what it left is still there."""
+    outputs = any((folder / name).is_dir() for name in ("model", "adapter"))
+    return outputs and (folder / MANIFEST).exists() and "finished" in _json(folder / MANIFEST)
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and the libraries that a run rests on; None: not installed."""
+    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
 
 
 def version(package: str) -> str | None:

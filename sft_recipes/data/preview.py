@@ -50,7 +50,7 @@ def show(
 ) -> Iterator[Text]:
     """The sequences with these numbers: a line for each and for each document in it, and the tokens themselves."""
     numbers = list(numbers)
-    places = _places(sequences, numbers)
+    places = sequences.places(numbers)
     special = {token: added.content for token, added in backend.get_added_tokens_decoder().items() if added.special}
     for number in numbers:
         row = sequences[number]
@@ -75,15 +75,6 @@ def show(
             yield _tokens(tokens, mask, backend, special, colours=colours, ids=ids)
             at += length
         yield Text()
-
-
-def _places(sequences: Sequences, numbers: Iterable[int]) -> list[dict[int, str]]:
-    """`file:line` of all documents in these sequences, by source; each file is read once."""
-    wanted: list[set[int]] = [set() for _ in sequences.chosen]
-    for number in numbers:
-        for piece in range(int(sequences.bounds[number]), int(sequences.bounds[number + 1])):
-            wanted[int(sequences.source[piece])].add(int(sequences.row[piece]))
-    return [each.places(rows) if rows else {} for each, rows in zip(sequences.chosen, wanted, strict=True)]
 
 
 def _tokens(

@@ -1,6 +1,6 @@
 """From documents to the sequences that are trained on: what fits, what is packed together, and the account of it."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -64,6 +64,14 @@ class Sequences:
             raise IndexError(sequence)
         columns = self._columns(sequence, sequence + 1)
         return {name: values.tolist() for name, (values, _) in columns.items()}
+
+    def places(self, numbers: Iterable[int]) -> list[dict[int, str]]:
+        """`file:line` of all documents in these sequences, by source and row; each file is read once."""
+        wanted: list[set[int]] = [set() for _ in self.chosen]
+        for number in numbers:
+            for piece in range(int(self.bounds[number]), int(self.bounds[number + 1])):
+                wanted[int(self.source[piece])].add(int(self.row[piece]))
+        return [each.places(rows) if rows else {} for each, rows in zip(self.chosen, wanted, strict=True)]
 
     def _batches(self) -> Iterator["pyarrow.RecordBatch"]:
         import pyarrow

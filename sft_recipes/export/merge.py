@@ -4,11 +4,8 @@ A few rows at a time, from file to file, so that no model needs more memory than
 was trained before it gets its name.
 """
 
-import hashlib
-import json
 import shutil
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +21,8 @@ from sft_recipes.export.changes import Merged, NotRowByRow, refuse_incomplete
 from sft_recipes.export.load import Origin
 from sft_recipes.export.probe import Probe
 from sft_recipes.export.quantized import dequantized
-from sft_recipes.export.save import DTYPES, complete_or_not_there, save_around, save_model
+from sft_recipes.export.save import DTYPES, save_around, save_model
+from sft_recipes.files import complete_or_not_there, described, write_json
 
 FILE = "merge.json"  # in the merged model's directory
 BASES = ("original", "dequantized")
@@ -102,19 +100,7 @@ def merge(
 
 def write_report(file: Path, report: Mapping[str, Any]) -> None:
     """Write a report of a model's directory, with size and SHA-256 of every file in it."""
-    files = sorted(there for there in file.parent.iterdir() if there.is_file())
-    with ThreadPoolExecutor() as pool:
-        hashes = list(pool.map(_sha256, files))
-    listed = {
-        there.name: {"bytes": there.stat().st_size, "sha256": hashed}
-        for there, hashed in zip(files, hashes, strict=True)
-    }
-    file.write_text(json.dumps({**report, "files": listed}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    write_json(file, {**report, "files": described(file.parent)})
 
 
 def _proven(job: _Job, folders: Mapping[str, Path], out: Path) -> dict[str, dict[str, Any]]:

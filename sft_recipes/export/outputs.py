@@ -1,6 +1,5 @@
 """What a run leaves: the adapter and the model."""
 
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,8 @@ from sft_recipes.errors import InputError, RunError
 from sft_recipes.export import tensors, verify
 from sft_recipes.export.merge import merge, proof_in_words, write_report
 from sft_recipes.export.probe import Probe, rows_of
-from sft_recipes.export.save import complete_or_not_there, save_adapter, save_model
+from sft_recipes.export.save import save_adapter, save_model
+from sft_recipes.files import complete_or_not_there, remove
 from sft_recipes.recipe import model_files
 from sft_recipes.recipe.schema import Recipe
 
@@ -41,7 +41,7 @@ def export(
             "train.learning_rate"
         )
     for earlier in (folder / "adapter", folder / "model"):
-        shutil.rmtree(earlier, ignore_errors=True)  # of a run that is resumed after its export
+        remove(earlier)  # of a run that is resumed after its export
     quantization = getattr(model.config, "quantization_config", None)
     probe = Probe(
         rows_of(data.eval or data.train),

@@ -1,11 +1,7 @@
 """A model directory that loads anywhere: weights, config, generation config, tokenizer, chat template."""
 
-import fcntl
 import json
-import os
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import peft
@@ -13,40 +9,9 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from sft_recipes.errors import OutputError
+from sft_recipes.files import complete_or_not_there
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-@contextmanager
-def complete_or_not_there(out: Path) -> Iterator[Path]:
-    """A directory to write to, which gets the name `out` once all is written, and is removed if that fails.
-
-    Its files may be read by whom the directory may be read by: safetensors 0.8 lets the owner alone read what it writes.
-    """
-    partial = out.with_name(f".{out.name}.partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    held = os.open(partial, os.O_RDONLY)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed, or this process has ended
-        if os.fstat(held).st_ino != partial.stat().st_ino:  # it has just got its name
-            raise BlockingIOError
-    except (BlockingIOError, FileNotFoundError):
-        os.close(held)
-        raise OutputError(f"{out}: is being written by another process") from None
-    try:
-        for left in partial.iterdir():  # by one that was killed
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-        yield partial
-        for file in partial.rglob("*"):
-            if file.is_file():
-                file.chmod(partial.stat().st_mode & 0o666)
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    finally:
-        os.close(held)
 
 
 def save_model(

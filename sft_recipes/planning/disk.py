@@ -6,30 +6,51 @@ from pathlib import Path
 from sft_recipes.errors import OutputError
 from sft_recipes.recipe.schema import Recipe
 
+_WRITTEN = ("checkpoints", "adapter", "model")
+_AROUND = 20_000_000  # bytes of tokenizer and configs beside weights: Llama 3 has 17 MB of them
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+def of_checkpoint(recipe: Recipe, trained: int) -> int:
+    """Bytes of a checkpoint: the trained weights and two moments of each, in the weights' type or in 8 bits."""
+    weights = 4 if recipe.lora else BYTES[recipe.model.dtype]
+    moments = 2 if "8bit" in recipe.train.optimizer else 2 * weights
+    return trained * (weights + moments) + _AROUND
 
 
 def needed(recipe: Recipe, parameters: int, trained: int) -> int:
     """Bytes that checkpoints and export take, from the number of parameters in all and of those trained.
 
-    A checkpoint holds the trained weights and two moments of each, in the weights' type or in 8 bits; one more than is
-    kept is there while it is being written. Quantised weights count as what they are exported as.
+    One checkpoint more than is kept is there while it is being written. Quantised weights count as what they are exported
+    as.
     """
-    weights = 4 if recipe.lora else BYTES[recipe.model.dtype]
-    moments = 2 if "8bit" in recipe.train.optimizer else 2 * weights
-    checkpoints = recipe.checkpoint.keep + 1 + recipe.checkpoint.export_best if recipe.checkpoint.every else 0
-    exported = trained * weights if recipe.lora else 0
+    kept = recipe.checkpoint.keep + 1 + recipe.checkpoint.export_best if saves(recipe) else 0
+    exported = trained * 4 + _AROUND if recipe.lora else 0
     if recipe.lora is None or recipe.export.merge:
         # Of a quantised base both candidates are written, before one is chosen.
-        exported += parameters * BYTES[recipe.export.dtype] * (2 if recipe.model.quantization else 1)
-    return checkpoints * trained * (weights + moments) + exported
+        models = 2 if recipe.model.quantization else 1
+        exported += models * (parameters * BYTES[recipe.export.dtype] + _AROUND)
+    return kept * of_checkpoint(recipe, trained) + exported
+
+
+def saves(recipe: Recipe) -> bool:
+    """Whether checkpoints are written without being asked for by a signal."""
+    return recipe.checkpoint.every is not None or recipe.checkpoint.export_best
 
 
 def check_room(recipe: Recipe, folder: Path, parameters: int, trained: int) -> None:
-    """Raises OutputError where the run would not fit."""
-    need, free = needed(recipe, parameters, trained), shutil.disk_usage(folder).free
+    """Raises OutputError where the run would not fit, beside what it may have written before it is resumed."""
+    written = (file for part in _WRITTEN for file in (folder / part).rglob("*"))
+    there = sum(file.stat().st_size for file in written if file.is_file())  # will be replaced
+    need, free = needed(recipe, parameters, trained) - there, shutil.disk_usage(folder).free
     if need > free:
         raise OutputError(
             f"output_dir: {folder} has {free / 1e9:.1f} GB free, and the run writes up to {need / 1e9:.1f} GB of checkpoints "
             "and models; free some, choose another disk with --set output_dir=DIR, or lower checkpoint.keep"
         )
+
+
+def lacking(folder: Path, need: int) -> str:
+    """Words to add to what could not be written where the disk has less room than `need` bytes; else nothing."""
+    free = shutil.disk_usage(folder).free
+    return f" (it takes {need / 1e9:.2f} GB, and the disk has {free / 1e9:.2f} GB free)" if free < need else ""

@@ -145,6 +145,8 @@ class Train(_Section):
     """Decoupled weight decay; biases and norms are left out."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Gradients are scaled down to this norm; 0: never."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite stops the run before it reaches the weights, or the step is skipped."""
     mixed_precision: Literal["bf16", "fp16", "no"] = "bf16"
     """Type that matrix products are computed in (autocast); no: in the weights' own."""
     optimizer: str = "adamw_torch_fused"
@@ -185,7 +187,9 @@ class Checkpoint(_Section):
     every: Interval = 0.25
     """Fraction of the run, or a number of steps; null: never."""
     keep: Positive = 2
-    """How many of the latest are kept."""
+    """How many of the latest are kept, besides the best with export_best."""
+    on_failure: Literal["stop", "continue"] = "stop"
+    """A checkpoint that cannot be written, on a full disk for one, stops the run, or it goes on without."""
     export_best: bool = False
     """Export the checkpoint with the lowest validation loss instead of the last."""
 

@@ -46,4 +46,4 @@ def learning_curve(metrics: list[dict[str, Any]], out: Path, title: str) -> None
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     for axes in (loss, rate):
         axes.grid(alpha=0.3)
-    figure.savefig(out, dpi=150)
+    figure.savefig(out, dpi=150, format="png")

@@ -7,6 +7,7 @@ from typing import Any
 
 from jinja2 import Environment
 
+from sft_recipes import files
 from sft_recipes.report.curve import learning_curve, read_metrics
 from sft_recipes.report.words import samples
 
@@ -51,22 +52,23 @@ _SAMPLES = 20
 def write(folder: Path) -> None:
     """Write learning_curve.png and report.html from the run's own files. Raises OutputError where there is no run."""
     metrics = read_metrics(folder)
-    learning_curve(metrics, folder / "learning_curve.png", folder.name)
-    files = {name: _json(folder / f"{name}.json") for name in ("recipe.resolved", "data", "manifest")}
+    with files.replaced(folder / "learning_curve.png") as partial:
+        learning_curve(metrics, partial, folder.name)
+    written = {name: _json(folder / f"{name}.json") for name in ("recipe.resolved", "data", "manifest")}
     html = (
         Environment(autoescape=True)
         .from_string(_PAGE)
         .render(
             title=folder.name,
-            facts=_facts(metrics, files),
+            facts=_facts(metrics, written),
             curve=base64.b64encode((folder / "learning_curve.png").read_bytes()).decode(),
             samples=samples(folder)[:_SAMPLES],
-            data=json.dumps(files["data"], indent=2, ensure_ascii=False),
-            recipe=json.dumps(files["recipe.resolved"], indent=2, ensure_ascii=False),
-            manifest=json.dumps(files["manifest"], indent=2, ensure_ascii=False),
+            data=json.dumps(written["data"], indent=2, ensure_ascii=False),
+            recipe=json.dumps(written["recipe.resolved"], indent=2, ensure_ascii=False),
+            manifest=json.dumps(written["manifest"], indent=2, ensure_ascii=False),
         )
     )
-    (folder / "report.html").write_text(html, encoding="utf-8")
+    files.write_text(folder / "report.html", html)
 
 
 def _facts(metrics: list[dict[str, Any]], files: dict[str, Any]) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """What a run says on the console before and after the training."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,22 @@ from rich.text import Text
 from sft_recipes.report.curve import read_metrics, whole_lines
 
 _SAMPLES = 5  # answers that are shown; samples.jsonl has all
+
+
+class Voice(Console):
+    """A console that falls silent, and ends no run, when nobody listens any more (`sft-recipe run r.yaml | head`)."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
+@contextmanager
+def no_more_than_a_warning(console: Console, what: str) -> Iterator[None]:
+    """What is only shown must not fail a run."""
+    try:
+        yield
+    except Exception as error:
+        warn(console, [f"{what} could not be made: {' '.join(str(error).split())[:300] or type(error).__name__}"])
 
 
 def say(console: Console, lines: Iterable[str]) -> None:

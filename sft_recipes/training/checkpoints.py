@@ -1,33 +1,69 @@
-"""Checkpoints to resume from."""
+"""Checkpoints to resume from: complete or not there, and never the last of them removed."""
 
 import json
+import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
-from sft_recipes.errors import OutputError
+from sft_recipes import files
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+_WRITTEN = re.compile(r"\.(checkpoint-\d+)\.partial")
 
 
-def newest(run_dir: Path) -> Path:
-    """The latest checkpoint that is complete: the Trainer writes trainer_state.json last. Raises OutputError."""
-    found = [
-        folder for folder in (run_dir / "checkpoints").glob("checkpoint-*") if (folder / "trainer_state.json").is_file()
+def place(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint after a step is."""
+    return run_dir / "checkpoints" / f"checkpoint-{step}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The number of steps after which a checkpoint was made."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def newest(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """The latest checkpoint of which every file is as it was written, None where there is none; and a line for each later
+    one that was passed over, with the reason."""
+    folder = run_dir / "checkpoints"
+    names = [child.name for child in folder.iterdir()] if folder.is_dir() else []
+    passed_over = [
+        f"{folder / found[1]} is passed over: it was being written when the run ended"
+        for found in map(_WRITTEN.fullmatch, names)
+        if found
     ]
-    if not found:
-        raise OutputError(
-            f"output_dir: {run_dir} holds no complete checkpoint to resume from: the run stopped before its first; start "
-            "again with --set output_dir=DIR, or remove it"
-        )
-    return max(found, key=_step)
+    for checkpoint in _latest_first(run_dir):
+        fault = files.fault(checkpoint)
+        if fault is None:
+            return checkpoint, passed_over
+        passed_over.append(f"{checkpoint} is passed over: {fault}")
+    return None, passed_over
 
 
-def rewind(run_dir: Path, checkpoint: Path) -> None:
-    """Take back what was logged after the checkpoint: those steps will be run again."""
+def rotate(newest: Path, keep: int, best: Path | None) -> None:
+    """Remove checkpoints before the `newest`, which has just become complete, but the best one and so many of the latest
+    that with it there are `keep`."""
+    earlier = [folder for folder in _latest_first(newest.parent.parent) if step_of(folder) < step_of(newest)]
+    complete = [folder for folder in earlier if files.fault(folder, thoroughly=False) is None]
+    for folder in earlier:
+        if folder not in complete[: keep - 1] and folder != best:
+            files.remove(folder)
+
+
+def rewind(run_dir: Path, checkpoint: Path | None) -> None:
+    """Take back what was logged after the checkpoint, for those steps will be run again, and what was being written."""
+    for pattern in ("checkpoints/.checkpoint-*", ".model.*", ".adapter.*"):
+        for left in run_dir.glob(pattern):
+            shutil.rmtree(left, ignore_errors=True)
+    last = -1 if checkpoint is None else step_of(checkpoint)
     for name in ("metrics.jsonl", "samples.jsonl"):
         file = run_dir / name
         if file.is_file():
             lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
             whole = (line for line in lines if line.endswith("\n"))  # a run that is killed can leave half a line
-            file.write_text("".join(line for line in whole if json.loads(line)["step"] <= _step(checkpoint)), "utf-8")
+            files.write_text(file, "".join(line for line in whole if json.loads(line)["step"] <= last))
 
 
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
+def _latest_first(run_dir: Path) -> list[Path]:
+    found: Iterator[Path] = (run_dir / "checkpoints").glob("checkpoint-*")
+    return sorted((folder for folder in found if _NAME.fullmatch(folder.name)), key=step_of, reverse=True)

@@ -15,6 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
+from sft_recipes import files
+
 # Names of the Trainer's log, and of metrics.jsonl.
 _NAMES = {
     "loss": "loss",
@@ -27,6 +29,7 @@ _NAMES = {
     "eval_perplexity": "eval_perplexity",
     "eval_mean_token_accuracy": "eval_token_accuracy",
     "eval_exact_match": "eval_exact_match",
+    "skipped_steps": "skipped_steps",
 }
 
 
@@ -39,10 +42,11 @@ def peak_memory() -> float:
 
 
 class Metrics(TrainerCallback):
-    """Writes metrics.jsonl, one object a line, and hands each to those who show it."""
+    """Writes metrics.jsonl, one object a line, and hands each to those who show it. What of that fails is a warning."""
 
-    def __init__(self, file: Path, *shows: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(self, file: Path, warn: Callable[[str], None], *shows: Callable[[dict[str, Any]], None]) -> None:
         self.file = file
+        self.warn = warn
         self.shows = shows
         self.seconds = 0.0  # in training steps since the last record, without evaluation and saving
         self.tokens = 0  # seen up to the last record
@@ -75,10 +79,12 @@ class Metrics(TrainerCallback):
             line["tokens_per_second"] = round(seen / self.seconds, 1) if self.seconds else None
             self.seconds, self.tokens = 0.0, line["tokens"]
         line["memory"] = round(peak_memory(), 3)
-        with self.file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
-        for show in self.shows:
-            show(line)
+        try:
+            files.append(self.file, json.dumps(line) + "\n")
+            for show in self.shows:
+                show(line)
+        except Exception as error:
+            self.warn(_first_line(f"{self.file}: step {state.global_step} is not recorded: {error!r}"))
 
 
 class Display(TrainerCallback):

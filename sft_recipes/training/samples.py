@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from sft_recipes import files
 from sft_recipes.data import reading
 from sft_recipes.data.formats import Example
 from sft_recipes.data.prepare import Prepared
@@ -57,10 +58,11 @@ class Samples:
     def take(self, model: PreTrainedModel, step: int) -> dict[str, float]:
         """Answer all questions now; {"eval_exact_match": share} where answers are expected, else {}."""
         answers = answer(model, self.tokenizer, self.prompts, max_new_tokens=self.max_new_tokens, stops=self.stops)
-        with self.file.open("a", encoding="utf-8") as stream:
-            for question, given in zip(self.questions, answers, strict=True):
-                line = {"step": step, "messages": question.messages, "answer": given, "expected": question.expected}
-                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+        lines = [
+            {"step": step, "messages": question.messages, "answer": given, "expected": question.expected}
+            for question, given in zip(self.questions, answers, strict=True)
+        ]
+        files.append(self.file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         known = [(q.expected, a) for q, a in zip(self.questions, answers, strict=True) if q.expected is not None]
         if not known:
             return {}

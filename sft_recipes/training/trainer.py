@@ -1,8 +1,10 @@
 """The translation of our words into TRL's. The only file that imports trl."""
 
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import peft
 import torch
 from datasets.table import InMemoryTable
 from rich.console import Console
+from safetensors import SafetensorError
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -24,15 +27,18 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
+from sft_recipes import files
 from sft_recipes.data.prepare import Prepared
 from sft_recipes.data.sequences import IGNORED, Sequences
-from sft_recipes.errors import RecipeError, RunError, SFTRecipeError
+from sft_recipes.errors import RecipeError, RunError, SFTRecipeError, Stopped
 from sft_recipes.planning import disk
 from sft_recipes.planning.steps import Steps, count
 from sft_recipes.recipe import model_files
 from sft_recipes.recipe.check import STOCHASTIC_ROUNDING, TORCHAO
 from sft_recipes.recipe.schema import Recipe
+from sft_recipes.stopping import Stop
 from sft_recipes.training import checkpoints
+from sft_recipes.training.guards import Finite, Stops
 from sft_recipes.training.logging import Display, Metrics, trackers
 from sft_recipes.training.model import count_parameters, is_out_of_memory, keep_trainable_in_float32
 from sft_recipes.training.preflight import check_isolation
@@ -80,9 +86,9 @@ def sft_config(recipe: Recipe, steps: Steps, run_dir: Path, *, validates: bool) 
         "eval_steps": steps.every(recipe.eval.every) or steps.total,
         "eval_on_start": validates,
         "prediction_loss_only": True,
-        "save_strategy": "steps" if checkpoint.every else "best" if checkpoint.export_best else "no",
+        "save_strategy": "steps" if disk.saves(recipe) else "no",
         "save_steps": steps.every(checkpoint.every) or steps.total,
-        "save_total_limit": checkpoint.keep,
+        "save_total_limit": None,  # Trainer.write_checkpoint sees to it: transformers counts what is not complete
         "metric_for_best_model": "eval_loss" if checkpoint.export_best else None,
         "greater_is_better": False if checkpoint.export_best else None,
         "logging_steps": recipe.log.every,
@@ -106,11 +112,142 @@ def padding_free(recipe: Recipe) -> bool:
 
 
 class Trainer(SFTTrainer):
-    """SFTTrainer, but for what it leaves to chance: the weighting of the validation loss, the precision of what is
-    trained beside quantised weights, and the choice of the best checkpoint."""
+    """SFTTrainer, but for what it leaves to chance: the weighting of the validation loss, the completeness of checkpoints
+    and of what they hold, numbers that are not finite, and the end on request."""
 
     samples: Samples | None = None
     aux_loss_enabled: bool  # SFTTrainer's own: whether a mixture of experts also learns to balance them
+
+    def set_up(self, recipe: Recipe, run_dir: Path, rows: Sequences, warn: Callable[[str], None], stop: Stop) -> None:
+        """What a run needs beyond SFTTrainer's own arguments."""
+        self.recipe, self.run_dir, self.rows, self.warn, self.stop = recipe, run_dir, rows, warn, stop
+        self.losses: list[torch.Tensor] = []  # of the micro-batches of this step
+        self.grad_norm: torch.Tensor | float = 0.0  # of this step
+        self.skipped_steps = 0
+        self.saved: Path | None = None  # the last complete checkpoint
+        self.best: tuple[float | None, int | None] = (None, None)  # validation loss and step of the best one
+        self.stopped = False  # on request
+        self.add_callback(Finite(self))
+        self.add_callback(Stops(self, stop))
+
+    # --- Each step ---
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.losses.append(loss.detach())
+        return loss
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        self.grad_norm = super()._get_grad_norm(*args, **kwargs)
+        return self.grad_norm
+
+    def agree(self, mine: torch.Tensor | bool) -> bool:
+        """Whether it holds in any of the processes."""
+        if self.args.world_size == 1:
+            return bool(mine)
+        return bool(self.accelerator.reduce(torch.as_tensor(mine, device=self.args.device).long(), "sum").item())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.skipped_steps and "loss" in logs:
+            logs["skipped_steps"] = self.skipped_steps
+        super().log(logs, start_time)
+
+    def rows_in_words(self, step: int, micro_batches: list[int] | None = None) -> str:
+        """The rows that this process trains on in the step after `step` steps, or in some of its micro-batches."""
+        loader, accumulation = self.callback_handler.train_dataloader, self.args.gradient_accumulation_steps
+        if loader is None:
+            return "it was not at any row yet"
+        epoch, before = divmod(step, math.ceil(len(loader) / accumulation))
+        loader.set_epoch(epoch)
+        batches = list(islice(loader.batch_sampler, before * accumulation, (before + 1) * accumulation))
+        chosen = batches if micro_batches is None else [batches[number] for number in micro_batches]
+        places = [place for source in self.rows.places(chain.from_iterable(chosen)) for place in source.values()]
+        more = f" and {len(places) - _ROWS:,} more" if len(places) > _ROWS else ""
+        return f"it was at {', '.join(places[:_ROWS])}{more}"
+
+    # --- Checkpoints ---
+
+    def _save_checkpoint(self, model: Any = None, trial: Any = None) -> None:
+        """All that an exact continuation takes, complete or not there."""
+        folder, state = checkpoints.place(self.run_dir, self.state.global_step), self.state
+        best_before = state.best_model_checkpoint
+        if state.best_global_step == state.global_step:
+            state.best_model_checkpoint = str(folder)
+        self.store_flos()
+        try:
+            files.remove(folder)  # passed over when the run was resumed
+            with files.complete_or_not_there(folder) as partial:
+                self.save_model(str(partial), _internal_call=True)
+                (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
+                self._save_optimizer_and_scheduler(str(partial))
+                self._save_scaler(str(partial))
+                self._save_rng_state(str(partial))
+                files.write_json(partial / self._running_file, self._running())
+                state.save_to_json(str(partial / "trainer_state.json"))
+                files.seal(partial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch's own word for a full disk is RuntimeError
+            state.best_model_checkpoint = best_before
+            state.best_metric, state.best_global_step = self.best
+            self._not_saved(folder, error)
+            return
+        self.saved, self.best = folder, (state.best_metric, state.best_global_step)
+        best = Path(state.best_model_checkpoint) if state.best_model_checkpoint else None
+        checkpoints.rotate(folder, self.recipe.checkpoint.keep, best)
+
+    def _not_saved(self, folder: Path, error: Exception) -> None:
+        lacking = disk.lacking(self.run_dir, disk.of_checkpoint(self.recipe, count_parameters(self.model)[1]))
+        line = f"{folder}: not saved: {_line(error)}{lacking}; {self.last_checkpoint_in_words()}"
+        if self.recipe.checkpoint.on_failure == "stop":
+            raise RunError(f"{line}; make room and continue with --resume") from error
+        self.warn(f"{line}; the run goes on")
+
+    def last_checkpoint_in_words(self) -> str:
+        return f"the last checkpoint is {self.saved}" if self.saved else "there is no checkpoint yet"
+
+    @property
+    def _running_file(self) -> str:
+        return f"running_{self.args.process_index}.json"
+
+    def _running(self) -> dict[str, Any]:
+        """The averages that are being taken, which transformers and TRL forget: the loss is logged every so many steps."""
+        return {
+            "loss": self._tr_loss.item(),
+            "steps": self.state.global_step - self._globalstep_last_logged,
+            "averages": dict(self._metrics["train"]),
+            "tokens": self._total_train_tokens,
+            "skipped_steps": self.skipped_steps,
+        }
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """The last that is restored before the first step: random states, and here the running averages too."""
+        super()._load_rng_state(checkpoint)
+        file = Path(str(checkpoint)) / self._running_file
+        if file.is_file():  # not where the number of processes is another
+            running = json.loads(file.read_text(encoding="utf-8"))
+            self._tr_loss.fill_(running["loss"])
+            self._globalstep_last_logged = self.state.global_step - running["steps"]
+            self._metrics["train"].update(running["averages"])
+            self._total_train_tokens, self.skipped_steps = running["tokens"], running["skipped_steps"]
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        trained = super()._init_training_state(*args, **kwargs)
+        if self.state.best_global_step:  # by its step: the run directory may have been moved
+            best = checkpoints.place(self.run_dir, self.state.best_global_step)
+            fault = files.fault(best) if best.is_dir() else "it is missing"
+            self.state.best_model_checkpoint = None if fault else str(best)
+            if fault:
+                self.state.best_metric = self.state.best_global_step = None
+                self.warn(
+                    f"{best}: the checkpoint with the lowest validation loss cannot be used: {fault}; the next takes its place"
+                )
+        self.best = (self.state.best_metric, self.state.best_global_step)
+        return trained
+
+    def _load_best_model(self) -> None:
+        if not self.stopped:
+            super()._load_best_model()
+
+    # --- Validation ---
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Validation loss per token. The Trainer's own is a mean over batches, and moves with the micro-batch size."""
@@ -146,12 +283,17 @@ def build(
     data: Prepared,
     run_dir: Path,
     console: Console,
+    stop: Stop | None = None,
 ) -> Trainer:
     """A trainer that is ready to run. Raises OutputError where the run would not fit on the disk."""
     disk.check_room(recipe, run_dir, *count_parameters(model))
     steps = count(recipe, len(data.train))
     keep_seq_lengths = padding_free(recipe)
     display = Display(console)
+
+    def warn(text: str) -> None:
+        console.print(f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
     text_config = model.config.get_text_config()
     routing = {
         n: getattr(text_config, n) for n in ("output_router_logits", "router_aux_loss_coef") if hasattr(text_config, n)
@@ -167,11 +309,12 @@ def build(
             eval_dataset=_dataset(data.eval, keep_seq_lengths) if data.eval else None,
             processing_class=tokenizer,
             callbacks=[
-                Metrics(run_dir / "metrics.jsonl", display.show),
+                Metrics(run_dir / "metrics.jsonl", warn, display.show),
                 display,
-                *trackers(recipe.log.to, run_dir, lambda text: console.print(f"warning: {text}", soft_wrap=True)),
+                *trackers(recipe.log.to, run_dir, warn),
             ],
         )
+    trainer.set_up(recipe, run_dir, data.train, warn, stop or Stop())
     text_config.update(routing)  # SFTTrainer asks for what it needs; the exported model is not to
     for unwanted in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(unwanted)
@@ -233,11 +376,14 @@ def device() -> dict[str, Any]:
     return {"name": "mps" if torch.backends.mps.is_available() else "cpu", "threads": torch.get_num_threads()}
 
 
-def train(trainer: Trainer, run_dir: Path, checkpoint: Path | None) -> None:
-    """Train to the end, from a checkpoint if there is one. Raises RunError where training fails."""
+def train(trainer: Trainer, checkpoint: Path | None) -> None:
+    """Train to the end, from a checkpoint if there is one. Raises RunError where training fails, Stopped where it was
+    asked to end."""
+    run_dir, stop = trainer.run_dir, trainer.stop
+    checkpoints.rewind(run_dir, checkpoint)
     if checkpoint is not None:
-        checkpoints.rewind(run_dir, checkpoint)
         trainer.args.eval_on_start = False  # that was before the first step
+        trainer.saved = checkpoint
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except SFTRecipeError:
@@ -245,8 +391,22 @@ def train(trainer: Trainer, run_dir: Path, checkpoint: Path | None) -> None:
     except Exception as error:
         step = trainer.state.global_step
         raise RunError(
-            f"{run_dir}: training failed after step {step}: {_line(error)}{_memory_remedy(error)}"
+            f"{run_dir}: training failed after step {step}: {_line(error)}{_memory_remedy(error)}; "
+            f"{trainer.rows_in_words(step)}, and {trainer.last_checkpoint_in_words()}"
         ) from error
+    finally:
+        stop.waits = None
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, Display):
+                callback.close()
+    state = trainer.state
+    if trainer.stopped:
+        raise Stopped(
+            f"{run_dir}: {stop.reason or 'stopped'} after step {state.global_step:,} of {state.max_steps:,}; "
+            f"{trainer.last_checkpoint_in_words()}"
+        )
+    if trainer.saved != checkpoints.place(run_dir, state.global_step):
+        stop.waits = "the export is finished first, as there is no checkpoint of the last step"
 
 
 @contextmanager
@@ -260,6 +420,9 @@ def _as_recipe_error(what: str) -> Iterator[None]:
         if is_out_of_memory(error):
             raise RunError(f"out of memory before the first step: {_line(error)}{_memory_remedy(error)}") from error
         raise RecipeError(f"{what}: {_line(error)}") from error
+
+
+_ROWS = 20  # that are named
 
 
 def _line(error: Exception) -> str:

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from sft_recipes import files
 from sft_recipes.errors import ModelError, OutputError, RunError
 from sft_recipes.export import changes, merge, save, tensors, verify
 from sft_recipes.export.probe import Probe
@@ -336,7 +337,7 @@ def test_embeddings_with_an_adapter_and_more_rows(tmp_path: Path) -> None:
 
 
 def test_two_merges_into_one_place(tmp_path: Path) -> None:
-    with save.complete_or_not_there(tmp_path / "out"):
+    with files.complete_or_not_there(tmp_path / "out"):
         with pytest.raises(OutputError, match="out: is being written by another process"):
             merge.merge(adapter(tmp_path / "adapter", target_modules=["up_proj"]), tmp_path / "out")
         assert (tmp_path / ".out.partial").is_dir()

@@ -2,7 +2,6 @@ import json
 import os
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
@@ -65,20 +64,6 @@ def test_a_head_that_was_trained_apart_is_saved_apart(tmp_path: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     assert not loaded.config.tie_word_embeddings
     torch.testing.assert_close(loaded.lm_head.weight, loaded.model.embed_tokens.weight + 1)
-
-
-def test_a_name_is_given_only_to_what_is_complete(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="disk"), save.complete_or_not_there(tmp_path / "m") as folder:  # noqa: PT012
-        (folder / "half").write_text("x")
-        raise OSError("disk full")
-    assert list(tmp_path.iterdir()) == []
-
-    (tmp_path / ".m.partial").mkdir()  # left by a run that was killed
-    (tmp_path / ".m.partial" / "half").write_text("x")
-    with save.complete_or_not_there(tmp_path / "m") as folder:
-        (folder / "whole").write_text("x")
-    assert [path.name for path in (tmp_path / "m").iterdir()] == ["whole"]
-    assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
 def test_the_tokenizer_is_saved_under_a_name_that_others_know(tmp_path: Path) -> None:

@@ -1,0 +1,177 @@
+"""Files and directories that are whole or not there, whatever kills the process, fills the disk or cuts the power."""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sft_recipes.errors import OutputError
+
+MANIFEST = "manifest.json"  # in a sealed directory: size and SHA-256 of every file in it
+
+
+@contextmanager
+def complete_or_not_there(out: Path) -> Iterator[Path]:
+    """A directory to write to, which gets the name `out` once all is written, and is removed if that fails.
+
+    All of it is on the disk by then. Its files may be read by whom the directory may be read by: safetensors 0.8 lets the
+    owner alone read what it writes. Raises OutputError where another process is writing it.
+    """
+    partial = out.with_name(f".{out.name}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    held = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed, or this process has ended
+        if os.fstat(held).st_ino != partial.stat().st_ino:  # it has just got its name
+            raise BlockingIOError
+    except (BlockingIOError, FileNotFoundError):
+        os.close(held)
+        raise OutputError(f"{out}: is being written by another process") from None
+    try:
+        for left in partial.iterdir():  # by one that was killed
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        yield partial
+        for file in partial.rglob("*"):
+            if file.is_file():
+                file.chmod(partial.stat().st_mode & 0o666)
+            _to_disk(file)
+        _to_disk(partial)
+        partial.rename(out)
+        _to_disk(out.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finally:
+        os.close(held)
+
+
+@contextmanager
+def replaced(file: Path) -> Iterator[Path]:
+    """A file to write to, which takes the place of `file` once all is written; until then, and if that fails, the earlier
+    one stays."""
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        yield partial
+        _to_disk(partial)
+        partial.replace(file)
+        _to_disk(file.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file anew, whole or not at all."""
+    with replaced(file) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write an object as readable JSON, whole or not at all."""
+    write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def append(file: Path, text: str) -> None:
+    """Add to a file, all of `text` or nothing of it: half a line would spoil the next."""
+    with file.open("ab", buffering=0) as stream:
+        before = stream.tell()
+        content = text.encode()
+        try:
+            if stream.write(content) != len(content):  # the disk took a part
+                raise OSError(f"{file}: the disk is full")
+        except OSError:
+            stream.truncate(before)
+            raise
+
+
+def remove(folder: Path) -> None:
+    """Remove a directory; killed half way, what is left of it no longer has its name."""
+    if folder.is_dir():
+        doomed = folder.with_name(f".{folder.name}.removed")
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def described(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file in a directory, by its path in there."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    with ThreadPoolExecutor() as pool:  # hashing leaves Python's lock to others
+        hashes = list(pool.map(_sha256, files))
+    return {
+        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": hashed}
+        for file, hashed in zip(files, hashes, strict=True)
+    }
+
+
+def seal(folder: Path) -> None:
+    """Write down what a directory holds, so that `fault` can tell whether it is still all there."""
+    write_json(folder / MANIFEST, {"files": described(folder)})
+
+
+def fault(folder: Path, *, thoroughly: bool = True) -> str | None:
+    """What is wrong with a sealed directory; None where all of it is there. Contents are read where `thoroughly`."""
+    try:
+        wanted = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"])
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}, so it is not known to be complete"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"its {MANIFEST} cannot be read: {' '.join(str(error).split())}"
+    sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
+    del sizes[MANIFEST]
+    for name, expected in wanted.items():
+        if name not in sizes:
+            return f"{name} is missing"
+        if sizes[name] != expected["bytes"]:
+            return f"{name} has {sizes[name]:,} bytes instead of {expected['bytes']:,}"
+    if more := sorted(sizes.keys() - wanted.keys()):
+        return f"{more[0]} does not belong to it"
+    if thoroughly:
+        found = described(folder)
+        changed = [name for name in wanted if found[name]["sha256"] != wanted[name]["sha256"]]
+        if changed:
+            return f"{changed[0]} is not as it was written"
+    return None
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Only one process at a time works in a directory; the lock ends with its process. Raises OutputError."""
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(
+                f"output_dir: {folder}: another process is running in it; wait for it, or stop it"
+            ) from None
+        except OSError:  # some network file systems know no locks
+            pass
+        yield
+    finally:
+        os.close(held)
+
+
+def _to_disk(path: Path) -> None:
+    """What the kernel holds back of a file, or of a directory's names, is written now."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot, for directories
+            raise
+    finally:
+        os.close(handle)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,110 @@
+"""What watches each step: that its numbers are finite, and whether the run is to end."""
+
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sft_recipes.errors import RunError
+from sft_recipes.stopping import Stop
+
+_IN_A_ROW = 20  # skipped steps after which no other outcome is to be expected
+
+
+class Finite(TrainerCallback):
+    """A loss or gradient that is not finite stops the run before it reaches the weights, or the step is skipped.
+
+    Looked at once an optimizer step, so that the device is waited for once. With fp16 a gradient that overflows is part of
+    the method: the loss scaler skips the step and scales less; that is only counted.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.skips = trainer.recipe.train.on_nonfinite == "skip"
+        self.in_a_row = 0
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        trainer = self.trainer
+        trainer.losses.clear()
+        # What a skipped step leaves in the averages is taken out again.
+        self.loss_before = trainer._tr_loss.clone()
+        self.counts = {name: len(values) for name, values in trainer._metrics["train"].items()}
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        trainer = self.trainer
+        scaler = trainer.accelerator.scaler is not None
+        losses, gradient = torch.stack(trainer.losses).float(), torch.as_tensor(trainer.grad_norm)
+        finite = losses.isfinite().all() & (gradient.isfinite().to(losses.device) | scaler)
+        if trainer.agree(not finite):
+            self._fail(losses, gradient.item())
+        elif not scaler:
+            self.in_a_row = 0
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.trainer.accelerator.optimizer_step_was_skipped:
+            self._count(float("nan"))
+        elif self.trainer.accelerator.scaler is not None:
+            self.in_a_row = 0
+
+    def _fail(self, losses: torch.Tensor, gradient: float) -> None:
+        trainer = self.trainer
+        bad = losses.isfinite().logical_not().nonzero().flatten().tolist()  # micro-batches
+        what = f"the loss is {losses[bad[0]].item()}" if bad else f"the norm of the gradient is {gradient}"
+        if not self.skips:
+            raise RunError(self._message(what, bad[:1] or None))
+        self._count(gradient, what)
+        trainer.optimizer.zero_grad(set_to_none=True)  # so that the optimizer passes over every weight
+        trainer._tr_loss.copy_(self.loss_before)
+        trainer._globalstep_last_logged += 1  # the average is over the steps that were taken
+        for name, values in trainer._metrics["train"].items():
+            del values[self.counts.get(name, 0) :]
+
+    def _count(self, gradient: float, what: str = "") -> None:
+        self.trainer.skipped_steps += 1
+        self.in_a_row += 1
+        if self.in_a_row == _IN_A_ROW:
+            what = what or f"the norm of the gradient is {gradient}"
+            raise RunError(self._message(f"{what}, as at the {_IN_A_ROW - 1} steps before it", None))
+
+    def _message(self, what: str, micro_batches: list[int] | None) -> str:
+        trainer = self.trainer
+        step = trainer.state.global_step
+        return (
+            f"{trainer.run_dir}: step {step + 1}: {what}; {trainer.rows_in_words(step, micro_batches)}; the step was not "
+            f"taken, and {trainer.last_checkpoint_in_words()}; look at these rows, skip such steps with --resume --force "
+            "--set train.on_nonfinite=skip, or train anew with a lower train.learning_rate"
+        )
+
+
+class Stops(TrainerCallback):
+    """Ends the run after the step that is being made, with a checkpoint. All processes agree on the step."""
+
+    def __init__(self, trainer: Any, stop: Stop) -> None:
+        self.trainer, self.stop = trainer, stop
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.stop.waits = "the step is finished and saved first"
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._end_if_asked(control, save=True)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.stop.waits:  # not before the first step
+            self._end_if_asked(control, save=True)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._end_if_asked(control, save=False)
+
+    def _end_if_asked(self, control: TrainerControl, *, save: bool) -> None:
+        if self.trainer.agree(self.stop.reason is not None):
+            self.trainer.stopped = True
+            control.should_training_stop = True
+            control.should_save = control.should_save or save
