@@ -13,18 +13,20 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 BELOW = {
     "__init__": {"data"},
     "errors": set(),
+    "files": {"errors"},
+    "stopping": {"errors"},
     "recipe": {"errors"},
     "builtin": {"data", "export", "recipe", "errors"},
     "data": {"recipe", "errors"},
     "planning": {"recipe", "errors"},
-    "report": {"recipe", "errors"},
-    "export": {"data", "recipe", "errors"},
-    "training": {"planning", "data", "recipe", "errors"},
-    "run_folder": {"recipe", "errors"},
+    "report": {"recipe", "errors", "files"},
+    "export": {"data", "recipe", "errors", "files"},
+    "training": {"planning", "data", "recipe", "errors", "files", "stopping"},
+    "run_folder": {"recipe", "errors", "files"},
     "checks": {"planning", "data", "recipe", "errors", "run_folder"},
-    "run": {"training", "export", "report", "planning", "data", "recipe", "errors", "run_folder"},
+    "run": {"training", "export", "report", "planning", "data", "recipe", "errors", "run_folder", "stopping"},
     "talk": {"training", "export", "recipe", "errors"},
-    "cli": {"run", "talk", "checks", "training", "export", "report", "recipe", "errors"},
+    "cli": {"run", "talk", "checks", "training", "export", "report", "recipe", "errors", "stopping"},
 }
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes"}
 
@@ -68,7 +70,7 @@ def test_only_the_trainer_imports_trl() -> None:
 
 
 @pytest.mark.parametrize(
-    "rooms", [["errors", "recipe", "data", "planning", "report", "checks.py", "cli.py", "run_folder.py"]]
+    "rooms", [["errors.py", "files.py", "stopping.py", "recipe", "data", "planning", "report", "checks.py", "cli.py", "run_folder.py"]]
 )
 def test_rooms_without_torch(rooms: list[str]) -> None:
     """Every module of these rooms, imported together."""

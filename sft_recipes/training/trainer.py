@@ -195,7 +195,8 @@ class Trainer(SFTTrainer):
         checkpoints.rotate(folder, self.recipe.checkpoint.keep, best)
 
     def _not_saved(self, folder: Path, error: Exception) -> None:
-        lacking = disk.lacking(self.run_dir, disk.of_checkpoint(self.recipe, count_parameters(self.model)[1]))
+        trained, tokenizer = count_parameters(self.model)[1], _bytes_of(self.processing_class)
+        lacking = disk.lacking(self.run_dir, disk.of_checkpoint(self.recipe, trained, tokenizer))
         line = f"{folder}: not saved: {_line(error)}{lacking}; {self.last_checkpoint_in_words()}"
         if self.recipe.checkpoint.on_failure == "stop":
             raise RunError(f"{line}; make room and continue with --resume") from error
@@ -243,6 +244,13 @@ class Trainer(SFTTrainer):
         self.best = (self.state.best_metric, self.state.best_global_step)
         return trained
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Where a run is resumed after its last step, transformers 5.23 would make one more."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
+
     def _load_best_model(self) -> None:
         if not self.stopped:
             super()._load_best_model()
@@ -286,7 +294,7 @@ def build(
     stop: Stop | None = None,
 ) -> Trainer:
     """A trainer that is ready to run. Raises OutputError where the run would not fit on the disk."""
-    disk.check_room(recipe, run_dir, *count_parameters(model))
+    disk.check_room(recipe, run_dir, *count_parameters(model), _bytes_of(tokenizer))
     steps = count(recipe, len(data.train))
     keep_seq_lengths = padding_free(recipe)
     display = Display(console)
@@ -341,6 +349,10 @@ def build(
         if data.eval is None:
             trainer.add_callback(_SampleWithoutValidation(trainer, steps.every(recipe.eval.every)))
     return trainer
+
+
+def _bytes_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    return len(tokenizer.backend_tokenizer.to_str(pretty=True).encode())
 
 
 def _check_room_for_answers(recipe: Recipe, trainer: Trainer) -> None:

@@ -8,6 +8,7 @@ from sft_recipes.errors import OutputError
 from sft_recipes.planning import disk
 from sft_recipes.recipe.schema import Recipe
 
+BESIDE = disk._CONFIGS
 LEAST = {"model": {"name": "x"}, "data": {"train": "x"}, "output_dir": "x"}
 
 
@@ -15,22 +16,40 @@ LEAST = {"model": {"name": "x"}, "data": {"train": "x"}, "output_dir": "x"}
     ("sections", "trained", "expected"),
     [
         # three checkpoints of 2 + 4 bytes a weight, and the model
-        ({}, 1000, 3 * 1000 * 6 + 2000),
-        ({"train": {"optimizer": "adamw_8bit_sr"}}, 1000, 3 * 1000 * 4 + 2000),
-        ({"checkpoint": {"every": None}}, 1000, 2000),
-        ({"checkpoint": {"keep": 1, "export_best": True}, "export": {"dtype": "float32"}}, 1000, 3 * 1000 * 6 + 4000),
+        ({}, 1000, 3 * (1000 * 6 + 7) + 2000 + 7),
+        ({"train": {"optimizer": "adamw_8bit_sr"}}, 1000, 3 * (1000 * 4 + 7) + 2000 + 7),
+        ({"checkpoint": {"every": None}}, 1000, 2000 + 7),
+        ({"checkpoint": {"keep": 1, "export_best": True}, "export": {"dtype": "float32"}}, 1000, 3 * (1000 * 6 + 7) + 4000 + 7),
         # adapters are held in float32; the merged model has all weights
-        ({"lora": {}}, 10, 3 * 10 * 12 + 40 + 2000),
-        ({"lora": {}, "export": {"merge": False}}, 10, 3 * 10 * 12 + 40),
+        ({"lora": {}}, 10, 3 * (10 * 12 + 7) + 40 + 7 + 2000 + 7),
+        ({"lora": {}, "export": {"merge": False}}, 10, 3 * (10 * 12 + 7) + 40 + 7),
     ],
 )
 def test_needed(sections: dict[str, object], trained: int, expected: int) -> None:
-    assert disk.needed(Recipe.model_validate(LEAST | sections), 1000, trained) == expected
+    assert disk.needed(Recipe.model_validate(LEAST | sections), 1000, trained, 7 - BESIDE) == expected
 
 
 def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3e9))
 
     with pytest.raises(OutputError, match=r"3\.0 GB free, and the run writes up to 160\.0 GB"):
-        disk.check_room(Recipe.model_validate(LEAST), tmp_path, 8_000_000_000, 8_000_000_000)
-    disk.check_room(Recipe.model_validate(LEAST), tmp_path, 1_000_000, 1_000_000)
+        disk.check_room(Recipe.model_validate(LEAST), tmp_path, 8_000_000_000, 8_000_000_000, 0)
+    disk.check_room(Recipe.model_validate(LEAST), tmp_path, 1_000_000, 1_000_000, 0)
+
+
+def test_what_is_there_already_needs_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is resumed writes over what it wrote."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
+    with pytest.raises(OutputError, match=r"1\.0 MB free, and the run writes up to 2\.4 MB"):
+        disk.check_room(Recipe.model_validate(LEAST), tmp_path, 100_000, 100_000, 0)
+    (tmp_path / "checkpoints" / "checkpoint-1").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "checkpoint-1" / "optimizer.pt").write_bytes(bytes(1_500_000))
+
+    disk.check_room(Recipe.model_validate(LEAST), tmp_path, 100_000, 100_000, 0)
+
+
+def test_what_is_lacking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3_000_000))
+
+    assert disk.lacking(tmp_path, 5_000_000_000) == " (it takes 5.0 GB, and the disk has 3.0 MB free)"
+    assert disk.lacking(tmp_path, 2_000_000) == ""

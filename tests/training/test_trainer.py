@@ -66,7 +66,6 @@ def test_the_names_we_send_are_fields_of_sft_config_and_owned(write_recipe: Writ
         ("eval.every=30", {"eval_steps": 30}),
         ("checkpoint.every=0.5", {"save_steps": 50, "save_strategy": "steps"}),
         ("checkpoint.every=null", {"save_strategy": "no"}),
-        ("checkpoint.keep=5", {"save_total_limit": 5}),
         ("checkpoint.export_best=true", {"metric_for_best_model": "eval_loss", "greater_is_better": False}),
         ("log.every=3", {"logging_steps": 3}),
         ("trl.neftune_noise_alpha=5", {"neftune_noise_alpha": 5}),
@@ -94,8 +93,11 @@ def test_wrapped_with_cross_document_attention_is_plain_causal(write_recipe: Wri
     assert not config(write_recipe(), "data.packing=wrapped", "data.cross_document_attention=true").padding_free
 
 
-def test_best_without_intervals_saves_at_each_new_best(write_recipe: WriteRecipe) -> None:
-    assert config(write_recipe(), "checkpoint.every=null", "checkpoint.export_best=true").save_strategy == "best"
+def test_best_without_intervals_saves_at_each_new_best_and_at_the_end(write_recipe: WriteRecipe) -> None:
+    made = config(write_recipe(), "checkpoint.every=null", "checkpoint.export_best=true")
+
+    assert made.save_strategy == "steps"
+    assert made.save_steps == made.max_steps
 
 
 def test_without_validation(write_recipe: WriteRecipe) -> None:

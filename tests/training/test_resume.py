@@ -1,0 +1,134 @@
+"""A run that is stopped and resumed is, to the bit, the run that never was: weights, metrics, order of the data."""
+
+import json
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from sft_recipes.data import prepare, tokens
+from sft_recipes.errors import Stopped
+from sft_recipes.recipe import load
+from sft_recipes.stopping import Stop, on_request
+from sft_recipes.training import checkpoints, model, trainer
+from tests.conftest import WriteRecipe, metrics
+
+# 18 training rows: with these lengths 7 sequences packed at 128, 9 steps of 2 an epoch where each row is alone.
+LORA = {"lora": {"rank": 2, "dropout": 0.1}}
+RUNS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "LoRA": LORA,
+    "QLoRA, 4 bit": LORA | {"model": {"quantization": "nf4"}, "train": {"mixed_precision": "bf16"}},
+    "QLoRA, 8 bit": LORA | {"model": {"quantization": "int8"}, "train": {"mixed_precision": "bf16"}},
+    "new tokens": LORA | {"model": {"new_tokens": ["<a>"]}},
+    "embeddings in full": {"lora": {"rank": 2, "modules_to_save": ["embed_tokens"]}},
+    "not packed": LORA | {"data": {"packing": "none"}},
+    "wrapped": {"data": {"packing": "wrapped"}},
+    "in file order": {"data": {"shuffle": False}},
+    "accumulation with a rest": LORA | {"train": {"micro_batch_size": 1, "global_batch_size": 3}},
+    "the best": LORA | {"checkpoint": {"export_best": True}, "train": {"learning_rate": 0.05}},
+    "bfloat16, 8-bit states, stochastic rounding": {
+        "model": {"dtype": "bfloat16"},
+        "train": {"optimizer": "adamw_8bit_sr", "mixed_precision": "bf16"},
+    },
+    "8-bit states of bitsandbytes": {"train": {"optimizer": "adamw_bnb_8bit"}},
+    "adafactor": {"train": {"optimizer": "adafactor"}},
+    "noise": {"trl": {"neftune_noise_alpha": 5.0}},
+}
+
+
+def train(recipe: Path, folder: Path, overrides: Sequence[str], *, stop_at: int | None = None) -> dict[str, torch.Tensor]:
+    """Train in a directory from its newest checkpoint, up to a SIGTERM in the given step or to the end; the weights."""
+    wanted = load.load(recipe, overrides).recipe
+    folder.mkdir(exist_ok=True)
+    tokenizer = model.load_tokenizer(wanted.model)
+    data = prepare.prepare(wanted, tokens.of_transformers(tokenizer))
+    network = model.load_model(wanted, tokenizer)
+    checkpoint, passed_over = checkpoints.newest(folder)
+    assert passed_over == []
+    with on_request(None, "again") as stop:
+        sft = trainer.build(wanted, network, tokenizer, data, folder, Console(quiet=True), stop)
+        step = sft.training_step
+
+        def training_step(*args: Any, **kwargs: Any) -> torch.Tensor:
+            if sft.state.global_step + 1 == stop_at and stop.signal is None:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(*args, **kwargs)
+
+        sft.training_step = training_step
+        trainer.train(sft, checkpoint)
+    return {name: value.clone() for name, value in sft.model.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_stopped_again_and_again(write_recipe: WriteRecipe, tmp_path: Path, name: str) -> None:
+    """Stopped after its first step, in an epoch, at the end of one, and before the last; 9 steps and more than two epochs."""
+    recipe = write_recipe(log={"every": 4}, eval={"every": 3}, lora=None)
+    overrides = [f"{part}.{key}={json.dumps(value)}" for part, keys in RUNS[name].items() for key, value in keys.items()]
+    overrides += ["train.max_steps=9", "checkpoint.every=2"]
+    whole = train(recipe, tmp_path / "whole", overrides)
+    per_epoch = int(9 / metrics(tmp_path / "whole")[-1]["epoch"] + 0.5)
+    assert per_epoch < 9
+    for step in sorted({1, 3, per_epoch, 8}):
+        with pytest.raises(Stopped, match=rf"stopped by SIGTERM after step {step} of 9; the last checkpoint is .*-{step}\n"):
+            train(recipe, tmp_path / "stopped", overrides, stop_at=step)
+    resumed = train(recipe, tmp_path / "stopped", overrides)
+
+    assert whole.keys() == resumed.keys()
+    assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
+    assert without_times(tmp_path / "stopped") == without_times(tmp_path / "whole")
+
+
+def without_times(folder: Path) -> list[dict[str, Any]]:
+    return [
+        {key: value for key, value in line.items() if key not in ("tokens_per_second", "memory")} for line in metrics(folder)
+    ]
+
+
+def test_a_run_that_ended_is_not_trained_further(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    recipe = write_recipe(checkpoint={"every": 2})
+    whole = train(recipe, tmp_path / "run", [])
+    again = train(recipe, tmp_path / "run", [])
+
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert [line["step"] for line in metrics(tmp_path / "run")][-1] == 3
+
+
+def test_after_a_time(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    wanted = load.load(write_recipe(), []).recipe
+    tokenizer = model.load_tokenizer(wanted.model)
+    data = prepare.prepare(wanted, tokens.of_transformers(tokenizer))
+    sft = trainer.build(
+        wanted, model.load_model(wanted, tokenizer), tokenizer, data, tmp_path, Console(quiet=True), Stop(after=0)
+    )
+    with pytest.raises(Stopped, match=r"stopped after 0s after step 1 of 3; the last checkpoint is .*checkpoint-1$"):
+        trainer.train(sft, None)
+
+    assert checkpoints.newest(tmp_path) == (tmp_path / "checkpoints" / "checkpoint-1", [])
+
+
+@pytest.mark.parametrize("when", ["evaluate", "_save_checkpoint"])
+def test_a_signal_between_two_steps(write_recipe: WriteRecipe, tmp_path: Path, when: str) -> None:
+    """It does not take another step to be heard."""
+    wanted = load.load(write_recipe(eval={"every": 2}, checkpoint={"every": 2}), []).recipe
+    tokenizer = model.load_tokenizer(wanted.model)
+    data = prepare.prepare(wanted, tokens.of_transformers(tokenizer))
+    network = model.load_model(wanted, tokenizer)
+    with pytest.raises(Stopped, match="after step 2 of 3; the last checkpoint is .*checkpoint-2"), on_request(None, "") as stop:  # noqa: PT012
+        sft = trainer.build(wanted, network, tokenizer, data, tmp_path, Console(quiet=True), stop)
+        act = getattr(sft, when)
+
+        def interrupted(*args: Any, **kwargs: Any) -> Any:
+            if sft.state.global_step == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+            return act(*args, **kwargs)
+
+        setattr(sft, when, interrupted)
+        trainer.train(sft, None)
+    assert metrics(tmp_path)[-1]["step"] == 2
+    assert "eval_loss" in metrics(tmp_path)[-1]
