@@ -48,7 +48,9 @@ def recipe(folder: Path, method: str, **sections: Any) -> Path:
     return file
 
 
-def in_a_child(act: Callable[[], object], *, kill_at: int | None = None, kill_after: float | None = None, under: Path) -> str:
+def in_a_child(
+    act: Callable[[], object], *, kill_at: int | None = None, kill_after: float | None = None, under: Path
+) -> str:
     """Do it in a forked process that is killed at its n-th file operation under a directory, or after some seconds.
 
     Returns "done", "killed", or what went wrong.
@@ -125,7 +127,9 @@ def faults(folder: Path) -> list[str]:
         if (fault := files.fault(checkpoint))
     ]
     if (folder / "model").exists():
-        report = next(folder / "model" / name for name in ("merge.json", "export.json") if (folder / "model" / name).exists())
+        report = next(
+            folder / "model" / name for name in ("merge.json", "export.json") if (folder / "model" / name).exists()
+        )
         listed, there = json.loads(report.read_text("utf-8"))["files"], files.described(folder / "model")
         found += [f"model/{name}" for name in listed if there.get(name) != listed[name]]
     if (folder / "adapter").exists() and not (folder / "adapter" / "tokenizer_config.json").exists():
@@ -133,7 +137,9 @@ def faults(folder: Path) -> list[str]:
     return found
 
 
-def trial(folder: Path, method: str, rng: random.Random, operations: int, seconds: float, expected: Any) -> Counter[str]:
+def trial(
+    folder: Path, method: str, rng: random.Random, operations: int, seconds: float, expected: Any
+) -> Counter[str]:
     """One run, killed up to three times. Raises AssertionError."""
     shutil.rmtree(folder / "run", ignore_errors=True)
     file, happened = folder / f"{method}.json", Counter[str]()
@@ -187,7 +193,16 @@ def _operations(file: Path, folder: Path) -> int:
 
         def hook(event: str, arguments: tuple[Any, ...]) -> None:
             nonlocal events
-            if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.chmod", "shutil.rmtree"):
+            if event in (
+                "open",
+                "os.rename",
+                "os.mkdir",
+                "os.remove",
+                "os.rmdir",
+                "os.truncate",
+                "os.chmod",
+                "shutil.rmtree",
+            ):
                 events += isinstance(arguments[0], str) and str(folder / "run") in arguments[0]
 
         sys.addaudithook(hook)
@@ -211,7 +226,9 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         happened = trials(Path(folder), arguments.methods, arguments.trials, arguments.seed, print)
-    print(f"{arguments.trials} trials, {dict(happened)}: every run came to the same end, nothing half written was found")
+    print(
+        f"{arguments.trials} trials, {dict(happened)}: every run came to the same end, nothing half written was found"
+    )
 
 
 if __name__ == "__main__":

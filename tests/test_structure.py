@@ -70,7 +70,21 @@ def test_only_the_trainer_imports_trl() -> None:
 
 
 @pytest.mark.parametrize(
-    "rooms", [["errors.py", "files.py", "stopping.py", "recipe", "data", "planning", "report", "checks.py", "cli.py", "run_folder.py"]]
+    "rooms",
+    [
+        [
+            "errors.py",
+            "files.py",
+            "stopping.py",
+            "recipe",
+            "data",
+            "planning",
+            "report",
+            "checks.py",
+            "cli.py",
+            "run_folder.py",
+        ]
+    ],
 )
 def test_rooms_without_torch(rooms: list[str]) -> None:
     """Every module of these rooms, imported together."""

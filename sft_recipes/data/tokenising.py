@@ -36,6 +36,10 @@ _CHARACTERS = 2_000_000  # as many as have these
 _CORES_FOR_PROCESSES = 8
 _BATCHES_FOR_PROCESSES = 8  # a source with fewer is done before they have started
 
+Sent = Future[
+    tuple[Documents | None, list[str]]
+]  # to a process: the documents of a batch, and what is wrong with its rows
+
 
 @dataclass(frozen=True)
 class Tokenised:
@@ -133,7 +137,7 @@ class Work:
         examples, batch, characters = iter(self.rows), list[Example](), 0
         for example in examples:
             batch.append(example)
-            characters += len(example.text) + sum(len(message["content"]) for message in example.messages)
+            characters += _characters(example)
             if len(batch) == _BATCH or characters > _CHARACTERS:
                 yield batch
                 batch, characters = [], 0
@@ -171,26 +175,35 @@ class Work:
 
     def _by_processes(self, batches: Iterable[list[Example]], processes: int) -> Iterator[Documents]:
         """Each batch is rendered, tokenised and put together in one of the processes; they end with this one."""
-        waiting: deque[Future[tuple[Documents | None, list[str]]]] = deque()
+        waiting: deque[tuple[list[Example], Sent]] = deque()
         _OF_WORKER.update(render=self.render, encoder=self.encoder)
         with ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _set_up_worker) as pool:
             for batch in batches:
-                waiting.append(pool.submit(_in_worker, batch))
+                waiting.append((batch, pool.submit(_in_worker, batch)))
                 if len(waiting) > 2 * processes:
-                    yield from self._received(waiting.popleft())
+                    yield from self._received(waiting)
             while waiting:
-                yield from self._received(waiting.popleft())
+                yield from self._received(waiting)
 
-    def _received(self, sent: Future[tuple[Documents | None, list[str]]]) -> Iterator[Documents]:
+    def _received(self, waiting: deque[tuple[list[Example], Sent]]) -> Iterator[Documents]:
+        """What the first batch has become."""
         try:
-            documents, wrong = sent.result()
+            documents, wrong = waiting[0][1].result()
         except BrokenProcessPool as error:
+            rows = [row for batch, sent in waiting if not sent.done() or sent.exception() for row in batch]
+            longest = max(rows, key=_characters)
             raise RunError(
-                f"{self.rows.source.path}: a process that tokenised it was killed, most likely because memory ran out"
+                f"{longest.place}: a process that tokenised the rows from {rows[0].place} to {rows[-1].place} was killed, "
+                f"most likely because memory ran out; this is the longest of them, with {_characters(longest):,} characters"
             ) from error
+        waiting.popleft()
         self.problems += wrong
         if documents is not None and self._good:
             yield documents
+
+
+def _characters(example: Example) -> int:
+    return len(example.text) + sum(len(message["content"]) for message in example.messages)
 
 
 def _processes() -> int:

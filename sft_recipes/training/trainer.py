@@ -267,6 +267,12 @@ class Trainer(SFTTrainer):
         total = self._loss_and_count.to(self.args.device) if self.args.world_size > 1 else self._loss_and_count
         loss, tokens = self.accelerator.reduce(total).tolist()
         output.metrics["eval_loss"] = loss / max(tokens, 1)
+        if not math.isfinite(loss):
+            raise RunError(
+                f"{self.run_dir}: the validation loss after step {self.state.global_step} is {loss}; "
+                f"{self.last_checkpoint_in_words()}; train anew with a lower train.learning_rate, or with "
+                "train.mixed_precision: bf16 where it is fp16"
+            )
         output.metrics["eval_perplexity"] = math.exp(min(output.metrics["eval_loss"], 700))
         if self.samples is not None:
             output.metrics.update(self.samples.take(self.model, self.state.global_step))

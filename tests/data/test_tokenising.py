@@ -62,7 +62,11 @@ def test_processes_say_what_is_wrong_with_each_row(many: Path, processes: None) 
 @LINUX
 def test_a_process_that_is_killed(many: Path, processes: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenising, "_in_worker", killed)
-    with pytest.raises(RunError, match=r"train.jsonl: a process that tokenised it was killed"):
+    rows = [dict(row) for row in MANY]
+    rows[700]["output"] = "long " * 900
+    write_rows(many.parent / "train.jsonl", rows)
+    said = r"train.jsonl:701: a process that tokenised the rows from .*train.jsonl:1 to .*train.jsonl:\d+ was killed"
+    with pytest.raises(RunError, match=said):
         prepared(many)
 
 

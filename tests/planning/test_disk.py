@@ -19,7 +19,11 @@ LEAST = {"model": {"name": "x"}, "data": {"train": "x"}, "output_dir": "x"}
         ({}, 1000, 3 * (1000 * 6 + 7) + 2000 + 7),
         ({"train": {"optimizer": "adamw_8bit_sr"}}, 1000, 3 * (1000 * 4 + 7) + 2000 + 7),
         ({"checkpoint": {"every": None}}, 1000, 2000 + 7),
-        ({"checkpoint": {"keep": 1, "export_best": True}, "export": {"dtype": "float32"}}, 1000, 3 * (1000 * 6 + 7) + 4000 + 7),
+        (
+            {"checkpoint": {"keep": 1, "export_best": True}, "export": {"dtype": "float32"}},
+            1000,
+            3 * (1000 * 6 + 7) + 4000 + 7,
+        ),
         # adapters are held in float32; the merged model has all weights
         ({"lora": {}}, 10, 3 * (10 * 12 + 7) + 40 + 7 + 2000 + 7),
         ({"lora": {}, "export": {"merge": False}}, 10, 3 * (10 * 12 + 7) + 40 + 7),

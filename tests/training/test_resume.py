@@ -42,7 +42,9 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-def train(recipe: Path, folder: Path, overrides: Sequence[str], *, stop_at: int | None = None) -> dict[str, torch.Tensor]:
+def train(
+    recipe: Path, folder: Path, overrides: Sequence[str], *, stop_at: int | None = None
+) -> dict[str, torch.Tensor]:
     """Train in a directory from its newest checkpoint, up to a SIGTERM in the given step or to the end; the weights."""
     wanted = load.load(recipe, overrides).recipe
     folder.mkdir(exist_ok=True)
@@ -69,13 +71,17 @@ def train(recipe: Path, folder: Path, overrides: Sequence[str], *, stop_at: int 
 def test_stopped_again_and_again(write_recipe: WriteRecipe, tmp_path: Path, name: str) -> None:
     """Stopped after its first step, in an epoch, at the end of one, and before the last; 9 steps and more than two epochs."""
     recipe = write_recipe(log={"every": 4}, eval={"every": 3}, lora=None)
-    overrides = [f"{part}.{key}={json.dumps(value)}" for part, keys in RUNS[name].items() for key, value in keys.items()]
+    overrides = [
+        f"{part}.{key}={json.dumps(value)}" for part, keys in RUNS[name].items() for key, value in keys.items()
+    ]
     overrides += ["train.max_steps=9", "checkpoint.every=2"]
     whole = train(recipe, tmp_path / "whole", overrides)
     per_epoch = int(9 / metrics(tmp_path / "whole")[-1]["epoch"] + 0.5)
     assert per_epoch < 9
     for step in sorted({1, 3, per_epoch, 8}):
-        with pytest.raises(Stopped, match=rf"stopped by SIGTERM after step {step} of 9; the last checkpoint is .*-{step}\n"):
+        with pytest.raises(
+            Stopped, match=rf"stopped by SIGTERM after step {step} of 9; the last checkpoint is .*-{step}\n"
+        ):
             train(recipe, tmp_path / "stopped", overrides, stop_at=step)
     resumed = train(recipe, tmp_path / "stopped", overrides)
 
@@ -86,7 +92,8 @@ def test_stopped_again_and_again(write_recipe: WriteRecipe, tmp_path: Path, name
 
 def without_times(folder: Path) -> list[dict[str, Any]]:
     return [
-        {key: value for key, value in line.items() if key not in ("tokens_per_second", "memory")} for line in metrics(folder)
+        {key: value for key, value in line.items() if key not in ("tokens_per_second", "memory")}
+        for line in metrics(folder)
     ]
 
 
@@ -119,16 +126,21 @@ def test_a_signal_between_two_steps(write_recipe: WriteRecipe, tmp_path: Path, w
     tokenizer = model.load_tokenizer(wanted.model)
     data = prepare.prepare(wanted, tokens.of_transformers(tokenizer))
     network = model.load_model(wanted, tokenizer)
-    with pytest.raises(Stopped, match="after step 2 of 3; the last checkpoint is .*checkpoint-2"), on_request(None, "") as stop:  # noqa: PT012
-        sft = trainer.build(wanted, network, tokenizer, data, tmp_path, Console(quiet=True), stop)
-        act = getattr(sft, when)
 
-        def interrupted(*args: Any, **kwargs: Any) -> Any:
-            if sft.state.global_step == 2:
-                os.kill(os.getpid(), signal.SIGINT)
-            return act(*args, **kwargs)
+    def stopped() -> None:
+        with on_request(None, "") as stop:
+            sft = trainer.build(wanted, network, tokenizer, data, tmp_path, Console(quiet=True), stop)
+            act = getattr(sft, when)
 
-        setattr(sft, when, interrupted)
-        trainer.train(sft, None)
+            def interrupted(*args: Any, **kwargs: Any) -> Any:
+                if sft.state.global_step == 2:
+                    os.kill(os.getpid(), signal.SIGINT)
+                return act(*args, **kwargs)
+
+            setattr(sft, when, interrupted)
+            trainer.train(sft, None)
+
+    with pytest.raises(Stopped, match=r"after step 2 of 3; the last checkpoint is .*checkpoint-2"):
+        stopped()
     assert metrics(tmp_path)[-1]["step"] == 2
     assert "eval_loss" in metrics(tmp_path)[-1]
