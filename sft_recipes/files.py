@@ -120,23 +120,24 @@ def seal(folder: Path) -> None:
 def fault(folder: Path, *, thoroughly: bool = True) -> str | None:
     """What is wrong with a sealed directory; None where all of it is there. Contents are read where `thoroughly`."""
     try:
-        wanted = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"])
+        listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        wanted = {name: (file["bytes"], file["sha256"]) for name, file in listed.items()}
     except FileNotFoundError:
         return f"it has no {MANIFEST}, so it is not known to be complete"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its {MANIFEST} cannot be read: {' '.join(str(error).split())}"
     sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
     del sizes[MANIFEST]
-    for name, expected in wanted.items():
+    for name, (size, _) in wanted.items():
         if name not in sizes:
             return f"{name} is missing"
-        if sizes[name] != expected["bytes"]:
-            return f"{name} has {sizes[name]:,} bytes instead of {expected['bytes']:,}"
+        if sizes[name] != size:
+            return f"{name} has {sizes[name]:,} bytes instead of {size:,}"
     if more := sorted(sizes.keys() - wanted.keys()):
         return f"{more[0]} does not belong to it"
     if thoroughly:
         found = described(folder)
-        changed = [name for name in wanted if found[name]["sha256"] != wanted[name]["sha256"]]
+        changed = [name for name, (_, sha256) in wanted.items() if found[name]["sha256"] != sha256]
         if changed:
             return f"{changed[0]} is not as it was written"
     return None

@@ -99,7 +99,7 @@ def changes(folder: Path, recipe: Recipe, fingerprints: dict[str, str], *, force
     used = manifest.get("versions", {})
     for name, installed in versions().items():
         if installed != used.get(name):
-            harmless.append(f"{name}: version {installed} now, and {used.get(name)} when the run began")
+            harmless.append(f"versions: {name} {installed} now, and {used.get(name)} when the run began")
     anew = f"{folder} is resumed with what it was begun with, or another output_dir started anew"
     if harmful:
         raise RecipeError(*harmful, *harmless, anew)
@@ -118,7 +118,10 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it is no JSON object")
+        return content
     except (OSError, ValueError) as error:
         raise OutputError(f"{file}: cannot be read: {error}; start again in another output_dir") from None
 

@@ -86,12 +86,12 @@ def write_recipe(tmp_path: Path) -> WriteRecipe:
     return write
 
 
-def run(recipe: Path, *overrides: str, resume: bool = False) -> tuple[Path, str]:
+def run(recipe: Path, *overrides: str, resume: bool = False, force: bool = False) -> tuple[Path, str]:
     """Run a recipe in this process; the run directory, and what was said."""
     from sft_recipes.run import run as start
 
     said = io.StringIO()
-    folder = start(str(recipe), overrides, resume=resume, console=Console(file=said, width=200))
+    folder = start(str(recipe), overrides, resume=resume, force=force, console=Console(file=said, width=200))
     return folder, said.getvalue()
 
 

@@ -59,8 +59,8 @@ def in_a_child(
     child = os.fork()
     if child == 0:
         os.close(reader)
-        if kill_at is not None:
-            _kill_self_at(kill_at, under)
+        if kill_at is not None:  # the kernel gets no chance to tidy up
+            at_each_operation(under, lambda number: os.kill(os.getpid(), signal.SIGKILL) if number == kill_at else None)
         try:
             act()
             said = "done"
@@ -80,17 +80,18 @@ def in_a_child(
     return "killed" if os.WIFSIGNALED(status) else said
 
 
-def _kill_self_at(number: int, under: Path) -> None:
-    """At the n-th event that changes, or may change, a file under the directory. The kernel gets no chance to tidy up."""
+_EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.chmod", "shutil.rmtree"}
+
+
+def at_each_operation(under: Path, act: Callable[[int], object]) -> None:
+    """Calls `act` with 1, 2, ... at each event that changes, or may change, a file under the directory."""
     seen = 0
-    events = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.chmod", "shutil.rmtree"}
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal seen
-        if event in events and isinstance(arguments[0], str) and str(under) in arguments[0]:
+        if event in _EVENTS and isinstance(arguments[0], str) and str(under) in arguments[0]:
             seen += 1
-            if seen == number:
-                os.kill(os.getpid(), signal.SIGKILL)
+            act(seen)
 
     sys.addaudithook(hook)
 
@@ -172,11 +173,12 @@ def trials(folder: Path, methods: list[str], number: int, seed: int, say: Callab
         method = methods[count % len(methods)]
         if method not in undisturbed:
             file = recipe(folder, method)
-            shutil.rmtree(folder / "run", ignore_errors=True)
+            operations = _operations(file, folder)
+            expected = outcome(folder / "run")
             began = time.monotonic()
-            said = in_a_child(lambda file=file: start(file, resume=False), under=folder)
-            assert said == "done", said
-            undisturbed[method] = _operations(file, folder), time.monotonic() - began, outcome(folder / "run")
+            assert _operations(file, folder) > 0
+            undisturbed[method] = operations, time.monotonic() - began, expected
+            assert outcome(folder / "run") == expected, "two undisturbed runs differ"
         now = trial(folder, method, rng, *undisturbed[method])
         happened += now
         say(f"{count + 1}: {method}: {dict(now)}")
@@ -189,27 +191,13 @@ def _operations(file: Path, folder: Path) -> int:
     counted = folder / "operations"
 
     def act() -> None:
-        events = 0
-
-        def hook(event: str, arguments: tuple[Any, ...]) -> None:
-            nonlocal events
-            if event in (
-                "open",
-                "os.rename",
-                "os.mkdir",
-                "os.remove",
-                "os.rmdir",
-                "os.truncate",
-                "os.chmod",
-                "shutil.rmtree",
-            ):
-                events += isinstance(arguments[0], str) and str(folder / "run") in arguments[0]
-
-        sys.addaudithook(hook)
+        last = [0]
+        at_each_operation(folder / "run", lambda number: last.__setitem__(0, number))
         start(file, resume=False)
-        counted.write_text(str(events))
+        counted.write_text(str(last[0]))
 
-    assert in_a_child(act, under=folder) == "done"
+    said = in_a_child(act, under=folder)
+    assert said == "done", said
     return int(counted.read_text())
 
 

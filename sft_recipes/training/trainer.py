@@ -239,7 +239,7 @@ class Trainer(SFTTrainer):
             if fault:
                 self.state.best_metric = self.state.best_global_step = None
                 self.warn(
-                    f"{best}: the checkpoint with the lowest validation loss cannot be used: {fault}; the next takes its place"
+                    f"{best}, with the lowest validation loss so far, cannot be used: {fault}; a later one will be"
                 )
         self.best = (self.state.best_metric, self.state.best_global_step)
         return trained

@@ -1,6 +1,5 @@
 """Training for real, on the embedded model: accumulation, schedule, validation loss, best checkpoint, failures."""
 
-import json
 import math
 import shutil
 from pathlib import Path
@@ -262,22 +261,6 @@ def test_checkpointing_changes_nothing_but_memory(write_recipe: WriteRecipe) -> 
 
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
     assert losses[2] == pytest.approx(losses[0], rel=1e-6)
-
-
-def test_a_run_is_resumed_as_it_was_begun(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    recipe = write_recipe(checkpoint={"every": 1})
-    folder, _ = run(recipe)
-    with pytest.raises(RecipeError) as caught:
-        run(recipe, "train.learning_rate=1", "data.packing=none", resume=True)
-    assert [line.split(": ", 1)[1] for line in caught.value.lines[:2]] == [
-        'data.packing: "none" now, and "bfd" in the run that is to be resumed',
-        "train.learning_rate: 1.0 now, and 0.001 in the run that is to be resumed",
-    ]
-
-    write_rows(tmp_path / "train.jsonl", ROWS[1:])
-    with pytest.raises(RecipeError, match=r"train.jsonl: its content has changed since the run began"):
-        run(recipe, resume=True)
-    assert json.loads((folder / "recipe.resolved.json").read_text("utf-8"))["train"]["learning_rate"] == 1e-3
 
 
 def test_half_a_line_is_no_obstacle(write_recipe: WriteRecipe) -> None:

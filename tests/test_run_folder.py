@@ -1,0 +1,118 @@
+"""The run directory: resumed as it was begun, finished once, and never another's."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sft_recipes import run_folder
+from sft_recipes.errors import OutputError, RecipeError
+from tests.conftest import ROWS, WriteRecipe, metrics, run, write_rows
+
+
+@pytest.fixture
+def begun(write_recipe: WriteRecipe, tmp_path: Path) -> tuple[Path, Path]:
+    """A recipe, and a run of it that came to an end but for its export."""
+    recipe = write_recipe(checkpoint={"every": 1})
+    folder, _ = run(recipe)
+    shutil.rmtree(folder / "model")
+    return recipe, folder
+
+
+def change(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | values), encoding="utf-8")
+
+
+def test_every_difference_that_is_another_training(begun: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe, folder = begun
+    write_rows(tmp_path / "train.jsonl", ROWS[1:])
+    for force in (False, True):
+        with pytest.raises(RecipeError) as caught:
+            run(recipe, "train.learning_rate=1", "data.packing=none", "log.every=2", resume=True, force=force)
+        assert [line.split(": ", 1)[1] for line in caught.value.lines[:3]] == [
+            'data.packing: "none" now, and "bfd" in the run that is to be resumed',
+            "train.learning_rate: 1.0 now, and 0.001 in the run that is to be resumed",
+            "its content has changed since the run began",
+        ]
+        assert "log.every: 2 now, and 10 in the run that is to be resumed" in caught.value.lines[3]
+        assert caught.value.lines[-1].endswith(
+            "is resumed with what it was begun with, or another output_dir started anew"
+        )
+
+    assert json.loads((folder / "recipe.resolved.json").read_text("utf-8"))["train"]["learning_rate"] == 1e-3
+
+
+def test_what_does_no_harm_can_be_forced(begun: tuple[Path, Path]) -> None:
+    recipe, folder = begun
+    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+    change(folder / "manifest.json", versions=manifest["versions"] | {"torch": "1.0"})
+    changes = ("export.dtype=float32", "checkpoint.keep=1")
+    with pytest.raises(RecipeError) as caught:
+        run(recipe, *changes, resume=True)
+    assert len(caught.value.lines) == 4
+    assert f"versions: torch {manifest['versions']['torch']} now, and 1.0 when the run began" in caught.value.lines[2]
+    assert "--force resumes it all the same" in caught.value.lines[3]
+
+    _, said = run(recipe, *changes, resume=True, force=True)
+    assert 'warning: export.dtype: "float32" now, and "bfloat16" in the run that is to be resumed' in said
+    resumed = json.loads((folder / "manifest.json").read_text("utf-8"))
+    assert resumed["versions"] == manifest["versions"]
+    assert resumed["started"] == manifest["started"]
+    assert resumed["resumed"][0]["from"] == "checkpoint-3"
+    assert len(resumed["resumed"][0]["changes"]) == 3
+
+
+def test_a_run_that_has_finished_is_left_alone(write_recipe: WriteRecipe) -> None:
+    recipe = write_recipe()
+    folder, _ = run(recipe)
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
+    _, said = run(recipe, resume=True)
+
+    assert "run: this run has finished" in said
+    assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
+
+
+def test_resume_starts_where_there_is_nothing_to_resume(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """So that a job can always be started with it."""
+    _, said = run(write_recipe(), resume=True)
+
+    assert "no checkpoint yet: from the first step" in said
+    assert (tmp_path / "run" / "model").is_dir()
+
+
+def test_killed_before_its_first_checkpoint(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    recipe = write_recipe(checkpoint={"every": None})
+    folder, _ = run(recipe)
+    whole, weights = metrics(folder), (folder / "model" / "model.safetensors").read_bytes()
+    shutil.rmtree(folder / "model")
+    _, said = run(recipe, resume=True)
+
+    assert "no checkpoint yet: from the first step" in said
+    assert [line["step"] for line in metrics(folder)] == [line["step"] for line in whole]
+    assert (folder / "model" / "model.safetensors").read_bytes() == weights
+
+
+def test_a_directory_that_holds_something_else_is_not_resumed(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").touch()
+    with pytest.raises(OutputError, match=r"run holds no run to resume, but thesis.tex; choose another directory"):
+        run(write_recipe(), resume=True)
+
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "\x00"])
+def test_a_manifest_that_cannot_be_read(begun: tuple[Path, Path], content: str) -> None:
+    recipe, folder = begun
+    (folder / "manifest.json").write_text(content)
+    with pytest.raises(OutputError, match=r"manifest.json: cannot be read: .*; start again in another output_dir"):
+        run(recipe, resume=True)
+
+
+def test_versions_are_those_of_what_is_installed() -> None:
+    found = run_folder.versions()
+
+    assert found["trl"] is not None
+    assert found["flash-attn"] is None

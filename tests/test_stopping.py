@@ -1,0 +1,157 @@
+"""Signals and times that end a run."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sft_recipes import stopping
+from sft_recipes.errors import RecipeError, Stopped
+from tests.conftest import WriteRecipe, metrics
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [("3h", 10_800), ("90m", 5_400), ("1h30m", 5_400), ("45s", 45), ("1d12h", 129_600), ("0.5h", 1_800), (" 2m ", 120)],
+)
+def test_times(said: str, meant: float) -> None:
+    assert stopping.seconds(said) == meant
+
+
+@pytest.mark.parametrize("said", ["", "3", "h", "3x", "-3h", "30m1h", "0h", "3 h", "nan", "infh", "1:30"])
+def test_what_is_no_time(said: str) -> None:
+    with pytest.raises(RecipeError, match=r"--stop-after .*: expected a time such as 3h, 90m, 1h30m or 45s"):
+        stopping.seconds(said)
+
+
+@given(st.integers(1, 10**7))
+def test_words_are_read_back(length: int) -> None:
+    assert stopping.seconds(stopping.duration_in_words(length)) == length
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_where_nothing_waits(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(Stopped) as caught, stopping.on_request(None, "sft-recipe run r.yaml --resume"):
+        signal.raise_signal(number)
+
+    assert caught.value.lines == (
+        f"stopped by {number.name}; nothing that was trained is lost",
+        "continue with: sft-recipe run r.yaml --resume",
+    )
+    assert caught.value.exit_code == 75
+    assert signal.getsignal(number) == before
+
+
+def test_a_signal_that_waits(capfd: pytest.CaptureFixture[str]) -> None:
+    with stopping.on_request(None, "") as stop:
+        stop.waits = "the step is finished first"
+        assert stop.reason is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.reason == "stopped by SIGTERM"
+
+    assert "SIGTERM: the step is finished first; another one ends it at once" in capfd.readouterr().err
+
+
+def test_a_time_that_is_up() -> None:
+    assert stopping.Stop(after=0).reason == "stopped after 0s"
+    assert stopping.Stop(after=3600).reason is None
+
+
+def test_no_exception_on_the_way_holds_a_signal_up() -> None:
+    with pytest.raises(Stopped), stopping.on_request(None, ""), contextlib.suppress(Exception):
+        signal.raise_signal(signal.SIGTERM)
+
+
+# --- The command, in a process of its own ---
+
+SLOW = """
+import sys, time
+from sft_recipes import cli
+cli._quiet(debug=False)
+from sft_recipes.training import trainer
+step = trainer.Trainer.training_step
+def slowly(*args, **kwargs):
+    print("in a step", flush=True)
+    time.sleep(0.5)
+    return step(*args, **kwargs)
+trainer.Trainer.training_step = slowly
+sys.argv = ["sft-recipe", *sys.argv[1:]]
+cli.main()
+"""
+
+
+def start(*arguments: object) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-c", SLOW, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(process: "subprocess.Popen[str]", text: str, times: int = 1) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        times -= text in line
+        if times == 0:
+            return
+    pytest.fail(f"it ended before it said {text}: {process.communicate()}")
+
+
+def test_the_step_is_finished_and_the_command_told_that_resumes(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    recipe = write_recipe(
+        train={"max_steps": 500, "micro_batch_size": 4}, data={"eval": None}, checkpoint={"every": None}
+    )
+    with start("run", recipe, "--set", "log.every=1") as process:
+        wait_for(process, "in a step", times=3)
+        process.terminate()
+        _, said = process.communicate(timeout=120)
+
+    assert process.returncode == 75
+    lines = said.strip().splitlines()
+    assert lines[0] == "SIGTERM: the step is finished and saved first; another one ends it at once"
+    assert lines[1].startswith(f"{tmp_path / 'run'}: stopped by SIGTERM after step 3 of 500; the last checkpoint is ")
+    assert lines[2:] == [f"continue with: sft-recipe run {recipe} --set log.every=1 --resume"]
+    assert metrics(tmp_path / "run")[-1]["step"] == 3
+
+    with start("run", recipe, "--set", "log.every=1", "--resume", "--stop-after", "1s") as process:
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 75
+    assert "stopped after 1s after step 4 of 500; the last checkpoint is " in said
+    assert metrics(tmp_path / "run")[-1]["step"] == 4
+
+
+def test_a_second_signal_ends_it_at_once(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    recipe = write_recipe(train={"max_steps": 500}, data={"eval": None}, checkpoint={"every": None})
+    with start("run", recipe) as process:
+        wait_for(process, "in a step", times=3)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=120)
+
+    assert process.returncode == 128 + signal.SIGINT
+    assert not list((tmp_path / "run").rglob("checkpoint-*"))
+
+
+def test_before_the_first_step_nothing_is_left(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """Stopped while libraries are loaded, data read or the model made: the same line, and no directory."""
+    recipe = write_recipe()
+    before = sorted(tmp_path.rglob("*"))
+    with start("run", recipe) as process:
+        time.sleep(1.5)
+        process.terminate()
+        _, said = process.communicate(timeout=120)
+
+    assert process.returncode in (75, -signal.SIGTERM)  # the latter where Python itself had not started yet
+    if process.returncode == 75:
+        assert said.splitlines() == [
+            "stopped by SIGTERM; nothing that was trained is lost",
+            f"continue with: sft-recipe run {recipe} --resume",
+        ]
+    assert sorted(tmp_path.rglob("*")) == before
