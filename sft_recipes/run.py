@@ -10,6 +10,7 @@ from sft_recipes.data import prepare, tokens
 from sft_recipes.export.outputs import export
 from sft_recipes.recipe import check
 from sft_recipes.report import page, words
+from sft_recipes.scale import ranks
 from sft_recipes.stopping import Stop
 from sft_recipes.training import checkpoints, model, trainer
 
@@ -31,11 +32,11 @@ def run(
     nothing of it kept. Raises InputError (a line a problem) where recipe, data, model or output directory are wrong, and
     then leaves nothing behind; RunError where training or export failed; Stopped where `stop` asked for that.
     """
-    console = console or words.Voice()
+    console = console or words.Voice(quiet=not ranks.is_main())
     loaded, warnings = check.accepted(recipe_file, overrides)
     recipe = loaded.recipe
     words.warn(console, warnings)
-    with loaded.placing_errors(), run_folder.opened(recipe.output_dir, resume=resume) as folder:
+    with loaded.placing_errors(), run_folder.opened(recipe.output_dir, resume=resume, main=ranks.is_main()) as folder:
         checkpoint, changes = None, list[str]()
         if resume:
             changes = run_folder.changes(folder, recipe, prepare.fingerprints(recipe), force=force)
@@ -51,7 +52,8 @@ def run(
 
         # What it is trained on
         tokenizer = model.load_tokenizer(recipe.model)
-        data = prepare.prepare(recipe, tokens.of_transformers(tokenizer), cached=cached)
+        with ranks.main_first():  # the others take it from the cache
+            data = prepare.prepare(recipe, tokens.of_transformers(tokenizer), cached=cached)
         model.set_chat_template(tokenizer, data)
         words.say(console, data.lines())
 
@@ -60,14 +62,24 @@ def run(
         sft = trainer.build(recipe, network, tokenizer, data, folder, console, stop)
         words.say(console, trainer.facts(recipe, sft))
         counted = data.as_dict() | {"steps": sft.args.max_steps, "sequences_per_step": recipe.sequences_per_step}
-        run_folder.describe(
-            folder, recipe_file, recipe, counted, prepare.fingerprints(recipe), trainer.device(), checkpoint, changes
-        )
+        if ranks.is_main():
+            run_folder.describe(
+                folder,
+                recipe_file,
+                recipe,
+                counted,
+                prepare.fingerprints(recipe),
+                trainer.device(),
+                checkpoint,
+                changes,
+            )
 
         # The training itself
         trainer.train(sft, checkpoint)
 
         # What comes out
+        if not ranks.is_main():
+            return folder
         words.say(console, export(recipe, sft.model, tokenizer, data, folder))
         with words.no_more_than_a_warning(console, "the report"):
             page.write(folder)

@@ -46,13 +46,17 @@ def in_the_way(output_dir: str, *, resume: bool = False) -> str | None:
 
 
 @contextmanager
-def opened(output_dir: str, *, resume: bool) -> Iterator[Path]:
+def opened(output_dir: str, *, resume: bool, main: bool = True) -> Iterator[Path]:
     """The run directory, made where it is not there, and held against other processes. What was made is removed again
-    where the input turns out wrong, or a signal comes, before the training has begun.
+    where the input turns out wrong, or a signal comes, before the training has begun. Of processes that train together the
+    `main` one does so.
 
     Raises OutputError where it is in use (without `resume`), holds something else than a run, or cannot be made.
     """
     folder = Path(output_dir).expanduser()
+    if not main:
+        yield folder
+        return
     if problem := in_the_way(output_dir, resume=resume):
         raise OutputError(problem)
     made = next((parent for parent in reversed([folder, *folder.parents]) if not parent.exists()), None)

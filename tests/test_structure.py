@@ -21,10 +21,11 @@ BELOW = {
     "planning": {"recipe", "errors"},
     "report": {"recipe", "errors", "files"},
     "export": {"data", "recipe", "errors", "files"},
+    "scale": {"recipe", "errors"},
     "training": {"planning", "data", "recipe", "errors", "files", "stopping"},
     "run_folder": {"recipe", "errors", "files"},
     "checks": {"planning", "data", "recipe", "errors", "run_folder"},
-    "run": {"training", "export", "report", "planning", "data", "recipe", "errors", "run_folder", "stopping"},
+    "run": {"training", "export", "report", "planning", "data", "recipe", "errors", "run_folder", "scale", "stopping"},
     "talk": {"training", "export", "recipe", "errors"},
     "cli": {"run", "talk", "checks", "training", "export", "report", "recipe", "errors", "stopping"},
 }

@@ -4,6 +4,7 @@ Judges and never edits: a recipe means what it says.
 """
 
 import difflib
+import os
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -139,10 +140,14 @@ def _not_yet(recipe: Recipe) -> Iterator[str]:
         yield "train.micro_batch_size: auto is not in this version; give a number"
     if recipe.model.attention == "varlen":
         yield "model.attention: varlen is not in this version; set auto"
-    if recipe.launch.processes > 1:
-        yield "launch.processes: more than one is not in this version; set 1"
-    if recipe.launch.machines > 1:
-        yield "launch.machines: more than one is not in this version; set 1"
+    world, wanted = int(os.environ.get("WORLD_SIZE") or 1), recipe.launch.processes * recipe.launch.machines
+    if world == 1 and wanted > 1:
+        yield (
+            f"launch.processes: starting the {wanted} processes is not in this version; do so with: torchrun "
+            f"--nproc-per-node {recipe.launch.processes} -m sft_recipes.cli run RECIPE"
+        )
+    elif world != wanted:
+        yield f"launch.processes: {wanted} by the recipe, and {world} were started (WORLD_SIZE); let them be the same"
     if recipe.launch.strategy != "ddp":
         yield f"launch.strategy: {recipe.launch.strategy} is not in this version; set ddp"
     if recipe.launch.cpu_offload:

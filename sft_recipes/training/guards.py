@@ -48,36 +48,40 @@ class Finite(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.trainer.accelerator.optimizer_step_was_skipped:
-            self._count(float("nan"))
+            self._count(f"the norm of the gradient is not finite; {self._rows(None)}")
         elif self.trainer.accelerator.scaler is not None:
             self.in_a_row = 0
 
     def _fail(self, losses: torch.Tensor, gradient: float) -> None:
         trainer = self.trainer
         bad = losses.isfinite().logical_not().nonzero().flatten().tolist()  # micro-batches
-        what = f"the loss is {losses[bad[0]].item()}" if bad else f"the norm of the gradient is {gradient}"
+        # Of several processes those at fault know which rows it was; the gradient is the same in all.
+        mine = f"the loss is {losses[bad[0]].item()}; {self._rows(bad[:1])}" if bad else None
+        here = f"the norm of the gradient is {gradient}; {self._rows(None)}"
+        what = trainer.first(mine or here) if not trainer.agree(bool(bad)) else trainer.first(mine)
         if not self.skips:
-            raise RunError(self._message(what, bad[:1] or None))
-        self._count(gradient, what)
+            raise RunError(self._message(what))
+        self._count(what)
         trainer.optimizer.zero_grad(set_to_none=True)  # so that the optimizer passes over every weight
         trainer._tr_loss.copy_(self.loss_before)
         trainer._globalstep_last_logged += 1  # the average is over the steps that were taken
         for name, values in trainer._metrics["train"].items():
             del values[self.counts.get(name, 0) :]
 
-    def _count(self, gradient: float, what: str = "") -> None:
+    def _count(self, what: str) -> None:
         self.trainer.skipped_steps += 1
         self.in_a_row += 1
         if self.in_a_row == _IN_A_ROW:
-            what = what or f"the norm of the gradient is {gradient}"
-            raise RunError(self._message(f"{what}, as at the {_IN_A_ROW - 1} steps before it", None))
+            raise RunError(self._message(f"{what}; the {_IN_A_ROW - 1} steps before it were skipped"))
 
-    def _message(self, what: str, micro_batches: list[int] | None) -> str:
+    def _rows(self, micro_batches: list[int] | None) -> str:
+        return str(self.trainer.rows_in_words(self.trainer.state.global_step, micro_batches))
+
+    def _message(self, what: str) -> str:
         trainer = self.trainer
-        step = trainer.state.global_step
         return (
-            f"{trainer.run_dir}: step {step + 1}: {what}; {trainer.rows_in_words(step, micro_batches)}; the step was not "
-            f"taken, and {trainer.last_checkpoint_in_words()}; look at these rows, skip such steps with --resume --force "
+            f"{trainer.run_dir}: step {trainer.state.global_step + 1}: {what}; the step was not taken, and "
+            f"{trainer.last_checkpoint_in_words()}; look at these rows, skip such steps with --resume --force "
             "--set train.on_nonfinite=skip, or train anew with a lower train.learning_rate"
         )
 

@@ -55,14 +55,15 @@ class Samples:
         raw = data.chat_template is None  # plain text was trained on, so plain text is continued
         self.prompts = [prompt_ids(tokenizer, question.messages, raw=raw) for question in questions]
 
-    def take(self, model: PreTrainedModel, step: int) -> dict[str, float]:
+    def take(self, model: PreTrainedModel, step: int, *, write: bool) -> dict[str, float]:
         """Answer all questions now; {"eval_exact_match": share} where answers are expected, else {}."""
         answers = answer(model, self.tokenizer, self.prompts, max_new_tokens=self.max_new_tokens, stops=self.stops)
         lines = [
             {"step": step, "messages": question.messages, "answer": given, "expected": question.expected}
             for question, given in zip(self.questions, answers, strict=True)
         ]
-        files.append(self.file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        if write:
+            files.append(self.file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         known = [(q.expected, a) for q, a in zip(self.questions, answers, strict=True) if q.expected is not None]
         if not known:
             return {}

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 import peft
 import torch
+from accelerate.utils import gather_object
 from datasets.table import InMemoryTable
 from rich.console import Console
 from safetensors import SafetensorError
@@ -127,6 +128,9 @@ class Trainer(SFTTrainer):
         self.saved: Path | None = None  # the last complete checkpoint
         self.best: tuple[float | None, int | None] = (None, None)  # validation loss and step of the best one
         self.stopped = False  # on request
+        # TRL gathers sums, of which nothing is to be cut off at the end of an epoch; else its averages over several processes
+        # depend on where the run was resumed.
+        self.accelerator.gather_for_metrics = self.accelerator.gather
         self.add_callback(Finite(self))
         self.add_callback(Stops(self, stop))
 
@@ -152,6 +156,10 @@ class Trainer(SFTTrainer):
             logs["skipped_steps"] = self.skipped_steps
         super().log(logs, start_time)
 
+    def first(self, mine: str | None) -> str:
+        """What the first process has to say that says something; none says it twice."""
+        return next(said for said in gather_object([mine]) if said is not None)
+
     def rows_in_words(self, step: int, micro_batches: list[int] | None = None) -> str:
         """The rows that this process trains on in the step after `step` steps, or in some of its micro-batches."""
         loader, accumulation = self.callback_handler.train_dataloader, self.args.gradient_accumulation_steps
@@ -175,16 +183,12 @@ class Trainer(SFTTrainer):
             state.best_model_checkpoint = str(folder)
         self.store_flos()
         try:
-            files.remove(folder)  # passed over when the run was resumed
-            with files.complete_or_not_there(folder) as partial:
+            with self._complete_or_not_there(folder) as partial:
                 self.save_model(str(partial), _internal_call=True)
-                (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
                 self._save_optimizer_and_scheduler(str(partial))
                 self._save_scaler(str(partial))
                 self._save_rng_state(str(partial))
                 files.write_json(partial / self._running_file, self._running())
-                state.save_to_json(str(partial / "trainer_state.json"))
-                files.seal(partial)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch's own word for a full disk is RuntimeError
             state.best_model_checkpoint = best_before
             state.best_metric, state.best_global_step = self.best
@@ -192,7 +196,32 @@ class Trainer(SFTTrainer):
             return
         self.saved, self.best = folder, (state.best_metric, state.best_global_step)
         best = Path(state.best_model_checkpoint) if state.best_model_checkpoint else None
-        checkpoints.rotate(folder, self.recipe.checkpoint.keep, best)
+        if self.is_world_process_zero():
+            checkpoints.rotate(folder, self.recipe.checkpoint.keep, best)
+
+    @contextmanager
+    def _complete_or_not_there(self, folder: Path) -> Iterator[Path]:
+        """A directory that all processes write to, and that gets its name when none of them failed."""
+        error: Exception | None = None
+        with ExitStack() as stack:
+            partial = folder.with_name(f".{folder.name}.partial")
+            if self.is_world_process_zero():
+                files.remove(folder)  # passed over when the run was resumed
+                stack.enter_context(files.complete_or_not_there(folder))
+            self.accelerator.wait_for_everyone()
+            try:
+                yield partial
+            except (OSError, RuntimeError, SafetensorError) as failed:
+                error = failed
+            if not self.agree(error is not None) and self.is_world_process_zero():
+                try:
+                    (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
+                    self.state.save_to_json(str(partial / "trainer_state.json"))
+                    files.seal(partial)
+                except OSError as failed:
+                    error = failed
+            if self.agree(error is not None):
+                raise error or OSError("another process could not write")
 
     def _not_saved(self, folder: Path, error: Exception) -> None:
         trained, tokenizer = count_parameters(self.model)[1], _bytes_of(self.processing_class)
@@ -275,8 +304,13 @@ class Trainer(SFTTrainer):
             )
         output.metrics["eval_perplexity"] = math.exp(min(output.metrics["eval_loss"], 700))
         if self.samples is not None:
-            output.metrics.update(self.samples.take(self.model, self.state.global_step))
+            output.metrics.update(self.answers())
         return output
+
+    def answers(self) -> dict[str, float]:
+        """Answer the prompts now, and write the answers down; how many are right, where that is known."""
+        assert self.samples is not None
+        return self.samples.take(self.model, self.state.global_step, write=self.is_world_process_zero())
 
     def prediction_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -398,7 +432,8 @@ def train(trainer: Trainer, checkpoint: Path | None) -> None:
     """Train to the end, from a checkpoint if there is one. Raises RunError where training fails, Stopped where it was
     asked to end."""
     run_dir, stop = trainer.run_dir, trainer.stop
-    checkpoints.rewind(run_dir, checkpoint)
+    if trainer.is_world_process_zero():
+        checkpoints.rewind(run_dir, checkpoint)
     if checkpoint is not None:
         trainer.args.eval_on_start = False  # that was before the first step
         trainer.saved = checkpoint
@@ -488,8 +523,7 @@ class _SampleWithoutValidation(TrainerCallback):
             self._take()
 
     def _take(self) -> None:
-        assert self.trainer.samples is not None
-        if metrics := self.trainer.samples.take(self.trainer.model, self.trainer.state.global_step):
+        if metrics := self.trainer.answers():
             self.trainer.log(metrics)
 
 

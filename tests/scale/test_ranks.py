@@ -1,0 +1,49 @@
+"""Several processes: real ones, over gloo."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sft_recipes.recipe import check, load
+from sft_recipes.scale import ranks
+from tests.conftest import WriteRecipe, metrics
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_two_processes_stop_at_the_same_step_and_resume_exactly(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.scale.two", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+
+    assert found["said"]["whole"] == found["said"]["resumed"] == ["done", "done"]
+    for step in (3, 5):
+        for said in found["said"][f"stopped at {step}"]:
+            assert said.startswith("Stopped: ")
+            assert f"after step {step} of 7; the last checkpoint is " in said
+    assert found["same"]
+    run = tmp_path / "stopped" / "run"
+    assert {file.name for file in (run / "checkpoints" / "checkpoint-7").glob("r*_*")} == {
+        f"{name}_{rank}.{suffix}" for name, suffix in (("rng_state", "pth"), ("running", "json")) for rank in (0, 1)
+    }
+    steps = [line["step"] for line in metrics(run) if "loss" in line]
+    assert steps == sorted(set(steps))
+
+
+def test_as_many_processes_as_the_recipe_says(write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load.load(write_recipe(), ["launch.processes=2"]).recipe
+    assert [line.split(":")[0] for line in check.judge(recipe).problems] == ["launch.processes"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert check.judge(recipe).problems == []
+    alone = load.load(write_recipe(), []).recipe
+    assert "1 by the recipe, and 2 were started" in check.judge(alone).problems[0]
+
+
+def test_one_speaks_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ranks.is_main()
+    monkeypatch.setenv("RANK", "1")
+    assert not ranks.is_main()
