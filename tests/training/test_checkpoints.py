@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from sft_recipes import files
 from sft_recipes.data import prepare, tokens
 from sft_recipes.errors import RunError
+from sft_recipes.planning import disk
 from sft_recipes.recipe import load
 from sft_recipes.training import checkpoints, model, trainer
 from tests.conftest import WriteRecipe, metrics, run
@@ -138,16 +139,40 @@ def test_a_full_disk_where_the_run_is_to_go_on(write_recipe: WriteRecipe, tmp_pa
 
 
 def test_the_best_is_one_that_is_on_the_disk(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    """The lowest loss of all was at a step whose checkpoint could not be written."""
+    """The lowest loss of all was at a step whose checkpoint could not be written: then the best of the others counts."""
     sections = {"every": None, "export_best": True, "keep": 1, "on_failure": "continue"}
-    recipe = write_recipe(train={"max_steps": 6}, eval={"every": 2}, checkpoint=sections)
+    recipe = write_recipe(train={"max_steps": 10}, eval={"every": 2}, checkpoint=sections)
     sft = build(recipe, tmp_path / "run")
     fill_the_disk(sft, 6)
+    losses = {0: 5.0, 2: 3.0, 4: 2.0, 6: 1.0, 8: 1.5, 10: 1.7}
+    evaluate = sft.evaluation_loop
+
+    def evaluation_loop(*args: Any, **kwargs: Any) -> Any:
+        output = evaluate(*args, **kwargs)
+        output.metrics["eval_loss"] = losses[sft.state.global_step]
+        return output
+
+    sft.evaluation_loop = evaluation_loop
     trainer.train(sft, None)
 
-    assert names(tmp_path / "run") == ["checkpoint-4"]
-    best = load_file(checkpoints.place(tmp_path / "run", 4) / "model.safetensors")
+    assert names(tmp_path / "run") == ["checkpoint-10", "checkpoint-8"]
+    best = load_file(checkpoints.place(tmp_path / "run", 8) / "model.safetensors")
     assert all((sft.model.state_dict()[name] == value).all() for name, value in best.items())
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [[], ["lora={'rank': 8}"], ["train.optimizer=adamw_8bit_sr", "model.dtype=bfloat16", "train.mixed_precision=bf16"]],
+)
+def test_the_room_that_is_looked_for_is_that_of_a_checkpoint(
+    write_recipe: WriteRecipe, tmp_path: Path, overrides: list[str]
+) -> None:
+    sft = build(write_recipe(checkpoint={"every": 3}, data={"eval": None}), tmp_path / "run", *overrides)
+    trainer.train(sft, None)
+    there = sum(file.stat().st_size for file in checkpoints.place(tmp_path / "run", 3).iterdir())
+    trained, tokenizer = model.count_parameters(sft.model)[1], trainer._bytes_of(sft.processing_class)
+
+    assert 0.9 * there < disk.of_checkpoint(sft.recipe, trained, tokenizer) < 1.2 * there + disk._CONFIGS
 
 
 def spoil_best(run_dir: Path) -> None:

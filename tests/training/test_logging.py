@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from sft_recipes import files, run_folder
+from sft_recipes.report import page
 from sft_recipes.training import logging
 from tests.conftest import WriteRecipe, metrics, run
+from tests.test_files import no_file_over
 
 
 @pytest.fixture
@@ -138,3 +141,47 @@ def test_tokens_are_those_of_the_data(write_recipe: WriteRecipe) -> None:
 
     assert metrics(folder)[-1]["tokens"] == 2 * tokens
     assert metrics(folder)[-1]["epoch"] == 2.0
+
+
+def test_metrics_that_cannot_be_written_are_a_warning(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """The disk is full for a while: those lines are missing, and said to be, and no line is half there."""
+    recipe = write_recipe(log={"every": 1}, train={"max_steps": 5}, data={"eval": None}, checkpoint={"every": None})
+    append, room = files.append, iter([True, False, False, True, True])
+
+    def appended(file: Path, text: str) -> None:
+        with no_file_over(2**40 if next(room) else file.stat().st_size + 20):
+            append(file, text)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "append", appended)
+        folder, said = run(recipe)
+
+    assert [line["step"] for line in metrics(folder)] == [1, 4, 5]
+    assert "metrics.jsonl: step 2 is not recorded: OSError" in said
+    assert "metrics.jsonl: step 3 is not recorded: OSError" in said
+    assert (folder / "model").is_dir()
+
+
+def test_a_console_that_nobody_reads_ends_no_run(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """`sft-recipe run r.yaml | head -1`"""
+    command = [sys.executable, "-m", "sft_recipes.cli", "run", str(write_recipe(log={"every": 1}))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr is not None
+        assert (process.stderr.read(), process.wait()) == ("", 0)
+
+    assert (tmp_path / "run" / "model").is_dir()
+
+
+def test_a_plot_that_fails_is_a_warning(write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr(page, "learning_curve", fail)
+    folder, said = run(write_recipe())
+
+    assert "warning: the report could not be made: no fonts" in said
+    assert run_folder.is_finished(folder)
+    assert not list(folder.rglob("*.partial"))

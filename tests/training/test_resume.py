@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 from sft_recipes.data import prepare, tokens
 from sft_recipes.errors import Stopped
@@ -98,12 +99,45 @@ def without_times(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_a_run_that_ended_is_not_trained_further(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    recipe = write_recipe(checkpoint={"every": 2})
+    """In the middle of an epoch, where transformers 5.23 trains one step more."""
+    recipe = write_recipe(checkpoint={"every": 2}, train={"max_steps": 2})
     whole = train(recipe, tmp_path / "run", [])
+    assert metrics(tmp_path / "run")[-1]["epoch"] < 1
     again = train(recipe, tmp_path / "run", [])
 
     assert all(torch.equal(whole[name], again[name]) for name in whole)
-    assert [line["step"] for line in metrics(tmp_path / "run")][-1] == 3
+    assert [line["step"] for line in metrics(tmp_path / "run")][-1] == 2
+
+
+def test_the_best_is_not_fetched_where_the_run_is_stopped(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """Whoever stops it may not wait long."""
+    recipe = write_recipe(
+        eval={"every": 1}, checkpoint={"every": 1, "export_best": True}, train={"max_steps": 9, "learning_rate": 5}
+    )
+    wanted = load.load(recipe, []).recipe
+    tokenizer = model.load_tokenizer(wanted.model)
+    data = prepare.prepare(wanted, tokens.of_transformers(tokenizer))
+    network = model.load_model(wanted, tokenizer)
+
+    def stopped() -> trainer.Trainer:
+        stop = Stop()
+        sft = trainer.build(wanted, network, tokenizer, data, tmp_path, Console(quiet=True), stop)
+        save = sft._save_checkpoint
+
+        def asked(*args: Any) -> None:
+            save(*args)
+            if sft.state.global_step == 4:
+                stop.signal = "SIGTERM"
+
+        sft._save_checkpoint = asked
+        with pytest.raises(Stopped):
+            trainer.train(sft, None)
+        return sft
+
+    sft = stopped()
+    assert sft.state.best_global_step != 4
+    last = load_file(tmp_path / "checkpoints" / "checkpoint-4" / "model.safetensors")
+    assert all(torch.equal(sft.model.state_dict()[name], value) for name, value in last.items())
 
 
 def test_after_a_time(write_recipe: WriteRecipe, tmp_path: Path) -> None:
@@ -122,7 +156,8 @@ def test_after_a_time(write_recipe: WriteRecipe, tmp_path: Path) -> None:
 @pytest.mark.parametrize("when", ["evaluate", "_save_checkpoint"])
 def test_a_signal_between_two_steps(write_recipe: WriteRecipe, tmp_path: Path, when: str) -> None:
     """It does not take another step to be heard."""
-    wanted = load.load(write_recipe(eval={"every": 2}, checkpoint={"every": 2}), []).recipe
+    every = 2 if when == "_save_checkpoint" else None
+    wanted = load.load(write_recipe(eval={"every": 2}, checkpoint={"every": every}), []).recipe
     tokenizer = model.load_tokenizer(wanted.model)
     data = prepare.prepare(wanted, tokens.of_transformers(tokenizer))
     network = model.load_model(wanted, tokenizer)
