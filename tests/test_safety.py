@@ -173,6 +173,17 @@ def test_pickles_in_the_cache(
         assert columns["offsets"].tolist() == kept["offsets"].tolist()
 
 
+def test_a_recipe_makes_no_objects(write_recipe: WriteRecipe, tmp_path: Path, command: Command) -> None:
+    """YAML has tags that other readers call functions for."""
+    recipe, mark = write_recipe(), tmp_path / "made"
+    tag = f"!!python/object/apply:os.mkdir [{mark}]"
+    assert command("check", recipe, "--set", f"output_dir={tag}")[0] == 2
+    recipe.write_text(f"output_dir: {tag}\nmodel: !!python/name:os.system ''\n")
+    assert command("check", recipe)[0] == 2
+
+    assert not mark.exists()
+
+
 # --- Code of a model -------------------------------------------------------------------------------------------------
 
 CODE = """
