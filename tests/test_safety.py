@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 import torch
 
-from sft_recipes import checks, cli
-from sft_recipes.errors import InputError, RecipeError, SFTRecipeError
+from sft_recipes import checks, cli, files
+from sft_recipes.errors import InputError, RecipeError, RunError
 from sft_recipes.recipe import secrets
 from tests.conftest import WriteRecipe, run, write_rows
 
@@ -101,26 +101,28 @@ def test_pickles_beside_what_is_read(
         assert command("generate", model, "--prompt", "Hi", "--max-new-tokens", "2")[0] == 0
     assert not [file for file in (folder / "model").iterdir() if file.suffix in (".pt", ".pth")]  # nor are any written
 
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "pytorch_model.bin"):
+    # Without its outputs and its last checkpoint the run goes on from the second step.
+    for done in ("model", "adapter", "checkpoints/checkpoint-3"):
+        shutil.rmtree(folder / done)
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "pytorch_model.bin"):
         copy = tmp_path / name
         shutil.copytree(folder, copy)
-        planted.into(*((copy / "checkpoints" / f"checkpoint-{step}" / name) for step in (2, 3)))
-        try:
+        planted.into(copy / "checkpoints" / "checkpoint-2" / name)
+        seal_again(copy / "checkpoints" / "checkpoint-2")  # as one would who plants something
+        with pytest.raises(RunError) as caught:
             run(recipe, f"output_dir={copy}", resume=True)
-        except SFTRecipeError as error:
-            [line] = error.lines
-            assert "weights_only" not in line  # torch's own words advise to read it all the same
+        [line] = caught.value.lines
+        assert "as it could run code, it was not read" in line  # torch's own words advise to read it all the same
+    planted.into(
+        *(folder / "checkpoints" / "checkpoint-2" / name for name in ("adapter_model.bin", "training_args.bin"))
+    )
+    seal_again(folder / "checkpoints" / "checkpoint-2")
+    assert "checkpoint-2" in run(recipe, resume=True)[1]
 
 
-def test_a_checkpoint_that_holds_code_is_not_read(planted: Planted, tmp_path: Path) -> None:
-    """As the Trainer reads it, whatever is known of it by then."""
-    from sft_recipes.training.trainer import _line
-
-    planted.into(tmp_path / "optimizer.pt")
-    with pytest.raises(pickle.UnpicklingError) as caught:
-        torch.load(tmp_path / "optimizer.pt", weights_only=True)
-
-    assert "as it could run code, it was not read" in _line(caught.value)
+def seal_again(folder: Path) -> None:
+    (folder / files.MANIFEST).unlink()
+    files.seal(folder)
 
 
 def test_nothing_but_pickles(write_recipe: WriteRecipe, tmp_path: Path, planted: Planted, command: Command) -> None:
@@ -513,9 +515,9 @@ def test_a_run_with_trackers_keeps_secrets_and_stays_here(
     assert not (tmp_path / "attempts").exists(), (tmp_path / "attempts").read_text("utf-8")
     folder = tmp_path / "run"
     assert [(folder / name).is_dir() for name in (*names, "model")] == [True] * (len(names) + 1)
-    files = {str(file): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-    assert any(file.endswith(".wandb") for file in files) or "wandb" not in names
-    for name, content in {**files, "stdout": done.stdout, "stderr": done.stderr}.items():
+    written = {str(file): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    assert any(file.endswith(".wandb") for file in written) or "wandb" not in names
+    for name, content in {**written, "stdout": done.stdout, "stderr": done.stderr}.items():
         content = gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content
         for value in (*secret.values(), "PlantedIIII9999"):
             assert value.encode() not in content, f"{value} in {name}"
