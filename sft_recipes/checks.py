@@ -1,5 +1,6 @@
 """`sft-recipe check` and `preview`: all that can be known of a run without torch."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,13 +56,15 @@ def preview(
     console: Console | None = None,
 ) -> None:
     """Print the tokens of `number` random training sequences, or of those that hold `rows`. Raises InputError."""
-    loaded, _ = accepted(recipe_file, overrides)
+    loaded, warnings = accepted(recipe_file, overrides)
     console = console or Console(highlight=False, soft_wrap=True)
     with loaded.placing_errors():
         tokenizer, missing = _tokenizer(loaded.recipe.model)
         if tokenizer is None:
             raise ModelError(f"model.name: {missing}")
         if tokenizer.rebuilt:
+            for warning in (line for line in warnings if "trust_remote_code" in line):
+                print(f"warning: {warning}", file=sys.stderr)
             tokenizer = _of_transformers(loaded.recipe.model)
         # All rows where one is looked for, else as many as there is time for.
         train = prepare.prepare(loaded.recipe, tokenizer, seconds=None if rows else _SECONDS).train
@@ -135,7 +138,13 @@ def _tokenizer(model: Model) -> tuple[LightTokenizer | None, str]:
 def _of_transformers(model: Model) -> LightTokenizer:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model_files.location(model.name), revision=model.revision)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_files.location(model.name), revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except Exception as error:  # as many types as there are tokenizers
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"model.name: {model.name}: its tokenizer cannot be loaded: {reason}") from error
     tokenizer.add_tokens(model.new_tokens)
     return tokens.of_transformers(tokenizer)
 

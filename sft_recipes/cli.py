@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -120,16 +121,29 @@ def generate(
     input: Annotated[str, typer.Option(help="The Alpaca input that goes with the prompt.")] = "",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length at which the answer is cut off.")] = 512,
     temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest tokens; above: drawn at random.")] = 0.0,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that the model brings.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Answer a prompt with the template the model was trained with."""
     from sft_recipes.recipe import model_files
 
     model_files.find_model(model)  # what is wrong is said before the seconds that importing torch takes
+    _warn_of_code(trust_remote_code)
     _quiet(debug)
     from sft_recipes.talk import talk
 
-    print(talk(model, prompt, input, max_new_tokens=max_new_tokens, temperature=temperature))
+    print(
+        talk(
+            model,
+            prompt,
+            input,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            trust_remote_code=trust_remote_code,
+        )
+    )
 
 
 @app.command()
@@ -160,6 +174,7 @@ def merge(
     from sft_recipes.recipe import model_files
 
     found = model_files.find_adapter(adapter)
+    _warn_of_code(trust_remote_code)
     _quiet(debug)
     from sft_recipes.export import merge as merging
 
@@ -218,13 +233,11 @@ def main() -> NoReturn:
     try:
         code = app(standalone_mode=False)
     except SFTRecipeError as error:
-        if debug:
-            raise
-        print(error, file=sys.stderr)
+        _complain(traceback.format_exc().rstrip() if debug else str(error))
         code = error.exit_code
     except UsageError as error:
         command = error.ctx.command_path if error.ctx else "sft-recipe"
-        print(f"{command}: {error.format_message()} (see {command} --help)", file=sys.stderr)
+        _complain(f"{command}: {error.format_message()} (see {command} --help)")
         code = 2
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
@@ -233,6 +246,18 @@ def main() -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     sys.exit(code or 0)
+
+
+def _warn_of_code(trusted: bool) -> None:
+    if trusted:
+        print("warning: --trust-remote-code: Python code that comes with the model will run", file=sys.stderr)
+
+
+def _complain(text: str) -> None:
+    """What was wrong, which can be what was on the command line: a token that a shell put there, too."""
+    from sft_recipes.recipe import secrets
+
+    print(secrets.redacted(text), file=sys.stderr)
 
 
 def _quiet(debug: bool) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from sft_recipes import files
 from sft_recipes.errors import InputError, OutputError, RecipeError
+from sft_recipes.recipe import secrets
 from sft_recipes.recipe.schema import Recipe
 
 MANIFEST, RESOLVED = "manifest.json", "recipe.resolved.json"
@@ -144,7 +145,8 @@ def describe(
 
     Of a run that is resumed the manifest stays, and says how it went on.
     """
-    now = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "command": sys.argv, "device": device}
+    command = [secrets.redacted(word) for word in sys.argv]
+    now = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "command": command, "device": device}
     if checkpoint is not None:
         manifest = _json(folder / MANIFEST)
         manifest.setdefault("resumed", []).append(now | {"from": checkpoint.name, "changes": forced})

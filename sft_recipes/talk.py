@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sft_recipes.errors import ModelError
 from sft_recipes.export import load
@@ -14,19 +14,32 @@ from sft_recipes.training.generate import answer, prompt_ids
 from sft_recipes.training.model import as_model_error
 
 
-def talk(path: Path, prompt: str, input: str = "", *, max_new_tokens: int, temperature: float) -> str:
+def talk(
+    path: Path,
+    prompt: str,
+    input: str = "",
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    trust_remote_code: bool = False,
+) -> str:
     """The answer of the model at `path`: a model or adapter directory, or a run that exported one.
 
-    Raises ModelError where there is none.
+    Raises ModelError where there is none, RecipeError where its chat template does what none may.
     """
     folder = model_files.find_model(path)
+    trust = {"trust_remote_code": trust_remote_code}  # always said: without a word, transformers asks the terminal
     if model_files.is_adapter(folder):
-        model, tokenizer = load.adapted(folder, "auto")
+        model, tokenizer = load.adapted(folder, "auto", trust_remote_code=trust_remote_code)
     else:
         with as_model_error(str(folder), "tokenizer"):
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
         with as_model_error(str(folder), "weights"):
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True)
+            config = AutoConfig.from_pretrained(folder, **trust)
+            model_files.refuse_kernels(config, trust_remote_code=trust_remote_code)
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, dtype="auto", use_safetensors=True, **trust
+            )
     message: dict[str, Any] = {"role": "user", "content": prompt, **({"input": input} if input else {})}
     ids = prompt_ids(tokenizer, [message], raw=_trained_on_text(path))
     limit = model_files.positions(model.config.to_dict())

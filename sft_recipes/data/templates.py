@@ -7,19 +7,22 @@ could end a turn that the data did not end.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from datetime import datetime
 from importlib import resources
 from typing import Any
 
-from jinja2 import TemplateError, nodes
+from jinja2 import TemplateError, Undefined, nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from sft_recipes.data.formats import Example
-from sft_recipes.errors import DataError
+from sft_recipes.errors import DataError, RecipeError
 
 _PREAMBLE = "Below is an instruction that describes a task"
 _WITH_INPUT = ", paired with an input that provides further context"
@@ -85,16 +88,23 @@ class Chat:
     """
 
     def __init__(
-        self, source: str, train_on: str, variables: Mapping[str, str], forbidden: Iterable[str], bos: str | None = None
+        self,
+        source: str,
+        train_on: str,
+        variables: Mapping[str, str],
+        forbidden: Iterable[str],
+        bos: str | None = None,
+        name: str = "data.template: the chat template",
     ) -> None:
-        self.source, self.train_on, self.bos = source, train_on, bos
+        self.source, self.train_on, self.bos, self.name = source, train_on, bos, name
         self.variables = dict(variables)
         self.forbidden = tuple(forbidden)
         self.marks = "endgeneration" in source
+        self.environment = _environment()
         try:
-            self.template = _environment().from_string(source)
-        except TemplateError as error:
-            raise DataError(f"data.template: not a valid Jinja template: {error}") from None
+            self.template = self.environment.from_string(source)
+        except (TemplateError, RecursionError) as error:
+            raise DataError(f"{name}: not a valid Jinja template: {error}") from None
 
     def __call__(self, example: Example) -> Rendered:
         messages = as_chat(example.messages)
@@ -125,10 +135,11 @@ class Chat:
         return Rendered(example.place, text, trained, writes_specials=True, empty=example.empty, left_out=left_out)
 
     def render(self, messages: list[dict[str, Any]], place: str, *, add_generation_prompt: bool = False) -> str:
-        """The text of messages. Raises DataError where the template refuses them."""
+        """The text of messages. Raises DataError where the template refuses them, RecipeError where it does what none may."""
         return self._unmarked(self._render(messages, Example(place), add_generation_prompt=add_generation_prompt))
 
     def _render(self, messages: list[dict[str, Any]], example: Example, *, add_generation_prompt: bool) -> str:
+        self.environment.begin()
         try:
             return self.template.render(
                 messages=messages,
@@ -137,6 +148,15 @@ class Chat:
                 add_generation_prompt=add_generation_prompt,
                 **self.variables,
             )
+        except (
+            SecurityError,
+            OverflowError,
+            MemoryError,
+            RecursionError,
+        ) as error:  # of the template, whatever the row
+            raise RecipeError(
+                f"{self.name} does what no chat template may, and is not used: {str(error) or 'it fills the memory'}"
+            ) from None
         except Exception as error:  # whatever a program does, division by zero included
             raise DataError(f"{example.place}: the chat template refuses this row: {error}") from None
 
@@ -233,20 +253,73 @@ class _Generation(Extension):
         return [opens, *body, closes]
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox keeps a template from Python and from changing what it is given; this one also ends what would not
+    end by itself, or not fit into memory: a template comes with a model, from anyone."""
+
+    intercepted_binops = frozenset({"*", "**"})  # computed while rendering, and by us: 9**9**9 would take for ever
+    _passes = (
+        1_000_000  # of loops and macros in one rendering, and numbers in ranges; a long conversation takes a thousand
+    )
+    _seconds = 10.0  # of computing
+    _binary_digits = 1000
+
+    def begin(self) -> None:
+        """Before each rendering."""
+        self._left, self._until = self._passes, time.thread_time() + self._seconds
+
+    def spend(self, passes: int) -> None:
+        self._left -= passes
+        if self._left < 0 or (self._left % 64 == 0 and time.thread_time() > self._until):
+            raise OverflowError("it does not come to an end")
+
+    @property
+    def one_pass(self) -> None:
+        """Stands in every loop and macro; a call would take as long as all else of a short loop."""
+        self.spend(1)
+
+    def range(self, *bounds: int) -> range:
+        numbers = range(*bounds)
+        self.spend(len(numbers))
+        return numbers
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        for one, times in ((left, right), (right, left)):
+            if isinstance(one, Sized) and isinstance(times, int):
+                self.spend(len(one) * max(0, times))  # a text or a list, so many times
+        if isinstance(left, int) and isinstance(right, int):
+            digits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
+            if digits > self._binary_digits:
+                raise OverflowError("it computes with numbers of any length")
+        return super().call_binop(context, operator, left, right)
+
+    def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:
+        """Jinja would write nothing in its place, and go on."""
+        raise SecurityError(f"access to attribute {attribute!r} of {type(obj).__name__!r} object is unsafe")
+
+    def _generate(self, source: nodes.Template, *rest: Any, **options: Any) -> str:
+        blocks: list[nodes.For | nodes.Macro | nodes.CallBlock] = [
+            *source.find_all(nodes.For), *source.find_all(nodes.Macro), *source.find_all(nodes.CallBlock)
+        ]  # fmt: skip
+        for block in blocks:
+            block.body.insert(0, nodes.ExprStmt(nodes.EnvironmentAttribute("one_pass"), lineno=block.lineno))
+        return super()._generate(source, *rest, **options)
+
+
+def _environment() -> _Sandbox:
     """The environment in which transformers renders chat templates (`utils/chat_template_utils.py`), without its torch."""
 
     def refuse(message: str) -> None:
         raise TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
 
     def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # Jinja's own escapes HTML and sorts keys
 
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = refuse
+    environment.globals["range"] = environment.range
+    environment.globals.pop("lipsum")  # no use in a chat, and as long as one asks for
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment

@@ -48,15 +48,20 @@ def way_of(data: Data, found: str, first: Example, tokenizer: LightTokenizer, en
     else:
         source = _template_file(name)
     bos = tokenizer.specials.get("bos_token")
-    chat = templates.Chat(source, data.train_on, tokenizer.specials, tokenizer.special_texts)
+    called = f"data.template: {'the chat template of the tokenizer' if name == 'chat' else name}"
+
+    def chat_of(source: str, bos: str | None = None) -> templates.Chat:
+        return templates.Chat(source, data.train_on, tokenizer.specials, tokenizer.special_texts, bos, called)
+
+    chat = chat_of(source)
     # Each document begins with BOS where the tokenizer adds one, and the template does not.
     if encoder.bos and bos and not _renders(chat, first).startswith(bos):
         source = templates.BOS + source
-        chat = templates.Chat(source, data.train_on, tokenizer.specials, tokenizer.special_texts)
+        chat = chat_of(source)
     if name == "alpaca" and found != "messages":
         return Way(name, templates.Alpaca(data.train_on), source)
     if encoder.bos and bos:
-        chat = templates.Chat(source, data.train_on, tokenizer.specials, tokenizer.special_texts, bos)
+        chat = chat_of(source, bos)
     return Way(name, chat, source)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import peft
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sft_recipes.errors import ModelError
@@ -32,7 +32,13 @@ class Origin:
 def origin(adapter: Path, base: str | None = None) -> Origin:
     """What an adapter is of; `base` instead of the base that it names. Raises ModelError."""
     if not (adapter / "adapter_model.safetensors").is_file():
-        raise ModelError(f"{adapter}: adapter_model.safetensors is missing")
+        pickled = (adapter / "adapter_model.bin").is_file()
+        remedy = (
+            "; adapter_model.bin is a pickle, which can run code, and is not read; convert it with PEFT"
+            if pickled
+            else ""
+        )
+        raise ModelError(f"{adapter}: adapter_model.safetensors is missing{remedy}")
     try:
         config = peft.PeftConfig.from_pretrained(str(adapter))
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -73,6 +79,10 @@ def as_base_error(name: str) -> Iterator[None]:
     except ModelError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{name}: the adapter's base brings Python code; read it, then say --trust-remote-code"
+            ) from None
         raise ModelError(f"{name}: the adapter's base cannot be loaded; give it with --base: {_line(error)}") from None
 
 
@@ -93,10 +103,13 @@ def adapted(
     """
     of = origin(adapter, base)
     with as_base_error(of.base):
+        there = {"revision": revision or of.revision, "trust_remote_code": trust_remote_code}
+        config = AutoConfig.from_pretrained(of.base, **there)
+        model_files.refuse_kernels(config, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
             of.base,
-            revision=revision or of.revision,
-            trust_remote_code=trust_remote_code,
+            config=config,
+            **there,
             dtype=dtype,
             use_safetensors=True,
             **({"quantization_config": quantization, "device_map": {"": "cpu"}} if quantization else {}),
@@ -106,7 +119,8 @@ def adapted(
     for module in model.modules():  # as in training
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    tokenizer = AutoTokenizer.from_pretrained(of.tokenizer, trust_remote_code=trust_remote_code)
+    with as_base_error(of.tokenizer):
+        tokenizer = AutoTokenizer.from_pretrained(of.tokenizer, trust_remote_code=trust_remote_code)
     given = in_file(adapter / "adapter_model.safetensors")
     if (rows := vocabulary(given, of.config, model)) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(rows, mean_resizing=False)

@@ -23,6 +23,7 @@ from sft_recipes.export.probe import Probe
 from sft_recipes.export.quantized import dequantized
 from sft_recipes.export.save import DTYPES, save_around, save_model
 from sft_recipes.files import complete_or_not_there, described, write_json
+from sft_recipes.recipe import model_files
 
 FILE = "merge.json"  # in the merged model's directory
 BASES = ("original", "dequantized")
@@ -148,6 +149,7 @@ def _row_by_row(job: _Job, folder: Path, *, dequantize: bool) -> None:
     with load.as_base_error(of.base):
         files = load.files(of)
         config = AutoConfig.from_pretrained(files, trust_remote_code=job.trust_remote_code)
+        model_files.refuse_kernels(config, trust_remote_code=job.trust_remote_code)
         if getattr(config, "auto_map", None):
             raise NotRowByRow("the base brings code of its own")
         if getattr(config, "quantization_config", None):

@@ -9,9 +9,10 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from sft_recipes.errors import RecipeError
-from sft_recipes.recipe import model_files
+from sft_recipes.recipe import model_files, secrets
 from sft_recipes.recipe.load import Loaded, examine
 from sft_recipes.recipe.schema import DEFAULT_GLOBAL_BATCH_SIZE, Recipe
 from sft_recipes.recipe.upstream import OWNED, installed, optimizers, schedulers, sft_config_fields
@@ -31,7 +32,7 @@ class Verdict:
 
 def judge(recipe: Recipe) -> Verdict:
     """Every contradiction in a recipe, and the faults that a run would not show by itself. Lines begin with a key."""
-    judgements = (_contradictions, _batch, _names, _not_yet, _extras)
+    judgements = (_contradictions, _batch, _names, _secrets, _not_yet, _extras)
     return Verdict([line for judgement in judgements for line in judgement(recipe)], list(_faults(recipe)))
 
 
@@ -132,6 +133,28 @@ def _names(recipe: Recipe) -> Iterator[str]:
             yield f"trl.{name}: a recipe says this with {OWNED[name]}"
         elif name not in sft_config_fields():
             yield _no_such(f"trl.{name}", name, sft_config_fields(), "field of SFTConfig")
+
+
+def _secrets(recipe: Recipe) -> Iterator[str]:
+    """Tokens and keys of the environment: a run writes its recipe down, and hands it to trackers."""
+    for key, value in _leaves(recipe.model_dump()):
+        if key != "trl.hub_token" and (name := secrets.in_text(value)):
+            yield (
+                f"{key}: holds the value of the environment variable {name}, and the run directory, its report and trackers "
+                "would show it; take it out: what needs it reads the variable itself"
+            )
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Everything a recipe says, with its dotted key."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _leaves(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _leaves(inner, key)
+    else:
+        yield key, str(value)
 
 
 def _not_yet(recipe: Recipe) -> Iterator[str]:

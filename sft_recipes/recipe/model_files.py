@@ -80,6 +80,18 @@ def positions(model_config: dict[str, Any]) -> int | None:
     return next((number for number in found if isinstance(number, int)), None)
 
 
+def refuse_kernels(model_config: Any, *, trust_remote_code: bool) -> None:
+    """Raise ModelError where a config of transformers names an attention kernel on the hub: compiled code, which would be
+    fetched and run (by the package `kernels`, where it is installed)."""
+    for part in (model_config, model_config.get_text_config()):
+        wanted = str(getattr(part, "_attn_implementation", None) or "")
+        if "/" in wanted and not trust_remote_code:
+            raise ModelError(
+                f"{model_config.name_or_path}: its config.json has attention run by code from the hub ({wanted}); take that "
+                "key out, or trust the code with model.trust_remote_code: true (--trust-remote-code)"
+            )
+
+
 def examine(name: str, max_length: int) -> list[str]:
     """Everything wrong with a local model directory, a line each; [] also for a hub id, which is not looked at."""
     try:

@@ -62,6 +62,7 @@ OWNED = {
     "fsdp_config": "launch.strategy",
     "deepspeed": "launch.strategy",
     "resume_from_checkpoint": "the flag --resume",
+    "hub_token": "the environment variable HF_TOKEN",
 }
 # Words of other tools for what a recipe calls otherwise; only used to say so.
 OTHER_WORDS = {name: key for name, key in OWNED.items() if "." in key} | {

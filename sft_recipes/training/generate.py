@@ -7,14 +7,17 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from sft_recipes.data.templates import as_chat
+from sft_recipes.data.templates import Chat, as_chat
 from sft_recipes.data.tokens import Encoder, of_transformers
 
 _BATCH = 16
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], *, raw: bool = False) -> list[int]:
-    """Token ids of messages up to the answer: through the chat template, or (`raw`, or without one) as plain text."""
+    """Token ids of messages up to the answer: through the chat template, or (`raw`, or without one) as plain text.
+
+    Raises RecipeError where the template does what none may: it can be anyone's, and is run in our own sandbox.
+    """
     template = tokenizer.chat_template
     if raw or not isinstance(template, str):
         text = "\n\n".join(message["content"] for message in as_chat(messages))
@@ -22,7 +25,10 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]
         return [*Encoder(of_transformers(tokenizer)).bos, *ids]  # as trained, but for the end
     if "message['input']" not in template:  # only the Alpaca template has a place for it
         messages = as_chat(messages)
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+    light = of_transformers(tokenizer)
+    chat = Chat(template, "all", light.specials, (), name=f"{tokenizer.name_or_path}: its chat template")
+    text = chat.render(messages, str(tokenizer.name_or_path), add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def answer(

@@ -188,6 +188,11 @@ def trackers(names: Sequence[str], run_dir: Path, warn: Callable[[str], None]) -
     guarded = []
     for name in names:
         try:
+            if name == "trackio":
+                import trackio.run
+
+                # It asks the hub for the name behind the token, where there is one, also for runs that stay here.
+                setattr(trackio.run.Run, "_get_username", lambda _: None)  # noqa: B010
             [callback] = get_reporting_integration_callbacks([name])
             guarded.append(Guarded(name, callback(), warn))
             if name == "wandb":

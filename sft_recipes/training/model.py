@@ -99,6 +99,7 @@ def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrained
     wanted, name = recipe.model, model_files.location(recipe.model.name)
     with as_model_error(f"model.name: {wanted.name}", "config"):
         config = AutoConfig.from_pretrained(name, revision=wanted.revision, trust_remote_code=wanted.trust_remote_code)
+    model_files.refuse_kernels(config, trust_remote_code=wanted.trust_remote_code)
     limit = model_files.positions(config.to_dict())
     if limit is not None and recipe.data.max_length > limit:
         raise ModelError(
@@ -269,7 +270,10 @@ def as_model_error(model: str, what: str) -> Iterator[None]:
         if is_out_of_memory(error):
             raise RunError(f"{model}: out of memory while its {what} were loaded: {reason[:300]}") from error
         if "trust_remote_code" in reason:
-            reason = "it is Python code that comes with the model; read it, then set model.trust_remote_code: true"
+            remedy = (
+                "set model.trust_remote_code: true" if model.startswith("model.name") else "say --trust-remote-code"
+            )
+            reason = f"it is Python code that comes with the model; read it, then {remedy}"
         if "ignore_mismatched_sizes" in reason:
             reason = "they have other shapes than its config says; get the files again"
         raise ModelError(f"{model}: its {what} cannot be loaded: {reason[:300]}") from error

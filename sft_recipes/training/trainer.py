@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import chain, islice
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import datasets
@@ -320,6 +321,10 @@ class Trainer(SFTTrainer):
         self._loss_and_count += torch.tensor([loss.item() * tokens, tokens], dtype=torch.float64)
         return loss, logits, labels
 
+    def _send_telemetry(self) -> None:
+        """Nothing is reported. TRL would ping the hub with model type and device, unless HF_HUB_DISABLE_TELEMETRY was set
+        before the first import of huggingface_hub, which a library cannot see to."""
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """No card: the run directory says what was done."""
 
@@ -479,6 +484,11 @@ _ROWS = 20  # that are named
 
 
 def _line(error: Exception) -> str:
+    if isinstance(error, UnpicklingError):  # torch's own words advise to read it all the same
+        return (
+            "a file of the checkpoint holds more than tensors and numbers, or is damaged; as it could run code, it was not "
+            "read; remove that checkpoint to continue from the one before it"
+        )
     return " ".join(str(error).split())[:400] or type(error).__name__
 
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from sft_recipes.data import templates
 from sft_recipes.data.formats import Example
 from sft_recipes.data.templates import Alpaca, Chat, Rendered, alpaca_chat_template, alpaca_prompt, as_chat, plain
-from sft_recipes.errors import DataError
+from sft_recipes.errors import DataError, RecipeError
 
 SPECIALS = {"bos_token": "<s>", "eos_token": "</s>"}
 texts = st.text(max_size=30)
@@ -252,12 +252,14 @@ def test_a_template_that_changes_earlier_turns() -> None:
 def test_a_template_is_run_in_a_sandbox() -> None:
     chat = Chat("{{ messages.__class__.__mro__ }}", "all", {}, ())
 
-    with pytest.raises(DataError, match="the chat template refuses this row"):
+    with pytest.raises(
+        RecipeError, match="does what no chat template may, and is not used: access to attribute '__class__'"
+    ):
         chat(example("a", "b"))
 
 
 def test_a_broken_template() -> None:
-    with pytest.raises(DataError, match=r"data\.template: not a valid Jinja template"):
+    with pytest.raises(DataError, match=r"data\.template: the chat template: not a valid Jinja template"):
         Chat("{% for %}", "all", {}, ())
 
 

@@ -14,7 +14,9 @@ def test_sft_config_fields_are_those_of_the_class() -> None:
 
 def test_owned_fields_exist_and_point_to_recipe_keys() -> None:
     assert set(upstream.OWNED) <= upstream.sft_config_fields()
-    assert set(upstream.OWNED.values()) - {"the flag --resume"} <= set(field_names())
+    assert set(upstream.OWNED.values()) - {"the flag --resume", "the environment variable HF_TOKEN"} <= set(
+        field_names()
+    )
 
 
 def test_other_words_point_to_recipe_keys() -> None:
