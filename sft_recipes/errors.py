@@ -14,6 +14,16 @@ Each is also a standard type, so that code which uses sft-recipes as a library c
 
 from collections.abc import Sequence
 
+_MOST = 2000  # characters of a line; what stands in the middle of a longer one is the user's own
+
+
+def one_line(text: str) -> str:
+    """A line as it can be shown, whatever a key or a file is called: without line breaks, control characters and such."""
+    if not text.isprintable():
+        shown = (char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+        text = "".join(shown)
+    return text if len(text) <= _MOST else f"{text[: _MOST // 2]} ... {text[-_MOST // 2 :]}"
+
 
 class SFTRecipeError(Exception):
     """One problem a line; `lines` holds them apart."""
@@ -21,8 +31,8 @@ class SFTRecipeError(Exception):
     exit_code = 1
 
     def __init__(self, *lines: str) -> None:
-        super().__init__("\n".join(lines))
-        self.lines: Sequence[str] = lines
+        self.lines: Sequence[str] = tuple(map(one_line, lines))
+        super().__init__("\n".join(self.lines))
 
 
 class RunError(SFTRecipeError, RuntimeError):

@@ -4,6 +4,7 @@ import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from sft_recipes.errors import DataError
@@ -20,6 +21,7 @@ ALSO = {"completion": ("response",), "messages": ("conversations",)}
 # ShareGPT's words, and those that are taken as they are. Templates leave out what they do not know, without a word.
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
 _KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+_SHOWN = 20  # columns of a row that are named
 _WEIGHTS = ("weight", "train")  # of single messages, in other tools
 
 
@@ -50,11 +52,14 @@ def columns_of(format: str) -> tuple[str, ...]:
     return (*NEEDS[format], "input") if format == "alpaca" else NEEDS[format]
 
 
-def unknown(row: Mapping[str, Any], place: str) -> str:
+def unknown(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -> str:
     """The problem of a row that no format fits."""
+    for name, column in columns.items():
+        if column not in row:
+            return f"{place}: no column '{column}' in this row, which data.columns takes for '{name}'; it has {_names(row)}"
     needs = " or ".join("+".join(needs) for needs in NEEDS.values())
     return (
-        f"{place}: cannot tell the format from the columns {', '.join(map(repr, row))}; expected {needs}; "
+        f"{place}: cannot tell the format from the columns {_names(row)}; expected {needs}; "
         "rename with data.columns, such as {prompt: YOUR_COLUMN, completion: YOUR_COLUMN}"
     )
 
@@ -128,7 +133,8 @@ def _message(turn: Mapping[str, Any], place: str) -> dict[str, Any]:
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
     calls = turn.get("tool_calls")
     if isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
-        content = "".join(str(part.get("text", "")) for part in content)
+        parts = [part.get("text") for part in content]
+        content = "".join(parts) if all(isinstance(part, str) for part in parts) else content
     if content is None and calls:
         content = ""
     if not isinstance(role, str) or not isinstance(content, str):
@@ -173,7 +179,8 @@ def _tools(row: Mapping[str, Any], place: str) -> list[Any] | None:
 
 
 def _names(row: Mapping[str, Any]) -> str:
-    return ", ".join(f"'{name}'" for name in row) or "none"
+    shown = [_short(name) for name in islice(row, _SHOWN)]
+    return ", ".join([*shown, *([f"and {len(row) - _SHOWN:,} more"] if len(row) > _SHOWN else [])]) or "none"
 
 
 def _short(value: Any) -> str:

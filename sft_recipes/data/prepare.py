@@ -15,7 +15,7 @@ from sft_recipes.data.sequences import Chosen, Sequences, lay_out
 from sft_recipes.data.tokenising import Tokenised, tokenise_all
 from sft_recipes.data.tokens import Encoder, LightTokenizer
 from sft_recipes.data.ways import refuse_two_templates, way_of
-from sft_recipes.errors import DataError
+from sft_recipes.errors import DataError, ModelError
 from sft_recipes.recipe.schema import Data, Recipe
 
 
@@ -60,7 +60,10 @@ def prepare(
     refuse_two_templates(data, firsts)
 
     # Text and tokens
-    encoder = Encoder(tokenizer)
+    try:
+        encoder = Encoder(tokenizer)
+    except ModelError as error:
+        raise ModelError(f"model.name: {recipe.model.name}: {error}") from None
     ways = {found: way_of(data, found, first, tokenizer, encoder) for found, first in firsts.items()}
     tokenised = tokenise_all(opened, data, ways, encoder, tokenizer, cached=cached, seconds=seconds)
 

@@ -56,7 +56,7 @@ class Rows:
                 if self.format is None:
                     self.format = formats.find_format(row.values, self.columns)
                 if self.format is None:
-                    self.problems.append(formats.unknown(row.values, row.place))
+                    self.problems.append(formats.unknown(row.values, self.columns, row.place))
                     return
                 example = formats.to_example(row.values, self.format, self.columns, row.place)
             except DataError as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_recipes.errors import DataError
+from sft_recipes.recipe import model_files
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 TRAIN = ("train",)  # of a hub data set's splits, those that are meant where none is named: the first that is there
@@ -42,6 +43,8 @@ def files(path: str) -> list[Path] | None:
                 f"{path}: no such built-in data; there is {', '.join(f'builtin:{name}' for name in shipped)}"
             )
         return found
+    if reason := model_files.unusable(path):
+        raise DataError(f"{path}: {reason}; expected the path of a file, or a hub id")
     if any(sign in path for sign in "*?[") and not Path(path).exists():
         found_paths = map(Path, glob.glob(path, recursive=True))  # noqa: PTH207  # absolute ones too
         matches = sorted(match for match in found_paths if match.is_file())
@@ -56,7 +59,7 @@ def files(path: str) -> list[Path] | None:
         if not inside:
             raise DataError(f"{path}: this directory holds no data files ({', '.join(SUFFIXES)}, each also .gz)")
         return inside
-    if _kind(file) or path.count("/") > 1 or path.startswith((".", "/", "~")):
+    if _kind(file) or not model_files.could_be_hub_id(path):
         raise DataError(f"{path}: no such file (working directory {Path.cwd()})")
     return None
 
@@ -209,10 +212,10 @@ def _parquet(file: Path) -> Iterator[Row | DataError]:
                 for values in batch.to_pylist():
                     number += 1
                     yield Row(f"{file}:row {number}", _as_written(values))
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{file}: not a valid parquet file: {error}") from None
     except UnicodeDecodeError:
         raise DataError(f"{file}:row {number + 1} or later: not valid UTF-8") from None
+    except (pyarrow.ArrowException, ArithmeticError, ValueError) as error:  # dates of a year 12000, too
+        raise DataError(f"{file}: not a valid parquet file: {error}") from None
 
 
 def _hub(path: str, name: str | None, splits: tuple[str, ...]) -> Iterator[Row]:

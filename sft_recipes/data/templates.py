@@ -13,7 +13,7 @@ from datetime import datetime
 from importlib import resources
 from typing import Any
 
-from jinja2 import TemplateError, nodes
+from jinja2 import TemplateError, TemplateSyntaxError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -93,8 +93,11 @@ class Chat:
         self.marks = "endgeneration" in source
         try:
             self.template = _environment().from_string(source)
-        except TemplateError as error:
-            raise DataError(f"data.template: not a valid Jinja template: {error}") from None
+        except Exception as error:  # TemplateError, and what Python says of the program that a template is made into
+            line = f" (line {error.lineno})" if isinstance(error, TemplateSyntaxError) else ""
+            raise DataError(
+                f"data.template: not a valid Jinja template: {error}{line}; mend it, or choose another"
+            ) from None
 
     def __call__(self, example: Example) -> Rendered:
         messages = as_chat(example.messages)
