@@ -13,6 +13,7 @@ Each is also a standard type, so that code which uses sft-recipes as a library c
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 _MOST = 2000  # characters of a line; what stands in the middle of a longer one is the user's own
 
@@ -23,6 +24,13 @@ def one_line(text: str) -> str:
         shown = (char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
         text = "".join(shown)
     return text if len(text) <= _MOST else f"{text[: _MOST // 2]} ... {text[-_MOST // 2 :]}"
+
+
+def shown(value: Any) -> str:
+    """A value of a recipe or a row in a few words."""
+    words = {None: "null", True: "true", False: "false"}
+    text = words[value] if value is None or isinstance(value, bool) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 class SFTRecipeError(Exception):

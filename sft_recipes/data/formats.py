@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from sft_recipes.errors import DataError
+from sft_recipes.errors import DataError, shown
 
 # The columns a format needs, and those it takes where they are there. `columns:` in a recipe renames.
 NEEDS = {
@@ -100,7 +100,7 @@ def _text(row: Mapping[str, Any], name: str, columns: Mapping[str, str], place: 
         )
     value = row[column]
     if not isinstance(value, str):
-        raise DataError(f"{place}: '{column}' must be text, got {_short(value)}")
+        raise DataError(f"{place}: '{column}' must be text, got {shown(value)}")
     return value
 
 
@@ -113,11 +113,11 @@ def _messages(row: Mapping[str, Any], columns: Mapping[str, str], place: str) ->
         )
     turns = row[column]
     if not isinstance(turns, list) or not turns:
-        raise DataError(f"{place}: '{column}' must be a list of messages, got {_short(turns)}")
+        raise DataError(f"{place}: '{column}' must be a list of messages, got {shown(turns)}")
     messages = []
     for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, Mapping):
-            raise DataError(f"{place}: message {number} must have 'role' and 'content', got {_short(turn)}")
+            raise DataError(f"{place}: message {number} must have 'role' and 'content', got {shown(turn)}")
         messages.append(_message(turn, f"{place}: message {number}"))
     system = row.get("system")  # as ShareGPT's rows have it
     if isinstance(system, str) and system.strip() and column != "system":
@@ -138,7 +138,7 @@ def _message(turn: Mapping[str, Any], place: str) -> dict[str, Any]:
     if content is None and calls:
         content = ""
     if not isinstance(role, str) or not isinstance(content, str):
-        raise DataError(f"{place} must have a text 'role' and 'content', got {_short(turn)}")
+        raise DataError(f"{place} must have a text 'role' and 'content', got {shown(turn)}")
     if found := next((key for key in _WEIGHTS if turn.get(key) is not None), None):
         raise DataError(f"{place} has '{found}', which is not supported; choose with data.train_on, and take it out")
     role = _ROLES.get(role, role)
@@ -149,7 +149,7 @@ def _message(turn: Mapping[str, Any], place: str) -> dict[str, Any]:
     message |= {key: value for key, value in others.items() if value is not None}
     if calls:
         if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
-            raise DataError(f"{place}: 'tool_calls' must be a list of objects, got {_short(calls)}")
+            raise DataError(f"{place}: 'tool_calls' must be a list of objects, got {shown(calls)}")
         message["tool_calls"] = [_call(call) for call in calls]
     return message
 
@@ -172,17 +172,12 @@ def _tools(row: Mapping[str, Any], place: str) -> list[Any] | None:
         try:
             tools = json.loads(tools) if tools.strip() else None
         except ValueError:
-            raise DataError(f"{place}: 'tools' must be a list of functions, got {_short(tools)}") from None
+            raise DataError(f"{place}: 'tools' must be a list of functions, got {shown(tools)}") from None
     if tools is not None and not isinstance(tools, list):
-        raise DataError(f"{place}: 'tools' must be a list of functions, got {_short(tools)}")
+        raise DataError(f"{place}: 'tools' must be a list of functions, got {shown(tools)}")
     return tools or None
 
 
 def _names(row: Mapping[str, Any]) -> str:
-    shown = [_short(name) for name in islice(row, _SHOWN)]
-    return ", ".join([*shown, *([f"and {len(row) - _SHOWN:,} more"] if len(row) > _SHOWN else [])]) or "none"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    names = [shown(name) for name in islice(row, _SHOWN)]
+    return ", ".join([*names, *([f"and {len(row) - _SHOWN:,} more"] if len(row) > _SHOWN else [])]) or "none"

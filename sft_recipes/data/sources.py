@@ -12,13 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sft_recipes.errors import DataError
+from sft_recipes.errors import DataError, shown
 from sft_recipes.recipe import model_files
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 TRAIN = ("train",)  # of a hub data set's splits, those that are meant where none is named: the first that is there
 HELD_OUT = ("validation", "test")
 QUICK = 1 << 28  # bytes that are hashed, or whose lines are counted, in less than a second
+_BEYOND = (
+    "cannot be read as JSON: a number of thousands of digits, or brackets within thousands of others; take them out"
+)
 BUILTIN = Path(__file__).parent.parent / "builtin"
 
 
@@ -127,11 +130,11 @@ def read(path: str, name: str | None = None, splits: tuple[str, ...] = TRAIN) ->
         if kind is None:
             raise DataError(f"{file}: unknown kind of file; expected {', '.join(SUFFIXES)}, each also .gz")
         if file.stat().st_size == 0:
-            raise DataError(f"{file}: the file is empty")
+            raise DataError(f"{file}: the file is empty; expected rows")
         try:
             yield from {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}[kind](file)
         except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{file}: cannot be read: {error}") from None
+            raise DataError(f"{file}: cannot be read: {' '.join(str(error).split())}; get the file again") from None
 
 
 def _kind(file: Path) -> str | None:
@@ -152,11 +155,11 @@ def _jsonl(file: Path) -> Iterator[Row | DataError]:
             try:
                 values = json.loads(line.decode())
             except UnicodeDecodeError:
-                yield DataError(f"{place}: not valid UTF-8")
+                yield DataError(f"{place}: not valid UTF-8; save the file as UTF-8")
             except json.JSONDecodeError as error:
                 yield DataError(f"{place}: not valid JSON: {error.msg} at column {error.colno}")
-            except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
-                yield DataError(f"{place}: cannot be read as JSON: {error}")
+            except (ValueError, RecursionError):
+                yield DataError(f"{place}: {_BEYOND}")
             else:
                 yield _row(place, values)
 
@@ -166,15 +169,16 @@ def _json(file: Path) -> Iterator[Row | DataError]:
         content = stream.read()
     try:
         rows = json.loads(content.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        raise DataError(f"{file}: not valid UTF-8") from None
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{file}:{line}: not valid UTF-8; save the file as UTF-8") from None
     except json.JSONDecodeError as error:
         hint = "; a file with one object a line is .jsonl" if error.msg == "Extra data" else ""
         raise DataError(f"{file}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}{hint}") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{file}: cannot be read as JSON: {error}") from None
+    except (ValueError, RecursionError):
+        raise DataError(f"{file}: {_BEYOND}") from None
     if not isinstance(rows, list):
-        raise DataError(f"{file}: expected a list of objects, got {type(rows).__name__}")
+        raise DataError(f"{file}: expected a list of objects, got {shown(rows)}")
     for number, values in enumerate(rows, start=1):
         yield _row(f"{file}:row {number}", values)
 
@@ -196,7 +200,7 @@ def _csv(file: Path) -> Iterator[Row | DataError]:
                 else:
                     yield Row(place, values)
         except UnicodeDecodeError:
-            raise DataError(f"{file}:{reader.line_num + 1} or later: not valid UTF-8") from None
+            raise DataError(f"{file}:{reader.line_num + 1} or later: not valid UTF-8; save the file as UTF-8") from None
         except csv.Error as error:
             raise DataError(f"{file}:{reader.line_num}: not valid CSV: {error}") from None
 
@@ -215,7 +219,9 @@ def _parquet(file: Path) -> Iterator[Row | DataError]:
     except UnicodeDecodeError:
         raise DataError(f"{file}:row {number + 1} or later: not valid UTF-8") from None
     except (pyarrow.ArrowException, ArithmeticError, ValueError) as error:  # dates of a year 12000, too
-        raise DataError(f"{file}: not a valid parquet file: {error}") from None
+        raise DataError(
+            f"{file}: not a valid parquet file: {' '.join(str(error).split())}; get the file again"
+        ) from None
 
 
 def _hub(path: str, name: str | None, splits: tuple[str, ...]) -> Iterator[Row]:
@@ -261,4 +267,4 @@ def _from_hub(path: str, name: str | None, splits: tuple[str, ...]) -> tuple[Any
 def _row(place: str, values: Any) -> Row | DataError:
     if isinstance(values, dict):
         return Row(place, values)
-    return DataError(f"{place}: expected an object with columns, got {type(values).__name__}")
+    return DataError(f"{place}: expected an object with columns, got {shown(values)}")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sft_recipes.errors import RecipeError
 from sft_recipes.recipe import model_files
-from sft_recipes.recipe.load import Loaded, examine
+from sft_recipes.recipe.load import Loaded, examine, field_names
 from sft_recipes.recipe.schema import DEFAULT_GLOBAL_BATCH_SIZE, Recipe
 from sft_recipes.recipe.upstream import OWNED, installed, optimizers, schedulers, sft_config_fields
 
@@ -140,8 +140,10 @@ def _names(recipe: Recipe) -> Iterator[str]:
         if name in OWNED:
             yield f"trl.{name}: a recipe says this with {OWNED[name]}"
         elif name not in sft_config_fields():
+            ours = next((key for key in field_names() if key.rpartition(".")[2] == name), None)
             close = difflib.get_close_matches(name, sorted(sft_config_fields()), n=1)
             hint = f"did you mean '{close[0]}'?" if close else "expected a field of TRL's SFTConfig"
+            hint = f"a recipe says this with {ours}" if ours else hint
             yield f"trl.{name}: '{name}' is no field of SFTConfig that is known here; {hint}"
 
 

@@ -19,7 +19,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
-from sft_recipes.errors import InputError, RecipeError
+from sft_recipes.errors import InputError, RecipeError, shown
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.recipe.upstream import OTHER_WORDS
 
@@ -210,7 +210,7 @@ class _Values:
         try:
             return self.yaml.constructor.construct_object(node)
         except (YAMLError, ArithmeticError, LookupError, ValueError):
-            return self._refuse(path, here, f"{_yaml_word(node.value)} is not {_KIND_WORDS[kind]}; quote what is text")
+            return self._refuse(path, here, f"{shown(node.value)} is not {_KIND_WORDS[kind]}; quote what is text")
 
     def _refuse(self, path: KeyPath, here: str, what: str) -> None:
         self.unread.add(path)
@@ -300,7 +300,8 @@ def _describe(fault: _Fault) -> str:
     if fault.kind == "missing":
         return f"missing key '{key}'; expected {expectation(schema_of(fault.path))}"
     huge = isinstance(fault.value, (int, float)) and abs(fault.value) >= 2**31
-    return f"{key}: got {_yaml_word(fault.value)}; expected {expectation(schema_of(fault.path), every_bound=huge)}"
+    got = "an empty text" if fault.value == "" else shown(fault.value)
+    return f"{key}: got {got}; expected {expectation(schema_of(fault.path), every_bound=huge)}"
 
 
 def _suggestion(path: KeyPath) -> str:
@@ -390,22 +391,13 @@ def expectation(schema: dict[str, Any], *, every_bound: bool = False) -> str:
         "maximum": "of at most",
     }
     given = ((word, schema[bound]) for bound, word in bounds.items() if bound in schema)
-    shown = ((word, limit) for word, limit in given if every_bound or limit != 2**31)
-    limits = [f"{word} {int(limit) if limit == int(limit) else limit}" for word, limit in shown]
+    said = ((word, limit) for word, limit in given if every_bound or limit != 2**31)
+    limits = [f"{word} {int(limit) if limit == int(limit) else limit}" for word, limit in said]
     if "minItems" in schema:
         limits.append(f"of at least {schema['minItems']}")
     if "pattern" in schema:
         limits.append("such as 5GB or 500MB")
     return " ".join([words, " and ".join(limits)]).strip()
-
-
-def _yaml_word(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if value == "":
-        return "an empty text"
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _dotted(path: KeyPath) -> str:
