@@ -118,6 +118,10 @@ class Chat:
         marked = self._render(messages, example, add_generation_prompt=False)
         text = self._unmarked(marked)
         trained = self._trained(messages, text, marked, example)
+        if self.train_on != "all" and not example.empty and not any(text[start:end].strip() for start, end in trained):
+            raise DataError(
+                f"{example.place}: the chat template leaves the answer out, so there is nothing to train on"
+            )
         if self.bos:
             text, trained = _with_once(self.bos, text, trained)
         left_out = any(

@@ -93,8 +93,9 @@ def only_template(template: Any) -> str | None:
 def _json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
+    text = _text(file)
     try:
-        content = json.loads(_text(file))
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{file}: not valid JSON: {error}; get the file again") from None
     if not isinstance(content, dict):

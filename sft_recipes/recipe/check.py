@@ -57,12 +57,8 @@ def accepted(recipe_file: str | Path, overrides: Sequence[str] = ()) -> tuple[Lo
 
 def _output(recipe: Recipe) -> Iterator[str]:
     """A directory that no run could make."""
-    if reason := model_files.unusable(recipe.output_dir):
-        yield f"output_dir: {recipe.output_dir}: {reason}; choose another with --set output_dir=DIR"
-        return
-    folder = Path(recipe.output_dir).expanduser()
-    if file := next((each for each in (folder, *folder.parents) if each.is_file()), None):
-        yield f"output_dir: {file} is a file; choose another with --set output_dir=DIR"
+    if reason := model_files.not_to_be_made(recipe.output_dir):
+        yield f"output_dir: {reason}; choose another with --set output_dir=DIR"
 
 
 def _given(recipe: Recipe, section: str, key: str) -> bool:

@@ -24,6 +24,15 @@ def unusable(path: str) -> str | None:
     return None
 
 
+def not_to_be_made(path: str) -> str | None:
+    """Why no directory can be made at a path; None where one can, or is there."""
+    if reason := unusable(path):
+        return f"{path}: {reason}"
+    folder = Path(path).expanduser()
+    file = next((each for each in (folder, *folder.parents) if each.is_file()), None)
+    return f"{file} is a file" if file else None
+
+
 def directory(name: str) -> Path | None:
     """The directory that `model.name` means; None where it can only be a hub id. Raises ModelError where it is neither."""
     if name.startswith("builtin:"):
@@ -74,7 +83,7 @@ def is_adapter(folder: Path) -> bool:
 
 def find_adapter(path: Path) -> Path:
     """The adapter that a path means: an adapter directory, or a run that trained one. Raises ModelError."""
-    for folder in (path, path / "adapter"):
+    for folder in () if unusable(str(path)) else (path, path / "adapter"):
         if is_adapter(folder):
             return folder
     raise ModelError(
@@ -86,7 +95,7 @@ def find_model(path: Path) -> Path:
     """The model or adapter that a path means: its directory, a run that exported one, `builtin:tiny`. Raises ModelError."""
     if str(path).startswith("builtin:") and (built_in := directory(str(path))):
         return built_in
-    for folder in (path, path / "model", path / "adapter"):
+    for folder in () if unusable(str(path)) else (path, path / "model", path / "adapter"):
         if (folder / "config.json").is_file() or is_adapter(folder):
             return folder
     raise ModelError(f"{path}: no model here; expected a model or adapter directory, or a run that has finished")

@@ -7,6 +7,7 @@ from typing import Any
 
 from jinja2 import Environment
 
+from sft_recipes.errors import OutputError
 from sft_recipes.report.curve import learning_curve, read_metrics
 from sft_recipes.report.words import samples
 
@@ -50,6 +51,20 @@ _SAMPLES = 20
 
 def write(folder: Path) -> None:
     """Write learning_curve.png and report.html from the run's own files. Raises OutputError where there is no run."""
+    try:
+        _write(folder)
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError(f"{error.filename or folder}: cannot be written: {error.strerror}") from None
+    except (LookupError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise OutputError(
+            f"{folder}: its files are not as a run wrote them, so there is no report ({reason})"
+        ) from None
+
+
+def _write(folder: Path) -> None:
     metrics = read_metrics(folder)
     learning_curve(metrics, folder / "learning_curve.png", folder.name)
     files = {name: _json(folder / f"{name}.json") for name in ("recipe.resolved", "data", "manifest")}

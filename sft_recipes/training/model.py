@@ -3,12 +3,14 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from json import JSONDecodeError
 from typing import Any
 
 import peft
 import torch
 import transformers
 from peft.utils.other import TrainableTokensWrapper
+from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -270,6 +272,8 @@ def as_model_error(model: str, what: str) -> Iterator[None]:
             raise RunError(f"{model}: out of memory while its {what} were loaded: {reason[:300]}") from error
         if "trust_remote_code" in reason:
             reason = "it is Python code that comes with the model; read it, then set model.trust_remote_code: true"
+        if isinstance(error, (SafetensorError, JSONDecodeError, UnicodeError, LookupError, TypeError, AttributeError)):
+            reason = f"{type(error).__name__}: {reason[:200]}; get the files again"
         if "ignore_mismatched_sizes" in reason:
             reason = "they have other shapes than its config says; get the files again"
         raise ModelError(f"{model}: its {what} cannot be loaded: {reason[:300]}") from error
