@@ -202,7 +202,7 @@ def _csv(file: Path) -> Iterator[Row | DataError]:
         except UnicodeDecodeError:
             raise DataError(f"{file}:{reader.line_num + 1} or later: not valid UTF-8; save the file as UTF-8") from None
         except csv.Error as error:
-            raise DataError(f"{file}:{reader.line_num}: not valid CSV: {error}") from None
+            raise DataError(f"{file}:{reader.line_num + 1} or later: not valid CSV: {error}") from None
 
 
 def _parquet(file: Path) -> Iterator[Row | DataError]:

@@ -84,9 +84,14 @@ def examine(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Loaded | N
     except ValidationError as error:
         faults = _innermost(_fault(detail, data) for detail in error.errors(include_url=False))
     here = Loaded(Recipe.model_construct(), source, values.places)
-    told = sorted(
-        (fault for fault in faults if fault.path not in values.unread), key=lambda fault: _line(here.place(*fault.path))
-    )
+    # A key whose name has a typo is not missing as well.
+    meant = {(*fault.path[:-1], _meant(fault.path)) for fault in faults if fault.kind == "extra_forbidden"}
+    told = [
+        fault
+        for fault in faults
+        if fault.path not in values.unread and not (fault.kind == "missing" and fault.path in meant)
+    ]
+    told.sort(key=lambda fault: _line(here.place(*fault.path)))
     problems += [f"{here.place(*fault.path)}: {_describe(fault)}" for fault in told[:_SHOWN]]
     if len(told) > _SHOWN:
         problems.append(f"{source}: ... and {len(told) - _SHOWN:,} more keys that are wrong")
@@ -120,7 +125,9 @@ def _read(path: Path) -> MappingNode:
         raise RecipeError(f"{path}:{mark.line + 1 if mark else 1}: not valid YAML: {_reason(error)}") from None
     except ReaderError as error:
         line = _lines(text[: error.position].encode())
-        raise RecipeError(f"{path}:{line}: not valid YAML: the character {error.character!r} is not allowed") from None
+        raise RecipeError(
+            f"{path}:{line}: not valid YAML: the character {text[error.position]!r} is not allowed"
+        ) from None
     except (YAMLError, ValueError) as error:
         raise RecipeError(f"{path}:1: not valid YAML: {error}") from None
     except RecursionError:
@@ -237,7 +244,9 @@ def _set(data: dict[str, Any], override: str, values: _Values) -> None:
     if not equals or not all(path):
         raise RecipeError(f"--set {override}: expected key=value, such as --set train.learning_rate=1e-4")
     section = data
-    for part in path[:-1]:
+    for depth, part in enumerate(path[:-1], start=1):
+        if part not in section:
+            values.places[path[:depth]] = "--set"
         inner = section.setdefault(part, {})
         if inner is None:
             inner = section[part] = {}
@@ -304,16 +313,25 @@ def _describe(fault: _Fault) -> str:
     return f"{key}: got {got}; expected {expectation(schema_of(fault.path), every_bound=huge)}"
 
 
+def _siblings(path: KeyPath) -> list[str]:
+    section = schema_of(path[:-1])
+    return [name for branch in section.get("anyOf", [section]) for name in branch.get("properties", {})]
+
+
+def _meant(path: KeyPath) -> str | None:
+    """The key of the same section whose name is close to an unknown one's."""
+    return next(iter(difflib.get_close_matches(str(path[-1]), _siblings(path), n=1)), None)
+
+
 def _suggestion(path: KeyPath) -> str:
     name = str(path[-1])
-    section = schema_of(path[:-1])
-    siblings = [name for branch in section.get("anyOf", [section]) for name in branch.get("properties", {})]
+    siblings = _siblings(path)
     if name == "<<":
         return "; merging keys with << is YAML 1.1, write them out"
     if name in OTHER_WORDS:
         return f"; a recipe calls it '{OTHER_WORDS[name]}'"
-    if close := difflib.get_close_matches(name, siblings, n=1):
-        return f"; did you mean '{close[0]}'?"
+    if meant := _meant(path):
+        return f"; did you mean '{meant}'?"
     everywhere = {field.split(".")[-1]: field for field in field_names()}
     if close := difflib.get_close_matches(name, list(everywhere), n=1, cutoff=0.8):
         return f"; did you mean '{everywhere[close[0]]}'?"
