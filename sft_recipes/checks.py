@@ -11,11 +11,11 @@ from sft_recipes import run_folder
 from sft_recipes.data import prepare, reading, sources, tokens
 from sft_recipes.data import preview as showing
 from sft_recipes.data.tokens import LightTokenizer
-from sft_recipes.errors import DataError, InputError, ModelError, RecipeError
+from sft_recipes.errors import DataError, InputError, ModelError, RecipeError, one_line
 from sft_recipes.planning.steps import count
 from sft_recipes.recipe import model_files
 from sft_recipes.recipe.check import accepted, verdict_on
-from sft_recipes.recipe.schema import Model, Recipe
+from sft_recipes.recipe.schema import Model, Recipe, Source
 
 _SECONDS = 2.0  # of tokenising a source; what is found then is found in its first rows
 
@@ -33,17 +33,20 @@ def check(recipe_file: str, overrides: Sequence[str] = ()) -> Findings:
     loaded, verdict = verdict_on(recipe_file, overrides)
     lines: list[str] = []
     problems = list(verdict.problems)
-    if loaded is not None:
+    for examine in (_examine_data, _examine_prompts):
+        if loaded is None:
+            break
         try:
             with loaded.placing_errors():
-                lines = _examine_data(loaded.recipe)
+                lines += examine(loaded.recipe)
         except InputError as error:
             problems += [line for line in error.lines if line not in problems]
     if problems:
         raise RecipeError(*problems)
     assert loaded is not None
     used = run_folder.in_the_way(loaded.recipe.output_dir)  # a problem of the next run, none of a finished one's recipe
-    return Findings(lines, verdict.warnings + ([loaded.placed(used)] if used else []))
+    warnings = verdict.warnings + ([loaded.placed(used)] if used else [])
+    return Findings([*map(one_line, lines)], [*map(one_line, warnings)])
 
 
 def preview(
@@ -107,6 +110,14 @@ def _examine_data(recipe: Recipe) -> list[str]:
         f"steps: {about}{steps.total:,} of {recipe.sequences_per_step} sequences, {steps.warmup:,} of them warmup; "
         f"{about}{steps.per_epoch:,} an epoch",
     ]
+
+
+def _examine_prompts(recipe: Recipe) -> list[str]:
+    """Looks at prompts that are to be answered at each evaluation, where they are in a file. Raises DataError."""
+    path = recipe.eval.generate
+    if isinstance(path, str) and sources.files(path) is not None:
+        reading.look_through(Source(path=path), recipe.data, _SECONDS)
+    return []
 
 
 def _on_the_hub(recipe: Recipe) -> list[str]:

@@ -245,6 +245,11 @@ def main() -> NoReturn:
     except BrokenPipeError:  # `sft-recipe list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except OSError as error:  # of the machine: a full disk, a file that may not be read
+        if debug:
+            raise
+        print(f"{error.filename or 'sft-recipe'}: {error.strerror or error}", file=sys.stderr)
+        code = 1
     sys.exit(code or 0)
 
 

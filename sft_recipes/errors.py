@@ -14,6 +14,24 @@ Each is also a standard type, so that code which uses sft-recipes as a library c
 """
 
 from collections.abc import Sequence
+from typing import Any
+
+_MOST = 2000  # characters of a line; what stands in the middle of a longer one is the user's own
+
+
+def one_line(text: str) -> str:
+    """A line as it can be shown, whatever a key or a file is called: without line breaks, control characters and such."""
+    if not text.isprintable():
+        shown = (char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+        text = "".join(shown)
+    return text if len(text) <= _MOST else f"{text[: _MOST // 2]} ... {text[-_MOST // 2 :]}"
+
+
+def shown(value: Any) -> str:
+    """A value of a recipe or a row in a few words."""
+    words = {None: "null", True: "true", False: "false"}
+    text = words[value] if value is None or isinstance(value, bool) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 class SFTRecipeError(Exception):
@@ -22,8 +40,8 @@ class SFTRecipeError(Exception):
     exit_code = 1
 
     def __init__(self, *lines: str) -> None:
-        super().__init__("\n".join(lines))
-        self.lines: Sequence[str] = lines
+        self.lines: Sequence[str] = tuple(map(one_line, lines))
+        super().__init__("\n".join(self.lines))
 
 
 class RunError(SFTRecipeError, RuntimeError):

@@ -1,13 +1,15 @@
 """`sft-recipe generate`: talking to a trained model."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from sft_recipes.errors import ModelError
+from sft_recipes.errors import ModelError, RecipeError, SFTRecipeError
 from sft_recipes.export import load
 from sft_recipes.recipe import model_files
 from sft_recipes.training.generate import answer, prompt_ids
@@ -27,6 +29,8 @@ def talk(
 
     Raises ModelError where there is none, RecipeError where its chat template does what none may.
     """
+    if not all(map(_is_unicode, (prompt, input))):
+        raise RecipeError("--prompt and --input: not valid Unicode; give them in UTF-8")
     folder = model_files.find_model(path)
     trust = {"trust_remote_code": trust_remote_code}  # always said: without a word, transformers asks the terminal
     if model_files.is_adapter(folder):
@@ -41,19 +45,42 @@ def talk(
                 folder, config=config, dtype="auto", use_safetensors=True, **trust
             )
     message: dict[str, Any] = {"role": "user", "content": prompt, **({"input": input} if input else {})}
-    ids = prompt_ids(tokenizer, [message], raw=_trained_on_text(path))
+    with _as_answer_error(path):
+        ids = prompt_ids(tokenizer, [message], raw=_trained_on_text(path))
     limit = model_files.positions(model.config.to_dict())
     if limit is not None and len(ids) >= limit:
-        raise ModelError(f"{path}: the prompt has {len(ids)} tokens, and the model {limit} positions")
-    [text] = answer(
-        model.to(torch.accelerator.current_accelerator() or "cpu"),
-        tokenizer,
-        [ids],
-        max_new_tokens=min(max_new_tokens, limit - len(ids)) if limit else max_new_tokens,
-        stops=load.stops(folder, tokenizer),
-        temperature=temperature,
-    )
+        raise ModelError(f"{path}: the prompt has {len(ids)} tokens, and the model {limit} positions; shorten it")
+    stops = load.stops(folder, tokenizer)
+    with _as_answer_error(path):
+        [text] = answer(
+            model.to(torch.accelerator.current_accelerator() or "cpu"),
+            tokenizer,
+            [ids],
+            max_new_tokens=min(max_new_tokens, limit - len(ids)) if limit else max_new_tokens,
+            stops=stops,
+            temperature=temperature,
+        )
     return text
+
+
+@contextmanager
+def _as_answer_error(path: Path) -> Iterator[None]:
+    """What a chat template, the tokenizer or the model say of a prompt that they cannot take."""
+    try:
+        yield
+    except SFTRecipeError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"{path}: cannot answer this prompt: {type(error).__name__}: {reason}") from error
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _trained_on_text(path: Path) -> bool:
@@ -61,4 +88,7 @@ def _trained_on_text(path: Path) -> bool:
     file = next((folder / "data.json" for folder in (path, path.parent) if (folder / "data.json").is_file()), None)
     if file is None:
         return False
-    return all(source["format"] == "text" for source in json.loads(file.read_text("utf-8"))["train"]["sources"])
+    try:
+        return all(source["format"] == "text" for source in json.loads(file.read_text("utf-8"))["train"]["sources"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ModelError(f"{file}: cannot be read: {error}; remove it to use the model as any other") from None

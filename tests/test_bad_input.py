@@ -1,155 +1,993 @@
-"""Bad input, as a user gives it to `sft-recipe run`: one clear line, exit code 2, nothing left behind."""
+"""Bad input, as a user gives it: each command line ends in one line that says where, what and what would be right, with
+exit code 2, and leaves nothing behind.
 
+In the tables, what stands before and between the `…` of an expected line has to stand there in this order.
+"""
+
+import csv
+import gzip
+import io
 import json
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pyarrow
 import pytest
-from safetensors.torch import load_file, save_file
+from pyarrow import parquet
 
-from sft_recipes.errors import InputError
-from tests.conftest import WriteRecipe, run
+from sft_recipes import cli
+from sft_recipes.recipe import check as recipe_check
+from sft_recipes.recipe import upstream
+from tests.conftest import write_rows
 
 TINY = Path(__file__).parents[1] / "sft_recipes" / "builtin" / "tiny"
+Change = Callable[[Path], object]  # of a directory
 
 
-def model(change: Callable[[Path], object]) -> Callable[[Path], list[str]]:
-    """A copy of the embedded model with something wrong."""
-
-    def make(folder: Path) -> list[str]:
-        shutil.copytree(TINY, folder / "model")
-        change(folder / "model")
-        return [f"model.name={folder / 'model'}"]
-
-    return make
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory: a good recipe, and 24 rows."""
+    monkeypatch.chdir(tmp_path)
+    write_rows(Path("train.jsonl"))
+    write_recipe(DATA)
+    return tmp_path
 
 
-def config(**changes: Any) -> Callable[[Path], object]:
+def write_recipe(data: str, more: str = "") -> None:
+    Path("recipe.yaml").write_text(RECIPE.replace("DATA", data) + more, encoding="utf-8")
+
+
+MODEL = "model: {name: 'builtin:tiny', dtype: float32}\n"
+DATA = "{train: train.jsonl, eval: 0.25, max_length: 128}"
+RECIPE = f"""\
+{MODEL}data: DATA
+train: {{max_steps: 1, micro_batch_size: 2, global_batch_size: 4, mixed_precision: no, gradient_checkpointing: false}}
+output_dir: run
+"""
+
+
+class Said:
+    """What a command line ended in."""
+
+    def __init__(self, code: Any, lines: list[str], written: str) -> None:
+        self.code, self.lines, self.written = code, lines, written
+
+
+@pytest.fixture
+def sft_recipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
+    """Calls the command line in this process."""
+
+    def call(*arguments: str) -> Said:
+        monkeypatch.setattr(sys, "argv", ["sft-recipe", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capsys.readouterr()
+        return Said(ended.value.code, said.err.splitlines(), said.out)
+
+    return call
+
+
+def everything() -> dict[str, bytes | None]:
+    """All there is in the working directory."""
+    return {str(path): path.read_bytes() if path.is_file() else None for path in Path().rglob("*")}
+
+
+def check_refused(call: Callable[..., Said], arguments: Sequence[str], expected: str, code: int = 2) -> None:
+    before = everything()
+    said = call(*arguments)
+
+    assert said.code == code, said.lines
+    [line] = said.lines
+    at = 0
+    for part in expected.split("…"):
+        found = line.find(part, at)
+        assert found >= at if at else found == 0, line
+        at = found + len(part)
+    assert "Traceback" not in said.written
+    assert everything() == before
+
+
+def as_sets(overrides: Sequence[str]) -> list[str]:
+    return [part for override in overrides for part in ("--set", override)]
+
+
+# --- Recipes: the text of the file -----------------------------------------------------------------------------------
+
+GOOD = RECIPE.replace("DATA", DATA)
+BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 10)}]\n" for old, new in zip("abcde", "bcdef", strict=True)
+)
+TEXTS: dict[str, tuple[str | bytes, str]] = {
+    "empty": ("", "recipe.yaml:1: a recipe is a mapping of keys; see `sft-recipe list`"),
+    "only a comment": ("# mine\n", "recipe.yaml:1: a recipe is a mapping of keys"),
+    "a list": ("- model\n", "recipe.yaml:1: a recipe is a mapping of keys"),
+    "a word": ("hello\n", "recipe.yaml:1: a recipe is a mapping of keys"),
+    "a bracket left open": (GOOD + "trl: {adam_beta2: 0.9\n", "recipe.yaml:6: not valid YAML: …expected ',' or '}'"),
+    "a tab": (GOOD + "lora:\n\trank: 4\n", "recipe.yaml:6: not valid YAML: …'\\t' that cannot start any token"),
+    "two colons": (GOOD + "seed: 1: 2\n", "recipe.yaml:5: not valid YAML: mapping values are not allowed here"),
+    "two documents": (GOOD + "---\na: 1\n", "recipe.yaml:5: not valid YAML: expected a single document"),
+    "an alias of nothing": (GOOD + "lora: *mine\n", "recipe.yaml:5: not valid YAML: found undefined alias 'mine'"),
+    "an alias within itself": (GOOD + "trl: &a {b: *a}\n", "recipe.yaml: an alias (*) stands within …; write it out"),
+    "aliases of aliases": (GOOD + BOMB, "recipe.yaml: more than 100,000 values…; write them out"),
+    "nested too deep": (GOOD + "trl: " + "[" * 3000, "recipe.yaml:1: nested too deep; a recipe is sections with keys"),
+    "Latin-1": (GOOD.encode() + b"# sch\xf6n\n", "recipe.yaml:5: not valid UTF-8 (byte 0xf6); save it as UTF-8"),
+    "UTF-16": (GOOD.encode("utf-16"), "recipe.yaml:1: not valid UTF-8 (byte 0x…); save it as UTF-8"),
+    "a picture": (b"\x89PNG\r\n\x1a\n\x00", "recipe.yaml:1: not valid UTF-8"),
+    "a null character": (GOOD + "a: \x00\n", "recipe.yaml:5: not valid YAML: the character '\\x00' is not allowed"),
+    "YAML 1.1": ("%YAML 1.1\n---\n" + GOOD, "recipe.yaml:1: recipes are YAML 1.2; take the line with %YAML out"),
+    "a key twice": (GOOD + "output_dir: other\n", "recipe.yaml:5: key 'output_dir' stands twice, first in recipe.yaml:4"),
+    "a quoted key twice": (GOOD + "lora: {'rank': 1, rank: 2}\n", "recipe.yaml:5: key 'lora.rank' stands twice, first in"),
+    "a section twice": (GOOD + "data: {}\n", "recipe.yaml:5: key 'data' stands twice, first in recipe.yaml:2"),
+    "an empty section": (GOOD + "lora:\n", "recipe.yaml:5: section 'lora:' is empty; write 'lora: {}' for its defaults"),
+    "a key that is a list": (GOOD + "? [a, b]\n: c\n", "recipe.yaml:5: a key must be text"),
+    "a merged key": (GOOD + "lora: {<<: {rank: 3}}\n", "recipe.yaml:5: unknown key 'lora.<<'; …write them out"),
+    "a Python object": (GOOD + "lora: {rank: !!python/name:os.system x}\n",
+        "recipe.yaml:5: lora.rank: the tag …; take it out"),
+    "a tag of one's own": (GOOD + "trl: !mine {}\n",
+        "recipe.yaml:5: trl: the tag !mine means nothing in a recipe; take it out"),
+    "a tag that is wrong": (GOOD + "eval: {every: !!int x}\n", "recipe.yaml:5: eval.every: 'x' is not a whole number; quote"),
+    "half a character": (GOOD + 'eval: {generate: ["\\ud83d"]}\n', "recipe.yaml:5: eval.generate[0]: …not valid Unicode"),
+    "a key with a line break": (GOOD + '"a\\nb": 1\n', "recipe.yaml:5: unknown key 'a\\nb'; expected one of model, data"),
+    "a long key": (GOOD + f"? {'k' * 9000}\n: 1\n", "recipe.yaml:5: unknown key 'kkk… ... …expected one of model"),
+    "no output": (MODEL + "data: {train: train.jsonl}\n", "recipe.yaml: missing key 'output_dir'; expected text"),
+    "no model's name": (GOOD.replace("name: 'builtin:tiny', ", ""), "recipe.yaml:1: missing key 'model.name'; expected text"),
+    "no data": (MODEL + "output_dir: run\n", "recipe.yaml: missing key 'data'; expected a section with keys"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TEXTS)
+def test_recipe_files(case: str, sft_recipe: Callable[..., Said]) -> None:
+    text, expected = TEXTS[case]
+    Path("recipe.yaml").write_bytes(text.encode() if isinstance(text, str) else text)
+
+    check_refused(sft_recipe, ["check", "recipe.yaml"], expected)
+
+
+# --- Recipes: what keys say ------------------------------------------------------------------------------------------
+
+SETS: dict[str, tuple[list[str], str]] = {
+    "a typo": (["train.sed=1"], "--set: unknown key 'train.sed'; did you mean 'seed'?"),
+    "another tool's word": (["lora.r=8"], "--set: unknown key 'lora.r'; a recipe calls it 'lora.rank'"),
+    "a key of another section": (["model.max_length=8"],
+        "--set: unknown key 'model.max_length'; a recipe calls it 'data.max_length'"),
+    "an unknown section": (["optimizer.lr=1"], "--set: unknown key 'optimizer'; …'train.optimizer'"),
+    "a section that is a number": (["train=5"], "--set: train: got 5; expected a section with keys"),
+    "a section that is a list": (["lora=[rank]"], "--set: lora: got ['rank']; expected a section with keys or null"),
+    "a word for a number": (["train.epochs=two"], "--set: train.epochs: got 'two'; expected a number above 0 or null"),
+    "text for a number": (["train.seed='5'"], "--set: train.seed: got '5'; expected a whole number of at least 0"),
+    "true for a number": (["lora.rank=true"], "--set: lora.rank: got true; expected a whole number above 0"),
+    "a fraction for a whole number": (["data.max_length=1.5"], "--set: data.max_length: got 1.5; expected a whole number"),
+    "a number for text": (["model.name=7"], "--set: model.name: got 7; expected text"),
+    "a word for yes or no": (["data.shuffle=yes"], "--set: data.shuffle: got 'yes'; expected true or false"),
+    "null where there is no null": (["data.train=null"], "--set: data.train: got null; expected text or a list"),
+    "an empty text": (["model.name=''"], "--set: model.name: got an empty text; expected text"),
+    "an empty list": (["data.train=[]"], "--set: data.train: got []; expected text or a list of at least 1"),
+    "a list in a list": (["data.train=[[a.jsonl]]"], "--set: data.train[0]: got ['a.jsonl']; expected text or a section"),
+    "a source with a typo": (["data.train=[{paht: a}]"], "--set: unknown key 'data.train[0].paht'; did you mean 'path'?"),
+    "a source without a path": (["data.eval={path: ''}"], "--set: data.eval.path: got an empty text; expected text"),
+    "columns that are numbers": (["data.columns={prompt: 5}"], "--set: data.columns.prompt: got 5; expected text"),
+    "a negative number": (["train.weight_decay=-1"], "--set: train.weight_decay: got -1; expected a number of at least 0"),
+    "zero": (["train.learning_rate=0"], "--set: train.learning_rate: got 0; expected a number above 0"),
+    "no number": (["train.learning_rate=.nan"], "--set: train.learning_rate: got nan; expected a number above 0"),
+    "infinity": (["train.learning_rate=1e999"], "--set: train.learning_rate: got inf; expected a number above 0"),
+    "a number of 32 bits and more": (["train.max_steps=4000000000"], "--set: train.max_steps: …below 2147483648 or null"),
+    "a number of thousands of digits": ([f"train.seed={'9' * 5000}"], "--set: train.seed: '999… is not a whole number"),
+    "more than a run": (["eval.every=1.5"], "--set: eval.every: got 1.5; expected a number above 0 and of at most 1"),
+    "a weight beyond reason": (["data.train=[{path: train.jsonl, weight: 1e9}]"],
+        "--set: data.train[0].weight: …at most 1000"),
+    "a type that is none": (["model.dtype=bf16"],
+        "--set: model.dtype: got 'bf16'; expected one of bfloat16, float16, float32"),
+    "a size without a unit": (["export.max_shard_size=5"], "--set: export.max_shard_size: got 5; …such as 5GB or 500MB"),
+    "a tracker that is none": (["log.to=[excel]"], "--set: log.to[0]: got 'excel'; expected one of wandb, tensorboard"),
+    "an unknown optimizer": (["train.optimizer=adamm"], "--set: train.optimizer: 'adamm' is no name…; did you mean 'ada"),
+    "an unknown schedule": (["train.lr_scheduler=cosin"],
+        "--set: train.lr_scheduler: 'cosin' is no name…did you mean 'cosine'?"),
+    "an unknown field of TRL": (["trl.adam_beta3=1"],
+        "--set: trl.adam_beta3: …no field of SFTConfig…did you mean 'adam_beta2'?"),
+    "a field of TRL that is a key": (["trl.learning_rate=1"], "--set: trl.learning_rate: a recipe says this with train."),
+    "a key under trl": (["trl.micro_batch_size=1"],
+        "--set: trl.micro_batch_size: …a recipe says this with train.micro_batch_size"),
+    "a broken pattern": (["lora.target_modules=q_proj("], "--set: lora.target_modules: 'q_proj(' is not a regular expression"),
+    "quantization without lora": (["model.quantization=nf4"], "--set: model.quantization: nf4 …add a section 'lora: {}'"),
+    "two ways to say a batch": (["train.gradient_accumulation_steps=2"],
+        "--set: train.gradient_accumulation_steps and …give one"),
+    "a batch that does not come out": (["train.global_batch_size=5"],
+        "--set: train.global_batch_size: 5 …could be 1, 5, …4, 6"),
+    "types that do not go together": (["train.mixed_precision=bf16", "model.dtype=float16"],
+        "--set: train.mixed_precision: bf16 …; set model.dtype"),
+    "the best without validation": (["data.eval=null", "checkpoint.export_best=true"],
+        "--set: checkpoint.export_best …set data.eval"),
+    "a fraction that is text": (["data.eval='0.1'"], "--set: data.eval: '0.1' is text…a fraction is a number, such as 0.02"),
+    "columns that no format has": (["data.columns={question: q}"],
+        "--set: data.columns: no format has a column 'question'; there are"),
+    "packing that is none": (["data.packing=none", "data.cross_document_attention=true"],
+        "--set: data.cross_document_attention …leave one"),
+    "more than the model can take": (["data.max_length=2000"],
+        "--set: data.max_length: 2000 is more than the 1024…set at most 1024"),
+    "a later version's": (["launch.processes=2"], "--set: launch.processes: more than one is not in this version; set 1"),
+    "an output that is a file": (["output_dir=train.jsonl"], "--set: output_dir: train.jsonl is a file; choose another with"),
+    "an output within a file": (["output_dir=train.jsonl/run"],
+        "--set: output_dir: train.jsonl is a file; choose another with"),
+    "an output of nobody's": (["output_dir=~nobody-here/run"],
+        "--set: output_dir: ~nobody-here/run: could not determine home"),
+    "an output with a long name": ([f"output_dir={'a' * 300}"],
+        "--set: output_dir: aaa…: file name too long; choose another with"),
+    "no key": (["train.seed"], "--set train.seed: expected key=value, such as --set train.learning_rate=1e-4"),
+    "an empty key": (["train..seed=1"], "--set train..seed=1: expected key=value"),
+    "a key in a key": (["output_dir.x=1"], "--set output_dir.x=1: 'output_dir' is not a section"),
+    "a value that is no YAML": (["lora={rank: 1"], "--set lora={rank: 1: the value is not valid YAML: …; quote what is text"),
+    "a value with a key twice": (["lora={rank: 1, rank: 2}"], "--set: key 'lora.rank' stands twice"),
+    "a value nested too deep": (["trl.x=" + "[" * 3000], "--set trl.x=[[…: the value is not valid YAML"),
+    "a template that is not there": (["data.template=mine.jinja"],
+        "--set: data.template: 'mine.jinja' is neither …; expected"),
+    "a template that is a directory": (["data.template=."], "--set: data.template: '.' is neither …Is a directory; expected"),
+    "a template for plain text": (["data.template=alpaca", "data.columns={text: output}", "data.format=text"],
+        "--set: data.template: alpaca has no use for plain text; leave it out"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SETS)
+def test_values(case: str, sft_recipe: Callable[..., Said]) -> None:
+    overrides, expected = SETS[case]
+
+    check_refused(sft_recipe, ["check", "recipe.yaml", *as_sets(overrides)], expected)
+
+
+def test_a_line_each_of_several_problems(sft_recipe: Callable[..., Said]) -> None:
+    Path("recipe.yaml").write_text("a: 1\nb: !c 2\ndata: {train: none.jsonl}\n" + "x: 1\ny: 1\n", encoding="utf-8")
+    said = sft_recipe("check", "recipe.yaml")
+
+    assert said.code == 2
+    assert [line.split(";")[0] for line in said.lines] == [
+        "recipe.yaml:2: b: the tag !c means nothing in a recipe",
+        "recipe.yaml: missing key 'model'",
+        "recipe.yaml: missing key 'output_dir'",
+        "recipe.yaml:1: unknown key 'a'",
+        "recipe.yaml:4: unknown key 'x'",
+        "recipe.yaml:5: unknown key 'y'",
+    ]
+
+
+def test_no_more_lines_than_can_be_read(sft_recipe: Callable[..., Said]) -> None:
+    write_recipe(DATA, "".join(f"key{number}: 1\n" for number in range(2000)))
+    said = sft_recipe("check", "recipe.yaml")
+
+    assert len(said.lines) == 51
+    assert said.lines[-1] == "recipe.yaml: ... and 1,950 more keys that are wrong"
+
+
+def test_what_yaml_1_2_reads_as_text(sft_recipe: Callable[..., Said]) -> None:
+    """Dates and times are text, and so are characters that JSON writes as two halves."""
+    write_recipe(DATA, 'eval: {generate: ["\\ud83d\\ude00", 12:30:45]}\n')
+
+    assert sft_recipe("check", "recipe.yaml", "--set", "output_dir=2024-01-01").code == 0
+
+
+# --- Data ------------------------------------------------------------------------------------------------------------
+
+ROW = {"instruction": "a", "output": "b"}
+USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+
+
+def jsonl(*rows: Any) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def chat(*messages: Any) -> bytes:
+    return jsonl({"messages": [USER, ASSISTANT]}, {"messages": list(messages)})
+
+
+def table(**columns: Any) -> bytes:
+    stream = io.BytesIO()
+    parquet.write_table(pyarrow.table(columns), stream)
+    return stream.getvalue()
+
+
+FILES: dict[str, tuple[str, bytes | None, str]] = {
+    "nothing there": ("none.jsonl", None, "none.jsonl: no such file (working directory /"),
+    "a pattern of nothing": ("none-*.jsonl", None, "none-*.jsonl: no file matches this pattern (working directory /"),
+    "no such built-in": ("builtin:none.jsonl", None, "builtin:none.jsonl: no such built-in data; there is builtin:tasks/"),
+    "a name that is no file's and no hub's": ("my rows", None, "my rows: no such file (working directory /"),
+    "nobody's file": ("~nobody-here/a.jsonl", None,
+        "~nobody-here/a.jsonl: could not determine home directory; expected the path"),
+    "a long name": ("a" * 300, None, "aaa…: file name too long; expected the path of a file, or a hub id"),
+    "a file of another kind": ("a.txt", b"hello",
+        "a.txt: unknown kind of file; expected .jsonl, .json, .csv, .parquet, each also .gz"),
+    "an archive": ("a.tar.gz", b"x", "a.tar.gz: unknown kind of file; expected .jsonl"),
+    "a directory without data": ("folder/", None,
+        "folder/: this directory holds no data files (.jsonl, .json, .csv, .parquet"),
+    "an empty file": ("a.jsonl", b"", "a.jsonl: the file is empty; expected rows"),
+    "blank lines": ("a.jsonl", b"\n\n", "a.jsonl: no rows"),
+    "an empty list": ("a.json", b"[]", "a.json: no rows"),
+    "a header alone": ("a.csv", b"instruction,output\n", "a.csv: no rows"),
+    "a table without rows": ("a.parquet", table(instruction=pyarrow.array([], "string"), output=pyarrow.array([], "string")),
+        "a.parquet: no rows"),
+    "a string left open": ("a.jsonl", jsonl(ROW) + b'{"instruction": "a\n', "a.jsonl:2: not valid JSON: …at column 17"),
+    "half a line": ("a.jsonl", jsonl(ROW, ROW)[:-9], "a.jsonl:2: not valid JSON: …at column"),
+    "Python, not JSON": ("a.jsonl", b"{'instruction': 'a'}\n", "a.jsonl:1: not valid JSON: Expecting property name"),
+    "one object a line in .json": ("a.json", jsonl(ROW, ROW),
+        "a.json:2: not valid JSON: …; a file with one object a line is .jsonl"),
+    "one object in .json": ("a.json", json.dumps({"rows": [ROW]}).encode(), "a.json: expected a list of objects, got {'rows'"),
+    "a list of texts": ("a.json", json.dumps([ROW, "a"]).encode(), "a.json:row 2: expected an object with columns, got 'a'"),
+    "a list for a row": ("a.jsonl", jsonl(ROW, [1]), "a.jsonl:2: expected an object with columns, got [1]"),
+    "null for a row": ("a.jsonl", jsonl(ROW, None), "a.jsonl:2: expected an object with columns, got null"),
+    "a number of thousands of digits": ("a.jsonl", b'{"a": ' + b"9" * 5000 + b"}\n",
+        "a.jsonl:1: cannot be read as JSON: a number of thousands"),
+    "brackets in brackets": ("a.jsonl", b"[" * 100_000 + b"\n", "a.jsonl:1: cannot be read as JSON: …; take them out"),
+    "brackets in brackets in .json": ("a.json", b"[" * 100_000, "a.json: cannot be read as JSON: …; take them out"),
+    "Latin-1": ("a.jsonl", '{"instruction": "ä"}'.encode("latin-1"), "a.jsonl:1: not valid UTF-8; save the file as UTF-8"),
+    "Latin-1 in .json": ("a.json", '[\n{"instruction": "ä"}]'.encode("latin-1"),
+        "a.json:2: not valid UTF-8; save the file as UTF-8"),
+    "Latin-1 in .csv": ("a.csv", "instruction,output\nä,b\n".encode("latin-1"),
+        "a.csv:1 or later: not valid UTF-8; save the file as UTF-8"),
+    "UTF-16": ("a.json", json.dumps([ROW]).encode("utf-16"), "a.json:1: not valid UTF-8; save the file as UTF-8"),
+    "half a character": ("a.jsonl", jsonl(ROW) + b'{"instruction": "\\ud83d", "output": "b"}',
+        "a.jsonl:2: not valid Unicode: …; write the file as UTF-8"),
+    "a missing column": ("a.jsonl", jsonl(ROW, {"instruction": "a"}),
+        "a.jsonl:2: no column 'output' in this row, it has 'instruction'; rename with data.columns"),
+    "other columns": ("a.jsonl", jsonl({"q": "a", "a": "b"}),
+        "a.jsonl:1: cannot tell the format from the columns 'q', 'a'; expected …; rename with data.columns"),
+    "no columns": ("a.jsonl", jsonl({}),
+        "a.jsonl:1: cannot tell the format from the columns none; expected instruction+output or"),
+    "columns by the hundred": ("a.jsonl", jsonl({f"c{n}": n for n in range(500)}),
+        "a.jsonl:1: …'c19', and 480 more; expected"),
+    "a number for text": ("a.jsonl", jsonl(ROW, {"instruction": 1, "output": "b"}),
+        "a.jsonl:2: 'instruction' must be text, got 1"),
+    "null for text": ("a.jsonl", jsonl(ROW, {"instruction": "a", "output": None}),
+        "a.jsonl:2: 'output' must be text, got null"),
+    "no number for text": ("a.jsonl", b'{"instruction": NaN, "output": "b"}\n',
+        "a.jsonl:1: 'instruction' must be text, got nan"),
+    "an object for text": ("a.jsonl", jsonl(ROW, {"instruction": {"de": "a"}, "output": "b"}),
+        "a.jsonl:2: 'instruction' must be text, got {'de'"),
+    "a list for the input": ("a.jsonl", jsonl({**ROW, "input": ["x"]}), "a.jsonl:1: 'input' must be text, got ['x']"),
+    "too few fields": ("a.csv", b"instruction,output\na,b\nc\n",
+        "a.csv:3: expected 2 fields as in the header, got another number"),
+    "too many fields": ("a.csv", b"instruction,output\na,b,c\n",
+        "a.csv:2: expected 2 fields as in the header, got another number"),
+    "a column twice": ("a.csv", b"output,output\na,b\n", "a.csv:1: a column stands twice in the header: 'output', 'output'"),
+    "a quote left open": ("a.csv", b'instruction,output\n"a,b\n', "a.csv:2 or later: not valid CSV: unexpected end of data"),
+    "a semicolon for a comma": ("a.csv", b"instruction;output\na;b\n",
+        "a.csv:2: cannot tell the format from the columns 'instruction;output'"),
+    "no parquet": ("a.parquet", b"instruction,output\n", "a.parquet: not a valid parquet file: …; get the file again"),
+    "half a table": ("a.parquet", table(text=["a" * 99] * 99)[:-200],
+        "a.parquet: not a valid parquet file: …; get the file again"),
+    "numbers in a table": ("a.parquet", table(instruction=[1], output=[2]),
+        "a.parquet:row 1: 'instruction' must be text, got 1"),
+    "null in a table": ("a.parquet", table(text=["a", None]), "a.parquet:row 2: 'text' must be text, got null"),
+    "no gzip": ("a.jsonl.gz", jsonl(ROW), "a.jsonl.gz: cannot be read: Not a gzipped file…; get the file again"),
+    "half a gzip": ("a.jsonl.gz", gzip.compress(jsonl(*[ROW] * 9))[:-9],
+        "a.jsonl.gz: cannot be read: Compressed file ended…; get the file again"),
+    "an empty gzip": ("a.jsonl.gz", gzip.compress(b""), "a.jsonl.gz: no rows"),
+    "no messages": ("a.jsonl", jsonl({"messages": []}), "a.jsonl:1: 'messages' must be a list of messages, got []"),
+    "text for messages": ("a.jsonl", jsonl({"messages": "hello"}),
+        "a.jsonl:1: 'messages' must be a list of messages, got 'hello'"),
+    "messages in a .csv": ("a.csv", b"messages\n[]\n", "a.csv:2: 'messages' must be a list of messages, got '[]'"),
+    "text for a message": ("a.jsonl", chat("hello"), "a.jsonl:2: message 1 must have 'role' and 'content', got 'hello'"),
+    "no content": ("a.jsonl", chat(USER, {"role": "assistant"}),
+        "a.jsonl:2: message 2 must have a text 'role' and 'content', got"),
+    "null for content": ("a.jsonl", chat(USER, {"role": "assistant", "content": None}),
+        "a.jsonl:2: message 2 must have a text 'role' and"),
+    "a picture for content": ("a.jsonl", chat({"role": "user", "content": [{"type": "image"}]}),
+        "a.jsonl:2: message 1 must have a text"),
+    "null for a part": ("a.jsonl", chat({"role": "user", "content": [{"type": "text", "text": None}]}),
+        "a.jsonl:2: message 1 must have a text"),
+    "a role that is none": ("a.jsonl", chat({"role": "boss", "content": "a"}),
+        "a.jsonl:2: message 1 has the role 'boss'; expected one of system"),
+    "weights of messages": ("a.jsonl", chat(USER, {**ASSISTANT, "weight": 0}),
+        "a.jsonl:2: message 2 has 'weight', …; choose with data.train_on"),
+    "an answer without an end": ("a.jsonl", chat(ASSISTANT, USER),
+        "a.jsonl:2: the last message must be from the assistant, got 'user'"),
+    "tool calls that are a number": ("a.jsonl", chat(USER, {**ASSISTANT, "tool_calls": 3}),
+        "a.jsonl:2: message 2: 'tool_calls' must be a list"),
+    "tools that are no list": ("a.jsonl", jsonl({"messages": [USER, ASSISTANT], "tools": "x"}),
+        "a.jsonl:1: 'tools' must be a list of functions, got 'x'"),
+    "two system prompts": (
+        "a.jsonl", jsonl({"messages": [{"role": "system", "content": "x"}, USER, ASSISTANT], "system": "y"}),
+        "a.jsonl:1: both the column 'system' and …; keep one"),
+    "a special token in a chat": ("a.jsonl", chat({"role": "user", "content": "<|end|>"}, ASSISTANT),
+        "a.jsonl:2: the text contains '<|end|>'…; take it out"),
+    "a very long row": ("a.jsonl", jsonl(ROW, {"instruction": "word " * 9000, "output": "b"}),
+        "recipe.yaml:2: data.max_length: 1 of …(a.jsonl:2); set data.max_length to"),
+    "one row for two": ("a.jsonl", jsonl(ROW),
+        "recipe.yaml:2: data.eval: 0.25 of 1 rows leaves nothing to train on; set data.eval: null"),
+    "nothing to train on": ("a.jsonl", jsonl({"text": ""}, {"text": ""}),
+        "recipe.yaml:2: data.train: no token of the whole data set is trained on; check"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_data(case: str, sft_recipe: Callable[..., Said]) -> None:
+    path, content, expected = FILES[case]
+    if path.endswith("/"):
+        Path(path).mkdir()
+    if content is not None:
+        Path(path).write_bytes(content)
+    template = ", template: chat.jinja" if "messages" in str(content) else ""
+    Path("chat.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", encoding="utf-8"
+    )
+    write_recipe(f"{{train: {json.dumps(path)}, eval: 0.25, max_length: 128{template}}}")
+
+    check_refused(sft_recipe, ["check", "recipe.yaml"], expected)
+
+
+def test_what_a_file_may_have(sft_recipe: Callable[..., Said]) -> None:
+    """A byte order mark, blank lines, braces, long fields, names of special tokens where they stay text."""
+    Path("a.jsonl").write_bytes(
+        b"\xef\xbb\xbf" + jsonl(ROW) + b"\n" + jsonl({"instruction": "{x} <|end|>", "output": ""})
+    )
+    stream = io.StringIO()
+    csv.writer(stream).writerows([["instruction", "output"], ["a\nb", "c" * 200_000], ["a", "b"]])
+    Path("b.csv").write_text("\ufeff" + stream.getvalue(), encoding="utf-8")
+    write_recipe("{train: [a.jsonl, b.csv], eval: null, max_length: 128, overlong: drop}")
+
+    assert sft_recipe("check", "recipe.yaml").code == 0
+
+
+def test_prompts_that_are_no_rows_are_found_by_check(sft_recipe: Callable[..., Said]) -> None:
+    check_refused(
+        sft_recipe, ["check", "recipe.yaml", "--set", "eval.generate=none.jsonl"], "none.jsonl: no such file (working"
+    )
+
+
+def test_renamed_columns_that_are_not_there(sft_recipe: Callable[..., Said]) -> None:
+    check_refused(
+        sft_recipe,
+        ["check", "recipe.yaml", "--set", "data.columns={instruction: question}"],
+        "train.jsonl:1: no column 'question' in this row, which data.columns takes for 'instruction'; it has 'instruction'",
+    )
+
+
+# --- Tokenizers and models -------------------------------------------------------------------------------------------
+
+
+def copied(change: Change, source: Path = TINY) -> Path:
+    shutil.copytree(source, "model")
+    change(Path("model"))
+    return Path("model")
+
+
+def written(name: str, content: str | bytes) -> Change:
+    return lambda folder: (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def removed(*names: str) -> Change:
+    return lambda folder: [(folder / name).unlink() for name in names]
+
+
+def cut(name: str) -> Change:
+    return lambda folder: (folder / name).write_bytes(
+        (folder / name).read_bytes()[: (folder / name).stat().st_size // 2]
+    )
+
+
+def changed(name: str, **values: Any) -> Change:
+    """A JSON file with other values; None takes one out."""
+
     def change(folder: Path) -> None:
-        content = json.loads((folder / "config.json").read_text("utf-8"))
-        (folder / "config.json").write_text(json.dumps(content | changes), encoding="utf-8")
+        content = json.loads((folder / name).read_text("utf-8")) | values
+        kept = {key: value for key, value in content.items() if value is not None}
+        (folder / name).write_text(json.dumps(kept), encoding="utf-8")
 
     return change
 
 
-def cut_off(folder: Path) -> None:
-    content = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+def both(*changes: Change) -> Change:
+    return lambda folder: [change(folder) for change in changes]
 
 
-def lose_a_weight(folder: Path) -> None:
-    weights = load_file(folder / "model.safetensors")
-    weights.pop("model.layers.0.mlp.up_proj.weight")
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+def template(text: str) -> Change:
+    return written("chat_template.jinja", text)
 
 
-def without_end(folder: Path) -> None:
-    content = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
-    content.pop("eos_token")
-    (folder / "tokenizer_config.json").write_text(json.dumps(content), encoding="utf-8")
-
-
-def train(content: str | bytes) -> Callable[[Path], list[str]]:
-    def make(folder: Path) -> list[str]:
-        (folder / "train.jsonl").write_bytes(content.encode() if isinstance(content, str) else content)
-        return []
-
-    return make
-
-
-def just(*overrides: str) -> Callable[[Path], list[str]]:
-    return lambda folder: list(overrides)
-
-
-GOOD = '{"instruction": "a", "output": "b"}\n'
-CASES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
-    "no data file": (just("data.train=none.jsonl"), "none.jsonl: no such file"),
-    "empty data file": (train(""), "train.jsonl: the file is empty"),
-    "blank data file": (train("\n\n"), "train.jsonl: no rows"),
-    "broken JSON": (train(GOOD + '{"instruction": "a\n'), "train.jsonl:2: not valid JSON"),
-    "missing column": (train(GOOD + '{"instruction": "a"}\n'), "train.jsonl:2: no column 'output' in this row"),
-    "unknown columns": (train('{"a": "b"}\n'), "train.jsonl:1: cannot tell the format from the columns 'a'"),
-    "a number for text": (train('{"instruction": 1, "output": "b"}\n'), "train.jsonl:1: 'instruction' must be text, got 1"),
-    "half a surrogate": (train(GOOD * 8 + '{"instruction": "\\ud83d", "output": "b"}\n'), "train.jsonl:9: not valid Unicode"),
-    "not UTF-8": (train(b'{"instruction": "\xe4", "output": "b"}\n'), "train.jsonl:1: not valid UTF-8"),
-    "no model directory": (just("model.name=/no/such/model"), "model.name: /no/such/model: no such directory"),
-    "no config": (model(lambda folder: (folder / "config.json").unlink()), "has no config.json"),
-    "no tokenizer": (model(lambda folder: (folder / "tokenizer.json").unlink()), "has no tokenizer"),
-    "no weights": (model(lambda folder: (folder / "model.safetensors").unlink()), "has no safetensors weights"),
-    "weights cut off": (model(cut_off), "its weights cannot be loaded"),
-    "a weight missing": (model(lose_a_weight), "its files lack 1 of the weights that its config asks for"),
-    "weights of another shape": (model(config(intermediate_size=10)), "its weights cannot be loaded"),
-    "unknown model type": (model(config(model_type="lamma")), "its config cannot be loaded: The checkpoint you are trying"),
-    "no causal model": (model(config(model_type="vit")), "its weights cannot be loaded"),
-    "no end token": (model(without_end), "the tokenizer has no end token"),
-    "broken tokenizer": (model(lambda folder: (folder / "tokenizer.json").write_text("{")), "its tokenizer cannot be loaded"),
-    "targets that match nothing": (just("lora.target_modules=[foo]"), "lora.target_modules: no layer is called 'foo'"),
-    "one target that matches nothing": (just("lora.target_modules=[q_proj, foo]"), "no layer is called 'foo'"),
-    "a pattern that matches nothing": (just("lora.target_modules=foo.*"), "Target modules foo.* not found"),
-    "a layer to save that is none": (just("lora.modules_to_save=[foo]"), "lora.modules_to_save: no layer is called 'foo'"),
-    "an adapter on the head": (just("lora.target_modules=[lm_head]"), "train it in full with lora.modules_to_save: [lm_head]"),
-    "quantization without lora": (just("model.quantization=nf4"), "add a section 'lora: {}'"),
-    "too long for the model": (just("data.max_length=1025"), "data.max_length: 1025 is more than the 1024 positions"),
-    "settings a schedule needs": (just("train.lr_scheduler=cosine_with_min_lr"), "train.lr_scheduler: cosine_with_min_lr"),
-    "an optimizer to install": (just("train.optimizer=galore_adamw"), "train.optimizer: galore_adamw: You need to install"),
-    "a trl field of the wrong type": (just("trl.dataloader_num_workers=x"), "trl: the training cannot be set up"),
-    "prompts that are no rows": (just("eval.generate=none.jsonl"), "none.jsonl: no such file"),
-    "nothing to resume": (just("--resume"), "holds no run to resume"),
-    "no place to write": (just("output_dir=/proc/run"), "output_dir: /proc/run cannot be made"),
+SETTINGS, CONFIG, WEIGHTS, INDEX = (
+    "tokenizer_config.json",
+    "config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+)
+WORDS = {
+    "version": "1.0",
+    "truncation": None,
+    "padding": None,
+    "added_tokens": [],
+    "normalizer": None,
+    "post_processor": None,
+    "pre_tokenizer": {"type": "Whitespace"},
+    "decoder": None,
+    "model": {"type": "WordLevel", "vocab": {"a": 0, "<|end|>": 1}, "unk_token": "<unk>"},
+}
+# By `check`, which does not need torch.
+TOKENIZERS: dict[str, tuple[Change, str]] = {
+    "none": (removed("tokenizer.json"), "--set: model.name: model has no tokenizer (tokenizer.json); copy it there"),
+    "empty": (written("tokenizer.json", ""), "model/tokenizer.json: not a valid tokenizer: …; get the file again"),
+    "no JSON": (written("tokenizer.json", "{"), "model/tokenizer.json: not a valid tokenizer: …; get the file again"),
+    "a list": (written("tokenizer.json", "[]"), "model/tokenizer.json: not a valid tokenizer: …; get the file again"),
+    "cut off": (cut("tokenizer.json"), "model/tokenizer.json: not a valid tokenizer: …; get the file again"),
+    "a pointer of git LFS": (written("tokenizer.json", "version https://git-lfs\n"),
+        "model/tokenizer.json: not a valid tokenizer: …"),
+    "without unknown words": (written("tokenizer.json", json.dumps(WORDS)),
+        "--set: model.name: model: the tokenizer cannot encode"),
+    "settings cut off": (cut(SETTINGS), "model/tokenizer_config.json: not valid JSON: …; get the file again"),
+    "settings that are a list": (written(SETTINGS, "[1]"), "model/tokenizer_config.json: expected an object, got list; get"),
+    "settings in Latin-1": (written(SETTINGS, b'{"a": "\xe4"}'),
+        "model/tokenizer_config.json: not valid UTF-8; get the file again"),
+    "no end": (changed(SETTINGS, eos_token=None), "--set: model.name: model: the tokenizer has no end token…; set eos_token"),
+    "an end that is a number": (changed(SETTINGS, eos_token=2), "--set: model.name: model: the tokenizer has no end token"),
+    "no settings": (removed(SETTINGS), "--set: model.name: model: the tokenizer has no end token…; set eos_token in its"),
+}  # fmt: skip
+TEMPLATES: dict[str, tuple[Change, str]] = {
+    "none": (both(), "recipe.yaml:2: data.template: chat, and the tokenizer has no chat template; set data.template: alpaca"),
+    "a number": (changed(SETTINGS, chat_template=5),
+        "recipe.yaml:2: data.template: chat, and the tokenizer has no chat template"),
+    "none called default": (changed(SETTINGS, chat_template=[{"name": "rag", "template": "x"}]),
+        "recipe.yaml:2: data.template: chat, and"),
+    "left open": (template("{% for m in messages %}"), "recipe.yaml:2: data.template: not a valid Jinja template: …; mend it"),
+    "an unknown filter": (template("{{ messages | upside_down }}"),
+        "recipe.yaml:2: data.template: not a valid…upside_down…(line 1)"),
+    "a number too long": (template("{{ " + "9" * 5000 + " }}"), "recipe.yaml:2: data.template: not a valid Jinja template: "),
+    "refuses": (template("{{ raise_exception('no') }}"),
+        "chat.jsonl:1: the chat template refuses this row: no (and so all 24 rows)"),
+    "divides by zero": (template("{{ 1 // 0 }}"), "chat.jsonl:1: the chat template refuses this row: integer division"),
+    "asks for what is not there": (template("{{ messages.x.y }}"),
+        "chat.jsonl:1: the chat template refuses this row: …no attribute"),
+    "loops for long": (template("{% for i in range(10**9) %}x{% endfor %}"),
+        "chat.jsonl:1: the chat template refuses this row: Range"),
+    "without content": (template("hello"), "chat.jsonl:1: the chat template leaves the answer out…(and so all 24 rows)"),
+    "empty": (template(""), "chat.jsonl:1: the chat template leaves the answer out, so there is nothing to train on"),
+    "in Latin-1": (written("chat_template.jinja", b"\xe4"), "model/chat_template.jinja: not valid UTF-8; get the file again"),
+}  # fmt: skip
+MODELS: dict[str, tuple[Change, str]] = {
+    "no config": (removed(CONFIG), "--set: model.name: model has no config.json, so it is no model directory"),
+    "a config that is no JSON": (written(CONFIG, "{"), "model/config.json: not valid JSON: …; get the file again"),
+    "a config that is a list": (written(CONFIG, "[]"),
+        "model/config.json: no 'model_type', so it is not the config of a model; get"),
+    "a config in Latin-1": (written(CONFIG, b"\xe4"), "model/config.json: not valid JSON: …; get the file again"),
+    "a config without a type": (changed(CONFIG, model_type=None),
+        "model/config.json: no 'model_type', so it is not…; get the file"),
+    "a config that is a directory": (both(removed(CONFIG), lambda folder: (folder / CONFIG).mkdir()),
+        "model/config.json: …; get the file"),
+    "no weights": (removed(WEIGHTS),
+        "--set: model.name: model has no safetensors weights; expected model.safetensors, or shards"),
+    "pickles": (both(removed(WEIGHTS), written("pytorch_model.bin", "x")),
+        "--set: model.name: model has no safetensors…; convert it with"),
+    "an index of what is not there": (
+        both(removed(WEIGHTS), written("a.safetensors", "x"), written(INDEX, '{"weight_map": {"x": "b.safetensors"}}')),
+        "--set: model.name: model/model.safetensors.index.json names b.safetensors, not there; get the files again"),
+    "an index that is no JSON": (both(removed(WEIGHTS), written("a.safetensors", "x"), written(INDEX, "{")),
+        "--set: model.name: model/model.safetensors.index.json does not name the files of the weights; get the files again"),
+    "an adapter": (both(removed(CONFIG), written("adapter_config.json", "{}")),
+        "--set: model.name: …; it holds an adapter: merge it"),
+}  # fmt: skip
+NAMES = {
+    "/no/such/model": "--set: model.name: /no/such/model: no such directory (working directory /",
+    "./model": "--set: model.name: ./model: no such directory (working directory /",
+    "my model": "--set: model.name: my model: no such directory (working directory /",
+    "~nobody-here/model": "--set: model.name: ~nobody-here/model: could not determine home directory; expected the directory",
+    "a" * 300: "--set: model.name: aaa…: file name too long; expected the directory of a model, or a hub id",
+    "train.jsonl": "--set: model.name: train.jsonl is a file; expected the directory of a model, or a hub id",
+    "builtin:huge": "--set: model.name: builtin:huge: no such built-in model; there is builtin:tiny",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_one_line_and_nothing_left_behind(case: str, write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    prepare, said = CASES[case]
-    recipe = write_recipe()
-    overrides = prepare(tmp_path)
-    resume = "--resume" in overrides
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(InputError) as caught:
-        run(recipe, *[override for override in overrides if override != "--resume"], resume=resume)
+@pytest.mark.parametrize("case", TOKENIZERS)
+def test_tokenizers(case: str, sft_recipe: Callable[..., Said]) -> None:
+    change, expected = TOKENIZERS[case]
 
-    [line] = caught.value.lines
-    assert said in line
-    assert "\n" not in line
-    assert caught.value.exit_code == 2
-    assert sorted(tmp_path.rglob("*")) == before
+    check_refused(sft_recipe, ["check", "recipe.yaml", *as_sets([f"model.name={copied(change)}"])], expected)
 
 
-def test_an_output_directory_in_use(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "notes.txt").write_text("mine")
-    with pytest.raises(InputError) as caught:
-        run(write_recipe())
+@pytest.mark.parametrize("case", TEMPLATES)
+def test_chat_templates(case: str, sft_recipe: Callable[..., Said]) -> None:
+    change, expected = TEMPLATES[case]
+    write_rows(Path("chat.jsonl"), [{"messages": [USER, ASSISTANT]}] * 24)
+    write_recipe("{train: chat.jsonl, template: chat}")
 
-    assert "run is in use (it holds notes.txt); continue that run with --resume" in str(caught.value)
-    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
-
-
-def test_an_output_directory_that_was_there_stays_there(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    with pytest.raises(InputError):
-        run(write_recipe(), "model.name=/no/such/model")
-    with pytest.raises(InputError):
-        run(write_recipe(), "lora.target_modules=[foo]")
-
-    assert list((tmp_path / "run").iterdir()) == []
+    check_refused(sft_recipe, ["check", "recipe.yaml", *as_sets([f"model.name={copied(change)}"])], expected)
 
 
-def test_parents_that_were_made_are_removed(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    with pytest.raises(InputError):
-        run(write_recipe(), "lora.target_modules=[foo]", f"output_dir={tmp_path / 'a' / 'b' / 'c'}")
+@pytest.mark.parametrize("case", MODELS)
+def test_model_directories(case: str, sft_recipe: Callable[..., Said]) -> None:
+    change, expected = MODELS[case]
 
-    assert not (tmp_path / "a").exists()
+    check_refused(sft_recipe, ["check", "recipe.yaml", *as_sets([f"model.name={copied(change)}"])], expected)
 
 
-def test_no_room_on_the_disk(write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from types import SimpleNamespace
+@pytest.mark.parametrize("name", NAMES)
+def test_model_names(name: str, sft_recipe: Callable[..., Said]) -> None:
+    check_refused(sft_recipe, ["check", "recipe.yaml", *as_sets([f"model.name={name}"])], NAMES[name])
 
+
+# By `run`: what is found once the libraries have it, before the first step.
+RUNS: dict[str, tuple[Change, list[str], str]] = {
+    "weights cut off": (cut(WEIGHTS), [], "--set: model.name: model: its weights cannot be loaded: …; get the files again"),
+    "weights that are a page": (written(WEIGHTS, "<html>"), [],
+        "--set: model.name: model: its weights cannot be loaded: …; get"),
+    "a weight missing": (lambda folder: without(folder / WEIGHTS, "model.layers.0.mlp.up_proj.weight"), [],
+        "--set: model.name: model: its files lack 1 of the weights that its config asks for…; get the files again"),
+    "weights of another shape": (changed(CONFIG, intermediate_size=10), [],
+        "--set: model.name: model: its weights cannot be loaded: …; get the files again"),
+    "a vocabulary of another size": (changed(CONFIG, vocab_size=10), [],
+        "--set: model.name: model: its weights cannot be loaded: …; get the files again"),
+    "an unknown type": (changed(CONFIG, model_type="lamma"), [],
+        "--set: model.name: model: its config cannot be loaded: …`lamma`"),
+    "no causal model": (changed(CONFIG, model_type="vit"), [], "--set: model.name: model: its weights cannot be loaded"),
+    "an unknown activation": (changed(CONFIG, hidden_act="no"), [],
+        "--set: model.name: model: its weights …'no'; get the files again"),
+    "a width that is text": (changed(CONFIG, hidden_size="x"), [],
+        "--set: model.name: model: its …cannot be loaded: …'hidden_size'"),
+    "heads that do not come out": (changed(CONFIG, num_attention_heads=7), [],
+        "--set: model.name: model: its …not a multiple of"),
+    "code of its own": (changed(CONFIG, model_type="mine", auto_map={"AutoConfig": "a.B"}), [],
+        "--set: model.name: model: its config cannot be loaded: it is Python code…; read it, then set model.trust_remote"),
+    "a tokenizer cut off": (cut("tokenizer.json"), [],
+        "--set: model.name: model: its tokenizer cannot be loaded: …; get the files"),
+    "a tokenizer without an end": (changed(SETTINGS, eos_token=None), [],
+        "--set: model.name: model: the tokenizer has no end token"),
+    "targets of another model": (both(), ["lora.target_modules=[foo]"],
+        "--set: lora.target_modules: no layer is called 'foo'; there"),
+    "one target of another model": (both(), ["lora.target_modules=[q_proj, foo]"],
+        "--set: lora.target_modules: no layer is called"),
+    "a pattern of nothing": (both(), ["lora.target_modules=foo.*"],
+        "--set: lora.target_modules: Target modules foo.* not found"),
+    "a layer to save that is none": (both(), ["lora.modules_to_save=[foo]"],
+        "--set: lora.modules_to_save: no layer is called 'foo'"),
+    "an adapter on the head": (both(), ["lora.target_modules=[lm_head]"],
+        "--set: lora.target_modules: …modules_to_save: [lm_head]"),
+    "a schedule without its settings": (both(), ["train.lr_scheduler=cosine_with_min_lr"],
+        "--set: train.lr_scheduler: cosine_with_min_lr (trl.lr_scheduler_kwargs"),
+    "an optimizer to be installed": (both(), ["train.optimizer=galore_adamw"],
+        "--set: train.optimizer: galore_adamw: You need to install"),
+    "a field of TRL of another type": (both(), ["trl.dataloader_num_workers=x"],
+        "--set: trl: the training cannot be set up: "),
+    "a flash attention on a CPU": (both(), ["model.attention=flex_attention"],
+        "--set: model.attention: flex_attention …; set sdpa"),
+    "answers longer than the model": (both(), ["eval.generate=[a]", "eval.max_new_tokens=1020"],
+        "--set: eval.max_new_tokens: 1020 tokens…; set at most"),
+    "an output that cannot be made": (both(), ["output_dir=/proc/run"], "--set: output_dir: /proc/run cannot be made"),
+}  # fmt: skip
+
+
+def without(file: Path, name: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(file)
+    del weights[name]
+    save_file(weights, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_runs(case: str, sft_recipe: Callable[..., Said]) -> None:
+    change, overrides, expected = RUNS[case]
+
+    check_refused(sft_recipe, ["run", "recipe.yaml", *as_sets([f"model.name={copied(change)}", *overrides])], expected)
+
+
+# --- Adapters, and models to talk to ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def good_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained adapter of the embedded model, with its tokenizer."""
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("adapter")
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"]))
+    adapted.save_pretrained(str(folder))
+    AutoTokenizer.from_pretrained(TINY).save_pretrained(folder)
+    return folder
+
+
+ADAPTER, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def tensors(change: Callable[[str, Any], tuple[str, Any]]) -> Change:
+    """An adapter's file with each tensor (by name) changed."""
+
+    def rewrite(folder: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        pairs = (change(*pair) for pair in load_file(folder / TENSORS).items())
+        save_file({name: tensor.contiguous() for name, tensor in pairs}, folder / TENSORS)
+
+    return rewrite
+
+
+def of_half_the_rank(name: str, tensor: Any) -> tuple[str, Any]:
+    return name, tensor[:2] if "lora_A" in name else tensor[:, :2]
+
+
+# Of an adapter, what `merge` and `generate` say.
+ADAPTERS: dict[str, tuple[Change, str]] = {
+    "a config that is no JSON": (written(ADAPTER, "{"),
+        "model: its adapter_config.json cannot be read: …; get the file again"),
+    "a config that is a list": (written(ADAPTER, "[]"),
+        "model: its adapter_config.json cannot be read: …; get the file again"),
+    "a config in Latin-1": (written(ADAPTER, b'{"a": "\xe4"}'),
+        "model: its adapter_config.json cannot be read: …; get the file"),
+    "a config without a kind": (changed(ADAPTER, peft_type=None),
+        "model: its adapter_config.json cannot be read: …; get the file"),
+    "a kind that is none": (changed(ADAPTER, peft_type="MAGIC"),
+        "model: its adapter_config.json cannot be read: …MAGIC…; get the"),
+    "no base": (changed(ADAPTER, base_model_name_or_path=None), "model: does not say what its base is; give it with --base"),
+    "a base that is a number": (changed(ADAPTER, base_model_name_or_path=5),
+        "model: does not say what its base is; give it with"),
+    "a base that has gone": (changed(ADAPTER, base_model_name_or_path="/no/such"),
+        "/no/such: the adapter's base cannot be loaded; give it with --base (of sft-recipe merge): no such directory"),
+    "a base on the hub, offline": (changed(ADAPTER, base_model_name_or_path="nobody/nothing"),
+        "nobody/nothing: the adapter's base cannot be loaded; give it with"),
+    "no tensors' file": (removed(TENSORS), "model: adapter_model.safetensors is missing; get the adapter's files again"),
+    "a pickle": (both(removed(TENSORS), written("adapter_model.bin", "x")),
+        "model: adapter_model.safetensors is missing; its adapter_model.bin is a pickle…; save it again with PEFT"),
+    "cut off": (cut(TENSORS), "model/adapter_model.safetensors: not a whole safetensors file: …; get the file again"),
+    "empty": (written(TENSORS, ""), "model/adapter_model.safetensors: not a whole safetensors file: …; get the file again"),
+    "a page": (written(TENSORS, "<html>not found</html>"),
+        "model/adapter_model.safetensors: not a whole safetensors file: …; get"),
+    "of another rank": (tensors(of_half_the_rank), "model: …rank 2, and adapter_config.json asks for 4; get its files again"),
+    "a rank of nothing": (changed(ADAPTER, r=0), "model: does not fit the base…: `r` should be a positive integer"),
+    "of layers that are not there": (tensors(lambda name, tensor: (name.replace("layers.0", "layers.9"), tensor)),
+        "model: lacks 2 of the tensors that its adapter_"),
+    "of another width": (tensors(lambda name, t: (name, t.repeat(1, 2)) if "_A" in name else (name, t)),
+        "model: does not fit the base"),
+    "not finite": (tensors(lambda name, tensor: (name, tensor * float("nan"))),
+        "model: cannot be merged: …would not be finite"),
+    "targets of another model": (changed(ADAPTER, target_modules=["foo"]),
+        "model: does not fit the base…: Target modules {'foo'} not"),
+    "a broken tokenizer": (written("tokenizer.json", "{"), "model: its tokenizer cannot be loaded: …; get its files again"),
+    "a broken generation config": (written("generation_config.json", "{"),
+        "model: its generation_config.json cannot be read: …; get it"),
+}  # fmt: skip
+# The same said by `generate`, where it finds it by other means; None: it answers all the same.
+BY_GENERATE: dict[str, str | None] = {
+    "of another rank": "model: does not fit the base",
+    "of layers that are not there": "model: lacks …, which its adapter_config.json asks for",
+    "not finite": None,
+}  # fmt: skip
+TALKED_TO: dict[str, tuple[Change, list[str], str]] = {
+    "no config": (removed(CONFIG), [],
+        "model: no model here; expected a model or adapter directory, or a run that has finished"),
+    "a config that is no JSON": (written(CONFIG, "{"), [], "model: its tokenizer cannot be loaded: …not a valid JSON"),
+    "weights cut off": (cut(WEIGHTS), [], "model: its weights cannot be loaded: …; get the files again"),
+    "no weights": (removed(WEIGHTS), [], "model: its weights cannot be loaded: …model.safetensors"),
+    "no tokenizer": (removed("tokenizer.json", SETTINGS), [], "model: its tokenizer cannot be loaded: "),
+    "a template that refuses": (template("{{ raise_exception('no') }}"), [],
+        "model: cannot answer this prompt: TemplateError: no"),
+    "a broken template": (template("{% for"), [], "model: cannot answer this prompt: TemplateSyntaxError: "),
+    "a broken generation config": (written("generation_config.json", "{"), [],
+        "model: its generation_config.json cannot be read: "),
+    "code of its own": (changed(CONFIG, model_type="mine", auto_map={"AutoConfig": "a.B"}), [],
+        "model: its …Python code that comes with"),
+    "a broken account of a run": (written("data.json", "{"), [],
+        "model/data.json: cannot be read: …; remove it to use the model"),
+    "a prompt too long": (both(), ["--prompt", "x " * 2000],
+        "model: the prompt has 4001 tokens, and the model 1024…; shorten it"),
+    "a prompt that is no Unicode": (both(), ["--prompt", "a\udce4"],
+        "--prompt and --input: not valid Unicode; give them in UTF-8"),
+    "hardly any temperature": (both(), ["--temperature", "1e-320"], "model: cannot answer this prompt: "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ADAPTERS)
+def test_adapters(case: str, good_adapter: Path, sft_recipe: Callable[..., Said]) -> None:
+    change, expected = ADAPTERS[case]
+    copied(change, good_adapter)
+
+    check_refused(sft_recipe, ["merge", "model", "--out", "merged"], expected)
+    by_generate = BY_GENERATE.get(case, expected)
+    if by_generate is not None:
+        check_refused(sft_recipe, ["generate", "model", "--prompt", "x"], by_generate)
+
+
+@pytest.mark.parametrize("case", TALKED_TO)
+def test_models_to_talk_to(case: str, sft_recipe: Callable[..., Said]) -> None:
+    change, options, expected = TALKED_TO[case]
+    copied(change)
+
+    check_refused(sft_recipe, ["generate", "model", "--prompt", "x", "--max-new-tokens", "2", *options], expected)
+
+
+# --- Command lines ---------------------------------------------------------------------------------------------------
+
+COMMANDS = {
+    "rnu": "sft-recipe: No such command 'rnu'. Did you mean 'run'? (see sft-recipe --help)",
+    "run": "sft-recipe run: Missing argument 'RECIPE'. (see sft-recipe run --help)",
+    "check recipe.yaml --sett a=1":
+        "sft-recipe check: No such option: --sett (Possible options: --set) (see sft-recipe check --help)",
+    "check recipe.yaml --set": "sft-recipe: Option '--set' requires an argument. (see sft-recipe --help)",
+    "check recipe.yaml other.yaml": "sft-recipe check: Got unexpected extra argument(s) (other.yaml) (see",
+    "check none.yaml": "none.yaml: no such recipe; `sft-recipe list` shows those that ship",
+    "run none.yaml": "none.yaml: no such recipe; `sft-recipe list` shows those that ship",
+    "check .": ".: cannot be read: Is a directory; expected the path of a recipe (YAML)",
+    "check train.jsonl/recipe.yaml": "train.jsonl/recipe.yaml: cannot be read: Not a directory; expected the path of a recipe",
+    f"check {'a' * 300}": "aaa…: cannot be read: File name too long; expected the path of a recipe (YAML)",
+    "check train.jsonl": "train.jsonl:2: not valid YAML: expected '<document start>'",
+    "preview recipe.yaml -n 0": "sft-recipe preview: Invalid value for '-n': …greater than or equal to 1 (see",
+    "preview recipe.yaml -n two": "sft-recipe preview: Invalid value for '-n': …a valid integer",
+    "preview recipe.yaml --row 25": "--row 25: no sequence holds this row of train.jsonl; it is beyond the last, was dropped",
+    "preview recipe.yaml --row 0": "--row 0: no sequence holds this row of train.jsonl; it is beyond the last",
+    "preview recipe.yaml --row none:1":
+        "--row none:1: no training row stands there; expected a row's number, or a place such as",
+    f"preview recipe.yaml --row {'9' * 5000}": "--row 999…: no training row stands there; expected a row's number, or a place",
+    "preview recipe.yaml --set model.name=a/b": "--set: model.name: the tokenizer of a/b cannot be had: ",
+    "new nothing": "no recipe 'nothing' ships; there are llama8b_full, ",
+    "new ../recipe": "no recipe '../recipe' ships; there are llama8b_full, ",
+    "new quickstart --out recipe.yaml": "recipe.yaml exists; choose another name with --out",
+    "new quickstart --out .": ". exists; choose another name with --out",
+    "new quickstart --out train.jsonl/a.yaml": "train.jsonl/a.yaml: cannot be written: …; choose another name with --out",
+    f"new quickstart --out {'a' * 300}": "aaa…: cannot be written: File name too long; choose another name with --out",
+    "report none": "none: no run here (metrics.jsonl is missing)",
+    "report recipe.yaml": "recipe.yaml: no run here (metrics.jsonl is missing)",
+    "generate builtin:tiny": "sft-recipe generate: Missing option '--prompt'. (see sft-recipe generate --help)",
+    "generate none --prompt x": "none: no model here; expected a model or adapter directory, or a run that has finished",
+    "generate recipe.yaml --prompt x": "recipe.yaml: no model here; expected a model or adapter directory",
+    "generate builtin:huge --prompt x": "model.name: builtin:huge: no such built-in model; there is builtin:tiny",
+    f"generate {'a' * 300} --prompt x": "aaa…: no model here; expected a model or adapter directory",
+    "generate builtin:tiny --prompt x --max-new-tokens 0": "sft-recipe generate: Invalid value for '--max-new-tokens': …(see",
+    "generate builtin:tiny --prompt x --temperature nan": "sft-recipe generate: Invalid value for '--temperature': …(see",
+    "merge none --out merged":
+        "none: no adapter here; expected a directory with adapter_config.json, or a run that trained one",
+    "merge builtin:tiny --out merged": "builtin:tiny: no adapter here; expected a directory with adapter_config.json",
+    "merge none": "sft-recipe merge: Missing option '--out'. (see sft-recipe merge --help)",
+    "merge none --out merged --dtype int4": "--dtype int4: expected one of bfloat16, float16, float32",
+    "merge none --out merged --max-shard-size 5": "--max-shard-size 5: expected text such as 5GB or 500MB",
+    "merge none --out merged --max-shard-size 0GB": "--max-shard-size 0GB: expected text such as 5GB or 500MB",
+}  # fmt: skip
+MERGES = {
+    "--out recipe.yaml": "recipe.yaml: in use; choose another --out, or remove it",
+    "--out model": "model: in use; choose another --out, or remove it",
+    "--out recipe.yaml/merged": "recipe.yaml/merged: cannot be made: recipe.yaml is a file; choose another --out",
+    f"--out {'a' * 300}": "aaa…: cannot be made: file name too long; choose another --out",
+    "--out merged --base /no/such": "--base: /no/such: no such directory (working directory /",
+    "--out merged --base recipe.yaml": "--base: recipe.yaml is a file; expected the directory of a model, or a hub id",
+    "--out merged --base builtin:huge": "--base: builtin:huge: no such built-in model; there is builtin:tiny",
+    "--out merged --base dequantized":
+        "--base dequantized: model is not known to have been trained on a quantised base; merge",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_command_lines(line: str, sft_recipe: Callable[..., Said]) -> None:
+    check_refused(sft_recipe, line.split(), COMMANDS[line])
+
+
+@pytest.mark.parametrize("options", MERGES)
+def test_merges(options: str, good_adapter: Path, sft_recipe: Callable[..., Said]) -> None:
+    copied(both(), good_adapter)
+
+    check_refused(sft_recipe, ["merge", "model", *options.split()], MERGES[options])
+
+
+REPORTS = {
+    "nonsense\n": "mine/metrics.jsonl: not a file of one object a line: ",
+    "[1]\n": "mine/metrics.jsonl: not a file of one object a line: ",
+    "{}\n": "mine/metrics.jsonl: a line without 'step', so it is not the log of a run",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("metrics", REPORTS)
+def test_reports(metrics: str, sft_recipe: Callable[..., Said]) -> None:
+    Path("mine").mkdir()
+    Path("mine/metrics.jsonl").write_text(metrics, encoding="utf-8")
+
+    check_refused(sft_recipe, ["report", "mine"], REPORTS[metrics])
+
+
+# --- The environment -------------------------------------------------------------------------------------------------
+
+PACKAGES = {
+    "torchao": ("train.optimizer=adamw_8bit_sr", "--set: train.optimizer: …pip install 'sft-recipes[torchao]'"),
+    "wandb": ("log.to=[wandb]", "--set: log.to: wandb is not installed: pip install 'sft-recipes[wandb]'"),
+    "tensorboard": ("log.to=[tensorboard]",
+        "--set: log.to: tensorboard is not installed: pip install 'sft-recipes[tensorboard]'"),
+    "trackio": ("log.to=[trackio]", "--set: log.to: trackio is not installed: pip install 'sft-recipes[trackio]'"),
+    "flash_attn": ("model.attention=flash_attention_2", "--set: model.attention: …pip install 'sft-recipes[flash]'"),
+    "flash_attn_3": ("model.attention=flash_attention_3", "--set: model.attention: …not installed; it is built from source"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_that_are_missing(
+    package: str, sft_recipe: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    override, expected = PACKAGES[package]
+    monkeypatch.setattr(recipe_check, "installed", lambda name: name != package and upstream.installed(name))
+
+    check_refused(sft_recipe, ["check", "recipe.yaml", "--set", override], expected)
+
+
+@pytest.mark.parametrize("name", ["model.name", "data.train"])
+def test_the_hub_out_of_reach(name: str, sft_recipe: Callable[..., Said]) -> None:
+    where = (
+        "--set: model.name: nobody/nothing: its tokenizer cannot be loaded: "
+        if name == "model.name"
+        else "nobody/nothing: no"
+    )
+
+    check_refused(sft_recipe, ["run", "recipe.yaml", "--set", f"{name}=nobody/nothing"], where)
+
+
+@pytest.mark.parametrize("cache", ["train.jsonl", "train.jsonl/cache", "/proc/cache", "a" * 300])
+def test_a_cache_that_cannot_be_written_is_done_without(
+    cache: str, sft_recipe: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SFT_RECIPES_CACHE", cache)
+    before = everything()
+
+    assert sft_recipe("check", "recipe.yaml").code == 0
+    assert everything() == before
+
+
+def test_no_room_for_temporary_files_either(sft_recipe: Callable[..., Said], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(**_: Any) -> str:
+        raise OSError(28, "No space left on device", "/tmp/x")
+
+    monkeypatch.setattr("tempfile.mkdtemp", full)
+    monkeypatch.setenv("SFT_RECIPES_CACHE", "train.jsonl")
+
+    check_refused(
+        sft_recipe,
+        ["check", "recipe.yaml"],
+        "the tokenised data cannot be written: …No space left…; set TMPDIR or SFT_RECIPES_CACHE to a directory with room",
+        code=1,
+    )
+
+
+def test_a_fault_of_the_machine_is_a_line(sft_recipe: Callable[..., Said], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionError(13, "Permission denied", "/root/secret")
+
+    monkeypatch.setattr("sft_recipes.checks.check", refuse)
+
+    check_refused(sft_recipe, ["check", "recipe.yaml"], "/root/secret: Permission denied", code=1)
+
+
+def test_a_terminal_that_knows_only_ascii(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(sys, "argv", ["sft-recipe", "check", "größe.yaml"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    stream.flush()
+
+    assert ended.value.code == 2
+    assert stream.buffer.getvalue().startswith(b"gr\\xf6\\xdfe.yaml: no such recipe")  # type: ignore[attr-defined]
+
+
+def test_an_output_directory_in_use(sft_recipe: Callable[..., Said]) -> None:
+    Path("run").mkdir()
+    Path("run/notes.txt").write_text("mine", encoding="utf-8")
+
+    check_refused(
+        sft_recipe,
+        ["run", "recipe.yaml"],
+        "recipe.yaml:4: output_dir: run is in use (it holds notes.txt); continue that run with --resume",
+    )
+
+
+def test_an_output_directory_that_was_there_stays_there(sft_recipe: Callable[..., Said]) -> None:
+    Path("run").mkdir()
+    for override in ("model.name=/no/such/model", "lora.target_modules=[foo]"):
+        assert sft_recipe("run", "recipe.yaml", "--set", override).code == 2
+
+    assert list(Path("run").iterdir()) == []
+
+
+def test_parents_that_were_made_are_removed(sft_recipe: Callable[..., Said]) -> None:
+    assert sft_recipe("run", "recipe.yaml", *as_sets(["lora.target_modules=[foo]", "output_dir=a/b/c"])).code == 2
+
+    assert not Path("a").exists()
+
+
+def test_no_room_on_the_disk(sft_recipe: Callable[..., Said], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(InputError, match=r"has 0\.0 GB free, and the run writes up to"):
-        run(write_recipe())
 
-    assert not (tmp_path / "run").exists()
+    check_refused(
+        sft_recipe, ["run", "recipe.yaml"], "recipe.yaml:4: output_dir: run has 0.0 GB free, and the run writes up to"
+    )

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from sft_recipes.data.tokens import ONE_EACH, Documents
+from sft_recipes.errors import RunError
 
 _UNUSED = 30 * 24 * 3600  # seconds after which an entry that no run used is removed
 _ABANDONED = 24 * 3600  # seconds after which nothing is being written any more
@@ -64,12 +65,15 @@ def stored(name: str | None, make: Callable[[], Iterable[Documents]], complete: 
         with contextlib.suppress(OSError):
             os.utime(entry)
         return found
+    if entry is not None:
+        with contextlib.suppress(OSError):  # the cache is full, or cannot be written: another place will do
+            return _made(entry, make, complete)
     try:
-        return _made(entry, make, complete)
-    except OSError:
-        if entry is None:
-            raise
-        return _made(None, make, complete)  # the cache is full, or cannot be written: another place will do
+        return _made(None, make, complete)
+    except OSError as error:
+        raise RunError(
+            f"the tokenised data cannot be written: {error}; set TMPDIR or SFT_RECIPES_CACHE to a directory with room"
+        ) from error
 
 
 def _made(entry: Path | None, make: Callable[[], Iterable[Documents]], complete: Callable[[], bool]) -> Documents:

@@ -4,9 +4,10 @@ import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
-from sft_recipes.errors import DataError
+from sft_recipes.errors import DataError, shown
 
 # The columns a format needs, and those it takes where they are there. `columns:` in a recipe renames.
 NEEDS = {
@@ -20,6 +21,7 @@ ALSO = {"completion": ("response",), "messages": ("conversations",)}
 # ShareGPT's words, and those that are taken as they are. Templates leave out what they do not know, without a word.
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
 _KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+_SHOWN = 20  # columns of a row that are named
 _WEIGHTS = ("weight", "train")  # of single messages, in other tools
 
 
@@ -50,11 +52,14 @@ def columns_of(format: str) -> tuple[str, ...]:
     return (*NEEDS[format], "input") if format == "alpaca" else NEEDS[format]
 
 
-def unknown(row: Mapping[str, Any], place: str) -> str:
+def unknown(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -> str:
     """The problem of a row that no format fits."""
+    for name, column in columns.items():
+        if column not in row:
+            return f"{place}: no column '{column}' in this row, which data.columns takes for '{name}'; it has {_names(row)}"
     needs = " or ".join("+".join(needs) for needs in NEEDS.values())
     return (
-        f"{place}: cannot tell the format from the columns {', '.join(map(repr, row))}; expected {needs}; "
+        f"{place}: cannot tell the format from the columns {_names(row)}; expected {needs}; "
         "rename with data.columns, such as {prompt: YOUR_COLUMN, completion: YOUR_COLUMN}"
     )
 
@@ -95,7 +100,7 @@ def _text(row: Mapping[str, Any], name: str, columns: Mapping[str, str], place: 
         )
     value = row[column]
     if not isinstance(value, str):
-        raise DataError(f"{place}: '{column}' must be text, got {_short(value)}")
+        raise DataError(f"{place}: '{column}' must be text, got {shown(value)}")
     return value
 
 
@@ -108,11 +113,11 @@ def _messages(row: Mapping[str, Any], columns: Mapping[str, str], place: str) ->
         )
     turns = row[column]
     if not isinstance(turns, list) or not turns:
-        raise DataError(f"{place}: '{column}' must be a list of messages, got {_short(turns)}")
+        raise DataError(f"{place}: '{column}' must be a list of messages, got {shown(turns)}")
     messages = []
     for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, Mapping):
-            raise DataError(f"{place}: message {number} must have 'role' and 'content', got {_short(turn)}")
+            raise DataError(f"{place}: message {number} must have 'role' and 'content', got {shown(turn)}")
         messages.append(_message(turn, f"{place}: message {number}"))
     system = row.get("system")  # as ShareGPT's rows have it
     if isinstance(system, str) and system.strip() and column != "system":
@@ -128,11 +133,12 @@ def _message(turn: Mapping[str, Any], place: str) -> dict[str, Any]:
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
     calls = turn.get("tool_calls")
     if isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
-        content = "".join(str(part.get("text", "")) for part in content)
+        parts = [part.get("text") for part in content]
+        content = "".join(parts) if all(isinstance(part, str) for part in parts) else content
     if content is None and calls:
         content = ""
     if not isinstance(role, str) or not isinstance(content, str):
-        raise DataError(f"{place} must have a text 'role' and 'content', got {_short(turn)}")
+        raise DataError(f"{place} must have a text 'role' and 'content', got {shown(turn)}")
     if found := next((key for key in _WEIGHTS if turn.get(key) is not None), None):
         raise DataError(f"{place} has '{found}', which is not supported; choose with data.train_on, and take it out")
     role = _ROLES.get(role, role)
@@ -143,7 +149,7 @@ def _message(turn: Mapping[str, Any], place: str) -> dict[str, Any]:
     message |= {key: value for key, value in others.items() if value is not None}
     if calls:
         if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
-            raise DataError(f"{place}: 'tool_calls' must be a list of objects, got {_short(calls)}")
+            raise DataError(f"{place}: 'tool_calls' must be a list of objects, got {shown(calls)}")
         message["tool_calls"] = [_call(call) for call in calls]
     return message
 
@@ -166,16 +172,12 @@ def _tools(row: Mapping[str, Any], place: str) -> list[Any] | None:
         try:
             tools = json.loads(tools) if tools.strip() else None
         except ValueError:
-            raise DataError(f"{place}: 'tools' must be a list of functions, got {_short(tools)}") from None
+            raise DataError(f"{place}: 'tools' must be a list of functions, got {shown(tools)}") from None
     if tools is not None and not isinstance(tools, list):
-        raise DataError(f"{place}: 'tools' must be a list of functions, got {_short(tools)}")
+        raise DataError(f"{place}: 'tools' must be a list of functions, got {shown(tools)}")
     return tools or None
 
 
 def _names(row: Mapping[str, Any]) -> str:
-    return ", ".join(f"'{name}'" for name in row) or "none"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    names = [shown(name) for name in islice(row, _SHOWN)]
+    return ", ".join([*names, *([f"and {len(row) - _SHOWN:,} more"] if len(row) > _SHOWN else [])]) or "none"

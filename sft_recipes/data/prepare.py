@@ -1,6 +1,7 @@
 """The way of the data: sources → examples → text → documents of token ids → sequences, and an account of every one."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from sft_recipes.data.sequences import Chosen, Sequences, lay_out
 from sft_recipes.data.tokenising import Tokenised, tokenise_all
 from sft_recipes.data.tokens import Encoder, LightTokenizer
 from sft_recipes.data.ways import refuse_two_templates, way_of
-from sft_recipes.errors import DataError
+from sft_recipes.errors import DataError, ModelError
 from sft_recipes.recipe.schema import Data, Recipe
 
 
@@ -60,9 +61,10 @@ def prepare(
     refuse_two_templates(data, firsts)
 
     # Text and tokens
-    encoder = Encoder(tokenizer)
-    ways = {found: way_of(data, found, first, tokenizer, encoder) for found, first in firsts.items()}
-    tokenised = tokenise_all(opened, data, ways, encoder, tokenizer, cached=cached, seconds=seconds)
+    with _said_of(recipe.model.name):
+        encoder = Encoder(tokenizer)
+        ways = {found: way_of(data, found, first, tokenizer, encoder) for found, first in firsts.items()}
+        tokenised = tokenise_all(opened, data, ways, encoder, tokenizer, cached=cached, seconds=seconds)
 
     # Which rows for what
     weights = [source.weight for source in train_sources(data)]
@@ -93,6 +95,15 @@ def prepare(
         _trained_prompt(spoken, data, encoder, tokenizer) if spoken else None,
         sum(_sizes(train)) / sum(each.total for each in train),
     )
+
+
+@contextmanager
+def _said_of(model: str) -> Iterator[None]:
+    """What is wrong with a tokenizer names the model that it is of."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(*(f"model.name: {model}: {line}" for line in error.lines)) from None
 
 
 def _sizes(tokenised: Sequence[Tokenised]) -> list[int]:

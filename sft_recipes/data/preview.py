@@ -24,7 +24,7 @@ def choose(sequences: Sequences, count: int, rows: Sequence[str], seed: int) -> 
         return [int(number) for number in picked]
     found: list[int] = []
     for row in rows:
-        source, number = (0, int(row) - 1) if row.isdecimal() else _find(sequences, row)
+        source, number = (0, int(row) - 1) if row.isdecimal() and len(row) < 19 else _find(sequences, row)
         pieces = np.flatnonzero((sequences.source == source) & (sequences.row == number))
         if not len(pieces):
             raise DataError(

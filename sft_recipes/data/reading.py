@@ -56,7 +56,7 @@ class Rows:
                 if self.format is None:
                     self.format = formats.find_format(row.values, self.columns)
                 if self.format is None:
-                    self.problems.append(formats.unknown(row.values, row.place))
+                    self.problems.append(formats.unknown(row.values, self.columns, row.place))
                     return
                 example = formats.to_example(row.values, self.format, self.columns, row.place)
             except DataError as error:
@@ -92,7 +92,10 @@ def open_all(data: Data) -> list[tuple[Rows, Example]]:
             opened.append((Rows(source, data, splits), first))
             opened[-1][0].format = rows.format
     used = {name for rows, _ in opened for name in formats.columns_of(rows.format or "")}
-    if opened and (unused := [name for name in data.columns if name not in used]):
+    known = {
+        name for format in formats.NEEDS for name in formats.columns_of(format)
+    }  # of others, the recipe's check tells
+    if opened and (unused := [name for name in data.columns if name in known - used]):
         found = " and ".join(sorted({rows.format or "" for rows, _ in opened}))
         problems.append(f"data.columns: no source has use for '{unused[0]}': the rows were read as {found}")
     raise_all(problems)

@@ -12,12 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sft_recipes.errors import DataError
+from sft_recipes.errors import DataError, shown
+from sft_recipes.recipe import model_files
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 TRAIN = ("train",)  # of a hub data set's splits, those that are meant where none is named: the first that is there
 HELD_OUT = ("validation", "test")
 QUICK = 1 << 28  # bytes that are hashed, or whose lines are counted, in less than a second
+_BEYOND = (
+    "cannot be read as JSON: a number of thousands of digits, or brackets within thousands of others; take them out"
+)
 BUILTIN = Path(__file__).parent.parent / "builtin"
 
 
@@ -42,6 +46,8 @@ def files(path: str) -> list[Path] | None:
                 f"{path}: no such built-in data; there is {', '.join(f'builtin:{name}' for name in shipped)}"
             )
         return found
+    if reason := model_files.unusable(path):
+        raise DataError(f"{path}: {reason}; expected the path of a file, or a hub id")
     if any(sign in path for sign in "*?[") and not Path(path).exists():
         found_paths = map(Path, glob.glob(path, recursive=True))  # noqa: PTH207  # absolute ones too
         matches = sorted(match for match in found_paths if match.is_file())
@@ -56,7 +62,7 @@ def files(path: str) -> list[Path] | None:
         if not inside:
             raise DataError(f"{path}: this directory holds no data files ({', '.join(SUFFIXES)}, each also .gz)")
         return inside
-    if _kind(file) or path.count("/") > 1 or path.startswith((".", "/", "~")):
+    if _kind(file) or not model_files.could_be_hub_id(path):
         raise DataError(f"{path}: no such file (working directory {Path.cwd()})")
     return None
 
@@ -124,11 +130,11 @@ def read(path: str, name: str | None = None, splits: tuple[str, ...] = TRAIN) ->
         if kind is None:
             raise DataError(f"{file}: unknown kind of file; expected {', '.join(SUFFIXES)}, each also .gz")
         if file.stat().st_size == 0:
-            raise DataError(f"{file}: the file is empty")
+            raise DataError(f"{file}: the file is empty; expected rows")
         try:
             yield from {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}[kind](file)
         except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{file}: cannot be read: {error}") from None
+            raise DataError(f"{file}: cannot be read: {' '.join(str(error).split())}; get the file again") from None
 
 
 def _kind(file: Path) -> str | None:
@@ -149,11 +155,11 @@ def _jsonl(file: Path) -> Iterator[Row | DataError]:
             try:
                 values = json.loads(line.decode())
             except UnicodeDecodeError:
-                yield DataError(f"{place}: not valid UTF-8")
+                yield DataError(f"{place}: not valid UTF-8; save the file as UTF-8")
             except json.JSONDecodeError as error:
                 yield DataError(f"{place}: not valid JSON: {error.msg} at column {error.colno}")
-            except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
-                yield DataError(f"{place}: cannot be read as JSON: {error}")
+            except (ValueError, RecursionError):
+                yield DataError(f"{place}: {_BEYOND}")
             else:
                 yield _row(place, values)
 
@@ -163,15 +169,16 @@ def _json(file: Path) -> Iterator[Row | DataError]:
         content = stream.read()
     try:
         rows = json.loads(content.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        raise DataError(f"{file}: not valid UTF-8") from None
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{file}:{line}: not valid UTF-8; save the file as UTF-8") from None
     except json.JSONDecodeError as error:
         hint = "; a file with one object a line is .jsonl" if error.msg == "Extra data" else ""
         raise DataError(f"{file}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}{hint}") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{file}: cannot be read as JSON: {error}") from None
+    except (ValueError, RecursionError):
+        raise DataError(f"{file}: {_BEYOND}") from None
     if not isinstance(rows, list):
-        raise DataError(f"{file}: expected a list of objects, got {type(rows).__name__}")
+        raise DataError(f"{file}: expected a list of objects, got {shown(rows)}")
     for number, values in enumerate(rows, start=1):
         yield _row(f"{file}:row {number}", values)
 
@@ -193,9 +200,9 @@ def _csv(file: Path) -> Iterator[Row | DataError]:
                 else:
                     yield Row(place, values)
         except UnicodeDecodeError:
-            raise DataError(f"{file}:{reader.line_num + 1} or later: not valid UTF-8") from None
+            raise DataError(f"{file}:{reader.line_num + 1} or later: not valid UTF-8; save the file as UTF-8") from None
         except csv.Error as error:
-            raise DataError(f"{file}:{reader.line_num}: not valid CSV: {error}") from None
+            raise DataError(f"{file}:{reader.line_num + 1} or later: not valid CSV: {error}") from None
 
 
 def _parquet(file: Path) -> Iterator[Row | DataError]:
@@ -209,10 +216,12 @@ def _parquet(file: Path) -> Iterator[Row | DataError]:
                 for values in batch.to_pylist():
                     number += 1
                     yield Row(f"{file}:row {number}", _as_written(values))
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{file}: not a valid parquet file: {error}") from None
     except UnicodeDecodeError:
         raise DataError(f"{file}:row {number + 1} or later: not valid UTF-8") from None
+    except (pyarrow.ArrowException, ArithmeticError, ValueError) as error:  # dates of a year 12000, too
+        raise DataError(
+            f"{file}: not a valid parquet file: {' '.join(str(error).split())}; get the file again"
+        ) from None
 
 
 def _hub(path: str, name: str | None, splits: tuple[str, ...]) -> Iterator[Row]:
@@ -258,4 +267,4 @@ def _from_hub(path: str, name: str | None, splits: tuple[str, ...]) -> tuple[Any
 def _row(place: str, values: Any) -> Row | DataError:
     if isinstance(values, dict):
         return Row(place, values)
-    return DataError(f"{place}: expected an object with columns, got {type(values).__name__}")
+    return DataError(f"{place}: expected an object with columns, got {shown(values)}")

@@ -14,7 +14,7 @@ from datetime import datetime
 from importlib import resources
 from typing import Any
 
-from jinja2 import TemplateError, Undefined, nodes
+from jinja2 import TemplateError, TemplateSyntaxError, Undefined, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -103,8 +103,11 @@ class Chat:
         self.environment = _environment()
         try:
             self.template = self.environment.from_string(source)
-        except (TemplateError, RecursionError) as error:
-            raise DataError(f"{name}: not a valid Jinja template: {error}") from None
+        except Exception as error:  # TemplateError, and what Python says of the program that a template is made into
+            line = f" (line {error.lineno})" if isinstance(error, TemplateSyntaxError) else ""
+            raise DataError(
+                f"data.template: not a valid Jinja template: {error}{line}; mend it, or choose another"
+            ) from None
 
     def __call__(self, example: Example) -> Rendered:
         messages = as_chat(example.messages)
@@ -125,6 +128,10 @@ class Chat:
         marked = self._render(messages, example, add_generation_prompt=False)
         text = self._unmarked(marked)
         trained = self._trained(messages, text, marked, example)
+        if self.train_on != "all" and not example.empty and not any(text[start:end].strip() for start, end in trained):
+            raise DataError(
+                f"{example.place}: the chat template leaves the answer out, so there is nothing to train on"
+            )
         if self.bos:
             text, trained = _with_once(self.bos, text, trained)
         left_out = any(

@@ -118,6 +118,7 @@ class Work:
         self.rows, self.render, self.encoder = rows, render, encoder
         self.deadline = None if seconds is None else time.monotonic() + seconds
         self.cut_short = False
+        self.read = 0
         self.problems: list[str] = []
 
     def batches(self) -> Iterator[Documents]:
@@ -129,6 +130,12 @@ class Work:
             yield from self._by_threads(first)
         else:
             yield from self._by_processes(chain(first, examples), processes)
+        if (
+            self.read > 1
+            and len(self.problems) == self.read
+            and len({line.partition(": ")[2] for line in self.problems}) == 1
+        ):
+            self.problems = [f"{self.problems[0]} (and so all {self.read:,} rows)"]  # one fault, and none of the rows'
         if self.rows.problems or self.problems:
             raise DataError(*self.rows.problems, *self.problems)
 
@@ -136,6 +143,7 @@ class Work:
         """Batches of rows, as long as there is time."""
         examples, batch, characters = iter(self.rows), list[Example](), 0
         for example in examples:
+            self.read += 1
             batch.append(example)
             characters += _characters(example)
             if len(batch) == _BATCH or characters > _CHARACTERS:

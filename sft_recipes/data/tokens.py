@@ -47,7 +47,7 @@ def from_directory(folder: Path, new_tokens: Sequence[str] = ()) -> LightTokeniz
     try:
         backend = Tokenizer.from_file(str(file))
     except Exception as error:  # the tokenizers library raises bare Exception
-        raise ModelError(f"{file}: not a valid tokenizer: {error}") from None
+        raise ModelError(f"{file}: not a valid tokenizer: {error}; get the file again") from None
     config = _json(folder / "tokenizer_config.json") | _json(folder / "special_tokens_map.json")
     specials = {}
     for name, token in config.items():
@@ -56,14 +56,17 @@ def from_directory(folder: Path, new_tokens: Sequence[str] = ()) -> LightTokeniz
         if isinstance(token, str) and name.endswith("_token"):
             specials[name] = token
     template_file = folder / "chat_template.jinja"
-    template = template_file.read_text(encoding="utf-8") if template_file.is_file() else config.get("chat_template")
+    template = _text(template_file) if template_file.is_file() else config.get("chat_template")
     more: list[Any] = []
     for name in ("additional_special_tokens", "extra_special_tokens"):
-        given = config.get(name) or []
-        more += given.values() if isinstance(given, dict) else given
+        given = config.get(name)
+        more += given.values() if isinstance(given, dict) else given if isinstance(given, list) else []
     texts = [token.get("content") if isinstance(token, dict) else token for token in more]
-    # As transformers has it, whatever the file says of them.
-    backend.add_special_tokens([*specials.values(), *(text for text in texts if isinstance(text, str))])
+    try:
+        # As transformers has it, whatever the file says of them.
+        backend.add_special_tokens([*specials.values(), *(text for text in texts if isinstance(text, str))])
+    except Exception as error:
+        raise ModelError(f"{folder}: its special tokens cannot be added: {error}; get its files again") from None
     backend.add_tokens(list(new_tokens))
     name = str(config.get("tokenizer_class") or _AS_IT_IS[0])
     as_it_is = name.removesuffix("Fast") in _AS_IT_IS or "ByteLevel" in repr(backend.pre_tokenizer)
@@ -90,10 +93,21 @@ def only_template(template: Any) -> str | None:
 def _json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
+    text = _text(file)
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise ModelError(f"{file}: not valid JSON: {error}") from None
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{file}: not valid JSON: {error}; get the file again") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{file}: expected an object, got {type(content).__name__}; get the file again")
+    return content
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ModelError(f"{file}: not valid UTF-8; get the file again") from None
 
 
 ONE_EACH = ("stops", "empty", "left_out", "digests")
@@ -159,7 +173,10 @@ class Encoder:
         known = {text: self._backend.token_to_id(text) for text in (eos, *tokenizer.special_texts)}
         self._stops = {text: token for text, token in known.items() if token is not None}
         if eos not in self._stops:
-            raise ModelError(f"the tokenizer's end token {eos!r} is not in its vocabulary")
+            raise ModelError(
+                f"the tokenizer's end token {eos!r} is not in its vocabulary; set another eos_token in its "
+                "tokenizer_config.json"
+            )
         self.eos = self._stops[eos]
         self.bos, self._end = _added(self._backend)
         # What a tokenizer puts behind a text takes the end token's place, where it is another ([SEP]).
@@ -236,8 +253,8 @@ class Encoder:
         encode = self._backend.encode_batch_fast if fast else self._backend.encode_batch
         try:
             return encode([rendered.text for rendered in batch], add_special_tokens=as_text)
-        except TypeError:
-            raise _not_unicode(batch) from None
+        except Exception as error:  # the tokenizers library raises bare Exception
+            raise _not_unicode(batch) or _cannot_encode(error) from None
 
     def _by_bytes(self, batch: Sequence[Rendered], flat: "_Flat", *, specials: bool) -> _Stretches | None:
         """Stretches from the number of bytes that each token stands for. None where these are not the bytes of the texts,
@@ -319,7 +336,10 @@ def _by_offsets(rendered: Rendered, encoding: Encoding, own: int) -> Iterator[tu
 def _added(backend: Tokenizer) -> tuple[list[int], list[int]]:
     """The special tokens that a tokenizer puts before and after a text: [] or [BOS], [] or [EOS]."""
     for text in ("a", "1", "?"):  # whichever is in the vocabulary
-        probe = backend.encode(text)
+        try:
+            probe = backend.encode(text)
+        except Exception as error:
+            raise _cannot_encode(error) from None
         if 0 in probe.special_tokens_mask:
             first = probe.special_tokens_mask.index(0)
             last = len(probe.ids) - probe.special_tokens_mask[::-1].index(0)
@@ -351,7 +371,12 @@ def _digests(ids: NDArray[np.int32], offsets: NDArray[np.int64]) -> NDArray[np.u
     return np.add.reduceat(mixed, offsets[:-1])  # no document is empty: each has its end
 
 
-def _not_unicode(batch: Iterable[Rendered]) -> DataError:
+def _cannot_encode(error: Exception) -> ModelError:
+    return ModelError(f"the tokenizer cannot encode what is not in its vocabulary: {error}; get its files again")
+
+
+def _not_unicode(batch: Iterable[Rendered]) -> DataError | None:
+    """What is wrong with texts that no tokenizer takes; None where nothing is."""
     problems = []
     for rendered in batch:
         try:
@@ -361,5 +386,4 @@ def _not_unicode(batch: Iterable[Rendered]) -> DataError:
                 f"{rendered.place}: not valid Unicode: {rendered.text[error.start]!r} is half of a surrogate pair; "
                 "write the file as UTF-8"
             )
-    assert problems, "the tokenizer refuses text that is valid Unicode"
-    return DataError(*problems)
+    return DataError(*problems) if problems else None

@@ -76,7 +76,9 @@ def _renders(chat: templates.Chat, example: Example) -> str:
 def _template_file(name: str) -> str:
     try:
         return Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # of a file that is not UTF-8, of a name with a null character
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise DataError(
-            f"data.template: '{name}' is neither alpaca nor chat, and no template file that can be read: {error}"
+            f"data.template: '{name}' is neither alpaca nor chat, and no template file that can be read: {reason}; expected "
+            "alpaca, chat, or the path of a .jinja file"
         ) from None

@@ -142,6 +142,12 @@ def refuse_incomplete(adapter: Path, config: peft.PeftConfig, model: PreTrainedM
         raise ModelError(
             f"{adapter}: lacks {len(missing)} of the tensors that its adapter_config.json asks for, such as {missing[0]}"
         )
+    for key in sorted(wanted.keys() & given.keys()):
+        rank, asked = given[key].shape[0], wanted[key].shape[0]
+        if key.endswith(".lora_A.weight") and rank != asked:
+            raise ModelError(
+                f"{adapter}: {key} is of rank {rank}, and adapter_config.json asks for {asked}; get its files again"
+            )
 
 
 class Merged:

@@ -18,6 +18,8 @@ from sft_recipes.export.save import untie
 from sft_recipes.export.tensors import INDEX, in_file
 from sft_recipes.recipe import model_files
 
+_GIVE_IT = "give it with --base (of sft-recipe merge)"
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -34,21 +36,27 @@ def origin(adapter: Path, base: str | None = None) -> Origin:
     if not (adapter / "adapter_model.safetensors").is_file():
         pickled = (adapter / "adapter_model.bin").is_file()
         remedy = (
-            "; adapter_model.bin is a pickle, which can run code, and is not read; convert it with PEFT"
+            "its adapter_model.bin is a pickle, which can run code, and is not read; save it again with PEFT"
             if pickled
-            else ""
+            else "get the adapter's files again"
         )
-        raise ModelError(f"{adapter}: adapter_model.safetensors is missing{remedy}")
+        raise ModelError(f"{adapter}: adapter_model.safetensors is missing; {remedy}")
     try:
         config = peft.PeftConfig.from_pretrained(str(adapter))
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ModelError(f"{adapter}: its adapter_config.json cannot be read: {_line(error)}") from None
+        raise ModelError(
+            f"{adapter}: its adapter_config.json cannot be read: {_line(error)}; get the file again"
+        ) from None
+    named = base or config.base_model_name_or_path
+    if not named or not isinstance(named, str):
+        raise ModelError(f"{adapter}: does not say what its base is; {_GIVE_IT}")
     try:
-        name = model_files.location(base) if base else config.base_model_name_or_path
+        name = model_files.location(named)
     except ModelError as error:
-        raise ModelError(str(error).replace("model.name", "--base", 1)) from None
-    if not name:
-        raise ModelError(f"{adapter}: does not say what its base is; give it with --base")
+        if base:
+            raise ModelError(str(error).replace("model.name", "--base", 1)) from None
+        reason = str(error).removeprefix(f"model.name: {named}").lstrip(": ")
+        raise ModelError(f"{named}: the adapter's base cannot be loaded; {_GIVE_IT}: {reason}") from None
     has_tokenizer = (adapter / "tokenizer_config.json").is_file()
     return Origin(config, name, None if base else config.revision, str(adapter) if has_tokenizer else name)
 
@@ -83,7 +91,18 @@ def as_base_error(name: str) -> Iterator[None]:
             raise ModelError(
                 f"{name}: the adapter's base brings Python code; read it, then say --trust-remote-code"
             ) from None
-        raise ModelError(f"{name}: the adapter's base cannot be loaded; give it with --base: {_line(error)}") from None
+        raise ModelError(f"{name}: the adapter's base cannot be loaded; {_GIVE_IT}: {_line(error)}") from None
+
+
+def tokenizer_of(of: Origin, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer beside an adapter, or of its base. Raises ModelError."""
+    try:
+        return AutoTokenizer.from_pretrained(of.tokenizer, trust_remote_code=trust_remote_code)
+    except Exception as error:  # their types are many
+        remedy = "get its files again"
+        if "trust_remote_code" in str(error):
+            remedy = "it brings Python code; read it, then say --trust-remote-code"
+        raise ModelError(f"{of.tokenizer}: its tokenizer cannot be loaded: {_line(error)}; {remedy}") from None
 
 
 def adapted(
@@ -119,8 +138,7 @@ def adapted(
     for module in model.modules():  # as in training
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    with as_base_error(of.tokenizer):
-        tokenizer = AutoTokenizer.from_pretrained(of.tokenizer, trust_remote_code=trust_remote_code)
+    tokenizer = tokenizer_of(of, trust_remote_code=trust_remote_code)
     given = in_file(adapter / "adapter_model.safetensors")
     if (rows := vocabulary(given, of.config, model)) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(rows, mean_resizing=False)
@@ -136,6 +154,8 @@ def adapted(
     except (RuntimeError, ValueError, TypeError) as error:
         raise ModelError(f"{adapter}: does not fit the base {of.base}: {_line(error)}") from None
     known = peft.get_peft_model_state_dict(whole, save_embedding_layers=True)
+    if missing := sorted(key for key in known.keys() - given.keys() if "lora_" in key):
+        raise ModelError(f"{adapter}: lacks {', '.join(missing[:3])}, which its adapter_config.json asks for")
     if unknown := sorted(given.keys() - known.keys()):
         raise ModelError(f"{adapter}: does not fit the base {of.base}: it has no place for {', '.join(unknown[:3])}")
     return whole, tokenizer
@@ -145,7 +165,12 @@ def stops(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end an answer of the model or adapter in `folder`."""
     ends = None
     if (folder / "generation_config.json").is_file():
-        ends = GenerationConfig.from_pretrained(folder).eos_token_id
+        try:
+            ends = GenerationConfig.from_pretrained(folder).eos_token_id
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise ModelError(
+                f"{folder}: its generation_config.json cannot be read: {_line(error)}; get it again"
+            ) from None
     if ends is None:
         ends = tokenizer.eos_token_id
     return [ends] if isinstance(ends, int) else list(ends or [])

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sft_recipes.errors import ModelError, OutputError, RunError, SFTRecipeError
@@ -59,6 +59,8 @@ def merge(
     one with the lower loss on the held-out rows is kept. Raises ModelError where adapter and base do not fit or the result is
     not finite, OutputError where `out` is in use, RunError where the result is not the model that was trained.
     """
+    if reason := model_files.unusable(str(out)) or (None if out.exists() else model_files.not_to_be_made(str(out))):
+        raise OutputError(f"{out}: cannot be made: {reason}; choose another --out")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out}: in use; choose another --out, or remove it")
     of = load.origin(adapter, None if base in BASES else base)
@@ -68,8 +70,7 @@ def merge(
             f"--base {base}: {adapter} is not known to have been trained on a quantised base; merge it from its run's "
             "directory, or say where the base is"
         )
-    with load.as_base_error(of.tokenizer):
-        tokenizer = AutoTokenizer.from_pretrained(of.tokenizer, trust_remote_code=trust_remote_code)
+    tokenizer = load.tokenizer_of(of, trust_remote_code=trust_remote_code)
     stops = load.stops(adapter, tokenizer)
     job = _Job(adapter, of, known, tokenizer, stops, dtype, max_shard_size, trust_remote_code)
     names = [base] if base in BASES else [*BASES] if known.quantization else ["original"]

@@ -13,7 +13,7 @@ from typing import Any
 
 from sft_recipes.errors import RecipeError
 from sft_recipes.recipe import model_files, secrets
-from sft_recipes.recipe.load import Loaded, examine
+from sft_recipes.recipe.load import Loaded, examine, field_names
 from sft_recipes.recipe.schema import DEFAULT_GLOBAL_BATCH_SIZE, Recipe
 from sft_recipes.recipe.upstream import OWNED, installed, optimizers, schedulers, sft_config_fields
 
@@ -32,7 +32,7 @@ class Verdict:
 
 def judge(recipe: Recipe) -> Verdict:
     """Every contradiction in a recipe, and the faults that a run would not show by itself. Lines begin with a key."""
-    judgements = (_contradictions, _batch, _names, _secrets, _not_yet, _extras)
+    judgements = (_contradictions, _batch, _names, _secrets, _output, _not_yet, _extras)
     return Verdict([line for judgement in judgements for line in judgement(recipe)], list(_faults(recipe)))
 
 
@@ -55,6 +55,12 @@ def accepted(recipe_file: str | Path, overrides: Sequence[str] = ()) -> tuple[Lo
     if verdict.problems or loaded is None:
         raise RecipeError(*verdict.problems)
     return loaded, verdict.warnings
+
+
+def _output(recipe: Recipe) -> Iterator[str]:
+    """A directory that no run could make."""
+    if reason := model_files.not_to_be_made(recipe.output_dir):
+        yield f"output_dir: {reason}; choose another with --set output_dir=DIR"
 
 
 def _given(recipe: Recipe, section: str, key: str) -> bool:
@@ -126,13 +132,17 @@ def _names(recipe: Recipe) -> Iterator[str]:
     if recipe.lora is not None and isinstance(recipe.lora.target_modules, str):
         try:
             re.compile(recipe.lora.target_modules)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             yield f"lora.target_modules: '{recipe.lora.target_modules}' is not a regular expression: {error}"
     for name in recipe.trl:
         if name in OWNED:
             yield f"trl.{name}: a recipe says this with {OWNED[name]}"
         elif name not in sft_config_fields():
-            yield _no_such(f"trl.{name}", name, sft_config_fields(), "field of SFTConfig")
+            ours = next((key for key in field_names() if key.rpartition(".")[2] == name), None)
+            close = difflib.get_close_matches(name, sorted(sft_config_fields()), n=1)
+            hint = f"did you mean '{close[0]}'?" if close else "expected a field of TRL's SFTConfig"
+            hint = f"a recipe says this with {ours}" if ours else hint
+            yield f"trl.{name}: '{name}' is no field of SFTConfig that is known here; {hint}"
 
 
 def _secrets(recipe: Recipe) -> Iterator[str]:
@@ -222,10 +232,10 @@ def _install(extra: str) -> str:
     return f"is not installed: pip install 'sft-recipes[{extra}]'"
 
 
-def _no_such(key: str, value: str, known: Collection[str], noun: str = "name") -> str:
+def _no_such(key: str, value: str, known: Collection[str]) -> str:
     close = difflib.get_close_matches(value, sorted(known), n=1)
-    hint = f"did you mean '{close[0]}'?" if close else f"expected one of {', '.join(sorted(known)[:60])}"
-    return f"{key}: '{value}' is no {noun} that is known here; {hint}"
+    hint = f"did you mean '{close[0]}'?" if close else f"expected one of {', '.join(sorted(known))}"
+    return f"{key}: '{value}' is no name that is known here; {hint}"
 
 
 def _listed(values: list[int]) -> str:

@@ -3,11 +3,13 @@
 YAML is read as YAML 1.2 (`1e-5` is a number, `off` is a word); a key that does not exist or stands twice is an error.
 """
 
+import dataclasses
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,15 @@ from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from ruamel.yaml.reader import ReaderError
 
-from sft_recipes.errors import InputError, RecipeError
+from sft_recipes.errors import InputError, RecipeError, shown
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.recipe.upstream import OTHER_WORDS
 
 KeyPath = tuple[str | int, ...]
+_SHOWN = 50  # problems of one kind that are listed; the rest are counted
+_MOST = 100_000  # values in a recipe, those that an alias stands for included
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Loaded:
     def placed(self, line: str) -> str:
         """A line that begins with the name of a key, with the key's place before it; others as they are."""
         key = re.match(r"([a-z_]+)((?:\.[a-z_0-9]+)*)[: ]", line)
-        if key is None or key[1] not in Recipe.model_fields:
+        if key is None or not (key[1] == "trl" or key[1] + key[2] in field_names()):  # a file can be called train.jsonl
             return line
         return f"{self.place(*(key[1] + key[2]).split('.'))}: {line}"
 
@@ -65,25 +70,35 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
 def examine(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Loaded | None, list[str]]:
     """The recipe and its problems. With problems the recipe is what is left without the keys at fault, or None."""
     source = str(path)
-    places: dict[KeyPath, str] = {}
-    problems: list[str] = []
-    data = _read(Path(path), places, problems)
-    if data is None:
-        return None, problems
+    values = _Values(source)
+    problems = values.problems
+    try:
+        data: dict[str, Any] = values.of(_read(Path(path)))
+    except RecipeError as error:
+        return None, list(error.lines)
     for override in overrides:
-        _override(data, override, places, problems)
+        _override(data, override, values)
 
     try:
-        return Loaded(Recipe.model_validate(data), source, places), problems
+        return Loaded(Recipe.model_validate(data), source, values.places), problems
     except ValidationError as error:
         faults = _innermost(_fault(detail, data) for detail in error.errors(include_url=False))
-    here = Loaded(Recipe.model_construct(), source, places)
-    for fault in sorted(faults, key=lambda fault: _line(here.place(*fault.path))):
-        problems.append(f"{here.place(*fault.path)}: {_describe(fault)}")
+    here = Loaded(Recipe.model_construct(), source, values.places)
+    # A key whose name has a typo is not missing as well.
+    meant = {(*fault.path[:-1], _meant(fault.path)) for fault in faults if fault.kind == "extra_forbidden"}
+    told = [
+        fault
+        for fault in faults
+        if fault.path not in values.unread and not (fault.kind == "missing" and fault.path in meant)
+    ]
+    told.sort(key=lambda fault: _line(here.place(*fault.path)))
+    problems += [f"{here.place(*fault.path)}: {_describe(fault)}" for fault in told[:_SHOWN]]
+    if len(told) > _SHOWN:
+        problems.append(f"{source}: ... and {len(told) - _SHOWN:,} more keys that are wrong")
     for fault in sorted(faults, key=lambda fault: [(isinstance(part, int), part) for part in fault.path], reverse=True):
         _remove(data, fault.path)  # the later items of a list first
     try:
-        return Loaded(Recipe.model_validate(data), source, places), problems
+        return Loaded(Recipe.model_validate(data), source, values.places), problems
     except ValidationError:
         return None, problems
 
@@ -91,95 +106,162 @@ def examine(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Loaded | N
 # --- YAML ------------------------------------------------------------------------------------------------------------
 
 
-def _read(path: Path, places: dict[KeyPath, str], problems: list[str]) -> dict[str, Any] | None:
+def _read(path: Path) -> MappingNode:
+    """The YAML of a recipe. Raises RecipeError."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        content = path.read_bytes()
+        text = content.decode("utf-8-sig")
     except FileNotFoundError:
-        problems.append(f"{path}: no such recipe; `sft-recipe list` shows those that ship")
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        problems.append(f"{path}: cannot be read as text: {error}")
-        return None
-    yaml = YAML(typ="safe", pure=True)
+        raise RecipeError(f"{path}: no such recipe; `sft-recipe list` shows those that ship") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}; expected the path of a recipe (YAML)") from None
+    except UnicodeDecodeError as error:
+        wrong = f"not valid UTF-8 (byte 0x{content[error.start]:02x}); save it as UTF-8"
+        raise RecipeError(f"{path}:{_lines(content[: error.start])}: {wrong}") from None
     try:
-        node = yaml.compose(text)
+        node = YAML(typ="safe", pure=True).compose(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        problems.append(f"{path}:{mark.line + 1 if mark else 1}: not valid YAML: {error.problem or error.context}")
-        return None
+        raise RecipeError(f"{path}:{mark.line + 1 if mark else 1}: not valid YAML: {_reason(error)}") from None
+    except ReaderError as error:
+        line = _lines(text[: error.position].encode())
+        raise RecipeError(
+            f"{path}:{line}: not valid YAML: the character {text[error.position]!r} is not allowed"
+        ) from None
     except (YAMLError, ValueError) as error:
-        problems.append(f"{path}: not valid YAML: {' '.join(str(error).split())}")
-        return None
-    if re.match(r"\s*%YAML\s+1\.[01]", text):
-        problems.append(f"{path}:1: recipes are YAML 1.2; take the line with %YAML out")
-        return None
-    if not isinstance(node, MappingNode):
-        problems.append(f"{path}:1: a recipe is a mapping of keys; see `sft-recipe list` for examples")
-        return None
-    try:
-        recipe: dict[str, Any] = _plain(node, yaml, str(path), (), places, problems)
+        raise RecipeError(f"{path}:1: not valid YAML: {error}") from None
     except RecursionError:
-        problems.append(f"{path}: an alias (*) stands within what it means (&)")
-        return None
-    return recipe
+        raise RecipeError(f"{path}:1: nested too deep; a recipe is sections with keys") from None
+    if re.match(r"\s*%YAML\s+1\.[01]", text):
+        raise RecipeError(f"{path}:1: recipes are YAML 1.2; take the line with %YAML out")
+    if not isinstance(node, MappingNode):
+        raise RecipeError(f"{path}:1: a recipe is a mapping of keys; see `sft-recipe list` for examples")
+    return node
 
 
-def _plain(node: Node, yaml: YAML, source: str, path: KeyPath, places: dict[KeyPath, str], problems: list[str]) -> Any:
-    """Python values of a YAML node; notes the line of each key and finds keys that stand twice."""
-    if isinstance(node, ScalarNode):
+def _lines(before: bytes) -> int:
+    return before.count(b"\n") + 1
+
+
+def _reason(error: MarkedYAMLError) -> str:
+    return ", ".join(" ".join(part.split()) for part in (error.context, error.problem) if part)
+
+
+@dataclass
+class _Values:
+    """The values of YAML nodes. Notes the line of each key, and what is wrong with it."""
+
+    source: str
+    places: dict[KeyPath, str] = dataclasses.field(default_factory=dict)
+    problems: list[str] = dataclasses.field(default_factory=list)
+    unread: set[KeyPath] = dataclasses.field(
+        default_factory=set
+    )  # keys without a value, because what is written is none
+    yaml: YAML = dataclasses.field(default_factory=lambda: YAML(typ="safe", pure=True))
+
+    def of(self, node: Node, path: KeyPath = (), place: str | None = None) -> Any:
+        """Python values of a node; `place` is where it stands, if not in a line of the recipe. Raises RecipeError where
+        aliases make them endless, or nearly so."""
+        self._left = _MOST
         try:
-            return yaml.constructor.construct_object(node)
-        except (YAMLError, ValueError) as error:
-            problems.append(f"{source}:{node.start_mark.line + 1}: {_dotted(path)}: {' '.join(str(error).split())}")
-            return None
-    if isinstance(node, SequenceNode):
-        values = []
-        for index, item in enumerate(node.value):
-            places[(*path, index)] = f"{source}:{item.start_mark.line + 1}"
-            values.append(_plain(item, yaml, source, (*path, index), places, problems))
-        return values
-    mapping: dict[str, Any] = {}
-    for key_node, value_node in node.value:
-        key, line = str(key_node.value), key_node.start_mark.line + 1
-        here = (*path, key)
-        if key in mapping:
-            problems.append(f"{source}:{line}: key '{_dotted(here)}' stands twice, first in {places[here]}")
-            continue
-        places[here] = f"{source}:{line}"
-        if here in _SECTIONS and isinstance(value_node, ScalarNode) and value_node.value == "":
-            problems.append(
-                f"{source}:{line}: section '{key}:' is empty; write '{key}: {{}}' for its defaults, or leave it out"
+            return self._value(node, path, place)
+        except RecursionError:
+            where = place or self.source
+            raise RecipeError(f"{where}: an alias (*) stands within what it means (&); write it out") from None
+
+    def _value(self, node: Node, path: KeyPath, place: str | None) -> Any:
+        self._left -= 1
+        if self._left < 0:
+            raise RecipeError(
+                f"{place or self.source}: more than {_MOST:,} values, with those that aliases (*) stand for; write them out"
             )
-            continue
-        mapping[key] = _plain(value_node, yaml, source, here, places, problems)
-    return mapping
+        here = place or f"{self.source}:{node.start_mark.line + 1}"
+        kind = str(node.tag).removeprefix("tag:yaml.org,2002:")
+        if kind not in _KINDS[type(node)]:
+            return self._refuse(path, here, f"the tag {node.tag} means nothing in a recipe; take it out")
+        if isinstance(node, ScalarNode):
+            return self._scalar(node, kind, path, here)
+        if isinstance(node, SequenceNode):
+            values = []
+            for index, item in enumerate(node.value):
+                self.places[(*path, index)] = place or f"{self.source}:{item.start_mark.line + 1}"
+                values.append(self._value(item, (*path, index), place))
+            return values
+        mapping: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            there = place or f"{self.source}:{key_node.start_mark.line + 1}"
+            key = self._scalar(key_node, "str", path, there) if isinstance(key_node, ScalarNode) else None
+            if not isinstance(key, str):
+                if not isinstance(key_node, ScalarNode):
+                    self._refuse(path, there, "a key must be text")
+                continue
+            inner = (*path, key)
+            if key in mapping:
+                self.problems.append(f"{there}: key '{_dotted(inner)}' stands twice, first in {self.places[inner]}")
+                continue
+            self.places[inner] = there
+            if inner in _SECTIONS and isinstance(value_node, ScalarNode) and value_node.value == "":
+                self.problems.append(
+                    f"{there}: section '{key}:' is empty; write '{key}: {{}}' for its defaults, or leave it out"
+                )
+                continue
+            mapping[key] = self._value(value_node, inner, place)
+        return mapping
+
+    def _scalar(self, node: ScalarNode, kind: str, path: KeyPath, here: str) -> Any:
+        if kind in _TEXT:
+            try:  # JSON writes what is beyond 16 bits as two halves
+                return str(node.value).encode("utf-16", "surrogatepass").decode("utf-16")
+            except UnicodeDecodeError:
+                return self._refuse(path, here, f"{node.value!a} is not valid Unicode: half of a surrogate pair")
+        try:
+            return self.yaml.constructor.construct_object(node)
+        except (YAMLError, ArithmeticError, LookupError, ValueError):
+            return self._refuse(path, here, f"{shown(node.value)} is not {_KIND_WORDS[kind]}; quote what is text")
+
+    def _refuse(self, path: KeyPath, here: str, what: str) -> None:
+        self.unread.add(path)
+        self.problems.append(f"{here}: {_dotted(path) + ': ' if path else ''}{what}")
 
 
-def _override(data: dict[str, Any], override: str, places: dict[KeyPath, str], problems: list[str]) -> None:
+_TEXT = ("str", "timestamp", "merge", "value")  # kinds of YAML 1.1 that YAML 1.2 reads as text
+_KIND_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "null": "null"}
+_KINDS: dict[type, tuple[str, ...]] = {
+    ScalarNode: (*_TEXT, "int", "float", "bool", "null"), SequenceNode: ("seq",), MappingNode: ("map",)
+}  # fmt: skip
+
+
+def _override(data: dict[str, Any], override: str, values: _Values) -> None:
+    try:
+        _set(data, override, values)
+    except RecipeError as error:
+        values.problems += error.lines
+
+
+def _set(data: dict[str, Any], override: str, values: _Values) -> None:
     key, equals, text = override.partition("=")
     path = tuple(key.strip().split("."))
     if not equals or not all(path):
-        problems.append(f"--set {override}: expected key=value, such as --set train.learning_rate=1e-4")
-        return
-    yaml = YAML(typ="safe", pure=True)
-    try:
-        value = yaml.load(text) if text.strip() else None
-    except YAMLError:
-        problems.append(f"--set {override}: the value is not valid YAML, or has a key twice; quote what is text")
-        return
+        raise RecipeError(f"--set {override}: expected key=value, such as --set train.learning_rate=1e-4")
     section = data
-    for part in path[:-1]:
+    for depth, part in enumerate(path[:-1], start=1):
+        if part not in section:
+            values.places[path[:depth]] = "--set"
         inner = section.setdefault(part, {})
         if inner is None:
             inner = section[part] = {}
         if not isinstance(inner, dict):
-            problems.append(f"--set {override}: '{part}' is not a section")
-            return
+            raise RecipeError(f"--set {override}: '{part}' is not a section")
         section = inner
-    section[path[-1]] = value
-    for known in [known for known in places if known[: len(path)] == path]:
-        del places[known]
-    places[path] = "--set"
+    for known in [known for known in values.places if known[: len(path)] == path]:
+        del values.places[known]
+    values.places[path] = "--set"
+    try:
+        node = YAML(typ="safe", pure=True).compose(text)
+    except (YAMLError, ValueError, RecursionError) as error:
+        reason = _reason(error) if isinstance(error, MarkedYAMLError) else str(error)
+        raise RecipeError(f"--set {override}: the value is not valid YAML: {reason}; quote what is text") from None
+    section[path[-1]] = None if node is None else values.of(node, path, "--set")
 
 
 def _line(place: str) -> int:
@@ -225,20 +307,31 @@ def _describe(fault: _Fault) -> str:
     if fault.kind == "extra_forbidden":
         return f"unknown key '{key}'{_suggestion(fault.path)}"
     if fault.kind == "missing":
-        return f"missing key '{key}'"
-    return f"{key}: got {_yaml_word(fault.value)}; expected {expectation(schema_of(fault.path))}"
+        return f"missing key '{key}'; expected {expectation(schema_of(fault.path))}"
+    huge = isinstance(fault.value, (int, float)) and abs(fault.value) >= 2**31
+    got = "an empty text" if fault.value == "" else shown(fault.value)
+    return f"{key}: got {got}; expected {expectation(schema_of(fault.path), every_bound=huge)}"
+
+
+def _siblings(path: KeyPath) -> list[str]:
+    section = schema_of(path[:-1])
+    return [name for branch in section.get("anyOf", [section]) for name in branch.get("properties", {})]
+
+
+def _meant(path: KeyPath) -> str | None:
+    """The key of the same section whose name is close to an unknown one's."""
+    return next(iter(difflib.get_close_matches(str(path[-1]), _siblings(path), n=1)), None)
 
 
 def _suggestion(path: KeyPath) -> str:
     name = str(path[-1])
-    section = schema_of(path[:-1])
-    siblings = [name for branch in section.get("anyOf", [section]) for name in branch.get("properties", {})]
+    siblings = _siblings(path)
     if name == "<<":
         return "; merging keys with << is YAML 1.1, write them out"
     if name in OTHER_WORDS:
         return f"; a recipe calls it '{OTHER_WORDS[name]}'"
-    if close := difflib.get_close_matches(name, siblings, n=1):
-        return f"; did you mean '{close[0]}'?"
+    if meant := _meant(path):
+        return f"; did you mean '{meant}'?"
     everywhere = {field.split(".")[-1]: field for field in field_names()}
     if close := difflib.get_close_matches(name, list(everywhere), n=1, cutoff=0.8):
         return f"; did you mean '{everywhere[close[0]]}'?"
@@ -265,15 +358,21 @@ _SECTIONS = {(name,) for name, field in Recipe.model_fields.items() if section_c
 
 def schema_of(path: KeyPath) -> dict[str, Any]:
     """The JSON schema of a key, {} where there is none."""
-    root = Recipe.model_json_schema()
+    root = _schema()
     node: dict[str, Any] = root
     for part in path:
         branches = list(_branches(node, root))
         if isinstance(part, int):
             node = next((branch["items"] for branch in branches if "items" in branch), {})
         else:
-            node = next((b["properties"][part] for b in branches if part in b.get("properties", {})), {})
+            found = (b.get("properties", {}).get(part) or b.get("additionalProperties") for b in branches)
+            node = next((inner for inner in found if isinstance(inner, dict)), {})
     return {"anyOf": branches} if len(branches := list(_branches(node, root))) > 1 else (branches or [{}])[0]
+
+
+@cache
+def _schema() -> dict[str, Any]:
+    return Recipe.model_json_schema()
 
 
 def _branches(node: dict[str, Any], root: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -286,10 +385,10 @@ def _branches(node: dict[str, Any], root: dict[str, Any]) -> Iterator[dict[str, 
         yield node
 
 
-def expectation(schema: dict[str, Any]) -> str:
-    """What a JSON schema asks for, in words."""
+def expectation(schema: dict[str, Any], *, every_bound: bool = False) -> str:
+    """What a JSON schema asks for, in words. The bound of 32-bit numbers is worth one only if it is `every_bound`."""
     if "anyOf" in schema:
-        return " or ".join(dict.fromkeys(expectation(branch) for branch in schema["anyOf"]))
+        return " or ".join(dict.fromkeys(expectation(branch, every_bound=every_bound) for branch in schema["anyOf"]))
     if "enum" in schema:
         return f"one of {', '.join(schema['enum'])}"
     if "const" in schema:
@@ -309,20 +408,14 @@ def expectation(schema: dict[str, Any]) -> str:
         "exclusiveMaximum": "below",
         "maximum": "of at most",
     }
-    # The bound of 32-bit numbers is not worth a word.
-    limits = [f"{word} {schema[bound]:g}" for bound, word in bounds.items() if schema.get(bound, 2**31) != 2**31]
+    given = ((word, schema[bound]) for bound, word in bounds.items() if bound in schema)
+    said = ((word, limit) for word, limit in given if every_bound or limit != 2**31)
+    limits = [f"{word} {int(limit) if limit == int(limit) else limit}" for word, limit in said]
     if "minItems" in schema:
         limits.append(f"of at least {schema['minItems']}")
     if "pattern" in schema:
         limits.append("such as 5GB or 500MB")
     return " ".join([words, " and ".join(limits)]).strip()
-
-
-def _yaml_word(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _dotted(path: KeyPath) -> str:
@@ -333,6 +426,8 @@ def _dotted(path: KeyPath) -> str:
 
 
 def _remove(data: Any, path: KeyPath) -> None:
+    if not path:
+        return
     for part in path[:-1]:
         try:
             data = data[part]

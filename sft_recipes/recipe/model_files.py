@@ -1,6 +1,7 @@
 """What can be said of a model before it is loaded: from its directory, with neither transformers nor torch."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,28 @@ from sft_recipes.errors import ModelError
 
 BUILTIN = Path(__file__).parent.parent / "builtin"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
+INDEX = "model.safetensors.index.json"
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+
+
+def unusable(path: str) -> str | None:
+    """Why nothing can be at a path: it is too long, somebody's whose home is not known, ...; None where something can."""
+    try:
+        Path(path).expanduser().stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, RuntimeError, ValueError) as error:
+        return (getattr(error, "strerror", None) or str(error).rstrip(".")).lower()
+    return None
+
+
+def not_to_be_made(path: str) -> str | None:
+    """Why no directory can be made at a path; None where one can, or is there."""
+    if reason := unusable(path):
+        return f"{path}: {reason}"
+    folder = Path(path).expanduser()
+    file = next((each for each in (folder, *folder.parents) if each.is_file()), None)
+    return f"{file} is a file" if file else None
 
 
 def directory(name: str) -> Path | None:
@@ -18,14 +40,21 @@ def directory(name: str) -> Path | None:
         if not (folder / "config.json").is_file():
             raise ModelError(f"model.name: {name}: no such built-in model; there is builtin:tiny")
         return folder
+    if reason := unusable(name):
+        raise ModelError(f"model.name: {name}: {reason}; expected the directory of a model, or a hub id")
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
     if folder.is_file():
         raise ModelError(f"model.name: {name} is a file; expected the directory of a model, or a hub id")
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if not could_be_hub_id(name):
         raise ModelError(f"model.name: {name}: no such directory (working directory {Path.cwd()})")
     return None
+
+
+def could_be_hub_id(name: str) -> bool:
+    """Whether the hub could have something of that name: NAME or OWNER/NAME."""
+    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None
 
 
 def location(name: str) -> str:
@@ -41,10 +70,10 @@ def config(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         adapter = "; it holds an adapter: merge it first with `sft-recipe merge`" if is_adapter(folder) else ""
         raise ModelError(f"model.name: {folder} has no config.json, so it is no model directory{adapter}") from None
-    except ValueError as error:
-        raise ModelError(f"{file}: not valid JSON: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{file}: not valid JSON: {error}; get the file again") from None
     if not isinstance(content, dict) or "model_type" not in content:
-        raise ModelError(f"{file}: no 'model_type', so it is not the config of a model")
+        raise ModelError(f"{file}: no 'model_type', so it is not the config of a model; get the file again")
     return content
 
 
@@ -54,7 +83,7 @@ def is_adapter(folder: Path) -> bool:
 
 def find_adapter(path: Path) -> Path:
     """The adapter that a path means: an adapter directory, or a run that trained one. Raises ModelError."""
-    for folder in (path, path / "adapter"):
+    for folder in () if unusable(str(path)) else (path, path / "adapter"):
         if is_adapter(folder):
             return folder
     raise ModelError(
@@ -66,7 +95,7 @@ def find_model(path: Path) -> Path:
     """The model or adapter that a path means: its directory, a run that exported one, `builtin:tiny`. Raises ModelError."""
     if str(path).startswith("builtin:") and (built_in := directory(str(path))):
         return built_in
-    for folder in (path, path / "model", path / "adapter"):
+    for folder in () if unusable(str(path)) else (path, path / "model", path / "adapter"):
         if (folder / "config.json").is_file() or is_adapter(folder):
             return folder
     raise ModelError(f"{path}: no model here; expected a model or adapter directory, or a run that has finished")
@@ -77,7 +106,19 @@ def positions(model_config: dict[str, Any]) -> int | None:
     text = model_config.get("text_config")
     content = text if isinstance(text, dict) else model_config
     found = (content.get(name) for name in _POSITIONS)
-    return next((number for number in found if isinstance(number, int)), None)
+    return next((number for number in found if isinstance(number, int) and number > 0), None)
+
+
+def _wrong_index(folder: Path) -> str | None:
+    """What is wrong with the index of weights in several files; None where nothing is, or there is none."""
+    if (folder / "model.safetensors").is_file() or not (folder / INDEX).is_file():
+        return None
+    try:
+        named = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        missing = sorted(name for name in named if not (folder / name).is_file())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return "does not name the files of the weights"
+    return f"names {', '.join(missing[:3])}{', ...' if missing[3:] else ''}, not there" if missing else None
 
 
 def refuse_kernels(model_config: Any, *, trust_remote_code: bool) -> None:
@@ -115,6 +156,8 @@ def examine(name: str, max_length: int) -> list[str]:
             else "expected model.safetensors, or shards with model.safetensors.index.json"
         )
         problems.append(f"model.name: {folder} has no safetensors weights; {remedy}")
+    elif wrong := _wrong_index(folder):
+        problems.append(f"model.name: {folder / INDEX} {wrong}; get the files again")
     limit = positions(content)
     if limit is not None and max_length > limit:
         problems.append(

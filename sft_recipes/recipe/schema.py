@@ -34,7 +34,7 @@ class Model(_Section):
 
     name: Name
     """Hub id, local directory, or `builtin:tiny`."""
-    revision: str | None = None
+    revision: Name | None = None
     """Branch, tag or commit on the hub; null: the default branch."""
     dtype: DType = "bfloat16"
     """Type of the weights as loaded and trained."""
@@ -53,11 +53,11 @@ class Model(_Section):
 class Source(_Section):
     """Where rows come from."""
 
-    path: str
+    path: Name
     """Path, glob, `builtin:` name or hub id."""
-    name: str | None = None
+    name: Name | None = None
     """Of a hub data set's configurations, which; null: the only one."""
-    split: str | None = None
+    split: Name | None = None
     """Of a hub data set's splits, which; null: train, of data.eval validation or test."""
     format: Format | None = None
     """As `data.format`, for this source."""
@@ -68,7 +68,7 @@ class Source(_Section):
 class WeightedSource(Source):
     """One of several sources of training rows."""
 
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
     """How often the rows are seen in an epoch: 2 is twice, 0.5 a random half."""
 
 
@@ -77,17 +77,17 @@ class Data(_Section):
 
     train: Name | Annotated[list[Name | WeightedSource], Field(min_length=1)]
     """Path, glob, `builtin:` name, hub id, or a list of these or of {path, weight, name, split, format, columns}."""
-    eval: Annotated[float, Field(gt=0, lt=1)] | str | Source | None = 0.02
+    eval: Annotated[float, Field(gt=0, lt=1)] | Name | Source | None = 0.02
     """Fraction of the training rows to set aside, path, hub id, {path, name, split, format, columns}, or null: none."""
     format: Format | None = None
     """Null: found from the columns."""
     columns: dict[str, str] = {}
     """The data's own names for the columns a format needs, such as {prompt: question, completion: answer}."""
-    template: str | None = None
+    template: Name | None = None
     """alpaca, chat (the tokenizer's own), or the path of a .jinja file; null: chat for messages, else alpaca."""
     train_on: Literal["completion", "all", "assistant"] = "completion"
     """completion: the last answer; assistant: every assistant message; all: every token."""
-    max_length: Annotated[int, Field(ge=2)] = 512
+    max_length: Annotated[int, Field(ge=2, lt=2**31)] = 512
     """Tokens in a sequence."""
     overlong: Literal["error", "drop", "truncate", "split"] = "error"
     """What happens to a row of more than max_length tokens. With packing wrapped no row is an error or need be split."""
@@ -125,7 +125,7 @@ class Lora(_Section):
 class Train(_Section):
     """How it is trained."""
 
-    epochs: Annotated[float, Field(gt=0)] | None = None
+    epochs: Annotated[float, Field(gt=0, lt=2**31)] | None = None
     """Passes over the data; null: 1, or as many as max_steps takes."""
     max_steps: Positive | None = None
     """Optimizer steps; null: as epochs says. If both are given, whichever ends first."""
@@ -175,7 +175,7 @@ class Eval(_Section):
 
     every: Interval = 0.1
     """Fraction of the run, or a number of steps; null: only at the start and the end."""
-    generate: str | list[str | Prompt] = []
+    generate: Name | list[str | Prompt] = []
     """Prompts to answer at each evaluation, or a file of rows: their answers are what is expected."""
     max_new_tokens: Positive = 128
     """Length at which an answer is cut off."""

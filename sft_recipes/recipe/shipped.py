@@ -26,11 +26,11 @@ def copy(name: str, out: Path) -> Path:
     file = folder() / f"{name.removesuffix('.yaml')}.yaml"
     if not file.is_file():
         raise RecipeError(f"no recipe '{name}' ships; there are {', '.join(known for known, _ in recipes())}")
-    if out.exists():
-        raise RecipeError(f"{out} exists; choose another name with --out")
     try:
+        if out.exists():
+            raise RecipeError(f"{out} exists; choose another name with --out")
         out.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, out)
     except OSError as error:
-        raise OutputError(f"{out}: cannot be written: {error.strerror}") from None
+        raise OutputError(f"{out}: cannot be written: {error.strerror}; choose another name with --out") from None
     return out

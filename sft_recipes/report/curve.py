@@ -12,13 +12,19 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     file = run_dir / "metrics.jsonl"
     if not file.is_file():
         raise OutputError(f"{run_dir}: no run here (metrics.jsonl is missing)")
-    return whole_lines(file)
+    lines = whole_lines(file)
+    if not all(isinstance(line.get("step"), int) for line in lines):
+        raise OutputError(f"{file}: a line without 'step', so it is not the log of a run")
+    return lines
 
 
 def whole_lines(file: Path) -> list[dict[str, Any]]:
     """The objects of a file with one a line; the last may be half written, where a run was killed."""
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [dict(json.loads(line)) for line in lines if line.endswith("\n")]
+    except (OSError, ValueError, TypeError) as error:
+        raise OutputError(f"{file}: not a file of one object a line: {error}; it is not as the run wrote it") from None
 
 
 def learning_curve(metrics: list[dict[str, Any]], out: Path, title: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from jinja2 import Environment
 
 from sft_recipes import files
+from sft_recipes.errors import OutputError
 from sft_recipes.report.curve import learning_curve, read_metrics
 from sft_recipes.report.words import samples
 
@@ -51,6 +52,20 @@ _SAMPLES = 20
 
 def write(folder: Path) -> None:
     """Write learning_curve.png and report.html from the run's own files. Raises OutputError where there is no run."""
+    try:
+        _write(folder)
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError(f"{error.filename or folder}: cannot be written: {error.strerror}") from None
+    except (LookupError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise OutputError(
+            f"{folder}: its files are not as a run wrote them, so there is no report ({reason})"
+        ) from None
+
+
+def _write(folder: Path) -> None:
     metrics = read_metrics(folder)
     with files.replaced(folder / "learning_curve.png") as partial:
         learning_curve(metrics, partial, folder.name)

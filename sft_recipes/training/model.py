@@ -3,12 +3,14 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from json import JSONDecodeError
 from typing import Any
 
 import peft
 import torch
 import transformers
 from peft.utils.other import TrainableTokensWrapper
+from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -274,6 +276,8 @@ def as_model_error(model: str, what: str) -> Iterator[None]:
                 "set model.trust_remote_code: true" if model.startswith("model.name") else "say --trust-remote-code"
             )
             reason = f"it is Python code that comes with the model; read it, then {remedy}"
+        if isinstance(error, (SafetensorError, JSONDecodeError, UnicodeError, LookupError, TypeError, AttributeError)):
+            reason = f"{type(error).__name__}: {reason[:200]}; get the files again"
         if "ignore_mismatched_sizes" in reason:
             reason = "they have other shapes than its config says; get the files again"
         raise ModelError(f"{model}: its {what} cannot be loaded: {reason[:300]}") from error

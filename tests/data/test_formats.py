@@ -70,7 +70,7 @@ def test_nothing_known() -> None:
             "f:1: no column 'output' in this row, it has 'instruction'; rename with data.columns",
         ),
         ({"instruction": "q", "output": 3}, "alpaca", "f:1: 'output' must be text, got 3"),
-        ({"instruction": None, "output": "a"}, "alpaca", "f:1: 'instruction' must be text, got None"),
+        ({"instruction": None, "output": "a"}, "alpaca", "f:1: 'instruction' must be text, got null"),
         ({"instruction": "q", "input": 1, "output": "a"}, "alpaca", "'input' must be text"),
         ({"messages": "hello"}, "messages", "'messages' must be a list of messages, got 'hello'"),
         ({"messages": []}, "messages", "must be a list of messages"),

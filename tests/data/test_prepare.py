@@ -295,7 +295,10 @@ def test_every_source_that_cannot_be_read_at_once(write_recipe: WriteRecipe, tmp
     empty = write_rows(tmp_path / "empty.jsonl", [])
     lines = problem(write_recipe(), f"data.train=[{tmp_path / 'train.jsonl'}, {empty}, none.jsonl]").splitlines()
 
-    assert [line.split(": ")[1].split(" (")[0] for line in lines] == ["the file is empty", "no such file"]
+    assert [line.split(": ")[1].split(" (")[0] for line in lines] == [
+        "the file is empty; expected rows",
+        "no such file",
+    ]
 
 
 def test_too_few_rows_to_set_some_aside(write_recipe: WriteRecipe, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from sft_recipes.recipe.schema import Recipe
 
 TESTS = Path(__file__).parents[1]
 SHOWN_BY = {
-    "model.name": "test_bad_input.py::test_one_line_and_nothing_left_behind",
+    "model.name": "test_bad_input.py::test_model_names",
     "model.revision": "test_hub.py::test_a_revision_of_a_model_on_the_hub",
     "model.dtype": "training/test_model.py::test_weights_have_the_type_of_the_recipe",
     "model.attention": "training/test_model.py::test_attention",

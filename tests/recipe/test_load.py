@@ -93,9 +93,9 @@ def test_an_empty_section_is_not_a_switch(tmp_path: Path) -> None:
 
 def test_missing_keys(tmp_path: Path) -> None:
     assert sorted(line.split(": ")[-1].strip() for line in problems(tmp_path, "model: {}\n")) == [
-        "missing key 'data'",
-        "missing key 'model.name'",
-        "missing key 'output_dir'",
+        "missing key 'data'; expected a section with keys",
+        "missing key 'model.name'; expected text",
+        "missing key 'output_dir'; expected text",
     ]
 
 
