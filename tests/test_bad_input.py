@@ -208,7 +208,8 @@ SETS: dict[str, tuple[list[str], str]] = {
         "--set: data.cross_document_attention …leave one"),
     "more than the model can take": (["data.max_length=2000"],
         "--set: data.max_length: 2000 is more than the 1024…set at most 1024"),
-    "a later version's": (["launch.processes=2"], "--set: launch.processes: more than one is not in this version; set 1"),
+    "a later version's": (["launch.processes=2"],
+        "--set: launch.processes: starting the 2 processes is not in this version; do so with: torchrun"),
     "an output that is a file": (["output_dir=train.jsonl"], "--set: output_dir: train.jsonl is a file; choose another with"),
     "an output within a file": (["output_dir=train.jsonl/run"],
         "--set: output_dir: train.jsonl is a file; choose another with"),
@@ -526,17 +527,17 @@ TEMPLATES: dict[str, tuple[Change, str]] = {
         "recipe.yaml:2: data.template: chat, and the tokenizer has no chat template"),
     "none called default": (changed(SETTINGS, chat_template=[{"name": "rag", "template": "x"}]),
         "recipe.yaml:2: data.template: chat, and"),
-    "left open": (template("{% for m in messages %}"), "recipe.yaml:2: data.template: not a valid Jinja template: …; mend it"),
+    "left open": (template("{% for m in messages %}"), "recipe.yaml:2: data.template: the chat template of the tokenizer: not a valid Jinja template: …; mend it"),
     "an unknown filter": (template("{{ messages | upside_down }}"),
         "recipe.yaml:2: data.template: not a valid…upside_down…(line 1)"),
-    "a number too long": (template("{{ " + "9" * 5000 + " }}"), "recipe.yaml:2: data.template: not a valid Jinja template: "),
+    "a number too long": (template("{{ " + "9" * 5000 + " }}"), "recipe.yaml:2: data.template: the chat template of the tokenizer: not a valid Jinja template: "),
     "refuses": (template("{{ raise_exception('no') }}"),
-        "chat.jsonl:1: the chat template refuses this row: no (and so all 24 rows)"),
-    "divides by zero": (template("{{ 1 // 0 }}"), "chat.jsonl:1: the chat template refuses this row: integer division"),
+        "chat.jsonl:1: the chat template refuses these messages: no (and so all 24 rows)"),
+    "divides by zero": (template("{{ 1 // 0 }}"), "chat.jsonl:1: the chat template refuses these messages: integer division"),
     "asks for what is not there": (template("{{ messages.x.y }}"),
-        "chat.jsonl:1: the chat template refuses this row: …no attribute"),
+        "chat.jsonl:1: the chat template refuses these messages: …no attribute"),
     "loops for long": (template("{% for i in range(10**9) %}x{% endfor %}"),
-        "chat.jsonl:1: the chat template refuses this row: Range"),
+        "recipe.yaml:2: data.template: …does what no chat template may, and is not used: it does not come to an end"),
     "without content": (template("hello"), "chat.jsonl:1: the chat template leaves the answer out…(and so all 24 rows)"),
     "empty": (template(""), "chat.jsonl:1: the chat template leaves the answer out, so there is nothing to train on"),
     "in Latin-1": (written("chat_template.jinja", b"\xe4"), "model/chat_template.jinja: not valid UTF-8; get the file again"),
@@ -758,8 +759,8 @@ TALKED_TO: dict[str, tuple[Change, list[str], str]] = {
     "no weights": (removed(WEIGHTS), [], "model: its weights cannot be loaded: …model.safetensors"),
     "no tokenizer": (removed("tokenizer.json", SETTINGS), [], "model: its tokenizer cannot be loaded: "),
     "a template that refuses": (template("{{ raise_exception('no') }}"), [],
-        "model: cannot answer this prompt: TemplateError: no"),
-    "a broken template": (template("{% for"), [], "model: cannot answer this prompt: TemplateSyntaxError: "),
+        "model: the chat template refuses these messages: no"),
+    "a broken template": (template("{% for"), [], "model: its chat template: not a valid Jinja template: "),
     "a broken generation config": (written("generation_config.json", "{"), [],
         "model: its generation_config.json cannot be read: "),
     "code of its own": (changed(CONFIG, model_type="mine", auto_map={"AutoConfig": "a.B"}), [],
@@ -989,5 +990,5 @@ def test_no_room_on_the_disk(sft_recipe: Callable[..., Said], monkeypatch: pytes
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
 
     check_refused(
-        sft_recipe, ["run", "recipe.yaml"], "recipe.yaml:4: output_dir: run has 0.0 GB free, and the run writes up to"
+        sft_recipe, ["run", "recipe.yaml"], "recipe.yaml:4: output_dir: run has 0.0 MB free, and the run writes up to"
     )

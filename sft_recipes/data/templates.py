@@ -106,7 +106,7 @@ class Chat:
         except Exception as error:  # TemplateError, and what Python says of the program that a template is made into
             line = f" (line {error.lineno})" if isinstance(error, TemplateSyntaxError) else ""
             raise DataError(
-                f"data.template: not a valid Jinja template: {error}{line}; mend it, or choose another"
+                f"{self.name}: not a valid Jinja template: {error}{line}; mend it, or choose another"
             ) from None
 
     def __call__(self, example: Example) -> Rendered:
@@ -165,7 +165,7 @@ class Chat:
                 f"{self.name} does what no chat template may, and is not used: {str(error) or 'it fills the memory'}"
             ) from None
         except Exception as error:  # whatever a program does, division by zero included
-            raise DataError(f"{example.place}: the chat template refuses this row: {error}") from None
+            raise DataError(f"{example.place}: the chat template refuses these messages: {error}") from None
 
     def _trained(
         self, messages: list[dict[str, Any]], text: str, marked: str, example: Example

@@ -91,7 +91,7 @@ def test_a_system_message_takes_the_place_of_the_preamble() -> None:
 
 
 def test_a_role_that_alpaca_does_not_know() -> None:
-    with pytest.raises(DataError, match=r"f:1: the chat template refuses this row: .*not 'tool'"):
+    with pytest.raises(DataError, match=r"f:1: the chat template refuses these messages: .*not 'tool'"):
         alpaca_chat()(Example("f:1", [{"role": "tool", "content": "x"}, {"role": "assistant", "content": "y"}]))
 
 
@@ -234,7 +234,7 @@ def test_special_tokens_in_the_names_of_arguments() -> None:
 
 
 def test_whatever_a_template_does_is_one_line() -> None:
-    with pytest.raises(DataError, match="f:1: the chat template refuses this row: division by zero"):
+    with pytest.raises(DataError, match="f:1: the chat template refuses these messages: division by zero"):
         Chat("{{ 1 / 0 }}", "all", {}, ())(example("a", "b"))
 
 
