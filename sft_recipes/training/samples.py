@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sft_recipes import files
@@ -68,3 +68,24 @@ class Samples:
         if not known:
             return {}
         return {"eval_exact_match": sum(given.strip() == expected.strip() for expected, given in known) / len(known)}
+
+
+class SampleWithoutValidation(TrainerCallback):
+    """Answers the prompts where there are no validation rows to answer them with."""
+
+    def __init__(self, trainer: Any, every: int | None) -> None:
+        self.trainer, self.every = trainer, every
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._take()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        due = self.every is not None and state.global_step % self.every == 0
+        if due or state.global_step >= state.max_steps:
+            self._take()
+
+    def _take(self) -> None:
+        if metrics := self.trainer.answers():
+            self.trainer.log(metrics)

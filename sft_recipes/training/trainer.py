@@ -1,4 +1,4 @@
-"""The translation of our words into TRL's. The only file that imports trl."""
+"""SFTTrainer, made ready and run. The only file that imports trl."""
 
 import json
 import math
@@ -34,83 +34,18 @@ from sft_recipes.data.prepare import Prepared
 from sft_recipes.data.sequences import IGNORED, Sequences
 from sft_recipes.errors import RecipeError, RunError, SFTRecipeError, Stopped
 from sft_recipes.planning import disk
-from sft_recipes.planning.steps import Steps, count
+from sft_recipes.planning.steps import count
 from sft_recipes.recipe import model_files
-from sft_recipes.recipe.check import STOCHASTIC_ROUNDING, TORCHAO
+from sft_recipes.recipe.check import TORCHAO
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.stopping import Stop
 from sft_recipes.training import checkpoints
+from sft_recipes.training.arguments import padding_free, sft_config
 from sft_recipes.training.guards import Finite, Stops
 from sft_recipes.training.logging import Display, Metrics, trackers
 from sft_recipes.training.model import count_parameters, is_out_of_memory, keep_trainable_in_float32
 from sft_recipes.training.preflight import check_isolation
-from sft_recipes.training.samples import Samples, questions
-
-
-def sft_config(recipe: Recipe, steps: Steps, run_dir: Path, *, validates: bool) -> dict[str, Any]:
-    """The arguments of SFTConfig that a recipe means. The data comes prepared, so TRL's own preparation is off."""
-    train, checkpoint = recipe.train, recipe.checkpoint
-    on_gpu = torch.accelerator.is_available()
-    optimizer = {"optim": train.optimizer}
-    if train.optimizer == STOCHASTIC_ROUNDING:
-        optimizer = {"optim": "adamw_torch_8bit", "optim_args": "bf16_stochastic_round=True"}
-    every_n = 1 if isinstance(train.gradient_checkpointing, bool) else train.gradient_checkpointing
-    config = {
-        "output_dir": str(run_dir / "checkpoints"),
-        # data
-        "dataset_kwargs": {"skip_prepare_dataset": True},
-        "max_length": None,
-        "packing": False,
-        "padding_free": padding_free(recipe),
-        "train_sampling_strategy": "random" if recipe.data.shuffle else "sequential",
-        "dataloader_pin_memory": on_gpu,
-        # steps
-        "max_steps": steps.total,
-        "per_device_train_batch_size": train.micro_batch_size,
-        "per_device_eval_batch_size": train.micro_batch_size,
-        "gradient_accumulation_steps": recipe.accumulation,
-        "learning_rate": train.learning_rate,
-        "lr_scheduler_type": train.lr_scheduler,
-        "warmup_steps": steps.warmup,
-        "weight_decay": train.weight_decay,
-        "max_grad_norm": train.max_grad_norm,
-        **optimizer,
-        # numbers
-        "bf16": train.mixed_precision == "bf16",
-        "fp16": train.mixed_precision == "fp16",
-        "activation_checkpointing": bool(train.gradient_checkpointing),
-        "activation_checkpointing_kwargs": {"every_n_layers": every_n} if every_n > 1 else None,
-        "torch_compile": train.compile,
-        "use_cpu": not on_gpu,
-        "seed": train.seed,
-        # validation, checkpoints, log
-        "eval_strategy": "steps" if validates else "no",
-        "eval_steps": steps.every(recipe.eval.every) or steps.total,
-        "eval_on_start": validates,
-        "prediction_loss_only": True,
-        "save_strategy": "steps" if disk.saves(recipe) else "no",
-        "save_steps": steps.every(checkpoint.every) or steps.total,
-        "save_total_limit": None,  # Trainer.write_checkpoint sees to it: transformers counts what is not complete
-        "metric_for_best_model": "eval_loss" if checkpoint.export_best else None,
-        "greater_is_better": False if checkpoint.export_best else None,
-        "logging_steps": recipe.log.every,
-        "logging_first_step": True,
-        "logging_nan_inf_filter": False,  # a loss that is not a number is to be seen, not replaced by the last good one
-        "include_num_input_tokens_seen": "non_padding",  # kept in the checkpoint, unlike TRL's own count
-        "report_to": "none",  # log.to: the trackers come as guarded callbacks
-        "run_name": run_dir.name,
-        "project": "sft-recipes",
-        "disable_tqdm": True,
-    }
-    return config | recipe.trl
-
-
-def padding_free(recipe: Recipe) -> bool:
-    """Whether a micro-batch is laid out as one row, in which only tokens of one `seq_lengths` entry see each other.
-
-    Without packing, rows are padded; with cross-document attention they are full, and plain causal attention is faster.
-    """
-    return recipe.data.packing != "none" and not recipe.data.cross_document_attention
+from sft_recipes.training.samples import Samples, SampleWithoutValidation, questions
 
 
 class Trainer(SFTTrainer):
@@ -392,7 +327,7 @@ def build(
         trainer.samples = Samples(asked, tokenizer, recipe, data, run_dir / "samples.jsonl")
         _check_room_for_answers(recipe, trainer)
         if data.eval is None:
-            trainer.add_callback(_SampleWithoutValidation(trainer, steps.every(recipe.eval.every)))
+            trainer.add_callback(SampleWithoutValidation(trainer, steps.every(recipe.eval.every)))
     return trainer
 
 
@@ -514,27 +449,6 @@ class _SaveBest(TrainerCallback):
     ) -> None:
         if state.global_step and (state.best_metric is None or metrics["eval_loss"] < state.best_metric):
             control.should_save = True
-
-
-class _SampleWithoutValidation(TrainerCallback):
-    """Answers the prompts where there are no validation rows to answer them with."""
-
-    def __init__(self, trainer: Trainer, every: int | None) -> None:
-        self.trainer, self.every = trainer, every
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._take()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        due = self.every is not None and state.global_step % self.every == 0
-        if due or state.global_step >= state.max_steps:
-            self._take()
-
-    def _take(self) -> None:
-        if metrics := self.trainer.answers():
-            self.trainer.log(metrics)
 
 
 def _dataset(sequences: Sequences, keep_seq_lengths: bool) -> datasets.Dataset:

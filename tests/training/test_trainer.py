@@ -13,6 +13,7 @@ from sft_recipes.planning.steps import Steps, count
 from sft_recipes.recipe import load
 from sft_recipes.recipe.upstream import OWNED
 from sft_recipes.training import trainer
+from sft_recipes.training.arguments import sft_config
 from tests.conftest import WriteRecipe
 
 SEQUENCES = 400
@@ -23,13 +24,12 @@ UNOWNED |= {"disable_tqdm", "use_cpu", "project", "include_num_input_tokens_seen
 
 def config(recipe: Path, *overrides: str, validates: bool = True) -> SFTConfig:
     loaded = load.load(recipe, overrides).recipe
-    arguments = trainer.sft_config(loaded, count(loaded, SEQUENCES), recipe.parent / "run", validates=validates)
-    return SFTConfig(**arguments)
+    return SFTConfig(**sft_config(loaded, count(loaded, SEQUENCES), recipe.parent / "run", validates=validates))
 
 
 def test_the_names_we_send_are_fields_of_sft_config_and_owned(write_recipe: WriteRecipe) -> None:
     recipe = load.load(write_recipe(), ["train.optimizer=adamw_8bit_sr"]).recipe
-    sent = set(trainer.sft_config(recipe, Steps(1, 1, 1), Path("run"), validates=True))
+    sent = set(sft_config(recipe, Steps(1, 1, 1), Path("run"), validates=True))
 
     assert sent <= {field.name for field in dataclasses.fields(SFTConfig)}
     assert sent - set(OWNED) == UNOWNED | {"optim_args"}
