@@ -12,8 +12,10 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pyarrow
 import pytest
@@ -22,6 +24,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 from ruamel.yaml import YAML
 
+from sft_recipes import cli
 from sft_recipes.checks import check
 from sft_recipes.errors import SFTRecipeError
 from sft_recipes.recipe.load import field_names
@@ -65,6 +68,7 @@ def verify_here() -> None:
 
 def said_of(recipe: Path) -> list[str]:
     """What `check` says; fails where that is not in lines."""
+    before = sorted(recipe.parent.rglob("*"))
     failed, lines = None, list[str]()
     try:
         findings = check(str(recipe))
@@ -76,6 +80,7 @@ def said_of(recipe: Path) -> list[str]:
         assert lines
         assert failed.exit_code == 2
         assert str(failed) == "\n".join(lines)
+    assert sorted(recipe.parent.rglob("*")) == before
     for line in lines:
         assert line.strip()
         assert len(line.splitlines()) == 1, line
@@ -224,7 +229,19 @@ def test_recipes_with_other_characters(place: Path, text: str, edits: list[Any])
     recipe = place / "recipe.yaml"
     recipe.write_text(mutated(text, edits)[:50_000], encoding="utf-8", errors="surrogatepass")
 
-    said_of(recipe)
+    check_command(recipe, said_of(recipe))
+
+
+def check_command(recipe: Path, lines: list[str]) -> None:
+    """The command line says the same."""
+    out, err = io.StringIO(), io.StringIO()
+    argv = patch("sys.argv", ["sft-recipe", "check", str(recipe)])
+    with redirect_stdout(out), redirect_stderr(err), argv, pytest.raises(SystemExit) as ended:
+        cli.main()
+    shown = [*out.getvalue().splitlines(), *(line.removeprefix("warning: ") for line in err.getvalue().splitlines())]
+
+    assert ended.value.code in (0, 2)
+    assert sorted(shown) == sorted(lines if ended.value.code else [*lines, f"{recipe}: good"])
 
 
 @given(text=st.sampled_from(TEXTS), todo=changes)

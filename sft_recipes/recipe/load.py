@@ -119,7 +119,7 @@ def _read(path: Path) -> MappingNode:
         wrong = f"not valid UTF-8 (byte 0x{content[error.start]:02x}); save it as UTF-8"
         raise RecipeError(f"{path}:{_lines(content[: error.start])}: {wrong}") from None
     try:
-        node = YAML(typ="safe", pure=True).compose(text)
+        node = _composed(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise RecipeError(f"{path}:{mark.line + 1 if mark else 1}: not valid YAML: {_reason(error)}") from None
@@ -136,6 +136,13 @@ def _read(path: Path) -> MappingNode:
         raise RecipeError(f"{path}:1: recipes are YAML 1.2; take the line with %YAML out")
     if not isinstance(node, MappingNode):
         raise RecipeError(f"{path}:1: a recipe is a mapping of keys; see `sft-recipe list` for examples")
+    return node
+
+
+def _composed(text: str) -> Node | None:
+    yaml = YAML(typ="safe", pure=True)
+    yaml.composer.warn_double_anchors = False  # an anchor may be set anew, and the warning is of eight lines
+    node: Node | None = yaml.compose(text)
     return node
 
 
@@ -257,7 +264,7 @@ def _set(data: dict[str, Any], override: str, values: _Values) -> None:
         del values.places[known]
     values.places[path] = "--set"
     try:
-        node = YAML(typ="safe", pure=True).compose(text)
+        node = _composed(text)
     except (YAMLError, ValueError, RecursionError) as error:
         reason = _reason(error) if isinstance(error, MarkedYAMLError) else str(error)
         raise RecipeError(f"--set {override}: the value is not valid YAML: {reason}; quote what is text") from None
