@@ -39,12 +39,12 @@ from sft_recipes.recipe import model_files
 from sft_recipes.recipe.check import TORCHAO
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.stopping import Stop
-from sft_recipes.training import checkpoints
+from sft_recipes.training import checkpoints, preflight
 from sft_recipes.training.arguments import padding_free, sft_config
 from sft_recipes.training.guards import Finite, Stops
 from sft_recipes.training.logging import Display, Metrics, trackers
 from sft_recipes.training.model import count_parameters, is_out_of_memory, keep_trainable_in_float32
-from sft_recipes.training.preflight import check_isolation
+from sft_recipes.training.preflight import Preflight
 from sft_recipes.training.samples import Samples, SampleWithoutValidation, questions
 
 
@@ -53,6 +53,7 @@ class Trainer(SFTTrainer):
     and of what they hold, numbers that are not finite, and the end on request."""
 
     samples: Samples | None = None
+    preflight: Preflight | None = None  # None where the recipe goes without
     aux_loss_enabled: bool  # SFTTrainer's own: whether a mixture of experts also learns to balance them
 
     def set_up(self, recipe: Recipe, run_dir: Path, rows: Sequences, warn: Callable[[str], None], stop: Stop) -> None:
@@ -311,14 +312,14 @@ def build(
     if recipe.train.optimizer in TORCHAO and not torch.cuda.is_available():
         # torchao compiles its step, which on a CPU takes a C++ compiler and minutes.
         torch.compiler.set_stance("force_eager")
-    if keep_seq_lengths:
-        with _as_recipe_error(f"model.name: {recipe.model.name}: it cannot run on the first rows"):
-            check_isolation(trainer)
     # Made here rather than with the first step, so that a name that cannot be used costs nothing.
     with _as_recipe_error(f"train.optimizer: {recipe.train.optimizer}"):
         trainer.create_optimizer()
     with _as_recipe_error(f"train.lr_scheduler: {recipe.train.lr_scheduler} (trl.lr_scheduler_kwargs sets it up)"):
         trainer.create_scheduler(steps.total)
+    if recipe.train.preflight:
+        with _as_recipe_error(f"model.name: {recipe.model.name}: it cannot run on the data"):
+            trainer.preflight = preflight.examine(trainer, packed=keep_seq_lengths)
     if recipe.checkpoint.export_best:
         # Set after construction, where transformers would ask that checkpoints fall on evaluations: _SaveBest sees to that.
         trainer.args.load_best_model_at_end = True
