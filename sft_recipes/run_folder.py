@@ -138,18 +138,18 @@ def describe(
     folder: Path,
     recipe_file: str,
     recipe: Recipe,
-    data: dict[str, Any],
-    fingerprints: dict[str, str],
-    device: Any,
+    counted: dict[str, Any],
+    used: dict[str, Any],
     checkpoint: Path | None,
     forced: list[str],
 ) -> None:
     """Write down what is run: recipe.resolved.json, data.json, and last manifest.json, with which the run has begun.
 
+    `counted` goes to data.json, `used` (device, attention, fingerprints of the data, what the preflight found) to the manifest.
     Of a run that is resumed the manifest stays, and says how it went on.
     """
     command = [secrets.redacted(word) for word in sys.argv]
-    now = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "command": command, "device": device}
+    now = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "command": command, **used}
     if checkpoint is not None:
         manifest = _json(folder / MANIFEST)
         manifest.setdefault("resumed", []).append(now | {"from": checkpoint.name, "changes": forced})
@@ -159,13 +159,12 @@ def describe(
         manifest = now | {
             "recipe": recipe_file,
             "seed": recipe.train.seed,
-            "data": fingerprints,
             "platform": platform.platform(),
             "versions": versions(),
             "git_commit": _git_commit(),
         }
     files.write_json(folder / RESOLVED, recipe.resolved())
-    files.write_json(folder / "data.json", data)
+    files.write_json(folder / "data.json", counted)
     files.write_json(folder / MANIFEST, manifest)
 
 

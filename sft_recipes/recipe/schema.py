@@ -156,7 +156,7 @@ class Train(_Section):
     compile: bool = False
     """torch.compile the model."""
     preflight: bool = True
-    """Before the first step, a few seconds on the real model: see docs/preflight.md."""
+    """Try the model on the data before the first step: isolation, the longest micro-batch, gradients, the base."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Of the split, the order of the data, new weights and dropout."""
 

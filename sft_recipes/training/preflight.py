@@ -20,7 +20,10 @@ _TOKENS = 64  # of each of the two documents that are compared
 _SHIFT = 0.1
 # Optimizers whose step at a rate of 0 leaves the weights as they are, and whose state can be thrown away after it.
 _STILL_AT_RATE_0 = ("adamw", "lion", "rmsprop", "adagrad", "adafactor", "sgd")
-_SHARE_OF_SHUFFLED = 0.9  # of the loss on shuffled tokens, above which a model does not know the language
+# Of the loss on shuffled tokens, above which a model does not know the language. SmolLM2-135M has 0.24 on instructions and
+# 0.32 on GSM8K, a story teller of 260,000 parameters 0.50 and 0.43; SmolLM2 with its vocabulary mixed up 0.65, random
+# weights 1.
+_SHARE_OF_SHUFFLED = 0.6
 _DOCUMENTS, _LENGTH = 4, 128  # that this is looked at with, and tokens of each
 
 
@@ -40,9 +43,9 @@ def examine(trainer: Any, *, packed: bool) -> Preflight:
     """
     found, began = Preflight(), time.perf_counter()
     with _untouched(trainer):
+        found.figures["base"] = _know_the_language(trainer, found.warnings)
         if packed:
             found.figures["isolation"] = check_isolation(trainer)
-        found.figures["base"] = _know_the_language(trainer, found.warnings)
         found.figures["longest"] = _run_the_longest(trainer, found.warnings)
     found.figures["seconds"] = round(time.perf_counter() - began, 1)
     return found
@@ -166,7 +169,6 @@ def _logits(trainer: Any, ids: list[int], lengths: list[int]) -> torch.Tensor:
 # --- Does the base know the language of the data? ---------------------------------------------------------------------
 
 
-@torch.no_grad()
 def _know_the_language(trainer: Any, warnings: list[str]) -> dict[str, float]:
     """Loss a token on documents, and on the same tokens in random order.
 
@@ -179,7 +181,8 @@ def _know_the_language(trainer: Any, warnings: list[str]) -> dict[str, float]:
         ids = row["input_ids"][:_LENGTH]
         shuffled = [ids[place] for place in torch.randperm(len(ids), generator=shuffle).tolist()]
         for name, tokens in zip(losses, (ids, shuffled), strict=True):
-            logits = _logits(trainer, tokens, [len(tokens)]).float()
+            with torch.no_grad():
+                logits = _logits(trainer, tokens, [len(tokens)]).float()
             target = torch.tensor(tokens[1:], device=logits.device)
             losses[name] += cross_entropy(logits[:-1], target).item() / number
     if not np.isfinite(losses["loss"]):
@@ -187,9 +190,11 @@ def _know_the_language(trainer: Any, warnings: list[str]) -> dict[str, float]:
             f"model.name: before the first step the loss on the data is {losses['loss']}: numbers overflow in "
             f"{trainer.model.dtype}, or the weights are damaged; set model.dtype: bfloat16 or float32, or get the files again"
         )
-    if losses["loss"] > _SHARE_OF_SHUFFLED * losses["loss_of_shuffled_tokens"]:
+    # The embedded model knows its own small world, and nothing of the template around it.
+    known = trainer.recipe.model.name.startswith("builtin:")
+    if not known and losses["loss"] > _SHARE_OF_SHUFFLED * losses["loss_of_shuffled_tokens"]:
         warnings.append(
-            "model.name: the base predicts the data ({loss:.2f} a token) hardly better than the same tokens in random order "
+            "model.name: the base predicts the data ({loss:.2f} a token) not much better than the same tokens in random order "
             "({loss_of_shuffled_tokens:.2f}): random or damaged weights, another model's tokenizer, or a language it has not "
             "seen".format(**losses)
         )

@@ -320,6 +320,8 @@ def build(
     if recipe.train.preflight:
         with _as_recipe_error(f"model.name: {recipe.model.name}: it cannot run on the data"):
             trainer.preflight = preflight.examine(trainer, packed=keep_seq_lengths)
+        for warning in trainer.preflight.warnings:
+            warn(warning)
     if recipe.checkpoint.export_best:
         # Set after construction, where transformers would ask that checkpoints fall on evaluations: _SaveBest sees to that.
         trainer.args.load_best_model_at_end = True
@@ -351,14 +353,40 @@ def facts(recipe: Recipe, trainer: Trainer) -> list[str]:
     """What is about to run, in words."""
     total, trained = count_parameters(trainer.model)
     method = "full fine-tuning" if recipe.lora is None else "QLoRA" if recipe.model.quantization else "LoRA"
-    steps = trainer.args.max_steps
-    return [
+    steps, layers = trainer.args.max_steps, recipe.train.gradient_checkpointing
+    recomputed = "off" if not layers else "every layer" if layers in (True, 1) else f"every {layers} layers"
+    micro, accumulation, world = recipe.train.micro_batch_size, recipe.accumulation, trainer.args.world_size
+    processes = f" x {world} processes" if world > 1 else ""
+    lines = [
         f"model: {recipe.model.name}, {method}, {trained:,} of {total:,} parameters trained ({trained / total:.2%}), "
         f"weights in {recipe.model.quantization or recipe.model.dtype}, "
         f"attention {trainer.model.config._attn_implementation}, on {device()['name']}",
-        f"steps: {steps:,} of {recipe.sequences_per_step} sequences, {int(trainer.args.warmup_steps):,} of them warmup, "
-        f"{recipe.train.lr_scheduler} to a learning rate of {recipe.train.learning_rate:g}, {recipe.train.optimizer}",
+        f"steps: {steps:,} of {recipe.sequences_per_step} sequences ({micro} x {accumulation} accumulated{processes}), "
+        f"{int(trainer.args.warmup_steps):,} of them warmup, {recipe.train.lr_scheduler} to a learning rate of "
+        f"{recipe.train.learning_rate:g}, {recipe.train.optimizer}, mixed precision {recipe.train.mixed_precision}, "
+        f"gradient checkpointing {recomputed}",
     ]
+    if trainer.preflight is not None:
+        found = trainer.preflight.figures
+        lines.append(
+            f"preflight: {found['seconds']} s; the longest micro-batch, of {found['longest']['tokens']:,} tokens, trains in "
+            f"{found['longest']['peak_gib']:.1f} GiB; loss of the base {found['base']['loss']:.2f} a token, shuffled "
+            f"{found['base']['loss_of_shuffled_tokens']:.2f}"
+        )
+        if found.get("isolation"):
+            lines[-1] += "; packed documents do not see each other"
+    return lines
+
+
+def used(trainer: Trainer) -> dict[str, Any]:
+    """What a run takes beyond its recipe, and what was found before its first step, for the manifest."""
+    total, trained = count_parameters(trainer.model)
+    return {
+        "device": device(),
+        "attention": trainer.model.config._attn_implementation,
+        "parameters": {"all": total, "trained": trained},
+        "preflight": trainer.preflight.figures if trainer.preflight else "skipped",
+    }
 
 
 def device() -> dict[str, Any]:
