@@ -70,7 +70,8 @@ def run(
         raise RecipeError("--force goes with --resume: it lets a run continue with other versions or settings")
     limit = None if stop_after is None else stopping.seconds(stop_after)
     again = sys.argv[1:] if "--resume" in sys.argv else [*sys.argv[1:], "--resume"]
-    with stopping.on_request(limit, shlex.join(["sft-recipe", *again])) as stop:
+    started = "torchrun ... -m sft_recipes.cli" if "WORLD_SIZE" in os.environ else "sft-recipe"
+    with stopping.on_request(limit, f"{started} {shlex.join(again)}") as stop:
         recipe_check.accepted(
             recipe, overrides
         )  # a typo is said at once, not after the seconds that importing torch takes
@@ -262,7 +263,10 @@ def _complain(text: str) -> None:
     """What was wrong, which can be what was on the command line: a token that a shell put there, too."""
     from sft_recipes.recipe import secrets
 
-    print(secrets.redacted(text), file=sys.stderr)
+    try:
+        print(secrets.redacted(text), file=sys.stderr, flush=True)
+    except BrokenPipeError:  # `2>&1 | tee log` got the signal too, and is gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _quiet(debug: bool) -> None:

@@ -53,6 +53,11 @@ class Stopped(SFTRecipeError, RuntimeError):
 
     exit_code = 75
 
+    def __init__(self, *lines: str) -> None:
+        super().__init__(*lines)
+        self.lines = lines  # a command is of use only whole
+        self.args = ("\n".join(lines),)
+
 
 class InputError(SFTRecipeError, ValueError):
     """Something the user gave is wrong; nothing has been written."""

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Any
 
 from sft_recipes.errors import OutputError
 
+_PATIENCE = 10.0  # seconds; workers of a process that was killed outlive it by some, and hold what it held
 MANIFEST = "manifest.json"  # in a sealed directory: size and SHA-256 of every file in it
 
 
@@ -26,13 +28,10 @@ def make(folder: Path) -> list[Path]:
 
 
 def unmake(made: list[Path]) -> None:
-    """Remove the first of these directories with all that is in it, and those around it where they are empty then: another
-    process may have begun to use them."""
-    if made:
-        shutil.rmtree(made[0], ignore_errors=True)
+    """Remove these directories again, but for those that are not empty: another process may have begun to use them."""
     with contextlib.suppress(OSError):
-        for parent in made[1:]:
-            parent.rmdir()
+        for folder in made:
+            folder.rmdir()
 
 
 @contextmanager
@@ -44,14 +43,9 @@ def complete_or_not_there(out: Path) -> Iterator[Path]:
     """
     partial = out.with_name(f".{out.name}.partial")
     made = make(partial)
-    held = os.open(partial, os.O_RDONLY)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed, or this process has ended
-        if os.fstat(held).st_ino != partial.stat().st_ino:  # it has just got its name
-            raise BlockingIOError
-    except (BlockingIOError, FileNotFoundError):
-        os.close(held)
-        raise OutputError(f"{out}: is being written by another process") from None
+    held = _hold(partial)
+    if held is None:
+        raise OutputError(f"{out}: is being written by another process; wait for it, or stop it")
     try:
         for left in partial.iterdir():  # by one that was killed
             shutil.rmtree(left) if left.is_dir() else left.unlink()
@@ -64,7 +58,8 @@ def complete_or_not_there(out: Path) -> Iterator[Path]:
         partial.rename(out)
         _to_disk(out.parent)
     except BaseException:
-        unmake(made or [partial])
+        shutil.rmtree(partial, ignore_errors=True)
+        unmake(made[1:])
         raise
     finally:
         os.close(held)
@@ -109,6 +104,12 @@ def append(file: Path, text: str) -> None:
             raise
 
 
+def lines(file: Path) -> list[str]:
+    """The lines of a file that `append` wrote, without their ends; a process that is killed can leave half of one. (Not
+    splitlines: text in JSON may hold what that takes for the end of a line.)"""
+    return file.read_bytes().decode().split("\n")[:-1]
+
+
 def remove(folder: Path) -> None:
     """Remove a directory; killed half way, what is left of it no longer has its name."""
     if folder.is_dir():
@@ -143,6 +144,13 @@ def fault(folder: Path, *, thoroughly: bool = True) -> str | None:
         return f"it has no {MANIFEST}, so it is not known to be complete"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its {MANIFEST} cannot be read: {' '.join(str(error).split())}"
+    try:
+        return _fault(folder, wanted, thoroughly)
+    except OSError as error:
+        return f"{error.filename or folder} cannot be read: {error.strerror or error}"
+
+
+def _fault(folder: Path, wanted: dict[str, tuple[int, str]], thoroughly: bool) -> str | None:
     sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
     del sizes[MANIFEST]
     for name, (size, _) in wanted.items():
@@ -163,19 +171,30 @@ def fault(folder: Path, *, thoroughly: bool = True) -> str | None:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Only one process at a time works in a directory; the lock ends with its process. Raises OutputError."""
-    held = os.open(folder, os.O_RDONLY)
+    patience = time.monotonic() + _PATIENCE
+    while (held := _hold(folder)) is None:
+        if time.monotonic() > patience:
+            raise OutputError(f"output_dir: {folder}: another process is running in it; wait for it, or stop it")
+        time.sleep(0.2)
     try:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(
-                f"output_dir: {folder}: another process is running in it; wait for it, or stop it"
-            ) from None
-        except OSError:  # some network file systems know no locks
-            pass
         yield
     finally:
         os.close(held)
+
+
+def _hold(folder: Path) -> int | None:
+    """A handle that holds a directory until it is closed or this process ends; None where another process holds it."""
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(held).st_ino != folder.stat().st_ino:  # it has been renamed, or made anew
+            raise BlockingIOError
+    except (BlockingIOError, FileNotFoundError):
+        os.close(held)
+        return None
+    except OSError:  # some network file systems know no locks
+        pass
+    return held
 
 
 def _to_disk(path: Path) -> None:

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -65,16 +66,16 @@ def opened(output_dir: str, *, resume: bool, main: bool = True) -> Iterator[Path
         raise OutputError(
             f"output_dir: {folder} cannot be made: {error.strerror}; choose another with --set output_dir=DIR"
         ) from None
-    held = _held(folder)
-    try:
-        with files.locked(folder):
+    with files.locked(folder):
+        held = _held(folder)
+        try:
             yield folder
-    except (InputError, KeyboardInterrupt):
-        if not held and not (folder / MANIFEST).exists():
-            files.unmake(made or [folder])
-            if not made:
-                folder.mkdir()
-        raise
+        except (InputError, KeyboardInterrupt):
+            if not held and not (folder / MANIFEST).exists():
+                for child in folder.iterdir():
+                    shutil.rmtree(child) if child.is_dir() else child.unlink()
+                files.unmake(made)
+            raise
 
 
 def _held(folder: Path) -> list[str]:
@@ -102,8 +103,9 @@ def changes(folder: Path, recipe: Recipe, fingerprints: dict[str, str], *, force
             line = f"{key}: {json.dumps(now.get(key))} now, and {json.dumps(before.get(key))} in the run that is to be resumed"
             (harmless if key.startswith(_HARMLESS) else harmful).append(line)
     for path, found in fingerprints.items():
-        if found != manifest.get("data", {}).get(path):
-            harmful.append(f"{path}: its content has changed since the run began")
+        if found != manifest.get("data", {}).get(path, found):  # another path is another key
+            asked = path == recipe.eval.generate
+            (harmless if asked else harmful).append(f"{path}: its content has changed since the run began")
     used = manifest.get("versions", {})
     for name, installed in versions().items():
         if installed != used.get(name):
@@ -145,8 +147,8 @@ def describe(
 ) -> None:
     """Write down what is run: recipe.resolved.json, data.json, and last manifest.json, with which the run has begun.
 
-    `counted` goes to data.json, `used` (device, attention, fingerprints of the data, what the preflight found) to the manifest.
-    Of a run that is resumed the manifest stays, and says how it went on.
+    `counted` goes to data.json; `used`, which is device, attention, fingerprints of the data and what the preflight found, to
+    the manifest. Of a run that is resumed the manifest stays, and says how it went on.
     """
     command = [secrets.redacted(word) for word in sys.argv]
     now = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "command": command, **used}

@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from sft_recipes.errors import RecipeError, Stopped
@@ -44,7 +44,8 @@ class Stop:
         self.signal = signal.Signals(number).name
         if self.waits is None:
             raise Interrupted
-        os.write(2, f"\n{self.signal}: {self.waits}; another one ends it at once\n".encode())
+        with suppress(OSError):  # `| tee log` got the signal too, and is gone
+            os.write(2, f"\n{self.signal}: {self.waits}; another one ends it at once\n".encode())
 
 
 @contextmanager

@@ -160,6 +160,35 @@ def test_faults_of_a_sealed_directory(tmp_path: Path, spoil: object, said: str |
     assert (found is None) if said is None else (found is not None and found.startswith(said))
 
 
+def test_a_disk_that_cannot_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = sealed(tmp_path / "m")
+
+    def fail(_: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error", "weights")
+
+    monkeypatch.setattr(files, "_sha256", fail)
+    assert files.fault(folder) == "weights cannot be read: Input/output error"
+
+
+def test_file_systems_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(files.fcntl, "flock", fail)
+    with files.locked(tmp_path), files.complete_or_not_there(tmp_path / "m"):
+        pass
+
+    assert (tmp_path / "m").is_dir()
+
+
+def test_lines_end_where_append_ended_them(tmp_path: Path) -> None:
+    for line in ("a\u2028b\x85\x0cc\r", "d"):
+        files.append(tmp_path / "lines", line + "\n")
+    files.append(tmp_path / "lines", "half")
+
+    assert files.lines(tmp_path / "lines") == ["a\u2028b\x85\x0cc\r", "d"]
+
+
 def test_a_look_that_reads_no_contents(tmp_path: Path) -> None:
     folder = sealed(tmp_path / "m")
     (folder / "weights").write_bytes(b"1" + bytes(999))
@@ -167,7 +196,8 @@ def test_a_look_that_reads_no_contents(tmp_path: Path) -> None:
     assert files.fault(folder, thoroughly=False) is None
 
 
-def test_one_at_a_time(tmp_path: Path) -> None:
+def test_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_PATIENCE", 0)
     with files.locked(tmp_path):
         reader, writer = os.pipe()
         if os.fork() == 0:

@@ -1,14 +1,15 @@
 """The run directory: resumed as it was begun, finished once, and never another's."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sft_recipes import run_folder
-from sft_recipes.errors import OutputError, RecipeError
+from sft_recipes import files, run_folder
+from sft_recipes.errors import ModelError, OutputError, RecipeError
 from tests.conftest import ROWS, WriteRecipe, metrics, run, write_rows
 
 
@@ -92,6 +93,64 @@ def test_killed_before_its_first_checkpoint(write_recipe: WriteRecipe, tmp_path:
     assert "no checkpoint yet: from the first step" in said
     assert [line["step"] for line in metrics(folder)] == [line["step"] for line in whole]
     assert (folder / "model" / "model.safetensors").read_bytes() == weights
+
+
+def test_a_second_start_leaves_the_first_alone(
+    write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_PATIENCE", 0)
+    with run_folder.opened(str(tmp_path / "a" / "run"), resume=False) as folder:
+        before = folder.stat().st_ino
+        child = os.fork()
+        if child == 0:
+            try:
+                with run_folder.opened(str(folder), resume=False):
+                    os._exit(0)
+            except OutputError as error:
+                os._exit(7 if "another process is running in it" in str(error) else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        assert folder.stat().st_ino == before
+
+
+def test_what_is_given_back_is_what_was_made(tmp_path: Path) -> None:
+    """Another run has begun in the directory that was made around it."""
+
+    def fail() -> None:
+        with run_folder.opened(str(tmp_path / "runs" / "a"), resume=False) as folder:
+            (folder / "half").touch()
+            (tmp_path / "runs" / "b").mkdir()
+            raise RecipeError("wrong")
+
+    with pytest.raises(RecipeError):
+        fail()
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["b"]
+
+
+def test_an_empty_directory_under_another_name(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "real")
+    with pytest.raises(ModelError):
+        run(write_recipe(), "lora.target_modules=[foo]")
+
+    assert (tmp_path / "run").is_symlink()
+    assert list((tmp_path / "real").iterdir()) == []
+
+
+def test_prompts_that_changed_do_no_harm(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    write_rows(tmp_path / "asked.jsonl", ROWS[:2])
+    recipe = write_recipe(
+        eval={"generate": str(tmp_path / "asked.jsonl"), "max_new_tokens": 2}, checkpoint={"every": 1}
+    )
+    folder, _ = run(recipe)
+    shutil.rmtree(folder / "model")
+    write_rows(tmp_path / "asked.jsonl", ROWS[2:4])
+    with pytest.raises(RecipeError, match="--force resumes it all the same"):
+        run(recipe, resume=True)
+    run(recipe, resume=True, force=True)
+    shutil.rmtree(folder / "model")
+    write_rows(tmp_path / "others.jsonl", ROWS[4:6])
+    _, said = run(recipe, f"eval.generate={tmp_path / 'others.jsonl'}", resume=True, force=True)
+    assert "content has changed" not in said
 
 
 def test_a_directory_that_holds_something_else_is_not_resumed(write_recipe: WriteRecipe, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -79,7 +80,10 @@ cli._quiet(debug=False)
 from sft_recipes.training import trainer
 step = trainer.Trainer.training_step
 def slowly(*args, **kwargs):
-    print("in a step", flush=True)
+    try:
+        print("in a step", flush=True)
+    except BrokenPipeError:
+        pass
     time.sleep(0.5)
     return step(*args, **kwargs)
 trainer.Trainer.training_step = slowly
@@ -124,6 +128,24 @@ def test_the_step_is_finished_and_the_command_told_that_resumes(write_recipe: Wr
     assert process.returncode == 75
     assert "stopped after 1s after step 4 of 500; the last checkpoint is " in said
     assert metrics(tmp_path / "run")[-1]["step"] == 4
+
+
+def test_the_whole_group_is_asked(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """As Ctrl-C does: the workers of the data loader hear it too, and so does `| tee`, which is gone then."""
+    recipe = write_recipe(
+        train={"max_steps": 500}, data={"eval": None}, checkpoint={"every": None}, trl={"dataloader_num_workers": 2}
+    )
+    command = f"{shlex.join([sys.executable, '-c', SLOW, 'run', str(recipe)])} 2>&1 | cat; exit ${{PIPESTATUS[0]}}"
+    with subprocess.Popen(["bash", "-c", command], stdout=subprocess.PIPE, text=True, start_new_session=True) as shell:
+        wait_for(shell, "in a step", times=3)
+        os.killpg(shell.pid, signal.SIGINT)
+        shell.communicate(timeout=120)
+    for _ in range(300):
+        if list((tmp_path / "run").glob("checkpoints/checkpoint-*")):
+            break
+        time.sleep(0.1)
+
+    assert list((tmp_path / "run").glob("checkpoints/checkpoint-*"))
 
 
 def test_a_second_signal_ends_it_at_once(write_recipe: WriteRecipe, tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def elsewhere(request: Request) -> dict[str, Any]:
     paths = os.pathsep.join(filter(None, [own, os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         command, input=json.dumps(asdict(request)), env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True, text=True, check=False,
+        capture_output=True, text=True, check=False, start_new_session=True,
     )  # fmt: skip
     last = done.stdout.strip().rpartition("\n")[2]
     if done.returncode == -signal.SIGKILL:

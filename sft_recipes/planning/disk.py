@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 from sft_recipes.errors import OutputError
+from sft_recipes.recipe.check import STOCHASTIC_ROUNDING
 from sft_recipes.recipe.schema import Recipe
 
 _WRITTEN = ("checkpoints", "adapter", "model")
@@ -13,9 +14,13 @@ BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 def of_checkpoint(recipe: Recipe, trained: int, tokenizer: int) -> int:
     """Bytes of a checkpoint: the trained weights and two moments of each, in the weights' type or in 8 bits; the tokenizer."""
-    weights = 4 if recipe.lora else BYTES[recipe.model.dtype]
-    moments = 2 if "8bit" in recipe.train.optimizer else 2 * weights
-    return trained * (weights + moments) + tokenizer + _CONFIGS
+    weights, optimizer = 4 if recipe.lora else BYTES[recipe.model.dtype], recipe.train.optimizer
+    # bitsandbytes keeps its moments in float32 whatever the weights are, and of 8-bit ones those of the embeddings.
+    bitsandbytes = any(name in optimizer for name in ("bnb", "paged", "ademamix", "lion_", "adamw_8bit"))
+    bitsandbytes = bitsandbytes and optimizer != STOCHASTIC_ROUNDING
+    moment = (1.5 if bitsandbytes else 1) if "8bit" in optimizer else 4 if bitsandbytes else weights
+    moments = 3 if "ademamix" in optimizer else 2
+    return round(trained * (weights + moments * moment)) + tokenizer + _CONFIGS
 
 
 def needed(recipe: Recipe, parameters: int, trained: int, tokenizer: int) -> int:

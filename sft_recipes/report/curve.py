@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sft_recipes import files
 from sft_recipes.errors import OutputError
 
 
@@ -21,8 +22,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 def whole_lines(file: Path) -> list[dict[str, Any]]:
     """The objects of a file with one a line; the last may be half written, where a run was killed."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [dict(json.loads(line)) for line in lines if line.endswith("\n")]
+        return [dict(json.loads(line)) for line in files.lines(file)]
     except (OSError, ValueError, TypeError) as error:
         raise OutputError(f"{file}: not a file of one object a line: {error}; it is not as the run wrote it") from None
 

@@ -1,6 +1,7 @@
 """Checkpoints to resume from: complete or not there, and never the last of them removed."""
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -59,9 +60,15 @@ def rewind(run_dir: Path, checkpoint: Path | None) -> None:
     for name in ("metrics.jsonl", "samples.jsonl"):
         file = run_dir / name
         if file.is_file():
-            lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-            whole = (line for line in lines if line.endswith("\n"))  # a run that is killed can leave half a line
-            files.write_text(file, "".join(line for line in whole if json.loads(line)["step"] <= last))
+            kept = (line for line in files.lines(file) if _step(line) <= last)
+            files.write_text(file, "".join(f"{line}\n" for line in kept))
+
+
+def _step(line: str) -> float:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):  # a power cut can leave anything
+        return math.inf
 
 
 def _latest_first(run_dir: Path) -> list[Path]:

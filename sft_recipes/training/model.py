@@ -202,7 +202,7 @@ def _with_adapters(
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
-        modules_to_save=lora.modules_to_save or None,
+        modules_to_save=list(lora.modules_to_save) or None,
         use_dora=lora.use_dora,
         use_rslora=lora.use_rslora,
         trainable_token_indices=dict.fromkeys(rows_of - set(lora.modules_to_save), new_rows) or None

@@ -1,6 +1,7 @@
 """Answers to the same prompts at each evaluation: samples.jsonl, and how many are exactly right."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,22 +49,32 @@ class Samples:
     """Answers the questions and writes them down. An answer is right if it equals what is expected, outer spaces aside."""
 
     def __init__(
-        self, questions: list[Question], tokenizer: PreTrainedTokenizerBase, recipe: Recipe, data: Prepared, file: Path
+        self,
+        questions: list[Question],
+        tokenizer: PreTrainedTokenizerBase,
+        recipe: Recipe,
+        data: Prepared,
+        file: Path,
+        warn: Callable[[str], None] | None,
     ) -> None:
-        self.questions, self.tokenizer, self.file = questions, tokenizer, file
+        """`warn` hears of answers that cannot be written; without it none are, as in all processes but one."""
+        self.questions, self.tokenizer, self.file, self.warn = questions, tokenizer, file, warn
         self.stops, self.max_new_tokens = data.stops, recipe.eval.max_new_tokens
         raw = data.chat_template is None  # plain text was trained on, so plain text is continued
         self.prompts = [prompt_ids(tokenizer, question.messages, raw=raw) for question in questions]
 
-    def take(self, model: PreTrainedModel, step: int, *, write: bool) -> dict[str, float]:
+    def take(self, model: PreTrainedModel, step: int) -> dict[str, float]:
         """Answer all questions now; {"eval_exact_match": share} where answers are expected, else {}."""
         answers = answer(model, self.tokenizer, self.prompts, max_new_tokens=self.max_new_tokens, stops=self.stops)
         lines = [
             {"step": step, "messages": question.messages, "answer": given, "expected": question.expected}
             for question, given in zip(self.questions, answers, strict=True)
         ]
-        if write:
-            files.append(self.file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        if self.warn is not None:
+            try:
+                files.append(self.file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+            except OSError as error:
+                self.warn(f"{self.file}: the answers of step {step} are not recorded: {error}")
         known = [(q.expected, a) for q, a in zip(self.questions, answers, strict=True) if q.expected is not None]
         if not known:
             return {}
@@ -79,7 +90,8 @@ class SampleWithoutValidation(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._take()
+        if state.global_step == 0:  # not where the run is resumed
+            self._take()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         due = self.every is not None and state.global_step % self.every == 0

@@ -2,8 +2,10 @@
 
 import json
 import math
+import signal
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from pickle import UnpicklingError
@@ -82,6 +84,12 @@ class Trainer(SFTTrainer):
         self.grad_norm = super()._get_grad_norm(*args, **kwargs)
         return self.grad_norm
 
+    def get_train_dataloader(self) -> Any:
+        return _undisturbed(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        return _undisturbed(super().get_eval_dataloader(*args, **kwargs))
+
     def agree(self, mine: torch.Tensor | bool) -> bool:
         """Whether it holds in any of the processes."""
         if self.args.world_size == 1:
@@ -119,14 +127,8 @@ class Trainer(SFTTrainer):
         if state.best_global_step == state.global_step:
             state.best_model_checkpoint = str(folder)
         self.store_flos()
-        try:
-            with self._complete_or_not_there(folder) as partial:
-                self.save_model(str(partial), _internal_call=True)
-                self._save_optimizer_and_scheduler(str(partial))
-                self._save_scaler(str(partial))
-                self._save_rng_state(str(partial))
-                files.write_json(partial / self._running_file, self._running())
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch's own word for a full disk is RuntimeError
+        error = self._write(folder)
+        if error is not None:
             state.best_model_checkpoint = best_before
             state.best_metric, state.best_global_step = self.best
             self._not_saved(folder, error)
@@ -136,36 +138,54 @@ class Trainer(SFTTrainer):
         if self.is_world_process_zero():
             checkpoints.rotate(folder, self.recipe.checkpoint.keep, best)
 
-    @contextmanager
-    def _complete_or_not_there(self, folder: Path) -> Iterator[Path]:
-        """A directory that all processes write to, and that gets its name when none of them failed."""
-        error: Exception | None = None
-        with ExitStack() as stack:
-            partial = folder.with_name(f".{folder.name}.partial")
-            if self.is_world_process_zero():
+    def _write(self, folder: Path) -> Exception | None:
+        """Write a checkpoint; what went wrong, here or in another process, and then there is none."""
+        main = self.is_world_process_zero()
+        partial_folder = folder.with_name(f".{folder.name}.partial")
+
+        def begin() -> None:
+            if main:
                 files.remove(folder)  # passed over when the run was resumed
-                stack.enter_context(files.complete_or_not_there(folder))
-            self.accelerator.wait_for_everyone()
+                whole.enter_context(files.complete_or_not_there(folder))
+
+        def write() -> None:
+            self.save_model(str(partial_folder), _internal_call=True)
+            self._save_optimizer_and_scheduler(str(partial_folder))
+            self._save_scaler(str(partial_folder))
+            self._save_rng_state(str(partial_folder))
+            files.write_json(partial_folder / self._running_file, self._running())
+
+        def end() -> None:
+            if main:
+                (partial_folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
+                self.state.save_to_json(str(partial_folder / "trainer_state.json"))
+                files.seal(partial_folder)
+                whole.close()
+
+        whole = ExitStack()
+        for phase in (begin, write, end):
+            error: Exception | None = None
             try:
-                yield partial
-            except (OSError, RuntimeError, SafetensorError) as failed:
+                phase()
+            except (
+                OSError,
+                RuntimeError,
+                SafetensorError,
+            ) as failed:  # torch's own word for a full disk is RuntimeError
                 error = failed
-            if not self.agree(error is not None) and self.is_world_process_zero():
-                try:
-                    (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
-                    self.state.save_to_json(str(partial / "trainer_state.json"))
-                    files.seal(partial)
-                except OSError as failed:
-                    error = failed
             if self.agree(error is not None):
-                raise error or OSError("another process could not write")
+                error = error or OSError("another process could not write")
+                with suppress(OSError):
+                    whole.__exit__(type(error), error, None)
+                return error
+        return None
 
     def _not_saved(self, folder: Path, error: Exception) -> None:
         trained, tokenizer = count_parameters(self.model)[1], _bytes_of(self.processing_class)
         lacking = disk.lacking(self.run_dir, disk.of_checkpoint(self.recipe, trained, tokenizer))
         line = f"{folder}: not saved: {_line(error)}{lacking}; {self.last_checkpoint_in_words()}"
         if self.recipe.checkpoint.on_failure == "stop":
-            raise RunError(f"{line}; make room and continue with --resume") from error
+            raise RunError(f"{line}; {'make room, and ' if lacking else ''}continue with --resume") from error
         self.warn(f"{line}; the run goes on")
 
     def last_checkpoint_in_words(self) -> str:
@@ -188,7 +208,9 @@ class Trainer(SFTTrainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """The last that is restored before the first step: random states, and here the running averages too."""
         super()._load_rng_state(checkpoint)
-        file = Path(str(checkpoint)) / self._running_file
+        if checkpoint is None:
+            return
+        file = Path(checkpoint) / self._running_file
         if file.is_file():  # not where the number of processes is another
             running = json.loads(file.read_text(encoding="utf-8"))
             self._tr_loss.fill_(running["loss"])
@@ -218,8 +240,14 @@ class Trainer(SFTTrainer):
             self.control.should_training_stop = True
 
     def _load_best_model(self) -> None:
-        if not self.stopped:
-            super()._load_best_model()
+        if self.stopped:
+            return
+        best = Path(self.state.best_model_checkpoint)
+        if fault := files.fault(best):
+            raise RunError(
+                f"{best}: the best checkpoint cannot be exported: {fault}; --resume exports the last step instead"
+            )
+        super()._load_best_model()
 
     # --- Validation ---
 
@@ -247,7 +275,7 @@ class Trainer(SFTTrainer):
     def answers(self) -> dict[str, float]:
         """Answer the prompts now, and write the answers down; how many are right, where that is known."""
         assert self.samples is not None
-        return self.samples.take(self.model, self.state.global_step, write=self.is_world_process_zero())
+        return self.samples.take(self.model, self.state.global_step)
 
     def prediction_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -327,7 +355,8 @@ def build(
         trainer.args.load_best_model_at_end = True
         trainer.add_callback(_SaveBest())
     if asked := questions(recipe):
-        trainer.samples = Samples(asked, tokenizer, recipe, data, run_dir / "samples.jsonl")
+        heard = warn if trainer.is_world_process_zero() else None
+        trainer.samples = Samples(asked, tokenizer, recipe, data, run_dir / "samples.jsonl", heard)
         _check_room_for_answers(recipe, trainer)
         if data.eval is None:
             trainer.add_callback(SampleWithoutValidation(trainer, steps.every(recipe.eval.every)))
@@ -417,18 +446,17 @@ def train(trainer: Trainer, checkpoint: Path | None) -> None:
             f"{trainer.rows_in_words(step)}, and {trainer.last_checkpoint_in_words()}"
         ) from error
     finally:
-        stop.waits = None
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, Display):
                 callback.close()
     state = trainer.state
-    if trainer.stopped:
+    saved = trainer.saved == checkpoints.place(run_dir, state.global_step)
+    if trainer.stopped or (saved and trainer.agree(stop.signal is not None)):
         raise Stopped(
             f"{run_dir}: {stop.reason or 'stopped'} after step {state.global_step:,} of {state.max_steps:,}; "
             f"{trainer.last_checkpoint_in_words()}"
         )
-    if trainer.saved != checkpoints.place(run_dir, state.global_step):
-        stop.waits = "the export is finished first, as there is no checkpoint of the last step"
+    stop.waits = None if saved else "the export is finished first, as there is no checkpoint of the last step"
 
 
 @contextmanager
@@ -442,6 +470,20 @@ def _as_recipe_error(what: str) -> Iterator[None]:
         if is_out_of_memory(error):
             raise RunError(f"out of memory before the first step: {_line(error)}{_memory_remedy(error)}") from error
         raise RecipeError(f"{what}: {_line(error)}") from error
+
+
+def _undisturbed(loader: Any) -> Any:
+    """Its workers leave signals to the process that they work for, which needs them for the step that it finishes."""
+    inner = getattr(loader, "base_dataloader", loader)  # accelerate's own passes the attribute over
+    inner.worker_init_fn = partial(_deaf, inner.worker_init_fn)
+    return loader
+
+
+def _deaf(then: Callable[[int], None] | None, worker: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    if then is not None:
+        then(worker)
 
 
 _ROWS = 20  # that are named

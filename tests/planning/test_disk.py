@@ -24,6 +24,10 @@ LEAST = {"model": {"name": "x"}, "data": {"train": "x"}, "output_dir": "x"}
             1000,
             3 * (1000 * 6 + 7) + 4000 + 7,
         ),
+        # bitsandbytes: moments in float32, some of them even with 8 bits; ademamix has three
+        ({"train": {"optimizer": "paged_adamw_32bit"}}, 1000, 3 * (1000 * 10 + 7) + 2000 + 7),
+        ({"train": {"optimizer": "ademamix"}}, 1000, 3 * (1000 * 14 + 7) + 2000 + 7),
+        ({"train": {"optimizer": "adamw_bnb_8bit"}}, 1000, 3 * (1000 * 5 + 7) + 2000 + 7),
         # adapters are held in float32; the merged model has all weights
         ({"lora": {}}, 10, 3 * (10 * 12 + 7) + 40 + 7 + 2000 + 7),
         ({"lora": {}, "export": {"merge": False}}, 10, 3 * (10 * 12 + 7) + 40 + 7),

@@ -115,7 +115,7 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(write_recipe: WriteRecipe, tmp
 
     [line] = caught.value.lines
     assert "checkpoint-4: not saved: " in line
-    assert line.endswith("checkpoint-2; make room and continue with --resume")
+    assert line.endswith("checkpoint-2; continue with --resume")
     assert names(tmp_path / "run") == ["checkpoint-2"]
 
     again = build(recipe, tmp_path / "run")
@@ -197,6 +197,25 @@ def test_the_best_is_damaged(write_recipe: WriteRecipe, tmp_path: Path, spoil: C
     assert (folder / "model").is_dir()
 
 
+def test_the_best_is_gone_at_the_end(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """It is not replaced by another without a word."""
+    sections = {"every": 2, "export_best": True}
+    recipe = write_recipe(train={"max_steps": 6, "learning_rate": 0.1}, eval={"every": 2}, checkpoint=sections)
+    sft = build(recipe, tmp_path / "run")
+    save = sft._save_checkpoint
+
+    def saved(*args: Any) -> None:
+        save(*args)
+        if sft.state.global_step == 6:
+            spoil_best(tmp_path / "run")
+
+    sft._save_checkpoint = saved
+    with pytest.raises(
+        RunError, match=r"checkpoint-2: the best checkpoint cannot be exported: model.safetensors has 0 bytes"
+    ):
+        trainer.train(sft, None)
+
+
 def test_a_run_that_was_moved(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     """Another path to the same run directory: the best checkpoint is found by its step."""
     recipe = write_recipe(
@@ -233,7 +252,8 @@ def test_nothing_but_tensors_and_numbers_is_stored(write_recipe: WriteRecipe, tm
     )
 
 
-def test_two_runs_in_one_directory(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+def test_two_runs_in_one_directory(write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_PATIENCE", 0)
     from sft_recipes.errors import OutputError
 
     recipe = write_recipe(checkpoint={"every": 1})

@@ -185,3 +185,19 @@ def test_a_plot_that_fails_is_a_warning(write_recipe: WriteRecipe, monkeypatch: 
     assert "warning: the report could not be made: no fonts" in said
     assert run_folder.is_finished(folder)
     assert not list(folder.rglob("*.partial"))
+
+
+def test_answers_that_cannot_be_written_are_a_warning(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append = files.append
+
+    def appended(file: Path, text: str) -> None:
+        with no_file_over(20 if file.name == "samples.jsonl" else 2**40):
+            append(file, text)
+
+    monkeypatch.setattr(files, "append", appended)
+    folder, said = run(write_recipe(eval={"generate": ["Say the word number 1."], "max_new_tokens": 2}))
+
+    assert "samples.jsonl: the answers of step 0 are not recorded: " in said
+    assert run_folder.is_finished(folder)

@@ -140,6 +140,53 @@ def test_the_best_is_not_fetched_where_the_run_is_stopped(write_recipe: WriteRec
     assert all(torch.equal(sft.model.state_dict()[name], value) for name, value in last.items())
 
 
+def test_the_recipe_is_as_it_was_when_the_trainer_is_made(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """PEFT changes the lists that it is given."""
+    for layers in (["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]):
+        wanted = load.load(
+            write_recipe(lora={"rank": 2, "modules_to_save": layers, "target_modules": ["q_proj"]}), []
+        ).recipe
+        before = json.dumps(wanted.resolved())
+        model.load_model(wanted, model.load_tokenizer(wanted.model))
+        assert json.dumps(wanted.resolved()) == before
+
+
+def test_prompts_without_validation_are_answered_once_a_step(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    asked = {"generate": ["first line\u2028second line"], "every": 3, "max_new_tokens": 2}
+    recipe = write_recipe(eval=asked, data={"eval": None}, train={"max_steps": 5}, checkpoint={"every": 2})
+    train(recipe, tmp_path / "whole", [])
+    with pytest.raises(Stopped):
+        train(recipe, tmp_path / "stopped", [], stop_at=4)
+    train(recipe, tmp_path / "stopped", [])
+
+    samples = [(tmp_path / name / "samples.jsonl").read_text("utf-8") for name in ("whole", "stopped")]
+    assert samples[0] == samples[1]
+    assert without_times(tmp_path / "stopped") == without_times(tmp_path / "whole")
+
+
+def test_a_signal_after_the_last_step_is_saved(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """While the best checkpoint is read: it ends, and is resumed to the export."""
+    wanted = load.load(write_recipe(checkpoint={"every": 1, "export_best": True}), []).recipe
+    tokenizer = model.load_tokenizer(wanted.model)
+    data = prepare.prepare(wanted, tokens.of_transformers(tokenizer))
+    network = model.load_model(wanted, tokenizer)
+
+    def stopped() -> None:
+        with on_request(None, "") as stop:
+            sft = trainer.build(wanted, network, tokenizer, data, tmp_path, Console(quiet=True), stop)
+            read = sft._load_best_model
+
+            def interrupted() -> None:
+                signal.raise_signal(signal.SIGTERM)
+                read()
+
+            sft._load_best_model = interrupted
+            trainer.train(sft, None)
+
+    with pytest.raises(Stopped, match=r"after step 3 of 3; the last checkpoint is .*checkpoint-3"):
+        stopped()
+
+
 def test_after_a_time(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     wanted = load.load(write_recipe(), []).recipe
     tokenizer = model.load_tokenizer(wanted.model)
