@@ -143,12 +143,16 @@ def test_text_ends(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     assert prepared(recipe, "data.eval=null").warnings == []
 
 
-def test_ends_that_are_cut_off(write_recipe: WriteRecipe) -> None:
-    few = prepared(write_recipe(), "data.max_length=100", "data.overlong=truncate", "data.train_on=all")
-    [most] = prepared(write_recipe(), "data.max_length=40", "data.overlong=truncate", "data.train_on=all").warnings
-
-    assert few.warnings == []
-    assert most.startswith("data.overlong: truncate cuts off the end of 18 of 18 rows")
+def test_ends_that_are_cut_off(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    recipe = write_recipe(data={"eval": None, "overlong": "truncate", "train_on": "all"})
+    short, long = ({"instruction": "a", "output": "b " * times} for times in (1, 300))
+    for number, warned in ((8, False), (13, True)):
+        write_rows(tmp_path / "train.jsonl", [short] * (20 - number) + [long] * number)
+        data = prepared(recipe)
+        assert data.train.account.sources[0].truncated_rows == number
+        assert [line.split(", and")[0] for line in data.warnings] == [
+            f"data.overlong: truncate cuts off the end of {number} of 20 rows"
+        ] * warned
 
 
 # --- A template that is not the model's own ---------------------------------------------------------------------------
