@@ -11,7 +11,8 @@ from sft_recipes import run_folder
 from sft_recipes.data import prepare, reading, sources, tokens
 from sft_recipes.data import preview as showing
 from sft_recipes.data.tokens import LightTokenizer
-from sft_recipes.errors import DataError, InputError, ModelError, RecipeError, one_line
+from sft_recipes.errors import DataError, InputError, ModelError, OutputError, RecipeError, one_line
+from sft_recipes.planning import disk
 from sft_recipes.planning.steps import count
 from sft_recipes.recipe import model_files
 from sft_recipes.recipe.check import accepted, verdict_on
@@ -31,21 +32,23 @@ class Findings:
 def check(recipe_file: str, overrides: Sequence[str] = ()) -> Findings:
     """Validate a recipe, its model directory and its data. Raises RecipeError with every problem at once."""
     loaded, verdict = verdict_on(recipe_file, overrides)
-    lines: list[str] = []
+    lines, warnings = list[str](), list(verdict.warnings)
     problems = list(verdict.problems)
-    for examine in (_examine_data, _examine_prompts):
+    for examine in (_examine_data, _examine_prompts, _examine_room):
         if loaded is None:
             break
         try:
             with loaded.placing_errors():
-                lines += examine(loaded.recipe)
+                found = examine(loaded.recipe)
+            lines += found.lines
+            warnings += map(loaded.placed, found.warnings)
         except InputError as error:
             problems += [line for line in error.lines if line not in problems]
     if problems:
         raise RecipeError(*problems)
     assert loaded is not None
     used = run_folder.in_the_way(loaded.recipe.output_dir)  # a problem of the next run, none of a finished one's recipe
-    warnings = verdict.warnings + ([loaded.placed(used)] if used else [])
+    warnings += [loaded.placed(used)] if used else []
     return Findings([*map(one_line, lines)], [*map(one_line, warnings)])
 
 
@@ -81,11 +84,11 @@ def preview(
             console.print(text)
 
 
-def _examine_data(recipe: Recipe) -> list[str]:
+def _examine_data(recipe: Recipe) -> Findings:
+    """Rows, tokens and steps. Raises DataError, ModelError."""
     if remote := _on_the_hub(recipe):
-        return [
-            f"data: {', '.join(remote)} is looked for on the hub when the run starts; rows and steps are not counted"
-        ]
+        line = f"data: {', '.join(remote)} is looked for on the hub when the run starts; rows and steps are not counted"
+        return Findings([line], [])
     tokenizer, missing = _tokenizer(recipe.model)
     if tokenizer is None:
         lines = []
@@ -93,31 +96,63 @@ def _examine_data(recipe: Recipe) -> list[str]:
             looked_at, there = reading.look_through(source, recipe.data, _SECONDS)
             rows = f"{there:,} rows" if looked_at == there else f"the first {looked_at:,} of about {there:,} rows"
             lines.append(f"data: {source.path}: {rows}")
-        return [*lines, f"tokens and steps are not counted: {missing}"]
+        return Findings([*lines, f"tokens and steps are not counted: {missing}"], [])
     data = prepare.prepare(recipe, tokenizer, seconds=_SECONDS)
     larger = 1 / data.share  # than the sample
     if recipe.data.max_train_samples:
         larger = min(larger, recipe.data.max_train_samples / sum(source.rows for source in data.train.account.sources))
-    steps = count(recipe, round(len(data.train) * larger))
-    about = "" if data.share == 1 else "about "
     anew = [
         f"tokens are those of tokenizer.json; transformers makes a {tokenizer.rebuilt} anew, and the run may count a few "
         "more or less"
     ]
-    return [
-        *data.lines(),
-        *(anew if tokenizer.rebuilt else []),
+    return Findings(
+        [*data.lines(), *(anew if tokenizer.rebuilt else []), _steps(recipe, data, larger)],
+        data.warnings,
+    )
+
+
+def _steps(recipe: Recipe, data: prepare.Prepared, larger: float) -> str:
+    """Steps, epochs, and tokens a step, of data so many times `larger` than what was looked at."""
+    steps = count(recipe, round(len(data.train) * larger))
+    about = "" if data.share == 1 else "about "
+    epochs = steps.total / steps.per_epoch
+    passes = f"{epochs:,.2f}".rstrip("0").rstrip(".") if epochs >= 1 else f"{epochs:.2g}"
+    account = data.train.account
+    tokens_a_step, trained_a_step = (
+        round(number * recipe.sequences_per_step / account.sequences)
+        for number in (account.tokens, account.trained_tokens)
+    )
+    return (
         f"steps: {about}{steps.total:,} of {recipe.sequences_per_step} sequences, {steps.warmup:,} of them warmup; "
-        f"{about}{steps.per_epoch:,} an epoch",
-    ]
+        f"{about}{steps.per_epoch:,} an epoch, {about}{passes} epoch{'' if passes == '1' else 's'}; about {tokens_a_step:,} "
+        f"tokens a step, {trained_a_step:,} of them trained on"
+    )
 
 
-def _examine_prompts(recipe: Recipe) -> list[str]:
+def _examine_prompts(recipe: Recipe) -> Findings:
     """Looks at prompts that are to be answered at each evaluation, where they are in a file. Raises DataError."""
     path = recipe.eval.generate
     if isinstance(path, str) and sources.files(path) is not None:
         reading.look_through(Source(path=path), recipe.data, _SECONDS)
-    return []
+    return Findings([], [])
+
+
+def _examine_room(recipe: Recipe) -> Findings:
+    """Room for checkpoints and models, as far as a local model's files say how much they take. Raises OutputError.
+
+    Of adapters only the merged model is counted: how large they are is known when they are made, and then looked at again.
+    """
+    parameters = model_files.parameters(recipe.model.name)
+    if parameters is None or model_files.not_to_be_made(recipe.output_dir) or run_folder.in_the_way(recipe.output_dir):
+        return Findings([], [])  # a run that has written part of it needs only the rest
+    folder = Path(recipe.output_dir).expanduser()
+    disk_of = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
+    if short := disk.lacking(disk_of, disk.needed(recipe, parameters, 0 if recipe.lora else parameters, 0)):
+        raise OutputError(
+            f"output_dir: no room in {disk_of} for checkpoints and models{short}; free some, choose another disk with --set "
+            "output_dir=DIR, or lower checkpoint.keep"
+        )
+    return Findings([], [])
 
 
 def _on_the_hub(recipe: Recipe) -> list[str]:

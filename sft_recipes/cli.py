@@ -224,6 +224,26 @@ def schema() -> None:
     print(json.dumps(Recipe.model_json_schema(), indent=2))
 
 
+@app.command()
+def doctor(
+    hub: Annotated[bool, typer.Option("--hub", help="Ask the hub for an answer, too.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Versions, devices, memory and disks: what is missing, and the command that brings it."""
+    _quiet(debug)
+    from sft_recipes import doctor as looking
+
+    findings = looking.examine(hub=hub)
+    good = not any(finding.hinders for finding in findings)
+    if as_json:
+        print(json.dumps({"good": good, "findings": [finding.as_dict() for finding in findings]}, indent=2))
+    else:
+        for finding in findings:
+            print(finding.line())
+    raise typer.Exit(0 if good else 1)
+
+
 def main() -> NoReturn:
     """Entry point. Exit codes: 0 done; 1 the run failed; 2 the recipe, the data or the command line is wrong; 75 stopped
     on request, and to be resumed."""

@@ -2,17 +2,21 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from sft_recipes import __version__, cli
+from sft_recipes.errors import RecipeError
 from tests.conftest import WriteRecipe, write_rows
 
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets")
-COMMANDS = ("run", "check", "generate", "merge", "report", "list", "new", "schema")
+COMMANDS = ("run", "check", "generate", "merge", "report", "list", "new", "schema", "doctor")
 
 
 def sft_recipe(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -86,10 +90,55 @@ def test_check_counts_rows_tokens_and_steps(write_recipe: WriteRecipe) -> None:
 
     assert done.returncode == 0
     assert "18 rows of alpaca as alpaca" in done.stdout
-    assert "steps: 3 of 4 sequences, 1 of them warmup" in done.stdout
+    assert "steps: 3 of 4 sequences, 1 of them warmup; 3 an epoch, 1 epoch; about " in done.stdout
     assert done.stdout.endswith("recipe.yaml: good\n")
     assert "warning: " in done.stderr
     assert "lose updates to rounding" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("sequences", "max_steps", "said"),
+    [
+        (18, 3, "5 an epoch, 0.6 epochs; about {} tokens a step, {} of them trained on"),
+        (18, 12, "5 an epoch, 2.4 epochs; about {} tokens a step, {} of them trained on"),
+    ],
+)
+def test_check_says_epochs_and_tokens_a_step(
+    write_recipe: WriteRecipe, sequences: int, max_steps: int, said: str
+) -> None:
+    recipe = write_recipe(data={"packing": "none", "overlong": "drop"}, train={"max_steps": max_steps})
+    done = sft_recipe("check", str(recipe))
+    tokens, trained = re.findall(r"^train: ([\d,]+) tokens, ([\d,]+) trained on", done.stdout, re.MULTILINE)[0]
+    a_step = [round(int(number.replace(",", "")) * 4 / sequences) for number in (tokens, trained)]
+
+    assert said.format(*(f"{number:,}" for number in a_step)) in done.stdout
+
+
+def test_check_warns_of_data_that_teaches_something_else(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    recipe = write_recipe()
+    done = sft_recipe("check", str(recipe), "--set", f"data.eval={tmp_path / 'train.jsonl'}")
+
+    assert done.returncode == 0
+    [line] = done.stderr.splitlines()
+    assert line.startswith("warning: --set: data.eval: 24 of 24 validation rows are training rows too, first ")
+
+
+def test_check_looks_for_room(write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sft_recipes.checks import check
+
+    full = {"lora": None, "export": {"dtype": "float32"}}  # 3 checkpoints of 12 bytes a weight, a model of 4
+    recipe = str(write_recipe(**full))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=30e6))
+    with pytest.raises(RecipeError) as caught:
+        check(recipe)
+    [line] = caught.value.lines
+    assert f"output_dir: no room in {tmp_path} for checkpoints and models (it takes 35." in line
+    assert "choose another disk with --set output_dir=DIR" in line
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=40e6))
+    check(recipe)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=5e6))
+    check(recipe, ["lora.rank=2"])  # of which the model is known, and the adapter not yet
 
 
 def test_check_finds_every_problem_at_once(write_recipe: WriteRecipe, tmp_path: Path) -> None:

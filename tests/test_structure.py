@@ -27,7 +27,8 @@ BELOW = {
     "checks": {"planning", "data", "recipe", "errors", "run_folder"},
     "run": {"training", "export", "report", "planning", "data", "recipe", "errors", "run_folder", "scale", "stopping"},
     "talk": {"training", "export", "recipe", "errors"},
-    "cli": {"run", "talk", "checks", "training", "export", "report", "recipe", "errors", "stopping"},
+    "doctor": {"data", "recipe", "errors"},
+    "cli": {"run", "talk", "checks", "doctor", "training", "export", "report", "recipe", "errors", "stopping"},
 }
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes"}
 
@@ -82,6 +83,7 @@ def test_only_the_trainer_imports_trl() -> None:
             "planning",
             "report",
             "checks.py",
+            "doctor.py",
             "cli.py",
             "run_folder.py",
         ]

@@ -26,6 +26,9 @@ class SourceAccount:
     duplicates: int = 0  # rows whose tokens are those of an earlier row
     empty_answers: int = 0
     left_out: int = 0  # rows whose text lacks, or has otherwise, something that a message says
+    endless: int = 0  # training rows whose answer ends in no end token that is trained on
+    in_training: int = 0  # validation rows that are training rows too
+    prompts_in_training: int = 0  # other validation rows that have the prompt of a training row
     truncated_rows: int = 0
     split_rows: int = 0
     cut_tokens: int = 0  # of kept rows, but not in a sequence
@@ -48,6 +51,9 @@ class SourceAccount:
             "duplicates": self.duplicates,
             "empty_answers": self.empty_answers,
             "left_out": self.left_out,
+            "endless": self.endless,
+            "in_training": self.in_training,
+            "prompts_in_training": self.prompts_in_training,
             "truncated_rows": self.truncated_rows,
             "split_rows": self.split_rows,
             "cut_tokens": self.cut_tokens,
@@ -66,6 +72,9 @@ class SourceAccount:
         facts += [f"{self.duplicates:,} the same as an earlier one"] if self.duplicates else []
         facts += [f"{self.empty_answers:,} without an answer"] if self.empty_answers else []
         facts += [f"{self.left_out:,} of which the template leaves out or rewrites some text"] if self.left_out else []
+        facts += [f"{self.endless:,} without an end that is trained on"] if self.endless else []
+        facts += [f"{self.in_training:,} that are training rows too"] if self.in_training else []
+        facts += [f"{self.prompts_in_training:,} with the prompt of a training row"] if self.prompts_in_training else []
         facts += [f"{self.truncated_rows:,} truncated"] if self.truncated_rows else []
         facts += [f"{self.split_rows:,} split"] if self.split_rows else []
         facts += [f"{self.cut_tokens:,} tokens cut"] if self.cut_tokens else []

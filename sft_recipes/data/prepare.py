@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sft_recipes.data import choosing, sources, templates
+from sft_recipes.data import choosing, faults, sources, templates
 from sft_recipes.data.accounting import SourceAccount
 from sft_recipes.data.formats import Example
 from sft_recipes.data.packing import Ints
@@ -38,6 +38,7 @@ class Prepared:
     stops: list[int]  # tokens that end the documents, the most frequent first
     prompt: Prompt | None  # one that was trained on, to check the chat template with
     share: float  # of the training rows that were read; below 1 where time ran out
+    warnings: list[str]  # of data that trains well, and teaches something else than was wanted; lines begin with a key
 
     def as_dict(self) -> dict[str, Any]:
         return {"train": self.train.account.as_dict(), "eval": self.eval.account.as_dict() if self.eval else None}
@@ -85,6 +86,12 @@ def prepare(
     if eval_sequences is not None and not eval_sequences.account.trained_tokens:
         raise DataError("data.eval: no token of the validation rows is trained on; validation would be empty")
 
+    # What it would teach
+    warnings = [line for way in ways.values() for line in faults.another_template(way, recipe.model.name, tokenizer)]
+    warnings += faults.without_end(train_sequences)
+    if eval_sequences is not None:
+        warnings += faults.overlap(train_sequences, eval_sequences, data)
+
     stops = [each.documents.stops[some] for each, some in zip(train, choice.train, strict=True)]
     spoken = next((each for each in train if each.way.chat_source is not None), None)
     return Prepared(
@@ -94,6 +101,7 @@ def prepare(
         _most_frequent_first(np.concatenate(stops)),
         _trained_prompt(spoken, data, encoder, tokenizer) if spoken else None,
         sum(_sizes(train)) / sum(each.total for each in train),
+        warnings,
     )
 
 

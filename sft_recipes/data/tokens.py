@@ -110,7 +110,7 @@ def _text(file: Path) -> str:
         raise ModelError(f"{file}: not valid UTF-8; get the file again") from None
 
 
-ONE_EACH = ("stops", "empty", "left_out", "digests")
+ONE_EACH = ("stops", "ended", "empty", "left_out", "digests", "prompts")
 
 
 @dataclass(frozen=True)
@@ -118,17 +118,20 @@ class Documents:
     """Tokenised documents, end to end: document i has the tokens from offsets[i] up to offsets[i + 1].
 
     `ids` (int32) and `trained` (bool) have one entry a token; those named in ONE_EACH one a document: `stops` (the token
-    that ends it), `empty` (it has no answer), `left_out` (it lacks something that its row says) and `digests` (equal for
-    equal ids); `offsets` (int64) one more.
+    that ends it), `ended` (that token is trained on), `empty` (it has no answer), `left_out` (it lacks something that its
+    row says), `digests` (equal for equal ids) and `prompts` (the same of what precedes the first token that is trained on,
+    0 where nothing does); `offsets` (int64) one more.
     """
 
     ids: NDArray[np.int32]
     trained: NDArray[np.bool_]
     offsets: NDArray[np.int64]
     stops: NDArray[np.int32]
+    ended: NDArray[np.bool_]
     empty: NDArray[np.bool_]
     left_out: NDArray[np.bool_]
     digests: NDArray[np.uint64]
+    prompts: NDArray[np.uint64]
 
     def __len__(self) -> int:
         return len(self.stops)
@@ -236,14 +239,19 @@ class Encoder:
         number, start, end = stretches
         np.add.at(changes, offsets[number] + start, 1)
         np.add.at(changes, np.where(end < 0, offsets[number + 1], offsets[number] + end), -1)
+        trained = np.cumsum(changes[:-1], dtype=np.int8) > 0
+        stops = np.array([stop for _, stop in endings], dtype=np.int32)
+        digests, prompts = _digests(ids, trained, offsets)
         return Documents(
             ids,
-            np.cumsum(changes[:-1], dtype=np.int8) > 0,
+            trained,
             offsets,
-            np.array([stop for _, stop in endings], dtype=np.int32),
+            stops,
+            _ended(ids, trained, offsets, stops),
             np.array([rendered.empty for rendered in batch], dtype=bool),
             np.array([rendered.left_out for rendered in batch], dtype=bool),
-            _digests(ids, offsets),
+            digests,
+            prompts,
         )
 
     def _tokenise(self, batch: Sequence[Rendered], *, fast: bool) -> list[Encoding]:
@@ -360,15 +368,36 @@ def _bytes_a_token(backend: Tokenizer) -> NDArray[np.int64] | None:
     return sizes
 
 
-def _digests(ids: NDArray[np.int32], offsets: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """64 bits of each document: the sum of its tokens, each scrambled with its position (as in MurmurHash3)."""
+def _ended(
+    ids: NDArray[np.int32], trained: NDArray[np.bool_], offsets: NDArray[np.int64], stops: NDArray[np.int32]
+) -> NDArray[np.bool_]:
+    """Whether the last stop token of each document is trained on; white space that a template writes behind it may follow."""
+    last = offsets[1:] - 1
+    if not np.array_equal(ids[last], stops):
+        there = np.where(ids == np.repeat(stops, np.diff(offsets)), np.arange(len(ids)), -1)
+        last = np.maximum.reduceat(there, offsets[:-1])
+    return trained[last] & (last >= 0)
+
+
+def _digests(
+    ids: NDArray[np.int32], trained: NDArray[np.bool_], offsets: NDArray[np.int64]
+) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """64 bits of each document, and of its prompt: the sum of the tokens, each scrambled with its position (as in
+    MurmurHash3)."""
     positions = np.arange(len(ids)) - np.repeat(offsets[:-1], np.diff(offsets))
     mixed = ids.astype(np.uint64) << np.uint64(32) | positions.astype(np.uint64)
     for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
         mixed ^= mixed >> np.uint64(33)
         mixed *= np.uint64(factor)
     mixed ^= mixed >> np.uint64(33)
-    return np.add.reduceat(mixed, offsets[:-1])  # no document is empty: each has its end
+    digests = np.add.reduceat(mixed, offsets[:-1])  # no document is empty: each has its end
+    answers = np.append(np.flatnonzero(trained), len(ids))
+    ends = np.minimum(answers[np.searchsorted(answers, offsets[:-1])], offsets[1:])  # of the prompts
+    edges = np.stack([offsets[:-1], np.minimum(ends, len(ids) - 1)], axis=1).ravel()
+    prompts = np.add.reduceat(mixed, edges)[::2]
+    prompts[ends == offsets[:-1]] = 0  # where reduceat gives the first token
+    prompts[ends == len(ids)] = digests[ends == len(ids)]  # nothing is trained on: all of the last one is prompt
+    return digests, prompts
 
 
 def _cannot_encode(error: Exception) -> ModelError:

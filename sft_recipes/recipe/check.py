@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sft_recipes.errors import RecipeError
+from sft_recipes.errors import ModelError, RecipeError
 from sft_recipes.recipe import model_files, secrets
 from sft_recipes.recipe.load import Loaded, examine, field_names
 from sft_recipes.recipe.schema import DEFAULT_GLOBAL_BATCH_SIZE, Recipe
@@ -19,6 +19,12 @@ from sft_recipes.recipe.upstream import OWNED, installed, optimizers, schedulers
 
 STOCHASTIC_ROUNDING = "adamw_8bit_sr"
 COLUMNS = ("instruction", "input", "output", "prompt", "completion", "messages", "text")
+# Peak learning rates that are usual with Adam: 1e-5 to 2e-5 for all weights (alignment-handbook; TRL's default is 2e-5),
+# 2e-4 for adapters of 7B and 13B, 1e-4 of 33B and 65B (QLoRA, arXiv 2305.14314, table 9), ten times those for all weights
+# (TRL's PEFT guide). Wide on both sides; a warning comes where a rate is _FAR times beyond them.
+_USUAL_RATES = {False: (5e-6, 5e-5), True: (5e-5, 1e-3)}  # with lora:
+_FAR = 4
+_SMALL = 100_000_000  # parameters; smaller models take larger rates, and so are left alone
 TORCHAO = (STOCHASTIC_ROUNDING, "adamw_torch_4bit", "adamw_torch_8bit")  # optimizers of that package
 
 
@@ -218,8 +224,38 @@ def _faults(recipe: Recipe) -> Iterator[str]:
             f"train.mixed_precision: without autocast, lora.modules_to_save and model.new_tokens are trained in "
             f"{recipe.model.dtype} and lose updates to rounding; set bf16"
         )
+    yield from _unusual_rate(recipe)
     if recipe.model.trust_remote_code:
         yield "model.trust_remote_code: Python code that comes with the model will run"
+
+
+def _unusual_rate(recipe: Recipe) -> Iterator[str]:
+    """A learning rate at which most likely nothing is learned, or all is lost."""
+    rate, adapters = recipe.train.learning_rate, recipe.lora is not None
+    if not recipe.train.optimizer.startswith(("adamw", "paged_adamw")) or _is_small(recipe.model.name):
+        return
+    low, high = _USUAL_RATES[adapters]
+    method, example = ("LoRA", "2e-4") if adapters else ("full fine-tuning", "2e-5")
+    if adapters and not _given(recipe, "train", "learning_rate"):
+        yield (
+            f"train.learning_rate: its default of {rate:g} is one for full fine-tuning, and {method} learns little with it; "
+            f"set one, such as {example}"
+        )
+    elif rate < low / _FAR or rate > high * _FAR:
+        way, fear = ("below", "little is learned") if rate < low else ("above", "the model may come apart")
+        yield (
+            f"train.learning_rate: {rate:g} is far {way} what {method} usually takes, {low:g} to {high:g}, and {fear}; set "
+            f"one of these, such as {example}"
+        )
+
+
+def _is_small(model: str) -> bool:
+    """Whether a model is known to be small; one on the hub is not looked at."""
+    try:
+        size = model_files.parameters(model)
+    except ModelError:
+        return False
+    return size is not None and size < _SMALL
 
 
 def _rounds_stochastically(recipe: Recipe) -> bool:

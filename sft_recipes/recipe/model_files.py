@@ -1,7 +1,9 @@
 """What can be said of a model before it is loaded: from its directory, with neither transformers nor torch."""
 
 import json
+import math
 import re
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,45 @@ def positions(model_config: dict[str, Any]) -> int | None:
     content = text if isinstance(text, dict) else model_config
     found = (content.get(name) for name in _POSITIONS)
     return next((number for number in found if isinstance(number, int) and number > 0), None)
+
+
+def parameters(name: str) -> int | None:
+    """How many parameters the files of a local model hold, from their headers; None where that cannot be known: on the
+    hub, of weights that are quantised, of a part of a larger model. Raises ModelError where no model is there."""
+    folder = directory(name)
+    if folder is None:
+        return None
+    content = config(folder)
+    if "quantization_config" in content or "text_config" in content:
+        return None
+    whole = folder / "model.safetensors"
+    try:
+        files = [whole] if whole.is_file() else sorted(folder.glob("model-*.safetensors"))
+        return sum(map(_elements, files)) or None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error):
+        return None  # what is wrong with a file is said when it is loaded
+
+
+def _elements(file: Path) -> int:
+    """Elements of all tensors in a safetensors file: 8 bytes say how long its header is, which is JSON."""
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        if length > file.stat().st_size:
+            raise ValueError("it has been cut off")
+        header = json.loads(stream.read(length))
+    return sum(math.prod(tensor["shape"]) for key, tensor in header.items() if key != "__metadata__")
+
+
+def end_tokens(name: str) -> list[int]:
+    """The tokens at which a local model stops, by its generation_config.json; [] where it says none."""
+    folder = directory(name)
+    if folder is None:
+        return []
+    try:
+        ends = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return []
+    return [end for end in (ends if isinstance(ends, list) else [ends]) if type(end) is int and end >= 0]
 
 
 def _wrong_index(folder: Path) -> str | None:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, normalizers, processors
 from sft_recipes.data import templates, tokens
 from sft_recipes.data.formats import Example, to_example
 from sft_recipes.data.templates import Alpaca, Chat, Rendered
-from sft_recipes.data.tokens import Documents, Encoder, LightTokenizer
+from sft_recipes.data.tokens import Documents, Encoder, LightTokenizer, _digests
 from sft_recipes.errors import DataError, ModelError
 from tests.data import tokenizers
 
@@ -303,3 +303,20 @@ def test_a_tokenizer_that_transformers_makes_anew_is_known(tmp_path: Path) -> No
         found = tokens.from_directory(tmp_path)
         assert found is not None
         assert found.rebuilt == rebuilt
+
+
+def test_the_digest_of_a_prompt_is_that_of_the_document_it_would_be() -> None:
+    """Where documents begin with an answer, hold nothing else, or hold none."""
+    rows = [[5, 6, 7], [5, 6, 8, 9], [5, 6], [7], [4, 4, 4]]
+    trained = [[False, False, True], [False, False, True, False], [True, True], [False], [False, False, False]]
+    offsets = np.cumsum([0, *map(len, rows)])
+    ids = np.array([token for row in rows for token in row], dtype=np.int32)
+
+    def digests(mask: list[list[bool]]) -> tuple[list[int], list[int]]:
+        found = _digests(ids, np.array([one for row in mask for one in row]), offsets)
+        return found[0].tolist(), found[1].tolist()
+
+    whole, prompts = digests(trained)
+    assert len(set(whole)) == 5
+    assert prompts == [whole[2], whole[2], 0, whole[3], whole[4]]
+    assert digests([[True] * len(row) for row in rows]) == (whole, [0] * 5)

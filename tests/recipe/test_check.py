@@ -215,3 +215,38 @@ def test_an_adapter_is_no_model(write_recipe: WriteRecipe, tmp_path: Path) -> No
     (tmp_path / "adapter" / "adapter_config.json").touch()
 
     assert "merge it first" in problems(write_recipe(model={"name": str(tmp_path / "adapter")}))[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["train.learning_rate=2e-5"], None),
+        (["train.learning_rate=2e-4"], None),
+        (["train.learning_rate=1.3e-6"], None),
+        (["train.learning_rate=1e-3"], "0.001 is far above what full fine-tuning usually takes, 5e-06 to 5e-05"),
+        (["train.learning_rate=1e-6"], "1e-06 is far below what full fine-tuning usually takes"),
+        (["train.learning_rate=2e-4", "lora.rank=4"], None),
+        (["train.learning_rate=4e-3", "lora.rank=4"], None),
+        (["train.learning_rate=1e-2", "lora.rank=4"], "0.01 is far above what LoRA usually takes, 5e-05 to 0.001"),
+        (["train.learning_rate=1e-5", "lora.rank=4"], "1e-05 is far below what LoRA usually takes"),
+        (["train.learning_rate=1e-2", "train.optimizer=sgd"], None),  # of which nothing is known
+        (["train.learning_rate=1e-2", "model.name=builtin:tiny"], None),  # small models take more
+    ],
+)
+def test_unusual_learning_rates(write_recipe: WriteRecipe, overrides: list[str], said: str | None) -> None:
+    found = warnings(write_recipe(), "model.name=owner/some-8b", *overrides)
+
+    assert len(found) == (said is not None)
+    if said is not None:
+        assert f"train.learning_rate: {said}" in found[0]
+
+
+def test_the_default_rate_is_none_of_lora(write_recipe: WriteRecipe) -> None:
+    recipe = write_recipe(model={"name": "owner/some-8b"}, lora={"rank": 4}, train=None)
+    content = json.loads(recipe.read_text("utf-8"))
+    del content["train"]
+    recipe.write_text(json.dumps(content), encoding="utf-8")
+
+    [warning] = warnings(recipe)
+    assert "train.learning_rate: its default of 2e-05 is one for full fine-tuning" in warning
+    assert warnings(recipe, "train.learning_rate=2e-5") == []

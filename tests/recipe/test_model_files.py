@@ -1,5 +1,8 @@
+import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sft_recipes.errors import ModelError
@@ -42,3 +45,42 @@ def test_the_model_of_a_run_is_the_merged_one_where_there_is_one(tmp_path: Path)
 )
 def test_positions(config: dict[str, object], positions: int | None) -> None:
     assert model_files.positions(config) == positions
+
+
+def test_parameters_are_counted_from_the_headers(tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    assert model_files.parameters("builtin:tiny") == 869_504
+    assert model_files.parameters("owner/name") is None
+    (tmp_path / "config.json").write_text('{"model_type": "x"}')
+    assert model_files.parameters(str(tmp_path)) is None
+    for number, shape in enumerate([(3, 4), (5,)]):
+        save_file({"a": np.zeros(shape, np.float16)}, tmp_path / f"model-0000{number}-of-00002.safetensors")
+    assert model_files.parameters(str(tmp_path)) == 17
+    (tmp_path / "model-00003-of-00002.safetensors").write_bytes(b"\xff" * 20)
+    assert model_files.parameters(str(tmp_path)) is None
+
+
+def test_parameters_of_what_is_not_held_as_it_is_trained(tmp_path: Path) -> None:
+    shutil.copytree(model_files.BUILTIN / "tiny", tmp_path / "tiny")
+    for key in ("quantization_config", "text_config"):
+        content = json.loads((model_files.BUILTIN / "tiny" / "config.json").read_text()) | {key: {}}
+        (tmp_path / "tiny" / "config.json").write_text(json.dumps(content))
+        assert model_files.parameters(str(tmp_path / "tiny")) is None
+
+
+@pytest.mark.parametrize(
+    ("content", "ends"),
+    [
+        ('{"eos_token_id": 7}', [7]),
+        ('{"eos_token_id": [7, 8]}', [7, 8]),
+        ('{"eos_token_id": null}', []),
+        ("{", []),
+        ("[]", []),
+    ],
+)
+def test_end_tokens(tmp_path: Path, content: str, ends: list[int]) -> None:
+    (tmp_path / "generation_config.json").write_text(content)
+
+    assert model_files.end_tokens(str(tmp_path)) == ends
+    assert model_files.end_tokens("owner/name") == []
