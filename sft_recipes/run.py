@@ -56,6 +56,7 @@ def run(
             data = prepare.prepare(recipe, tokens.of_transformers(tokenizer), cached=cached)
         model.set_chat_template(tokenizer, data)
         words.say(console, data.lines())
+        words.warn(console, [loaded.placed(line) for line in data.warnings])
 
         # What is trained
         network = model.load_model(recipe, tokenizer)
