@@ -50,6 +50,9 @@ from sft_recipes.training.preflight import Preflight
 from sft_recipes.training.samples import Samples, SampleWithoutValidation, questions
 
 
+_WRITING_FAILED = (OSError, RuntimeError, SafetensorError)  # RuntimeError is torch's own word for a full disk
+
+
 class Trainer(SFTTrainer):
     """SFTTrainer, but for what it leaves to chance: the weighting of the validation loss, the completeness of checkpoints
     and of what they hold, numbers that are not finite, and the end on request."""
@@ -167,11 +170,7 @@ class Trainer(SFTTrainer):
             error: Exception | None = None
             try:
                 phase()
-            except (
-                OSError,
-                RuntimeError,
-                SafetensorError,
-            ) as failed:  # torch's own word for a full disk is RuntimeError
+            except _WRITING_FAILED as failed:
                 error = failed
             if self.agree(error is not None):
                 error = error or OSError("another process could not write")
@@ -440,10 +439,12 @@ def train(trainer: Trainer, checkpoint: Path | None) -> None:
     except SFTRecipeError:
         raise
     except Exception as error:
-        step = trainer.state.global_step
+        step, rows = trainer.state.global_step, "its rows cannot be told"
+        with suppress(Exception):  # what failed may be what is asked
+            rows = trainer.rows_in_words(step)
         raise RunError(
-            f"{run_dir}: training failed after step {step}: {_line(error)}{_memory_remedy(error)}; "
-            f"{trainer.rows_in_words(step)}, and {trainer.last_checkpoint_in_words()}"
+            f"{run_dir}: training failed after step {step}: {_line(error)}{_memory_remedy(error)}; {rows}, and "
+            f"{trainer.last_checkpoint_in_words()}"
         ) from error
     finally:
         for callback in trainer.callback_handler.callbacks:
