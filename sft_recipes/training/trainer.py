@@ -49,7 +49,6 @@ from sft_recipes.training.model import count_parameters, is_out_of_memory, keep_
 from sft_recipes.training.preflight import Preflight
 from sft_recipes.training.samples import Samples, SampleWithoutValidation, questions
 
-
 _WRITING_FAILED = (OSError, RuntimeError, SafetensorError)  # RuntimeError is torch's own word for a full disk
 
 
