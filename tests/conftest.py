@@ -67,6 +67,7 @@ def minimal(folder: Path) -> dict[str, Any]:
             "learning_rate": 1e-3,
             "mixed_precision": "no",
             "gradient_checkpointing": False,
+            "preflight": False,  # where it is not what is tested: it takes as long as these few steps
         },
         "output_dir": str(folder / "run"),
     }

@@ -64,7 +64,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
             folder = tmp_path_factory.mktemp(method)
             write_rows(folder / "train.jsonl")
             recipe = minimal(folder) | {"export": {"dtype": "bfloat16" if method == "full-bf16" else "float32"}}
-            recipe["train"] |= {"max_steps": 60, "learning_rate": 5e-3}
+            recipe["train"] |= {"max_steps": 60, "learning_rate": 5e-3, "preflight": True}
             for section, values in METHODS[method].items():
                 recipe[section] = recipe.get(section, {}) | values
             (folder / "recipe.json").write_text(json.dumps(recipe), encoding="utf-8")
@@ -226,7 +226,7 @@ def test_qlora(tmp_path: Path, quantization: str) -> None:
     write_rows(tmp_path / "train.jsonl")
     recipe = minimal(tmp_path) | {"lora": {"rank": 4}, "export": {"dtype": "float32"}}
     recipe["model"]["quantization"] = quantization
-    recipe["train"] |= {"max_steps": 20, "learning_rate": 5e-3, "mixed_precision": "bf16"}
+    recipe["train"] |= {"max_steps": 20, "learning_rate": 5e-3, "mixed_precision": "bf16", "preflight": True}
     (tmp_path / "r.json").write_text(json.dumps(recipe), encoding="utf-8")
     folder, said = run(tmp_path / "r.json")
 

@@ -70,7 +70,7 @@ def train(
 
 @pytest.mark.parametrize("name", RUNS)
 def test_stopped_again_and_again(write_recipe: WriteRecipe, tmp_path: Path, name: str) -> None:
-    """Stopped after its first step, in an epoch, at the end of one, and before the last; 9 steps and more than two epochs."""
+    """Stopped in an epoch and at the end of one; once also after the first step and before the last of 9."""
     recipe = write_recipe(log={"every": 4}, eval={"every": 3}, lora=None)
     overrides = [
         f"{part}.{key}={json.dumps(value)}" for part, keys in RUNS[name].items() for key, value in keys.items()
@@ -79,7 +79,7 @@ def test_stopped_again_and_again(write_recipe: WriteRecipe, tmp_path: Path, name
     whole = train(recipe, tmp_path / "whole", overrides)
     per_epoch = int(9 / metrics(tmp_path / "whole")[-1]["epoch"] + 0.5)
     assert per_epoch < 9
-    for step in sorted({1, 3, per_epoch, 8}):
+    for step in sorted({1, per_epoch, 8} if name == "LoRA" else {3, per_epoch}):
         with pytest.raises(
             Stopped, match=rf"stopped by SIGTERM after step {step} of 9; the last checkpoint is .*-{step}\n"
         ):
