@@ -101,3 +101,17 @@ def run(recipe: Path, *overrides: str, resume: bool = False, force: bool = False
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+
+
+def build(recipe: Path, folder: Path, *overrides: str, console: Console | None = None, stop: Any = None) -> Any:
+    """A trainer that is ready to run in a directory, without the rest of a run."""
+    from sft_recipes.data import prepare, tokens
+    from sft_recipes.recipe import load
+    from sft_recipes.training import model, trainer
+
+    wanted = load.load(recipe, overrides).recipe
+    folder.mkdir(exist_ok=True)
+    tokenizer = model.load_tokenizer(wanted.model)
+    data = prepare.prepare(wanted, tokens.of_transformers(tokenizer))
+    network = model.load_model(wanted, tokenizer)
+    return trainer.build(wanted, network, tokenizer, data, folder, console or Console(quiet=True), stop)

@@ -48,19 +48,12 @@ def recipe(folder: Path, method: str, **sections: Any) -> Path:
     return file
 
 
-def in_a_child(
-    act: Callable[[], object], *, kill_at: int | None = None, kill_after: float | None = None, under: Path
-) -> str:
-    """Do it in a forked process that is killed at its n-th file operation under a directory, or after some seconds.
-
-    Returns "done", "killed", or what went wrong.
-    """
+def forked(act: Callable[[], object]) -> tuple[int, int]:
+    """Do it in a forked process; its number, and a pipe from which "done" or what went wrong can be read."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reader)
-        if kill_at is not None:  # the kernel gets no chance to tidy up
-            at_each_operation(under, lambda number: os.kill(os.getpid(), signal.SIGKILL) if number == kill_at else None)
         try:
             act()
             said = "done"
@@ -69,6 +62,23 @@ def in_a_child(
         os.write(writer, said.encode())
         os._exit(0)
     os.close(writer)
+    return child, reader
+
+
+def in_a_child(
+    act: Callable[[], object], *, kill_at: int | None = None, kill_after: float | None = None, under: Path
+) -> str:
+    """Do it in a forked process that is killed at its n-th file operation under a directory, or after some seconds.
+
+    Returns "done", "killed", or what went wrong.
+    """
+
+    def watched() -> None:
+        if kill_at is not None:  # the kernel gets no chance to tidy up
+            at_each_operation(under, lambda number: os.kill(os.getpid(), signal.SIGKILL) if number == kill_at else None)
+        act()
+
+    child, reader = forked(watched)
     timer = threading.Timer(kill_after, os.kill, (child, signal.SIGKILL)) if kill_after is not None else None
     if timer:
         timer.start()

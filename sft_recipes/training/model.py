@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from json import JSONDecodeError
+from pickle import UnpicklingError
 from typing import Any
 
 import peft
@@ -88,6 +89,11 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, data: Prepared) -> Non
         "data.template: its chat template does not give the prompt that is trained on: "
         f"{tokenizer.decode(rendered)[:80]!r} instead of {tokenizer.decode(data.prompt.ids)[:80]!r}"
     )
+
+
+def tokenizer_bytes(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Size of its tokenizer.json."""
+    return len(tokenizer.backend_tokenizer.to_str(pretty=True).encode())
 
 
 # --- Model -----------------------------------------------------------------------------------------------------------
@@ -286,3 +292,13 @@ def as_model_error(model: str, what: str) -> Iterator[None]:
 def is_out_of_memory(error: Exception) -> bool:
     """Of a device, which torch has a type for, or of the host, for which its CPU allocator has only words."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def reason_of(error: Exception) -> str:
+    """What a library's error says, in one line."""
+    if isinstance(error, UnpicklingError):  # torch's own words advise to read it all the same
+        return (
+            "a file of the checkpoint holds more than tensors and numbers, or is damaged; as it could run code, it was not "
+            "read; remove that checkpoint to continue from the one before it"
+        )
+    return " ".join(str(error).split())[:400] or type(error).__name__

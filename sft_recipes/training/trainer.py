@@ -1,14 +1,12 @@
 """SFTTrainer, made ready and run. The only file that imports trl."""
 
-import json
 import math
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import datasets
@@ -17,7 +15,6 @@ import torch
 from accelerate.utils import gather_object
 from datasets.table import InMemoryTable
 from rich.console import Console
-from safetensors import SafetensorError
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -31,7 +28,6 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
-from sft_recipes import files
 from sft_recipes.data.prepare import Prepared
 from sft_recipes.data.sequences import IGNORED, Sequences
 from sft_recipes.errors import RecipeError, RunError, SFTRecipeError, Stopped
@@ -45,16 +41,23 @@ from sft_recipes.training import checkpoints, preflight
 from sft_recipes.training.arguments import padding_free, sft_config
 from sft_recipes.training.guards import Finite, Stops
 from sft_recipes.training.logging import Display, Metrics, trackers
-from sft_recipes.training.model import count_parameters, is_out_of_memory, keep_trainable_in_float32
+from sft_recipes.training.model import (
+    count_parameters,
+    is_out_of_memory,
+    keep_trainable_in_float32,
+    reason_of,
+    tokenizer_bytes,
+)
 from sft_recipes.training.preflight import Preflight
 from sft_recipes.training.samples import Samples, SampleWithoutValidation, questions
+from sft_recipes.training.saving import Saving
 
-_WRITING_FAILED = (OSError, RuntimeError, SafetensorError)  # RuntimeError is torch's own word for a full disk
+_ROWS = 20  # that are named in an error
 
 
-class Trainer(SFTTrainer):
+class Trainer(Saving, SFTTrainer):
     """SFTTrainer, but for what it leaves to chance: the weighting of the validation loss, the completeness of checkpoints
-    and of what they hold, numbers that are not finite, and the end on request."""
+    (Saving), numbers that are not finite, and the end on request."""
 
     samples: Samples | None = None
     preflight: Preflight | None = None  # None where the recipe goes without
@@ -66,8 +69,6 @@ class Trainer(SFTTrainer):
         self.losses: list[torch.Tensor] = []  # of the micro-batches of this step
         self.grad_norm: torch.Tensor | float = 0.0  # of this step
         self.skipped_steps = 0
-        self.saved: Path | None = None  # the last complete checkpoint
-        self.best: tuple[float | None, int | None] = (None, None)  # validation loss and step of the best one
         self.stopped = False  # on request
         # TRL gathers sums, of which nothing is to be cut off at the end of an epoch; else its averages over several processes
         # depend on where the run was resumed.
@@ -119,133 +120,6 @@ class Trainer(SFTTrainer):
         places = [place for source in self.rows.places(chain.from_iterable(chosen)) for place in source.values()]
         more = f" and {len(places) - _ROWS:,} more" if len(places) > _ROWS else ""
         return f"it was at {', '.join(places[:_ROWS])}{more}"
-
-    # --- Checkpoints ---
-
-    def _save_checkpoint(self, model: Any = None, trial: Any = None) -> None:
-        """All that an exact continuation takes, complete or not there."""
-        folder, state = checkpoints.place(self.run_dir, self.state.global_step), self.state
-        best_before = state.best_model_checkpoint
-        if state.best_global_step == state.global_step:
-            state.best_model_checkpoint = str(folder)
-        self.store_flos()
-        error = self._write(folder)
-        if error is not None:
-            state.best_model_checkpoint = best_before
-            state.best_metric, state.best_global_step = self.best
-            self._not_saved(folder, error)
-            return
-        self.saved, self.best = folder, (state.best_metric, state.best_global_step)
-        best = Path(state.best_model_checkpoint) if state.best_model_checkpoint else None
-        if self.is_world_process_zero():
-            checkpoints.rotate(folder, self.recipe.checkpoint.keep, best)
-
-    def _write(self, folder: Path) -> Exception | None:
-        """Write a checkpoint; what went wrong, here or in another process, and then there is none."""
-        main = self.is_world_process_zero()
-        partial_folder = folder.with_name(f".{folder.name}.partial")
-
-        def begin() -> None:
-            if main:
-                files.remove(folder)  # passed over when the run was resumed
-                whole.enter_context(files.complete_or_not_there(folder))
-
-        def write() -> None:
-            self.save_model(str(partial_folder), _internal_call=True)
-            self._save_optimizer_and_scheduler(str(partial_folder))
-            self._save_scaler(str(partial_folder))
-            self._save_rng_state(str(partial_folder))
-            files.write_json(partial_folder / self._running_file, self._running())
-
-        def end() -> None:
-            if main:
-                (partial_folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
-                self.state.save_to_json(str(partial_folder / "trainer_state.json"))
-                files.seal(partial_folder)
-                whole.close()
-
-        whole = ExitStack()
-        for phase in (begin, write, end):
-            error: Exception | None = None
-            try:
-                phase()
-            except _WRITING_FAILED as failed:
-                error = failed
-            if self.agree(error is not None):
-                error = error or OSError("another process could not write")
-                with suppress(OSError):
-                    whole.__exit__(type(error), error, None)
-                return error
-        return None
-
-    def _not_saved(self, folder: Path, error: Exception) -> None:
-        trained, tokenizer = count_parameters(self.model)[1], _bytes_of(self.processing_class)
-        lacking = disk.lacking(self.run_dir, disk.of_checkpoint(self.recipe, trained, tokenizer))
-        line = f"{folder}: not saved: {_line(error)}{lacking}; {self.last_checkpoint_in_words()}"
-        if self.recipe.checkpoint.on_failure == "stop":
-            raise RunError(f"{line}; {'make room, and ' if lacking else ''}continue with --resume") from error
-        self.warn(f"{line}; the run goes on")
-
-    def last_checkpoint_in_words(self) -> str:
-        return f"the last checkpoint is {self.saved}" if self.saved else "there is no checkpoint yet"
-
-    @property
-    def _running_file(self) -> str:
-        return f"running_{self.args.process_index}.json"
-
-    def _running(self) -> dict[str, Any]:
-        """The averages that are being taken, which transformers and TRL forget: the loss is logged every so many steps."""
-        return {
-            "loss": self._tr_loss.item(),
-            "steps": self.state.global_step - self._globalstep_last_logged,
-            "averages": dict(self._metrics["train"]),
-            "tokens": self._total_train_tokens,
-            "skipped_steps": self.skipped_steps,
-        }
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        """The last that is restored before the first step: random states, and here the running averages too."""
-        super()._load_rng_state(checkpoint)
-        if checkpoint is None:
-            return
-        file = Path(checkpoint) / self._running_file
-        if file.is_file():  # not where the number of processes is another
-            running = json.loads(file.read_text(encoding="utf-8"))
-            self._tr_loss.fill_(running["loss"])
-            self._globalstep_last_logged = self.state.global_step - running["steps"]
-            self._metrics["train"].update(running["averages"])
-            self._total_train_tokens, self.skipped_steps = running["tokens"], running["skipped_steps"]
-
-    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        trained = super()._init_training_state(*args, **kwargs)
-        if self.state.best_global_step:  # by its step: the run directory may have been moved
-            best = checkpoints.place(self.run_dir, self.state.best_global_step)
-            fault = files.fault(best) if best.is_dir() else "it is missing"
-            self.state.best_model_checkpoint = None if fault else str(best)
-            if fault:
-                self.state.best_metric = self.state.best_global_step = None
-                self.warn(
-                    f"{best}, with the lowest validation loss so far, cannot be used: {fault}; a later one will be"
-                )
-        self.best = (self.state.best_metric, self.state.best_global_step)
-        return trained
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Where a run is resumed after its last step, transformers 5.23 would make one more."""
-        if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(*args, **kwargs)
-        else:
-            self.control.should_training_stop = True
-
-    def _load_best_model(self) -> None:
-        if self.stopped:
-            return
-        best = Path(self.state.best_model_checkpoint)
-        if fault := files.fault(best):
-            raise RunError(
-                f"{best}: the best checkpoint cannot be exported: {fault}; --resume exports the last step instead"
-            )
-        super()._load_best_model()
 
     # --- Validation ---
 
@@ -301,7 +175,7 @@ def build(
     stop: Stop | None = None,
 ) -> Trainer:
     """A trainer that is ready to run. Raises OutputError where the run would not fit on the disk."""
-    disk.check_room(recipe, run_dir, *count_parameters(model), _bytes_of(tokenizer))
+    disk.check_room(recipe, run_dir, *count_parameters(model), tokenizer_bytes(tokenizer))
     steps = count(recipe, len(data.train))
     keep_seq_lengths = padding_free(recipe)
     display = Display(console)
@@ -359,10 +233,6 @@ def build(
         if data.eval is None:
             trainer.add_callback(SampleWithoutValidation(trainer, steps.every(recipe.eval.every)))
     return trainer
-
-
-def _bytes_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    return len(tokenizer.backend_tokenizer.to_str(pretty=True).encode())
 
 
 def _check_room_for_answers(recipe: Recipe, trainer: Trainer) -> None:
@@ -442,7 +312,7 @@ def train(trainer: Trainer, checkpoint: Path | None) -> None:
         with suppress(Exception):  # what failed may be what is asked
             rows = trainer.rows_in_words(step)
         raise RunError(
-            f"{run_dir}: training failed after step {step}: {_line(error)}{_memory_remedy(error)}; {rows}, and "
+            f"{run_dir}: training failed after step {step}: {reason_of(error)}{_memory_remedy(error)}; {rows}, and "
             f"{trainer.last_checkpoint_in_words()}"
         ) from error
     finally:
@@ -468,8 +338,8 @@ def _as_recipe_error(what: str) -> Iterator[None]:
         raise
     except (ImportError, TypeError, ValueError, RuntimeError) as error:
         if is_out_of_memory(error):
-            raise RunError(f"out of memory before the first step: {_line(error)}{_memory_remedy(error)}") from error
-        raise RecipeError(f"{what}: {_line(error)}") from error
+            raise RunError(f"out of memory before the first step: {reason_of(error)}{_memory_remedy(error)}") from error
+        raise RecipeError(f"{what}: {reason_of(error)}") from error
 
 
 def _undisturbed(loader: Any) -> Any:
@@ -484,18 +354,6 @@ def _deaf(then: Callable[[int], None] | None, worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     if then is not None:
         then(worker)
-
-
-_ROWS = 20  # that are named
-
-
-def _line(error: Exception) -> str:
-    if isinstance(error, UnpicklingError):  # torch's own words advise to read it all the same
-        return (
-            "a file of the checkpoint holds more than tensors and numbers, or is damaged; as it could run code, it was not "
-            "read; remove that checkpoint to continue from the one before it"
-        )
-    return " ".join(str(error).split())[:400] or type(error).__name__
 
 
 def _memory_remedy(error: Exception) -> str:

@@ -11,10 +11,11 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.kills import outcome, recipe, start
+from tests.kills import forked, outcome, recipe, start
 
 
 def both(act: Callable[[int], object]) -> list[str]:
@@ -22,22 +23,13 @@ def both(act: Callable[[int], object]) -> list[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    pipes = []
-    for rank in (0, 1):
-        reader, writer = os.pipe()
-        if os.fork() == 0:
-            os.close(reader)
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            try:
-                act(rank)
-                said = "done"
-            except BaseException as error:
-                said = f"{type(error).__name__}: {error}"
-            os.write(writer, said.encode())
-            os._exit(0)
-        os.close(writer)
-        pipes.append(reader)
+
+    def one(rank: int) -> None:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        act(rank)
+
+    pipes = [forked(partial(one, rank))[1] for rank in (0, 1)]
     said = []
     for reader in pipes:
         with os.fdopen(reader, "rb") as stream:

@@ -12,12 +12,10 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from sft_recipes import files
-from sft_recipes.data import prepare, tokens
 from sft_recipes.errors import RunError
 from sft_recipes.planning import disk
-from sft_recipes.recipe import load
 from sft_recipes.training import checkpoints, model, trainer
-from tests.conftest import WriteRecipe, metrics, run
+from tests.conftest import WriteRecipe, build, metrics, run
 from tests.test_files import no_file_over
 
 
@@ -84,15 +82,6 @@ def test_rotation(tmp_path: Path, keep: int, best: int | None, left: list[int]) 
     checkpoints.rotate(checkpoints.place(tmp_path, 8), keep, checkpoints.place(tmp_path, best) if best else None)
 
     assert names(tmp_path) == sorted(f"checkpoint-{step}" for step in {*left, 12})
-
-
-def build(recipe: Path, folder: Path, *overrides: str, console: Console | None = None) -> trainer.Trainer:
-    wanted = load.load(recipe, overrides).recipe
-    folder.mkdir(exist_ok=True)
-    tokenizer = model.load_tokenizer(wanted.model)
-    data = prepare.prepare(wanted, tokens.of_transformers(tokenizer))
-    network = model.load_model(wanted, tokenizer)
-    return trainer.build(wanted, network, tokenizer, data, folder, console or Console(quiet=True))
 
 
 def fill_the_disk(sft: trainer.Trainer, at: int) -> None:
@@ -170,7 +159,7 @@ def test_the_room_that_is_looked_for_is_that_of_a_checkpoint(
     sft = build(write_recipe(checkpoint={"every": 3}, data={"eval": None}), tmp_path / "run", *overrides)
     trainer.train(sft, None)
     there = sum(file.stat().st_size for file in checkpoints.place(tmp_path / "run", 3).iterdir())
-    trained, tokenizer = model.count_parameters(sft.model)[1], trainer._bytes_of(sft.processing_class)
+    trained, tokenizer = model.count_parameters(sft.model)[1], model.tokenizer_bytes(sft.processing_class)
 
     assert 0.9 * there < disk.of_checkpoint(sft.recipe, trained, tokenizer) < 1.2 * there + disk._CONFIGS
 

@@ -9,23 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
-from sft_recipes.data import prepare, tokens
 from sft_recipes.errors import RunError
-from sft_recipes.recipe import load
-from sft_recipes.training import checkpoints, guards, model, trainer
-from tests.conftest import WriteRecipe, metrics
+from sft_recipes.training import checkpoints, guards, trainer
+from tests.conftest import WriteRecipe, build, metrics
 
 Bad = Callable[[trainer.Trainer, int], bool]
-
-
-def build(recipe: Path, folder: Path, *overrides: str) -> trainer.Trainer:
-    wanted = load.load(recipe, overrides).recipe
-    folder.mkdir(exist_ok=True)
-    tokenizer = model.load_tokenizer(wanted.model)
-    data = prepare.prepare(wanted, tokens.of_transformers(tokenizer))
-    return trainer.build(wanted, model.load_model(wanted, tokenizer), tokenizer, data, folder, Console(quiet=True))
 
 
 def spoil_losses(sft: trainer.Trainer, bad: Bad, value: float = float("nan")) -> list[list[dict[str, Any]]]:

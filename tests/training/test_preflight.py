@@ -9,8 +9,7 @@ from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
 from sft_recipes.errors import ModelError, RunError
 from sft_recipes.training import preflight, trainer
-from tests.conftest import WriteRecipe, metrics, run, write_rows
-from tests.training.test_checkpoints import build
+from tests.conftest import WriteRecipe, build, metrics, run, write_rows
 
 ON = {"preflight": True}
 TINY = Path(__file__).parents[2] / "sft_recipes" / "builtin" / "tiny"

@@ -9,15 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
 
-from sft_recipes.data import prepare, tokens
 from sft_recipes.errors import Stopped
 from sft_recipes.recipe import load
 from sft_recipes.stopping import Stop, on_request
 from sft_recipes.training import checkpoints, model, trainer
-from tests.conftest import WriteRecipe, metrics
+from tests.conftest import WriteRecipe, build, metrics
 
 # 18 training rows: with these lengths 7 sequences packed at 128, 9 steps of 2 an epoch where each row is alone.
 LORA = {"lora": {"rank": 2, "dropout": 0.1}}
@@ -47,15 +45,11 @@ def train(
     recipe: Path, folder: Path, overrides: Sequence[str], *, stop_at: int | None = None
 ) -> dict[str, torch.Tensor]:
     """Train in a directory from its newest checkpoint, up to a SIGTERM in the given step or to the end; the weights."""
-    wanted = load.load(recipe, overrides).recipe
     folder.mkdir(exist_ok=True)
-    tokenizer = model.load_tokenizer(wanted.model)
-    data = prepare.prepare(wanted, tokens.of_transformers(tokenizer))
-    network = model.load_model(wanted, tokenizer)
     checkpoint, passed_over = checkpoints.newest(folder)
     assert passed_over == []
     with on_request(None, "again") as stop:
-        sft = trainer.build(wanted, network, tokenizer, data, folder, Console(quiet=True), stop)
+        sft = build(recipe, folder, *overrides, stop=stop)
         step = sft.training_step
 
         def training_step(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -114,14 +108,10 @@ def test_the_best_is_not_fetched_where_the_run_is_stopped(write_recipe: WriteRec
     recipe = write_recipe(
         eval={"every": 1}, checkpoint={"every": 1, "export_best": True}, train={"max_steps": 9, "learning_rate": 5}
     )
-    wanted = load.load(recipe, []).recipe
-    tokenizer = model.load_tokenizer(wanted.model)
-    data = prepare.prepare(wanted, tokens.of_transformers(tokenizer))
-    network = model.load_model(wanted, tokenizer)
 
     def stopped() -> trainer.Trainer:
         stop = Stop()
-        sft = trainer.build(wanted, network, tokenizer, data, tmp_path, Console(quiet=True), stop)
+        sft = build(recipe, tmp_path, stop=stop)
         save = sft._save_checkpoint
 
         def asked(*args: Any) -> None:
@@ -143,9 +133,8 @@ def test_the_best_is_not_fetched_where_the_run_is_stopped(write_recipe: WriteRec
 def test_the_recipe_is_as_it_was_when_the_trainer_is_made(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     """PEFT changes the lists that it is given."""
     for layers in (["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]):
-        wanted = load.load(
-            write_recipe(lora={"rank": 2, "modules_to_save": layers, "target_modules": ["q_proj"]}), []
-        ).recipe
+        recipe = write_recipe(lora={"rank": 2, "modules_to_save": layers, "target_modules": ["q_proj"]})
+        wanted = load.load(recipe, []).recipe
         before = json.dumps(wanted.resolved())
         model.load_model(wanted, model.load_tokenizer(wanted.model))
         assert json.dumps(wanted.resolved()) == before
@@ -166,14 +155,11 @@ def test_prompts_without_validation_are_answered_once_a_step(write_recipe: Write
 
 def test_a_signal_after_the_last_step_is_saved(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     """While the best checkpoint is read: it ends, and is resumed to the export."""
-    wanted = load.load(write_recipe(checkpoint={"every": 1, "export_best": True}), []).recipe
-    tokenizer = model.load_tokenizer(wanted.model)
-    data = prepare.prepare(wanted, tokens.of_transformers(tokenizer))
-    network = model.load_model(wanted, tokenizer)
+    recipe = write_recipe(checkpoint={"every": 1, "export_best": True})
 
     def stopped() -> None:
         with on_request(None, "") as stop:
-            sft = trainer.build(wanted, network, tokenizer, data, tmp_path, Console(quiet=True), stop)
+            sft = build(recipe, tmp_path, stop=stop)
             read = sft._load_best_model
 
             def interrupted() -> None:
@@ -188,12 +174,8 @@ def test_a_signal_after_the_last_step_is_saved(write_recipe: WriteRecipe, tmp_pa
 
 
 def test_after_a_time(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    wanted = load.load(write_recipe(), []).recipe
-    tokenizer = model.load_tokenizer(wanted.model)
-    data = prepare.prepare(wanted, tokens.of_transformers(tokenizer))
-    sft = trainer.build(
-        wanted, model.load_model(wanted, tokenizer), tokenizer, data, tmp_path, Console(quiet=True), Stop(after=0)
-    )
+    recipe = write_recipe()
+    sft = build(recipe, tmp_path, stop=Stop(after=0))
     with pytest.raises(Stopped, match=r"stopped after 0s after step 1 of 3; the last checkpoint is .*checkpoint-1$"):
         trainer.train(sft, None)
 
@@ -204,14 +186,11 @@ def test_after_a_time(write_recipe: WriteRecipe, tmp_path: Path) -> None:
 def test_a_signal_between_two_steps(write_recipe: WriteRecipe, tmp_path: Path, when: str) -> None:
     """It does not take another step to be heard."""
     every = 2 if when == "_save_checkpoint" else None
-    wanted = load.load(write_recipe(eval={"every": 2}, checkpoint={"every": every}), []).recipe
-    tokenizer = model.load_tokenizer(wanted.model)
-    data = prepare.prepare(wanted, tokens.of_transformers(tokenizer))
-    network = model.load_model(wanted, tokenizer)
+    recipe = write_recipe(eval={"every": 2}, checkpoint={"every": every})
 
     def stopped() -> None:
         with on_request(None, "") as stop:
-            sft = trainer.build(wanted, network, tokenizer, data, tmp_path, Console(quiet=True), stop)
+            sft = build(recipe, tmp_path, stop=stop)
             act = getattr(sft, when)
 
             def interrupted(*args: Any, **kwargs: Any) -> Any:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from torch.nn.functional import cross_entropy
 from transformers import (
     AutoTokenizer,
@@ -19,11 +18,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from sft_recipes.data import prepare, tokens
 from sft_recipes.errors import RecipeError, RunError
-from sft_recipes.recipe import load
 from sft_recipes.report import page
-from sft_recipes.training import model, trainer
+from sft_recipes.training import trainer
+from tests import conftest
 from tests.conftest import ROWS, WriteRecipe, metrics, run, write_rows
 
 TINY = Path(__file__).parents[2] / "sft_recipes" / "builtin" / "tiny"
@@ -46,12 +44,7 @@ class Gradients(TrainerCallback):
 
 
 def build(recipe: Path, *overrides: str) -> trainer.Trainer:
-    wanted = load.load(recipe, overrides).recipe
-    tokenizer = model.load_tokenizer(wanted.model)
-    data = prepare.prepare(wanted, tokens.of_transformers(tokenizer))
-    folder = recipe.parent / "built"
-    folder.mkdir(exist_ok=True)
-    return trainer.build(wanted, model.load_model(wanted, tokenizer), tokenizer, data, folder, Console(quiet=True))
+    return conftest.build(recipe, recipe.parent / "built", *overrides)
 
 
 @pytest.mark.parametrize("packing", ["none", "bfd"])
