@@ -18,6 +18,23 @@ from sft_recipes.errors import OutputError
 MANIFEST = "manifest.json"  # in a sealed directory: size and SHA-256 of every file in it
 
 
+def make(folder: Path) -> list[Path]:
+    """Make a directory with its parents; those that were not there, the innermost first."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    return made
+
+
+def unmake(made: list[Path]) -> None:
+    """Remove the first of these directories with all that is in it, and those around it where they are empty then: another
+    process may have begun to use them."""
+    if made:
+        shutil.rmtree(made[0], ignore_errors=True)
+    with contextlib.suppress(OSError):
+        for parent in made[1:]:
+            parent.rmdir()
+
+
 @contextmanager
 def complete_or_not_there(out: Path) -> Iterator[Path]:
     """A directory to write to, which gets the name `out` once all is written, and is removed if that fails.
@@ -26,7 +43,7 @@ def complete_or_not_there(out: Path) -> Iterator[Path]:
     owner alone read what it writes. Raises OutputError where another process is writing it.
     """
     partial = out.with_name(f".{out.name}.partial")
-    partial.mkdir(parents=True, exist_ok=True)
+    made = make(partial)
     held = os.open(partial, os.O_RDONLY)
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed, or this process has ended
@@ -47,7 +64,7 @@ def complete_or_not_there(out: Path) -> Iterator[Path]:
         partial.rename(out)
         _to_disk(out.parent)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        unmake(made or [partial])
         raise
     finally:
         os.close(held)

@@ -63,16 +63,8 @@ def run(
         words.say(console, trainer.facts(recipe, sft))
         counted = data.as_dict() | {"steps": sft.args.max_steps, "sequences_per_step": recipe.sequences_per_step}
         if ranks.is_main():
-            run_folder.describe(
-                folder,
-                recipe_file,
-                recipe,
-                counted,
-                prepare.fingerprints(recipe),
-                trainer.device(),
-                checkpoint,
-                changes,
-            )
+            used = trainer.used(sft) | {"data": prepare.fingerprints(recipe)}
+            run_folder.describe(folder, recipe_file, recipe, counted, used, checkpoint, changes)
 
         # The training itself
         trainer.train(sft, checkpoint)

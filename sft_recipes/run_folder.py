@@ -3,7 +3,6 @@
 import importlib.metadata
 import json
 import platform
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -60,9 +59,8 @@ def opened(output_dir: str, *, resume: bool, main: bool = True) -> Iterator[Path
         return
     if problem := in_the_way(output_dir, resume=resume):
         raise OutputError(problem)
-    made = next((parent for parent in reversed([folder, *folder.parents]) if not parent.exists()), None)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        made = files.make(folder)
     except OSError as error:
         raise OutputError(
             f"output_dir: {folder} cannot be made: {error.strerror}; choose another with --set output_dir=DIR"
@@ -73,14 +71,19 @@ def opened(output_dir: str, *, resume: bool, main: bool = True) -> Iterator[Path
             yield folder
     except (InputError, KeyboardInterrupt):
         if not held and not (folder / MANIFEST).exists():
-            shutil.rmtree(made or folder, ignore_errors=True)
-            if made is None:
+            files.unmake(made or [folder])
+            if not made:
                 folder.mkdir()
         raise
 
 
 def _held(folder: Path) -> list[str]:
-    return sorted(child.name for child in folder.iterdir()) if folder.is_dir() else []
+    try:
+        return sorted(child.name for child in folder.iterdir()) if folder.is_dir() else []
+    except OSError as error:
+        raise OutputError(
+            f"output_dir: {folder} cannot be read: {error.strerror}; choose another with --set output_dir=DIR"
+        ) from None
 
 
 def changes(folder: Path, recipe: Recipe, fingerprints: dict[str, str], *, force: bool) -> list[str]:
@@ -135,18 +138,18 @@ def describe(
     folder: Path,
     recipe_file: str,
     recipe: Recipe,
-    data: dict[str, Any],
-    fingerprints: dict[str, str],
-    device: Any,
+    counted: dict[str, Any],
+    used: dict[str, Any],
     checkpoint: Path | None,
     forced: list[str],
 ) -> None:
     """Write down what is run: recipe.resolved.json, data.json, and last manifest.json, with which the run has begun.
 
+    `counted` goes to data.json, `used` (device, attention, fingerprints of the data, what the preflight found) to the manifest.
     Of a run that is resumed the manifest stays, and says how it went on.
     """
     command = [secrets.redacted(word) for word in sys.argv]
-    now = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "command": command, "device": device}
+    now = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "command": command, **used}
     if checkpoint is not None:
         manifest = _json(folder / MANIFEST)
         manifest.setdefault("resumed", []).append(now | {"from": checkpoint.name, "changes": forced})
@@ -156,13 +159,12 @@ def describe(
         manifest = now | {
             "recipe": recipe_file,
             "seed": recipe.train.seed,
-            "data": fingerprints,
             "platform": platform.platform(),
             "versions": versions(),
             "git_commit": _git_commit(),
         }
     files.write_json(folder / RESOLVED, recipe.resolved())
-    files.write_json(folder / "data.json", data)
+    files.write_json(folder / "data.json", counted)
     files.write_json(folder / MANIFEST, manifest)
 
 

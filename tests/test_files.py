@@ -42,6 +42,19 @@ def test_a_name_is_given_only_to_what_is_complete(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
+def test_parents_that_were_made_go_with_what_failed(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="disk"), files.complete_or_not_there(tmp_path / "a" / "b" / "m"):
+        raise OSError("disk full")
+
+    assert list(tmp_path.iterdir()) == []
+
+    with pytest.raises(OSError, match="disk"), files.complete_or_not_there(tmp_path / "a" / "b" / "m"):  # noqa: PT012
+        with files.complete_or_not_there(tmp_path / "a" / "other"):  # of another process
+            pass
+        raise OSError("disk full")
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["a", "a/other"]
+
+
 def test_all_of_it_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
     sync, rename = os.fsync, Path.rename

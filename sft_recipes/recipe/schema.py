@@ -155,6 +155,8 @@ class Train(_Section):
     """Recompute activations in the backward pass to save memory; N: of every Nth layer."""
     compile: bool = False
     """torch.compile the model."""
+    preflight: bool = True
+    """Try the model on the data before the first step: isolation, the longest micro-batch, gradients, the base."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Of the split, the order of the data, new weights and dropout."""
 

@@ -67,17 +67,18 @@ def write(folder: Path) -> None:
 
 def _write(folder: Path) -> None:
     metrics = read_metrics(folder)
+    written = {name: _json(folder / f"{name}.json") for name in ("recipe.resolved", "data", "manifest")}
+    facts, answers = _facts(metrics, written), samples(folder)[:_SAMPLES]
     with files.replaced(folder / "learning_curve.png") as partial:
         learning_curve(metrics, partial, folder.name)
-    written = {name: _json(folder / f"{name}.json") for name in ("recipe.resolved", "data", "manifest")}
     html = (
         Environment(autoescape=True)
         .from_string(_PAGE)
         .render(
             title=folder.name,
-            facts=_facts(metrics, written),
+            facts=facts,
             curve=base64.b64encode((folder / "learning_curve.png").read_bytes()).decode(),
-            samples=samples(folder)[:_SAMPLES],
+            samples=answers,
             data=json.dumps(written["data"], indent=2, ensure_ascii=False),
             recipe=json.dumps(written["recipe.resolved"], indent=2, ensure_ascii=False),
             manifest=json.dumps(written["manifest"], indent=2, ensure_ascii=False),

@@ -39,12 +39,12 @@ from sft_recipes.recipe import model_files
 from sft_recipes.recipe.check import TORCHAO
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.stopping import Stop
-from sft_recipes.training import checkpoints
+from sft_recipes.training import checkpoints, preflight
 from sft_recipes.training.arguments import padding_free, sft_config
 from sft_recipes.training.guards import Finite, Stops
 from sft_recipes.training.logging import Display, Metrics, trackers
 from sft_recipes.training.model import count_parameters, is_out_of_memory, keep_trainable_in_float32
-from sft_recipes.training.preflight import check_isolation
+from sft_recipes.training.preflight import Preflight
 from sft_recipes.training.samples import Samples, SampleWithoutValidation, questions
 
 
@@ -53,6 +53,7 @@ class Trainer(SFTTrainer):
     and of what they hold, numbers that are not finite, and the end on request."""
 
     samples: Samples | None = None
+    preflight: Preflight | None = None  # None where the recipe goes without
     aux_loss_enabled: bool  # SFTTrainer's own: whether a mixture of experts also learns to balance them
 
     def set_up(self, recipe: Recipe, run_dir: Path, rows: Sequences, warn: Callable[[str], None], stop: Stop) -> None:
@@ -311,14 +312,16 @@ def build(
     if recipe.train.optimizer in TORCHAO and not torch.cuda.is_available():
         # torchao compiles its step, which on a CPU takes a C++ compiler and minutes.
         torch.compiler.set_stance("force_eager")
-    if keep_seq_lengths:
-        with _as_recipe_error(f"model.name: {recipe.model.name}: it cannot run on the first rows"):
-            check_isolation(trainer)
     # Made here rather than with the first step, so that a name that cannot be used costs nothing.
     with _as_recipe_error(f"train.optimizer: {recipe.train.optimizer}"):
         trainer.create_optimizer()
     with _as_recipe_error(f"train.lr_scheduler: {recipe.train.lr_scheduler} (trl.lr_scheduler_kwargs sets it up)"):
         trainer.create_scheduler(steps.total)
+    if recipe.train.preflight:
+        with _as_recipe_error(f"model.name: {recipe.model.name}: it cannot run on the data"):
+            trainer.preflight = preflight.examine(trainer, packed=keep_seq_lengths)
+        for warning in trainer.preflight.warnings:
+            warn(warning)
     if recipe.checkpoint.export_best:
         # Set after construction, where transformers would ask that checkpoints fall on evaluations: _SaveBest sees to that.
         trainer.args.load_best_model_at_end = True
@@ -350,14 +353,40 @@ def facts(recipe: Recipe, trainer: Trainer) -> list[str]:
     """What is about to run, in words."""
     total, trained = count_parameters(trainer.model)
     method = "full fine-tuning" if recipe.lora is None else "QLoRA" if recipe.model.quantization else "LoRA"
-    steps = trainer.args.max_steps
-    return [
+    steps, layers = trainer.args.max_steps, recipe.train.gradient_checkpointing
+    recomputed = "off" if not layers else "every layer" if layers in (True, 1) else f"every {layers} layers"
+    micro, accumulation, world = recipe.train.micro_batch_size, recipe.accumulation, trainer.args.world_size
+    processes = f" x {world} processes" if world > 1 else ""
+    lines = [
         f"model: {recipe.model.name}, {method}, {trained:,} of {total:,} parameters trained ({trained / total:.2%}), "
         f"weights in {recipe.model.quantization or recipe.model.dtype}, "
         f"attention {trainer.model.config._attn_implementation}, on {device()['name']}",
-        f"steps: {steps:,} of {recipe.sequences_per_step} sequences, {int(trainer.args.warmup_steps):,} of them warmup, "
-        f"{recipe.train.lr_scheduler} to a learning rate of {recipe.train.learning_rate:g}, {recipe.train.optimizer}",
+        f"steps: {steps:,} of {recipe.sequences_per_step} sequences ({micro} x {accumulation} accumulated{processes}), "
+        f"{int(trainer.args.warmup_steps):,} of them warmup, {recipe.train.lr_scheduler} to a learning rate of "
+        f"{recipe.train.learning_rate:g}, {recipe.train.optimizer}, mixed precision {recipe.train.mixed_precision}, "
+        f"gradient checkpointing {recomputed}",
     ]
+    if trainer.preflight is not None:
+        found = trainer.preflight.figures
+        lines.append(
+            f"preflight: {found['seconds']} s; the longest micro-batch, of {found['longest']['tokens']:,} tokens, trains in "
+            f"{found['longest']['peak_gib']:.1f} GiB; loss of the base {found['base']['loss']:.2f} a token, shuffled "
+            f"{found['base']['loss_of_shuffled_tokens']:.2f}"
+        )
+        if found.get("isolation"):
+            lines[-1] += "; packed documents do not see each other"
+    return lines
+
+
+def used(trainer: Trainer) -> dict[str, Any]:
+    """What a run takes beyond its recipe, and what was found before its first step, for the manifest."""
+    total, trained = count_parameters(trainer.model)
+    return {
+        "device": device(),
+        "attention": trainer.model.config._attn_implementation,
+        "parameters": {"all": total, "trained": trained},
+        "preflight": trainer.preflight.figures if trainer.preflight else "skipped",
+    }
 
 
 def device() -> dict[str, Any]:

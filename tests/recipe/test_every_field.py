@@ -52,6 +52,7 @@ SHOWN_BY = {
     "train.optimizer": "training/test_training.py::test_stochastic_rounding_moves_weights_that_rounding_leaves",
     "train.gradient_checkpointing": "training/test_training.py::test_checkpointing_changes_nothing_but_memory",
     "train.compile": "training/test_trainer.py::test_a_field_moves_what_it_means",
+    "train.preflight": "training/test_preflight.py::test_what_it_looked_at_is_written_down",
     "train.seed": "training/test_training.py::test_seeds_decide",
     "eval.every": "training/test_training.py::test_validation_before_the_first_step_and_at_the_end",
     "eval.generate": "test_run.py::test_prompts_answered_with_what_is_expected",

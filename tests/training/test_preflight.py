@@ -1,11 +1,16 @@
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
-from sft_recipes.errors import ModelError
-from tests.conftest import WriteRecipe, run, write_rows
+from sft_recipes.errors import ModelError, RunError
+from sft_recipes.training import preflight, trainer
+from tests.conftest import WriteRecipe, metrics, run, write_rows
+from tests.training.test_checkpoints import build
 
 TINY = Path(__file__).parents[2] / "sft_recipes" / "builtin" / "tiny"
 
@@ -60,3 +65,124 @@ def test_a_model_that_does_not_leak_passes(write_recipe: WriteRecipe, mixed_prec
     )
 
     assert (folder / "model").is_dir()
+
+
+WAYS: dict[str, list[str]] = {
+    "full": [],
+    "LoRA": ["lora={'rank': 2, 'dropout': 0.1}"],
+    "QLoRA": ["lora={'rank': 2, 'dropout': 0.1}", "model.quantization=nf4", "train.mixed_precision=bf16"],
+    "embeddings": ["lora={'rank': 2, 'modules_to_save': ['embed_tokens']}"],
+    "new tokens": ["lora={'rank': 2}", "model.new_tokens=[<a>]"],
+    "padded": ["data.packing=none"],
+    "checkpointed": ["lora={'rank': 2, 'dropout': 0.1}", "train.gradient_checkpointing=true"],
+    "stochastic rounding": ["model.dtype=bfloat16", "train.optimizer=adamw_8bit_sr", "train.mixed_precision=bf16"],
+    **{
+        name: [f"train.optimizer={name}"]
+        for name in ("adamw_torch", "adamw_bnb_8bit", "lion_8bit", "adafactor", "sgd", "rmsprop")
+    },
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_it_leaves_everything_as_it_was(write_recipe: WriteRecipe, tmp_path: Path, way: str) -> None:
+    """With it and without it: the same training, to the bit."""
+    weights, lines = [], []
+    for name in ("true", "false"):
+        sft = build(write_recipe(), tmp_path / name, f"train.preflight={name}", "log.every=1", *WAYS[way])
+        assert (sft.preflight is not None) == (name == "true")
+        assert not sft.optimizer.state
+        trainer.train(sft, None)
+        weights.append(sft.model.state_dict())
+        lines.append([line | {"tokens_per_second": 0, "memory": 0} for line in metrics(tmp_path / name)])
+
+    assert [name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])] == []
+    assert lines[0] == lines[1]
+
+
+def test_what_it_looked_at_is_written_down(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    folder, said = run(write_recipe(lora={"rank": 2}))
+    found = json.loads((folder / "manifest.json").read_text("utf-8"))["preflight"]
+
+    assert found["isolation"]["gradient_to_neighbour"] == 0
+    assert 0 < found["base"]["loss"] < found["base"]["loss_of_shuffled_tokens"]
+    assert found["longest"]["tokens"] > found["longest"]["eval_tokens"] / 2 > 0
+    assert found["longest"]["trained_tensors"] == 56
+    assert found["longest"]["without_gradient"] == 0
+    assert found["longest"]["peak_gib"] > 0
+    assert "preflight: " in said
+    other, _ = run(write_recipe(), "train.preflight=false", f"output_dir={tmp_path / 'other'}")
+    assert json.loads((other / "manifest.json").read_text("utf-8"))["preflight"] == "skipped"
+
+
+def test_memory_that_is_lacking_is_found_before_the_first_step(
+    write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the longest rows, wherever they are in the data, of the training or of the validation."""
+    rows = [{"instruction": "Say.", "output": "word " * (60 if number in (3, 17) else 2)} for number in range(24)]
+    write_rows(tmp_path / "train.jsonl", rows)
+    seen: list[int] = []
+    compute = trainer.Trainer.compute_loss
+
+    def compute_loss(
+        self: trainer.Trainer, network: object, inputs: dict[str, torch.Tensor], *args: object, **kwargs: object
+    ) -> object:
+        seen.append(inputs["input_ids"].numel())
+        torch.empty(2**60 if seen[-1] > 150 else 1, dtype=torch.uint8)
+        return compute(self, network, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.Trainer, "compute_loss", compute_loss)
+    with pytest.raises(RunError, match=r"out of memory before the first step: .*; what takes less memory: a smaller"):
+        run(write_recipe(data={"eval": None, "packing": "none"}))
+    assert len(seen) == 1
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_model_that_knows_nothing_of_the_language(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(TINY, folder)
+    torch.manual_seed(0)
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {name: torch.randn_like(value) * 0.02 for name, value in weights.items()},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
+    _, said = run(write_recipe(model={"name": str(folder)}))
+    assert "not much better than the same tokens in random order" in said
+    _, said = run(write_recipe(), f"output_dir={tmp_path / 'other'}")
+    assert "in random order" not in said
+
+
+def test_weights_that_are_not_numbers(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(TINY, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 3] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RunError, match="before the first step the loss on the data is nan: numbers overflow in"):
+        run(write_recipe(model={"name": str(folder)}))
+
+
+def test_what_gets_no_gradient_is_said(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    class Idle(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(3))
+
+    sft = build(write_recipe(), tmp_path / "run", "train.preflight=false")
+    sft.model.model.layers[1].tower = Idle()
+    found = preflight.examine(sft, packed=True)
+    assert found.warnings == [
+        "these weights are trained, and get no gradient from the data: model.layers.1.tower.weight"
+    ]
+
+    frozen = sft.model.model.norm.weight.requires_grad_(False)
+    with pytest.raises(ModelError, match=r"model.norm.weight is frozen, and would be trained all the same"):
+        preflight.examine(sft, packed=True)
+    assert frozen.grad is None
+
+    sft.model.requires_grad_(False)
+    idle = sft.model.model.layers[1].tower.weight.requires_grad_(True)
+    sft.compute_loss = lambda *_: idle.sum() * 0
+    with pytest.raises(ModelError, match="no weight that is to be trained gets a gradient from the data"):
+        preflight.examine(sft, packed=True)
