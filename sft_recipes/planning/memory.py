@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from sft_recipes.recipe.schema import Launch
-
 PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "head", "buffers")
 GIB = 2**30
 Phases = Mapping[str, Mapping[str, float]]
@@ -62,3 +60,24 @@ def extrapolate(few: Footprint, more: Footprint, layers: int) -> Footprint:
         trained=round(at(few.trained, more.trained)),
         layers=layers,
     )
+
+
+# What the CUDA libraries take besides: in the allocator's count, a workspace of cuBLAS for each of the two threads that
+# compute (forward, backward; 32 MiB each on Hopper, ATen/cuda/CUDABlas.cpp); outside of it, context and kernels.
+WORKSPACES = 2 * 32 * 2**20
+CONTEXT = 2**29
+
+
+def on_device(footprint: Footprint, device: str) -> Footprint:
+    """The footprint with what the device's own libraries take of what its allocator counts."""
+    if device != "cuda":
+        return footprint
+    phases = {
+        name: {**parts, "buffers": parts.get("buffers", 0) + WORKSPACES} for name, parts in footprint.phases.items()
+    }
+    return replace(footprint, phases=phases)
+
+
+def fits(footprint: Footprint, memory: float, device: str) -> bool:
+    """Whether a device of `memory` bytes has room, with what is outside of its allocator's count."""
+    return footprint.peak_bytes + (CONTEXT if device == "cuda" else 0) <= memory

@@ -6,20 +6,20 @@ Not seen is what kernels take for themselves; `stand_ins` does what a GPU does w
 
 import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl.trainer import utils as trl_utils
 
 from sft_recipes.errors import ModelError
 from sft_recipes.planning import optimizers
 from sft_recipes.planning.memory import Footprint, extrapolate
+from sft_recipes.recipe import model_files
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.training import stand_ins
 from sft_recipes.training.arguments import padding_free
@@ -27,7 +27,6 @@ from sft_recipes.training.tracking import Tracker
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_MOST = 2  # micro-batches of a step that are run: from the second on there are gradients from before
 
 
 def predict(recipe: Recipe, config: PreTrainedConfig, device: str, *, whole: bool = False) -> Footprint:
@@ -44,6 +43,31 @@ def predict(recipe: Recipe, config: PreTrainedConfig, device: str, *, whole: boo
     beyond = layers % pattern
     few, more = (_traced(recipe, _with_layers(config, n * pattern + beyond), device) for n in (2, 4))
     return extrapolate(few, more, layers)
+
+
+def config_of(recipe: Recipe) -> PreTrainedConfig:
+    """The model's config: of a directory, or from the hub (its cache). Raises ModelError in one line."""
+    wanted = recipe.model
+    folder = model_files.directory(wanted.name)
+    if folder is not None:
+        model_files.config(folder)  # says what is wrong in a line
+    try:
+        config = AutoConfig.from_pretrained(
+            str(folder or wanted.name), revision=wanted.revision, trust_remote_code=wanted.trust_remote_code
+        )
+    except Exception as error:  # their types are many
+        reason = " ".join(str(error).split())[:200]
+        remedy = "give a directory that holds its config.json" if folder is None else "get the file again"
+        if "trust_remote_code" in reason:
+            reason, remedy = "it is Python code that comes with the model", "read it, then set model.trust_remote_code: true"
+        raise ModelError(f"model.name: {wanted.name}: its config cannot be had: {reason}; {remedy}") from error
+    model_files.refuse_kernels(config, trust_remote_code=wanted.trust_remote_code)
+    limit = model_files.positions(config.to_dict())
+    if limit is not None and recipe.data.max_length > limit:
+        raise ModelError(
+            f"data.max_length: {recipe.data.max_length} is more than the {limit} positions of {wanted.name}; set at most {limit}"
+        )
+    return config
 
 
 def _period(text: PreTrainedConfig, checkpointing: bool | int) -> int | None:
@@ -153,9 +177,10 @@ class _Step:
                 self.tracker.belongs(parameter.grad, "gradients")
             with self.tracker.during("optimizer", "optimizer"):
                 step()
-            self._forget_gradients(trained)
-            for _ in range(min(_MOST, self.recipe.accumulation)):
-                self._micro_batch()
+            if self.recipe.accumulation == 1:  # else those of earlier micro-batches are there
+                for parameter in trained:
+                    parameter.grad = None
+            self._micro_batch()
             with self.tracker.during("clip", "activations"):
                 norm = torch.nn.utils.clip_grad_norm_(trained, train.max_grad_norm or math.inf)
             with self.tracker.during("optimizer", "optimizer"):
@@ -281,10 +306,6 @@ class _Step:
                     self.held.append(torch.empty(round(size), dtype=torch.uint8))
 
         return step
-
-    def _forget_gradients(self, trained: list[Any]) -> None:
-        for parameter in trained:
-            parameter.grad = None
 
 
 def _count(module: torch.nn.Module) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, PreTrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, PreTrainedConfig, masking_utils
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import PreTrainedModel
 from trl.kernels import chunked_logprob
@@ -100,7 +100,11 @@ def of(device: str, tracker: Tracker, *, half: bool) -> Iterator[None]:
         """CUDA's autocast takes layer norms to float32, the CPU's leaves them."""
         return normalise(x.float(), shape, *(None if each is None else each.float() for each in (weight, bias)), eps)
 
-    with patch.object(trl_utils, "_ChunkedLogProbFunction", _Head(tracker, gathers=on_gpu)):
+    with (
+        patch.object(trl_utils, "_ChunkedLogProbFunction", _Head(tracker, gathers=on_gpu)),
+        # transformers makes a mask in any case where it cannot look at values; the tracker answers for them.
+        patch.object(masking_utils, "is_tracing", lambda *_: False),
+    ):
         if not on_gpu:
             yield
             return
