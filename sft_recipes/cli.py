@@ -117,10 +117,13 @@ def plan(
     recipe: RecipeFile,
     overrides: Overrides = [],  # noqa: B006
     gpu_memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Memory of a GPU: 24GB (10^9 bytes), 24GiB; what would make it fit.")
+        str | None,
+        typer.Option(metavar="SIZE", help="Memory of a GPU: 24GB (10^9 bytes), 24GiB; what would make it fit."),
     ] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="How many; as launch.processes.")] = None,
-    gpu: Annotated[str | None, typer.Option(metavar="NAME", help="A GPU of the table, such as H100; see docs/plan.md.")] = None,
+    gpu: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A GPU of the table, such as H100; see docs/plan.md.")
+    ] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="For a run on CPUs.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON: memory in GiB, time in hours.")] = False,
     debug: Debug = False,

@@ -165,7 +165,7 @@ def plan(
                 "--gpu-memory 24GB, or --gpu NAME"
             )
         amount = _amount(recipe)  # before the seconds that importing torch takes, so that what is wrong is said first
-        from sft_recipes.training import fitting, footprint, stand_ins
+        from sft_recipes.training import arguments, fitting, footprint, stand_ins
 
         config = footprint.config_of(recipe)
         predict = fitting.predictor(config, device)
@@ -174,7 +174,7 @@ def plan(
             recipe = fitting.largest(recipe, predict, capacity, device)
         attention = stand_ins.attention(recipe, config, device) or "eager"
         attention = "flash" if attention == stand_ins.VARIABLE else attention
-        masked = attention == "sdpa" and footprint.padding_free(recipe)
+        masked = attention == "sdpa" and arguments.padding_free(recipe)
         whole = predict(recipe)
         rank = memory.on_device(sharding.per_rank(whole, recipe), device)
         remedies: list[Remedy] = []
@@ -207,14 +207,18 @@ def _remedies(recipe: Recipe, predict: Predict, capacity: float, device: str, *,
 def _capacity(gpu_memory: str | None, gpu: str | None, cpu: bool) -> tuple[float | None, speed.GPU | None]:
     card = speed.gpu_named(gpu) if gpu else None
     if gpu and card is None:
-        raise RecipeError(f"--gpu: '{gpu}' is not in the table; expected one of {', '.join(g.name for g in speed.GPUS)}")
+        raise RecipeError(
+            f"--gpu: '{gpu}' is not in the table; expected one of {', '.join(g.name for g in speed.GPUS)}"
+        )
     if gpu and cpu:
         raise RecipeError("--gpu and --cpu: a run is on one or the other; give one")
     if gpu_memory is None:
         return (card.gigabytes * 1e9 if card else None), card
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(GB|GiB|G|MB|MiB)?\s*", gpu_memory, re.IGNORECASE)
     if match is None or not float(match[1]):
-        raise RecipeError(f"--gpu-memory: '{gpu_memory}' is no size; expected such as 24GB (10^9 bytes) or 24GiB (2^30)")
+        raise RecipeError(
+            f"--gpu-memory: '{gpu_memory}' is no size; expected such as 24GB (10^9 bytes) or 24GiB (2^30)"
+        )
     unit = {"gib": 2**30, "mib": 2**20, "mb": 1e6}.get((match[2] or "GB").lower(), 1e9)
     return float(match[1]) * unit, card
 
@@ -226,35 +230,31 @@ def _amount(recipe: Recipe) -> Amount:
         folder = model_files.directory(recipe.model.name)
         tokenizer = tokens.from_directory(folder, recipe.model.new_tokens) if folder else None
         if tokenizer is not None:
-            data = prepare.prepare(recipe, tokenizer, seconds=_SECONDS)
-            larger = 1 / data.share
-            if recipe.data.max_train_samples:
-                read = sum(source.rows for source in data.train.account.sources)
-                larger = min(larger, recipe.data.max_train_samples / read)
-            sequences, all_tokens = round(len(data.train) * larger), data.train.account.tokens * larger
-            steps = count(recipe, sequences).total
-            documents = max(1, sum(source.rows for source in data.train.account.sources))
-            mean = min(longest, data.train.account.tokens / documents)
-            used = steps * recipe.sequences_per_step * all_tokens / max(1, sequences)
-            return Amount(steps, round(used), mean)
+            return _counted(recipe, prepare.prepare(recipe, tokenizer, seconds=_SECONDS))
         why = f"{recipe.model.name} has no tokenizer.json" if folder else "the tokenizer is on the hub"
-        rows = 0
-        for source in reading.every_source(recipe.data)[: len(reading.train_sources(recipe.data))]:
-            rows += reading.look_through(source, recipe.data, _SECONDS)[1]
-        steps = count(recipe, rows).total if recipe.data.packing == "none" or recipe.train.max_steps else None
+        sources = reading.every_source(recipe.data)[: len(reading.train_sources(recipe.data))]
+        rows = sum(reading.look_through(source, recipe.data, _SECONDS)[1] for source in sources)
+        steps: int | None = count(recipe, rows).total
     except DataError as error:
         why, steps = f"the data cannot be read ({error.lines[0]})", recipe.train.max_steps
     if steps is None:
-        steps = count(recipe, rows).total
-        bound = "at most"
-    else:
-        bound = "about"
-    full = steps * recipe.sequences_per_step * longest
-    note = (
-        f"tokens are not counted: {why}; taken are {bound} {steps:,} steps of full sequences (data.max_length: {longest:,} "
-        "tokens)"
-    )
-    return Amount(steps, full, longest, [note])
+        return Amount(None, None, longest, [f"steps and tokens are not known: {why}"])
+    bound = "at most" if recipe.data.packing != "none" and recipe.train.max_steps is None else "about"
+    note = f"tokens are not counted: {why}; taken are {bound} {steps:,} steps of full sequences of {longest:,} tokens"
+    return Amount(steps, steps * recipe.sequences_per_step * longest, longest, [note])
+
+
+def _counted(recipe: Recipe, data: prepare.Prepared) -> Amount:
+    """From a sample of the rows, taken for all."""
+    account = data.train.account
+    rows = sum(source.rows for source in account.sources)
+    larger = 1 / data.share
+    if recipe.data.max_train_samples:
+        larger = min(larger, recipe.data.max_train_samples / rows)
+    steps = count(recipe, round(len(data.train) * larger)).total
+    of_sequence = account.tokens / max(1, len(data.train))
+    mean = min(recipe.data.max_length, account.tokens / max(1, rows))
+    return Amount(steps, round(steps * recipe.sequences_per_step * of_sequence), mean)
 
 
 def _spoken(hours: float) -> str:

@@ -18,8 +18,12 @@ def candidates(recipe: Recipe, *, masked: bool) -> Iterator[tuple[str, list[Chan
     every = train.gradient_checkpointing
     if every is not True and every != 1:
         milder = [n for n in (4, 3, 2) if every is False or n < every]
-        yield "checkpointing", [*({"train.gradient_checkpointing": n} for n in milder), {"train.gradient_checkpointing": True}]
-    if smaller := [size for size in micro_batch_sizes(recipe) if size < (train.micro_batch_size or 0)]:  # type: ignore[operator]
+        yield (
+            "checkpointing",
+            [*({"train.gradient_checkpointing": n} for n in milder), {"train.gradient_checkpointing": True}],
+        )
+    assert isinstance(train.micro_batch_size, int)
+    if smaller := [size for size in micro_batch_sizes(recipe) if size < train.micro_batch_size]:
         yield "micro-batch", [{"train.micro_batch_size": size} for size in reversed(smaller)]
     if recipe.lora is None:
         yield "LoRA", [{"lora": {}}]

@@ -26,7 +26,8 @@ def state_bytes(optimizer: str, shape: tuple[int, ...], itemsize: int, *, embedd
         block = _BLOCK_TORCHAO[bits]
         if numel < _SMALL or numel % block:
             return states * numel * itemsize
-        return states * (numel * bits / 8 + numel / block * 4 + 2**bits * 4)
+        table = 4 << bits
+        return states * (numel * bits / 8 + numel / block * 4 + table)
     if "8bit" in optimizer:
         if numel < _SMALL or embedding:
             return states * numel * 4

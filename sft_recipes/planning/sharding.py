@@ -8,7 +8,7 @@ from sft_recipes.recipe.schema import Recipe
 
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _AT_ONCE = 2  # layers that are whole on each rank: the one that computes, and the next, which is being fetched
-_WORKING = ("forward", "loss", "backward, upper layers", "backward, lower layers")  # phases that compute with weights
+_WITHOUT_WEIGHTS = ("clip", "optimizer")  # phases that do not compute with them
 _DEEPSPEED_BUCKET = 500_000_000  # values; reduce_bucket_size and allgather_bucket_size, DeepSpeed's defaults
 
 
@@ -37,7 +37,7 @@ def per_rank(whole: Footprint, recipe: Recipe) -> Footprint:
     wider = 4 / trained_bytes if deepspeed or (strategy == "fsdp2" and recipe.train.mixed_precision != "no") else 1
     wider = wider if "8bit" not in recipe.train.optimizer and "4bit" not in recipe.train.optimizer else 1
 
-    def ddp(parts: dict[str, float], phase: str) -> None:
+    def ddp(parts: dict[str, float], _phase: str) -> None:
         parts["buffers"] += whole.trained * trained_bytes
 
     def sharded(parts: dict[str, float], phase: str) -> None:
@@ -49,12 +49,12 @@ def per_rank(whole: Footprint, recipe: Recipe) -> Footprint:
         if launch.cpu_offload:
             for part in ("weights", "adapters", "optimizer", *(("gradients",) if strategy == "fsdp2" else ())):
                 parts[part] = 0
-        if phase in _WORKING:
+        if phase not in _WITHOUT_WEIGHTS:
             # A weight's copy for autocast is that which is gathered.
             parts["buffers"] = max(parts["buffers"], gathered)
-            parts["gradients"] += of_gradients if "backward" in phase or phase == "loss" else 0
+            parts["gradients"] += of_gradients if "backward" in phase else 0
 
-    def zero2(parts: dict[str, float], phase: str) -> None:
+    def zero2(parts: dict[str, float], _phase: str) -> None:
         for part in ("gradients", "optimizer"):
             parts[part] *= (wider if part == "optimizer" else 1) / ranks
         parts["optimizer"] = 0 if launch.cpu_offload else parts["optimizer"] + master

@@ -50,10 +50,9 @@ def flops_per_token(recipe: Recipe, found: Footprint, text_config: Any, document
     train = recipe.train
     every = 1 if isinstance(train.gradient_checkpointing, bool) else train.gradient_checkpointing
     recomputed = 1 / every if train.gradient_checkpointing else 0.0
-    hidden = text_config.hidden_size
-    heads = text_config.num_attention_heads
-    width = heads * (getattr(text_config, "head_dim", None) or hidden // heads)
-    head = text_config.vocab_size * hidden
+    hidden, heads = int(text_config.hidden_size), int(text_config.num_attention_heads)
+    width: int = heads * (getattr(text_config, "head_dim", None) or hidden // heads)
+    head = int(text_config.vocab_size) * hidden
     adapters = found.trained if recipe.lora is not None else 0
     layers = found.parameters - found.rest - (adapters - found.trained_rest if adapters else 0)
     frozen = recipe.lora is not None

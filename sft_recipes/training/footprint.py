@@ -59,13 +59,17 @@ def config_of(recipe: Recipe) -> PreTrainedConfig:
         reason = " ".join(str(error).split())[:200]
         remedy = "give a directory that holds its config.json" if folder is None else "get the file again"
         if "trust_remote_code" in reason:
-            reason, remedy = "it is Python code that comes with the model", "read it, then set model.trust_remote_code: true"
+            reason, remedy = (
+                "it is Python code that comes with the model",
+                "read it, then set model.trust_remote_code: true",
+            )
         raise ModelError(f"model.name: {wanted.name}: its config cannot be had: {reason}; {remedy}") from error
     model_files.refuse_kernels(config, trust_remote_code=wanted.trust_remote_code)
     limit = model_files.positions(config.to_dict())
     if limit is not None and recipe.data.max_length > limit:
         raise ModelError(
-            f"data.max_length: {recipe.data.max_length} is more than the {limit} positions of {wanted.name}; set at most {limit}"
+            f"data.max_length: {recipe.data.max_length} is more than the {limit} positions of {wanted.name}; "
+            f"set at most {limit}"
         )
     return config
 
@@ -218,7 +222,7 @@ class _Step:
                     of_lora = self.recipe.lora is not None and parameter.requires_grad
                     self.tracker.belongs(new, "adapters" if of_lora else "weights")
                     given[id(parameter)] = new
-                module._parameters[name] = given[id(parameter)]  # type: ignore[assignment]
+                module._parameters[name] = given[id(parameter)]
             for names in (module._buffers, module.__dict__):
                 for name, tensor in names.items():
                     if isinstance(tensor, torch.Tensor):
@@ -235,32 +239,36 @@ class _Step:
         return list(repeated)
 
     def _mark(self, base: PreTrainedModel, layers: list[torch.nn.Module]) -> None:
-        """Where the phases of the backward pass begin: it goes from the loss to the last layer, the middle, the first."""
+        """Where phases begin: the forward pass at the first layer; of the backward pass, which goes from the loss over the
+        last layer to the first, the lower half at the middle, and the embeddings behind the first layer."""
+        tracker = self.tracker
 
-        def at_gradient(phase: str) -> Any:
-            def before(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        def at_gradient(before: str, phase: str) -> Any:
+            def hook(_module: torch.nn.Module, args: Any, kwargs: Any) -> None:
                 hidden = args[0] if args else kwargs["hidden_states"]
-                if torch.is_grad_enabled() and hidden.requires_grad and self.tracker.phase == "forward":
-                    hidden.register_hook(lambda _: self.tracker.enter(phase, "activations"))
+                if tracker.phase == before:
+                    tracker.enter("forward", "activations")
+                    if hidden.requires_grad:
+                        hidden.register_hook(lambda _: tracker.enter(phase, "activations"))
 
-            return before
+            return hook
 
+        layers[0].register_forward_pre_hook(at_gradient("before the layers", "backward, embeddings"), with_kwargs=True)
         period = _period(base.config.get_text_config(), self.recipe.train.gradient_checkpointing) or 1
-        middle = len(layers) // period // 2 * period
-        if middle:
-            layers[middle].register_forward_pre_hook(at_gradient("backward, lower layers"), with_kwargs=True)
+        if middle := len(layers) // period // 2 * period:
+            layers[middle].register_forward_pre_hook(at_gradient("forward", "backward, lower layers"), with_kwargs=True)
 
     def _micro_batch(self) -> None:
         train, tracker = self.recipe.train, self.tracker
         half = _AUTOCAST.get(train.mixed_precision)
-        with tracker.during("forward", "activations"):
+        with tracker.during("before the layers", "activations"):
             inputs = self._inputs()
             number = torch.ones((), dtype=torch.int64)
             with torch.autocast("cpu", dtype=half) if half else nullcontext():
                 outputs = self.model(**inputs, use_cache=False, fused_lm_head=True)
             loss = (-outputs.log_probs).sum() / number.clamp(min=1)
             outputs.label_mask.sum(), outputs.entropy.detach().sum(), outputs.is_top1.sum()
-        with tracker.during("loss", "head"):
+        with tracker.during("loss, backward", "head"):
             loss.backward()
         del outputs, loss, inputs
 
@@ -291,11 +299,9 @@ class _Step:
         }.get(name)
         if made is not None:
             with self.tracker.during("optimizer", "optimizer"):
-                return made().step  # type: ignore[no-untyped-call]
+                return made().step
 
-        embeddings = {
-            id(module.weight) for module in self.model.modules() if isinstance(module, torch.nn.Embedding)
-        }
+        embeddings = {id(module.weight) for module in self.model.modules() if isinstance(module, torch.nn.Embedding)}
 
         def step() -> None:
             if not self.held:

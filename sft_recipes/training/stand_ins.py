@@ -18,7 +18,6 @@ from sft_recipes.recipe.upstream import installed
 from sft_recipes.training.tracking import Tracker
 
 VARIABLE = "traced_varlen"  # attention that knows where documents begin, and needs no mask
-_LOG_SUM = 4  # bytes of a row's float32 log-sum-exp, which attention keeps for its backward pass
 
 
 def attention(recipe: Recipe, config: PreTrainedConfig, device: str) -> str | None:
@@ -46,7 +45,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, gradient: Any) -> Any:
+    def backward(ctx: Any, *_gradients: Any) -> Any:
         query, key, value, *_ = ctx.saved_tensors
         summed = torch.empty(query.shape, dtype=torch.float32)
         deltas = torch.empty(query.shape[:-1], dtype=torch.float32)
@@ -57,14 +56,16 @@ class _Attention(torch.autograd.Function):
         return gradients
 
 
-def _variable(
-    module: Any, query: Any, key: Any, value: Any, attention_mask: Any = None, **_: Any
-) -> tuple[torch.Tensor, None]:
+def _nothing(*_args: Any, **_kwargs: Any) -> None:
+    """No mask; or a fold that Triton does in place."""
+
+
+def _variable(_module: Any, query: Any, key: Any, value: Any, _mask: Any = None, **_: Any) -> tuple[torch.Tensor, None]:
     return _Attention.apply(query, key, value, None).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(VARIABLE, _variable)
-AttentionMaskInterface.register(VARIABLE, lambda *args, **kwargs: None)
+AttentionMaskInterface.register(VARIABLE, _nothing)
 
 
 def _sdpa(query: Any, key: Any, value: Any, attn_mask: Any = None, **_: Any) -> Any:
@@ -84,7 +85,7 @@ class _Head:
     def apply(self, hidden: torch.Tensor, *args: Any) -> Any:
         if hidden.requires_grad:  # reached when the loss's own backward pass is done
             hidden.register_hook(lambda _: self.tracker.enter("backward, upper layers", "activations"))
-        with self.tracker.during("loss", "head"):
+        with self.tracker.during("loss, forward", "head"):
             if self.gathers:
                 hidden = hidden.clone()
             return chunked_logprob.ChunkedLogProbFunction.apply(hidden, *args)
@@ -109,9 +110,9 @@ def of(device: str, tracker: Tracker, *, half: bool) -> Iterator[None]:
             yield
             return
         with (
-            patch.object(chunked_logprob, "_forward_tile", lambda *args, **kwargs: None),
-            patch.object(chunked_logprob, "_backward_tile", lambda *args, **kwargs: None),
-            patch.object(chunked_logprob, "_addmm_fp32", lambda *args: None),
+            patch.object(chunked_logprob, "_forward_tile", _nothing),
+            patch.object(chunked_logprob, "_backward_tile", _nothing),
+            patch.object(chunked_logprob, "_addmm_fp32", _nothing),
             patch.object(torch.nn.functional, "scaled_dot_product_attention", _sdpa),
             patch.object(torch.nn.functional, "layer_norm", in_float32 if half else normalise),
         ):
@@ -159,9 +160,9 @@ class QuantizedLinear(torch.nn.Linear):
         self.register_parameter("bias", like.bias)
 
     @property
-    def weight(self) -> torch.Tensor:  # type: ignore[override]
+    def weight(self) -> torch.Tensor:
         """PEFT asks for its device and type."""
-        return self.packed  # type: ignore[return-value]
+        return self.packed
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         wide = x.dtype
