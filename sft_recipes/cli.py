@@ -1,5 +1,6 @@
 """The command line. Everything that needs torch is imported inside the command that needs it."""
 
+import contextlib
 import io
 import json
 import logging
@@ -132,7 +133,8 @@ def plan(
     _quiet(debug)
     from sft_recipes.plan import plan as start
 
-    found = start(recipe, overrides, gpu_memory=gpu_memory, gpus=gpus, gpu=gpu, cpu=cpu)
+    with contextlib.redirect_stdout(sys.stderr):  # some libraries print when they are imported, which is no JSON
+        found = start(recipe, overrides, gpu_memory=gpu_memory, gpus=gpus, gpu=gpu, cpu=cpu)
     if as_json:
         print(json.dumps(found.as_dict(), indent=2))
     else:
