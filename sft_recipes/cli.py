@@ -1,5 +1,6 @@
 """The command line. Everything that needs torch is imported inside the command that needs it."""
 
+import contextlib
 import io
 import json
 import logging
@@ -111,6 +112,34 @@ def preview(
     from sft_recipes.checks import preview as start
 
     start(recipe, overrides, number, rows, ids=ids)
+
+
+@app.command()
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = [],  # noqa: B006
+    gpu_memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Memory of a GPU: 24GB (10^9 bytes), 24GiB; what would make it fit."),
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="How many; as launch.processes.")] = None,
+    gpu: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A GPU of the table, such as H100; see docs/plan.md.")
+    ] = None,
+    cpu: Annotated[bool, typer.Option("--cpu", help="For a run on CPUs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON: memory in GiB, time in hours.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Predict memory, steps and time from the recipe and the model's config; without a GPU, and without weights."""
+    _quiet(debug)
+    from sft_recipes.plan import plan as start
+
+    with contextlib.redirect_stdout(sys.stderr):  # some libraries print when they are imported, which is no JSON
+        found = start(recipe, overrides, gpu_memory=gpu_memory, gpus=gpus, gpu=gpu, cpu=cpu)
+    if as_json:
+        print(json.dumps(found.as_dict(), indent=2))
+    else:
+        print("\n".join(found.lines()))
 
 
 @app.command()

@@ -12,7 +12,7 @@ from sft_recipes.recipe import check
 from sft_recipes.report import page, words
 from sft_recipes.scale import ranks
 from sft_recipes.stopping import Stop
-from sft_recipes.training import checkpoints, model, trainer
+from sft_recipes.training import checkpoints, fitting, model, trainer
 
 
 def run(
@@ -37,6 +37,7 @@ def run(
     recipe = loaded.recipe
     words.warn(console, warnings)
     with loaded.placing_errors(), run_folder.opened(recipe.output_dir, resume=resume, main=ranks.is_main()) as folder:
+        recipe = fitting.resolved(recipe, folder)
         checkpoint, changes = None, list[str]()
         if resume:
             changes = run_folder.changes(folder, recipe, prepare.fingerprints(recipe), force=force)

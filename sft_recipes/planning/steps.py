@@ -24,11 +24,12 @@ class Steps:
 def count(recipe: Recipe, sequences: int) -> Steps:
     """Steps over `sequences` training sequences. The last step of an epoch may be smaller than the others."""
     train, world = recipe.train, recipe.launch.processes * recipe.launch.machines
-    assert isinstance(train.micro_batch_size, int)
+    # Whatever auto becomes, the steps are the same, but where TRL drops micro-batches that are not full.
+    micro = 1 if train.micro_batch_size == "auto" else train.micro_batch_size
     if recipe.trl.get("dataloader_drop_last"):
-        micro_batches = sequences // (train.micro_batch_size * world)
+        micro_batches = sequences // (micro * world)
     else:
-        micro_batches = math.ceil(sequences / (train.micro_batch_size * world))
+        micro_batches = math.ceil(sequences / (micro * world))
     per_epoch = max(1, math.ceil(micro_batches / recipe.accumulation))
     by_epochs = math.ceil((train.epochs or 1) * per_epoch)
     total = by_epochs if train.max_steps is None else train.max_steps

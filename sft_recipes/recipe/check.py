@@ -36,9 +36,12 @@ class Verdict:
     warnings: list[str] = field(default_factory=list)
 
 
-def judge(recipe: Recipe) -> Verdict:
-    """Every contradiction in a recipe, and the faults that a run would not show by itself. Lines begin with a key."""
-    judgements = (_contradictions, _batch, _names, _secrets, _output, _not_yet, _extras)
+def judge(recipe: Recipe, *, to_run: bool = True) -> Verdict:
+    """Every contradiction in a recipe, and the faults that a run would not show by itself. Lines begin with a key.
+
+    Without `to_run`, for a plan: not what this machine lacks to run it.
+    """
+    judgements = (_contradictions, _batch, _names, _secrets, *((_output, _not_yet, _extras) if to_run else ()))
     return Verdict([line for judgement in judgements for line in judgement(recipe)], list(_faults(recipe)))
 
 
@@ -112,11 +115,16 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
 def _batch(recipe: Recipe) -> Iterator[str]:
     """global_batch_size = micro_batch_size x accumulation x processes x machines has to come out."""
     train, micro = recipe.train, recipe.train.micro_batch_size
-    if micro == "auto" or train.gradient_accumulation_steps is not None:
+    if train.gradient_accumulation_steps is not None:
+        if micro == "auto":
+            yield (
+                "train.micro_batch_size: auto keeps train.global_batch_size, and train.gradient_accumulation_steps leaves it "
+                "open; give global_batch_size instead, or a number"
+            )
         return
     whole = train.global_batch_size or DEFAULT_GLOBAL_BATCH_SIZE
     world = recipe.launch.processes * recipe.launch.machines
-    at_once = micro * world
+    at_once = world if micro == "auto" else micro * world  # at least one sequence in each process
     if whole % at_once == 0:
         return
     fitting = [n for n in range(1, whole // world + 1) if whole % (n * world) == 0]
@@ -175,8 +183,6 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 def _not_yet(recipe: Recipe) -> Iterator[str]:
     """Keys whose other values a later version will take. Refused, because ignoring them would be a lie."""
-    if recipe.train.micro_batch_size == "auto":
-        yield "train.micro_batch_size: auto is not in this version; give a number"
     if recipe.model.attention == "varlen":
         yield "model.attention: varlen is not in this version; set auto"
     world, wanted = int(os.environ.get("WORLD_SIZE") or 1), recipe.launch.processes * recipe.launch.machines

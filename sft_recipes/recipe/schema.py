@@ -261,12 +261,14 @@ class Recipe(_Section):
         train, world = self.train, self.launch.processes * self.launch.machines
         if train.gradient_accumulation_steps is not None:
             return train.gradient_accumulation_steps
-        assert isinstance(train.micro_batch_size, int)  # check refuses what has not been resolved
+        micro = (
+            1 if train.micro_batch_size == "auto" else train.micro_batch_size
+        )  # steps are the same whatever it becomes
         # At least 1 also where the division does not come out, which is an error: the rest can still be looked at.
-        return max(1, (train.global_batch_size or DEFAULT_GLOBAL_BATCH_SIZE) // (train.micro_batch_size * world))
+        return max(1, (train.global_batch_size or DEFAULT_GLOBAL_BATCH_SIZE) // (micro * world))
 
     @property
     def sequences_per_step(self) -> int:
         """Sequences in one optimizer step over all devices."""
-        assert isinstance(self.train.micro_batch_size, int)
-        return self.train.micro_batch_size * self.accumulation * self.launch.processes * self.launch.machines
+        micro = 1 if self.train.micro_batch_size == "auto" else self.train.micro_batch_size
+        return micro * self.accumulation * self.launch.processes * self.launch.machines

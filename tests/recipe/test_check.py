@@ -43,7 +43,10 @@ def test_a_good_recipe_has_neither_problems_nor_warnings(write_recipe: WriteReci
         (["train.optimizer=adamw"], "is no name that is known here"),
         (["trl.learning_rate=1"], "trl.learning_rate: a recipe says this with train.learning_rate"),
         (["trl.adam_beta3=1"], "did you mean 'adam_beta2'?"),
-        (["train.micro_batch_size=auto"], "not in this version"),
+        (
+            ["train.micro_batch_size=auto", "train.global_batch_size=null", "train.gradient_accumulation_steps=4"],
+            "auto keeps train.global_batch_size",
+        ),
         (["launch.processes=2", "train.global_batch_size=4"], "not in this version"),
         (["launch.strategy=fsdp2"], "fsdp2 is not in this version"),
         (["launch.cpu_offload=true"], "launch.cpu_offload is not in this version"),

@@ -1,0 +1,263 @@
+"""`sft-recipe plan`: the memory, steps and time of a run, from the recipe and the model's config alone."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sft_recipes.data import prepare, reading, tokens
+from sft_recipes.errors import DataError, ModelError, RecipeError, one_line
+from sft_recipes.planning import changes, memory, sharding, speed
+from sft_recipes.planning.memory import GIB, Footprint
+from sft_recipes.planning.steps import count
+from sft_recipes.recipe import load, model_files
+from sft_recipes.recipe.check import judge
+from sft_recipes.recipe.schema import Recipe
+
+_SECONDS = 2.0  # of tokenising a source; tokens and steps are those of its first rows, taken for all
+Predict = Callable[[Recipe], Footprint]
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much is trained on; what is None is not known."""
+
+    steps: int | None
+    tokens: int | None
+    document: float  # mean length, in tokens, of the document that a token is in
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A single change, and what it comes to."""
+
+    kind: str
+    change: dict[str, Any]
+    peak: float  # bytes
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would take. Memory in bytes, of one rank."""
+
+    recipe: Recipe
+    device: str
+    gpu: speed.GPU | None
+    capacity: float | None  # bytes of memory of a device
+    attention: str
+    found: Footprint
+    amount: Amount
+    flops_per_token: float
+    remedies: list[Remedy]
+
+    @property
+    def fits(self) -> bool | None:
+        return None if self.capacity is None else memory.fits(self.found, self.capacity, self.device)
+
+    @property
+    def ranks(self) -> int:
+        return self.recipe.launch.processes * self.recipe.launch.machines
+
+    @property
+    def flops(self) -> float | None:
+        return None if self.amount.tokens is None else self.flops_per_token * self.amount.tokens
+
+    def times(self) -> dict[str, tuple[float, float]]:
+        """Hours by the GPU's name: of the one that was asked for, of those with that much memory, or of all."""
+        if self.flops is None or self.device != "cuda":
+            return {}
+        chosen = [self.gpu] if self.gpu else speed.gpus_of(self.capacity / 1e9) if self.capacity else list(speed.GPUS)
+        return {gpu.name: speed.hours(self.flops, gpu, self.ranks) for gpu in chosen}
+
+    def as_dict(self) -> dict[str, Any]:
+        """For --json. Memory in GiB (2^30 bytes), time in hours."""
+        train, launch = self.recipe.train, self.recipe.launch
+        return {
+            "model": self.recipe.model.name,
+            "parameters": self.found.parameters,
+            "trained_parameters": self.found.trained,
+            "device": self.device,
+            "processes": self.ranks,
+            "strategy": launch.strategy,
+            "attention": self.attention,
+            "micro_batch_size": train.micro_batch_size,
+            "gradient_accumulation_steps": self.recipe.accumulation,
+            "sequences_per_step": self.recipe.sequences_per_step,
+            "peak_gib": round(self.found.peak_bytes / GIB, 3),
+            "parts_gib": {part: round(size / GIB, 3) for part, size in self.found.peak.items()},
+            "phases_gib": {name: round(sum(parts.values()) / GIB, 3) for name, parts in self.found.phases.items()},
+            "memory_gib": None if self.capacity is None else round(self.capacity / GIB, 3),
+            "fits": self.fits,
+            "changes": [
+                {"kind": each.kind, "set": each.change, "peak_gib": round(each.peak / GIB, 3), "fits": each.fits}
+                for each in self.remedies
+            ],
+            "steps": self.amount.steps,
+            "tokens": self.amount.tokens,
+            "flops": self.flops,
+            "flops_per_token": self.flops_per_token,
+            "hours": {name: [round(hour, 3) for hour in span] for name, span in self.times().items()},
+            "notes": self.amount.notes,
+        }
+
+    def lines(self) -> list[str]:
+        """In words, a line each."""
+        recipe, found = self.recipe, self.found
+        method = "full fine-tuning" if recipe.lora is None else "QLoRA" if recipe.model.quantization else "LoRA"
+        place = "GPU" if self.device == "cuda" else "process"
+        several = f", {self.ranks} ranks with {recipe.launch.strategy}" if self.ranks > 1 else ""
+        lines = [
+            f"model: {recipe.model.name}, {method}, {found.trained:,} of {found.parameters:,} parameters trained, weights in "
+            f"{recipe.model.quantization or recipe.model.dtype}, attention {self.attention}{several}",
+            f"step: {recipe.sequences_per_step} sequences of {recipe.data.max_length:,} tokens, "
+            f"{recipe.train.micro_batch_size} at once, {recipe.accumulation} times",
+            f"peak memory: {found.peak_bytes / GIB:.2f} GiB a {place}: "
+            + ", ".join(f"{part} {size / GIB:.2f}" for part, size in found.peak.items() if size),
+        ]
+        if self.capacity is not None:
+            beside = f" with {memory.CONTEXT / GIB:.1f} GiB of CUDA's own" if self.device == "cuda" else ""
+            verdict = "fits into" if self.fits else "does not fit into"
+            lines.append(f"{verdict} {self.capacity / 1e9:.0f} GB ({self.capacity / GIB:.1f} GiB){beside}")
+        if self.remedies:
+            lines.append("single changes, cheapest in speed first:")
+            for each in self.remedies:
+                enough = "fits" if each.fits else "does not fit"
+                lines.append(f"  {each.kind}: {each.peak / GIB:.2f} GiB, {enough}: {changes.in_words(each.change)}")
+        lines += self.amount.notes
+        if self.amount.steps is not None and self.amount.tokens is not None and self.flops is not None:
+            lines.append(
+                f"steps: about {self.amount.steps:,}, {self.amount.tokens:,} tokens, {self.flops:.2e} floating-point "
+                f"operations ({self.flops_per_token:.2e} a token)"
+            )
+        if times := self.times():
+            number = f"{self.ranks} x " if self.ranks > 1 else ""
+            slow, fast = (f"{share:.0%}" for share in speed.REACHED)
+            lines.append(f"time, an estimate at {slow} to {fast} of the peak rate:")
+            lines += [f"  {number}{name}: {_spoken(low)} to {_spoken(high)}" for name, (low, high) in times.items()]
+        return [one_line(line) for line in lines]
+
+
+def plan(
+    recipe_file: str,
+    overrides: Sequence[str] = (),
+    *,
+    gpu_memory: str | None = None,
+    gpus: int | None = None,
+    gpu: str | None = None,
+    cpu: bool = False,
+) -> Plan:
+    """Predict a run. Raises InputError with every problem of the recipe, or where the model's config cannot be had."""
+    capacity, card = _capacity(gpu_memory, gpu, cpu)
+    more = [] if gpus is None else [f"launch.processes={gpus}"]
+    loaded, problems = load.examine(recipe_file, [*overrides, *more])
+    if loaded is None or problems:
+        raise RecipeError(*problems)
+    if found := judge(loaded.recipe, to_run=False).problems:
+        raise RecipeError(*(loaded.placed(line) for line in found))
+    device = "cpu" if cpu else "cuda"
+    with loaded.placing_errors():
+        recipe = loaded.recipe
+        if recipe.train.micro_batch_size == "auto" and capacity is None:
+            raise RecipeError(
+                "train.micro_batch_size: auto is the largest that fits, and how much memory there is is not known; say "
+                "--gpu-memory 24GB, or --gpu NAME"
+            )
+        amount = _amount(recipe)  # before the seconds that importing torch takes, so that what is wrong is said first
+        from sft_recipes.training import arguments, fitting, footprint, stand_ins
+
+        config = footprint.config_of(recipe)
+        predict = fitting.predictor(config, device)
+        if recipe.train.micro_batch_size == "auto":
+            assert capacity is not None
+            recipe = fitting.largest(recipe, predict, capacity, device)
+        attention = stand_ins.attention(recipe, config, device) or "eager"
+        attention = "flash" if attention == stand_ins.VARIABLE else attention
+        masked = attention == "sdpa" and arguments.padding_free(recipe)
+        whole = predict(recipe)
+        rank = memory.on_device(sharding.per_rank(whole, recipe), device)
+        remedies: list[Remedy] = []
+        if capacity is not None and not memory.fits(rank, capacity, device):
+            remedies = _remedies(recipe, predict, capacity, device, masked=masked)
+        flops = speed.flops_per_token(recipe, whole, config.get_text_config(), amount.document, dense=masked)
+    return Plan(recipe, device, card, capacity, attention, rank, amount, flops, remedies)
+
+
+def _remedies(recipe: Recipe, predict: Predict, capacity: float, device: str, *, masked: bool) -> list[Remedy]:
+    """Of each kind of change the mildest that is enough; where none is, the strongest."""
+    found = []
+    for kind, options in changes.candidates(recipe, masked=masked and device == "cuda"):
+        for change in options:
+            changed = changes.applied(recipe, change)
+            try:
+                rank = memory.on_device(sharding.per_rank(predict(changed), changed), device)
+            except ModelError:  # a layer that LoRA has no name for; nothing to recommend
+                break
+            remedy = Remedy(kind, change, rank.peak_bytes, memory.fits(rank, capacity, device))
+            if remedy.fits:
+                break
+        else:
+            found.append(remedy)
+            continue
+        found.append(remedy)
+    return found
+
+
+def _capacity(gpu_memory: str | None, gpu: str | None, cpu: bool) -> tuple[float | None, speed.GPU | None]:
+    card = speed.gpu_named(gpu) if gpu else None
+    if gpu and card is None:
+        raise RecipeError(
+            f"--gpu: '{gpu}' is not in the table; expected one of {', '.join(g.name for g in speed.GPUS)}"
+        )
+    if gpu and cpu:
+        raise RecipeError("--gpu and --cpu: a run is on one or the other; give one")
+    if gpu_memory is None:
+        return (card.gigabytes * 1e9 if card else None), card
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(GB|GiB|G|MB|MiB)?\s*", gpu_memory, re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise RecipeError(
+            f"--gpu-memory: '{gpu_memory}' is no size; expected such as 24GB (10^9 bytes) or 24GiB (2^30)"
+        )
+    unit = {"gib": 2**30, "mib": 2**20, "mb": 1e6}.get((match[2] or "GB").lower(), 1e9)
+    return float(match[1]) * unit, card
+
+
+def _amount(recipe: Recipe) -> Amount:
+    """Steps and tokens, as far as the data and the tokenizer are there to count them."""
+    longest = recipe.data.max_length
+    try:
+        folder = model_files.directory(recipe.model.name)
+        tokenizer = tokens.from_directory(folder, recipe.model.new_tokens) if folder else None
+        if tokenizer is not None:
+            return _counted(recipe, prepare.prepare(recipe, tokenizer, seconds=_SECONDS))
+        why = f"{recipe.model.name} has no tokenizer.json" if folder else "the tokenizer is on the hub"
+        sources = reading.every_source(recipe.data)[: len(reading.train_sources(recipe.data))]
+        rows = sum(reading.look_through(source, recipe.data, _SECONDS)[1] for source in sources)
+        steps: int | None = count(recipe, rows).total
+    except DataError as error:
+        why, steps = f"the data cannot be read ({error.lines[0]})", recipe.train.max_steps
+    if steps is None:
+        return Amount(None, None, longest, [f"steps and tokens are not known: {why}"])
+    bound = "at most" if recipe.data.packing != "none" and recipe.train.max_steps is None else "about"
+    note = f"tokens are not counted: {why}; taken are {bound} {steps:,} steps of full sequences of {longest:,} tokens"
+    return Amount(steps, steps * recipe.sequences_per_step * longest, longest, [note])
+
+
+def _counted(recipe: Recipe, data: prepare.Prepared) -> Amount:
+    """From a sample of the rows, taken for all."""
+    account = data.train.account
+    rows = sum(source.rows for source in account.sources)
+    larger = 1 / data.share
+    if recipe.data.max_train_samples:
+        larger = min(larger, recipe.data.max_train_samples / rows)
+    steps = count(recipe, round(len(data.train) * larger)).total
+    of_sequence = account.tokens / max(1, len(data.train))
+    mean = min(recipe.data.max_length, account.tokens / max(1, rows))
+    return Amount(steps, round(steps * recipe.sequences_per_step * of_sequence), mean)
+
+
+def _spoken(hours: float) -> str:
+    if hours >= 48:
+        return f"{hours / 24:.1f} days"
+    return f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.1f} min" if hours * 60 >= 1 else f"{hours * 3600:.0f} s"

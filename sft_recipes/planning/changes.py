@@ -1,0 +1,77 @@
+"""Single changes of a recipe that lower its memory, cheapest in speed first."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from sft_recipes.recipe.schema import DEFAULT_GLOBAL_BATCH_SIZE, Recipe
+
+Change = dict[str, Any]  # dotted keys and their values, as --set takes them
+_MOST_GPUS = 64
+
+
+def candidates(recipe: Recipe, *, masked: bool) -> Iterator[tuple[str, list[Change]]]:
+    """Kinds of changes, and of each kind the changes, mildest first. `masked`: attention takes a mask of all pairs of
+    tokens, which flash attention would do without."""
+    model, train, launch = recipe.model, recipe.train, recipe.launch
+    if masked:
+        yield "attention", [{"model.attention": "flash_attention_2"}]
+    every = train.gradient_checkpointing
+    if every is not True and every != 1:
+        milder = [n for n in (4, 3, 2) if every is False or n < every]
+        yield (
+            "checkpointing",
+            [*({"train.gradient_checkpointing": n} for n in milder), {"train.gradient_checkpointing": True}],
+        )
+    assert isinstance(train.micro_batch_size, int)
+    if smaller := [size for size in micro_batch_sizes(recipe) if size < train.micro_batch_size]:
+        yield "micro-batch", [{"train.micro_batch_size": size} for size in reversed(smaller)]
+    if recipe.lora is None:
+        yield "LoRA", [{"lora": {}}]
+    if model.quantization is None:
+        yield "nf4", [{"model.quantization": "nf4"} | ({"lora": {}} if recipe.lora is None else {})]
+    if "8bit" not in train.optimizer and "4bit" not in train.optimizer:
+        yield "8-bit optimizer", [{"train.optimizer": "adamw_8bit_sr"}]
+    ranks = launch.processes * launch.machines
+    more = [n for n in (2, 4, 8, 16, 32, _MOST_GPUS) if n > ranks or (n == ranks and launch.strategy == "ddp")]
+    if launch.machines == 1 and model.quantization is None and (possible := [n for n in more if _divides(recipe, n)]):
+        yield "fsdp2", [{"launch.strategy": "fsdp2", "launch.processes": n} for n in possible]
+    if not launch.cpu_offload and model.quantization is None:
+        yield "CPU offload", [{"launch.strategy": "fsdp2", "launch.cpu_offload": True}]
+
+
+def micro_batch_sizes(recipe: Recipe) -> list[int]:
+    """Powers of two that keep global_batch_size on this number of processes, smallest first; at least 1."""
+    train, world = recipe.train, recipe.launch.processes * recipe.launch.machines
+    if train.gradient_accumulation_steps is not None:
+        return []
+    whole = train.global_batch_size or DEFAULT_GLOBAL_BATCH_SIZE
+    return [2**k for k in range(whole.bit_length()) if whole % (2**k * world) == 0]
+
+
+def _divides(recipe: Recipe, processes: int) -> bool:
+    train = recipe.train
+    if train.gradient_accumulation_steps is not None:
+        return True
+    assert isinstance(train.micro_batch_size, int)
+    return (train.global_batch_size or DEFAULT_GLOBAL_BATCH_SIZE) % (train.micro_batch_size * processes) == 0
+
+
+def applied(recipe: Recipe, change: Change) -> Recipe:
+    """The recipe with a change."""
+    values = recipe.model_dump(exclude_unset=True)
+    for key, value in change.items():
+        section, _, name = key.partition(".")
+        if name:
+            values.setdefault(section, {})[name] = value
+        else:
+            values[section] = value
+    return Recipe.model_validate(values)
+
+
+def in_words(change: Change) -> str:
+    """As --set takes it."""
+    return " ".join(f"--set {key}={_yaml(value)}" for key, value in change.items())
+
+
+def _yaml(value: Any) -> str:
+    return "'{}'" if value == {} else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,85 @@
+"""How much there is to compute, and about how long that takes on a GPU."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from sft_recipes.planning.memory import Footprint
+from sft_recipes.recipe.schema import Recipe
+
+# Shares of a GPU's peak rate that training reaches, from slow to fast: an estimate. Published runs of 7B and 8B models on
+# H100s reach 33 to 46 % (torchtitan's and LLM-Foundry's own benchmark pages); short sequences and small models reach less.
+REACHED = (0.3, 0.5)
+
+
+@dataclass(frozen=True)
+class GPU:
+    """A GPU as its data sheet describes it: memory in 10^9 bytes, dense bfloat16 products in 10^12 operations a second."""
+
+    name: str
+    gigabytes: int
+    teraflops: float
+
+
+# NVIDIA's data sheets; rates without sparsity, and with float32 sums on GeForce cards. T4 has no bfloat16: its float16 rate.
+GPUS = (
+    GPU("B200", 180, 2250),
+    GPU("H200", 141, 989),
+    GPU("H100", 80, 989),
+    GPU("A100-80GB", 80, 312),
+    GPU("A100-40GB", 40, 312),
+    GPU("L40S", 48, 362),
+    GPU("A6000", 48, 155),
+    GPU("RTX-5090", 32, 209),
+    GPU("RTX-4090", 24, 165),
+    GPU("A10", 24, 125),
+    GPU("L4", 24, 121),
+    GPU("RTX-3090", 24, 71),
+    GPU("T4", 16, 65),
+)
+
+
+def flops_per_token(recipe: Recipe, found: Footprint, text_config: Any, document: float, *, dense: bool) -> float:
+    """Floating-point operations of training on one token, forward and backward.
+
+    6 for each parameter of a layer and of the head (2 forward, 4 backward; 4 in all where it is frozen, and 6 for each of an
+    adapter), 2 more where a layer is recomputed, and 2 for the head, whose logits TRL's loss makes again. Embeddings are
+    looked up. Attention: 6 x layers x width x tokens of a document that see each other, times 4/3 where it is recomputed;
+    `dense` where documents are masked and not skipped: all tokens of the micro-batch then, and both halves of the square.
+    `document` is the mean length of the document that a token is in.
+    """
+    train = recipe.train
+    every = 1 if isinstance(train.gradient_checkpointing, bool) else train.gradient_checkpointing
+    recomputed = 1 / every if train.gradient_checkpointing else 0.0
+    hidden, heads = int(text_config.hidden_size), int(text_config.num_attention_heads)
+    width: int = heads * (getattr(text_config, "head_dim", None) or hidden // heads)
+    head = int(text_config.vocab_size) * hidden
+    adapters = found.trained if recipe.lora is not None else 0
+    layers = found.parameters - found.rest - (adapters - found.trained_rest if adapters else 0)
+    frozen = recipe.lora is not None
+    work = layers * ((4 if frozen else 6) + 2 * recomputed) + head * ((4 if frozen else 6) + 2)
+    work += adapters * (6 + 2 * recomputed)
+    seen = document
+    if dense:
+        assert isinstance(train.micro_batch_size, int)
+        seen = 2 * train.micro_batch_size * recipe.data.max_length
+    return work + 6 * found.layers * width * seen * (1 + recomputed / 3)
+
+
+def hours(flops: float, gpu: GPU, number: int) -> tuple[float, float]:
+    """Hours on so many GPUs, at the higher and at the lower share of the peak rate: an estimate."""
+    slow, fast = (flops / (gpu.teraflops * 1e12 * share * number * 3600) for share in REACHED)
+    return fast, slow
+
+
+def gpus_of(gigabytes: float) -> list[GPU]:
+    """Those with about that much memory."""
+    return [gpu for gpu in GPUS if abs(gpu.gigabytes - gigabytes) <= 0.07 * gigabytes]
+
+
+def gpu_named(name: str) -> GPU | None:
+    """A GPU by its name, however that is written."""
+
+    def plain(text: str) -> str:
+        return "".join(letter for letter in text.lower() if letter.isalnum())
+
+    return next((gpu for gpu in GPUS if plain(gpu.name) == plain(name)), None)

@@ -1,0 +1,101 @@
+"""The largest micro-batch that fits, for `micro_batch_size: auto`."""
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import PreTrainedConfig
+
+from sft_recipes.errors import RecipeError
+from sft_recipes.planning import changes, memory, sharding
+from sft_recipes.planning.memory import GIB, Footprint
+from sft_recipes.recipe.schema import Recipe
+from sft_recipes.training import footprint
+
+# Of the memory that is free; the rest is left to what a prediction cannot see, such as gaps between blocks.
+_SHARE = 0.95
+# What a footprint does not depend on: changes of it need no other run.
+_IRRELEVANT = {"eval", "checkpoint", "log", "export", "output_dir", "launch"}
+
+
+def predictor(config: PreTrainedConfig, device: str) -> Callable[[Recipe], Footprint]:
+    """Predictions for one model; each is made once."""
+
+    @cache
+    def predicted(relevant: str, accumulates: bool) -> Footprint:
+        recipe = Recipe.model_validate(json.loads(relevant) | {"output_dir": "x"})
+        # Only whether there is more than one micro-batch matters.
+        steps = {"global_batch_size": None, "gradient_accumulation_steps": 2 if accumulates else 1}
+        train = recipe.train.model_copy(update=steps)
+        return footprint.predict(recipe.model_copy(update={"train": train}), config, device)
+
+    def predict(recipe: Recipe) -> Footprint:
+        return predicted(recipe.model_dump_json(exclude=_IRRELEVANT), recipe.accumulation > 1)
+
+    return predict
+
+
+def largest(recipe: Recipe, predict: Callable[[Recipe], Footprint], capacity: float, device: str) -> Recipe:
+    """The recipe with the largest micro_batch_size, of powers of two that keep global_batch_size, that fits into `capacity`
+    bytes. Raises RecipeError where a single sequence does not fit."""
+    sizes = changes.micro_batch_sizes(recipe)
+    if not sizes:
+        raise RecipeError(
+            f"train.global_batch_size: {recipe.sequences_per_step} sequences a step do not come out of "
+            f"{recipe.launch.processes * recipe.launch.machines} processes; set a multiple of them"
+        )
+
+    def with_size(size: int) -> Recipe:
+        return changes.applied(recipe, {"train.micro_batch_size": size})
+
+    def peak(size: int) -> Footprint:
+        sized = with_size(size)
+        return memory.on_device(sharding.per_rank(predict(sized), sized), device)
+
+    low, high = 0, len(sizes)  # sizes[:low] fit, sizes[high:] do not
+    while low < high:
+        middle = (low + high) // 2
+        if memory.fits(peak(sizes[middle]), capacity, device):
+            low = middle + 1
+        else:
+            high = middle
+    if low == 0:
+        raise RecipeError(
+            f"train.micro_batch_size: auto: not even 1 sequence fits: {peak(1).peak_bytes / GIB:.1f} GiB are predicted, and "
+            f"there are {capacity / GIB:.1f}; `sft-recipe plan RECIPE --set train.micro_batch_size=1 --gpu-memory "
+            f"{capacity / GIB:.0f}GiB` says what would help"
+        )
+    return with_size(sizes[low - 1])
+
+
+def resolved(recipe: Recipe, run_dir: Path) -> Recipe:
+    """The recipe with a number for `micro_batch_size: auto`: that with which a run in `run_dir` was begun, else the largest
+    that fits into the memory that is free now."""
+    if recipe.train.micro_batch_size != "auto":
+        return recipe
+    begun = run_dir / "recipe.resolved.json"
+    if begun.is_file():
+        size = json.loads(begun.read_text(encoding="utf-8")).get("train", {}).get("micro_batch_size")
+        if size in changes.micro_batch_sizes(recipe):
+            return changes.applied(recipe, {"train.micro_batch_size": size})
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = footprint.config_of(recipe)
+    return largest(recipe, predictor(config, device), _free(recipe, device) * _SHARE, device)
+
+
+def _free(recipe: Recipe, device: str) -> float:
+    """Bytes that are free for this process, the same number in all that train together."""
+    if device == "cuda":
+        free = float(torch.cuda.mem_get_info()[0]) + memory.CONTEXT  # which asking has taken already
+    else:
+        free = psutil.virtual_memory().available / recipe.launch.processes
+    if recipe.launch.processes * recipe.launch.machines > 1:
+        from accelerate import PartialState
+        from accelerate.utils import gather_object
+
+        PartialState(cpu=device == "cpu")
+        free = min(gather_object([free]))
+    return free

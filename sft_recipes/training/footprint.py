@@ -1,0 +1,324 @@
+"""The memory of a training step, found by running one on tensors that have shapes and no memory.
+
+The model's own code, PEFT's, TRL's loss and the optimizer run as in training, under FakeTensorMode; `tracking.Tracker` counts.
+Not seen is what kernels take for themselves; `stand_ins` does what a GPU does where the CPU's way differs.
+"""
+
+import copy
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from trl.trainer import utils as trl_utils
+
+from sft_recipes.errors import ModelError
+from sft_recipes.planning import optimizers
+from sft_recipes.planning.memory import Footprint, extrapolate
+from sft_recipes.recipe import model_files
+from sft_recipes.recipe.schema import Recipe
+from sft_recipes.training import stand_ins
+from sft_recipes.training.arguments import padding_free
+from sft_recipes.training.tracking import Tracker
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def predict(recipe: Recipe, config: PreTrainedConfig, device: str, *, whole: bool = False) -> Footprint:
+    """What one process takes that trains the whole model on `device`, cuda or cpu.
+
+    Traced with few layers and extrapolated where there are more of the same, unless `whole`. Raises ModelError for a model
+    that cannot be run without its values.
+    """
+    text = config.get_text_config()
+    pattern = _period(text, recipe.train.gradient_checkpointing)
+    layers = text.num_hidden_layers
+    if whole or pattern is None or layers <= 5 * pattern:
+        return _traced(recipe, config, device)
+    beyond = layers % pattern
+    few, more = (_traced(recipe, _with_layers(config, n * pattern + beyond), device) for n in (2, 4))
+    return extrapolate(few, more, layers)
+
+
+def config_of(recipe: Recipe) -> PreTrainedConfig:
+    """The model's config: of a directory, or from the hub (its cache). Raises ModelError in one line."""
+    wanted = recipe.model
+    folder = model_files.directory(wanted.name)
+    if folder is not None:
+        model_files.config(folder)  # says what is wrong in a line
+    try:
+        config = AutoConfig.from_pretrained(
+            str(folder or wanted.name), revision=wanted.revision, trust_remote_code=wanted.trust_remote_code
+        )
+    except Exception as error:  # their types are many
+        reason = " ".join(str(error).split())[:200]
+        remedy = "give a directory that holds its config.json" if folder is None else "get the file again"
+        if "trust_remote_code" in reason:
+            reason, remedy = (
+                "it is Python code that comes with the model",
+                "read it, then set model.trust_remote_code: true",
+            )
+        raise ModelError(f"model.name: {wanted.name}: its config cannot be had: {reason}; {remedy}") from error
+    model_files.refuse_kernels(config, trust_remote_code=wanted.trust_remote_code)
+    limit = model_files.positions(config.to_dict())
+    if limit is not None and recipe.data.max_length > limit:
+        raise ModelError(
+            f"data.max_length: {recipe.data.max_length} is more than the {limit} positions of {wanted.name}; "
+            f"set at most {limit}"
+        )
+    return config
+
+
+def _period(text: PreTrainedConfig, checkpointing: bool | int) -> int | None:
+    """After how many layers the pattern of layers repeats itself; None where it does not."""
+    every = 1 if isinstance(checkpointing, bool) else checkpointing
+    period = 1
+    for key in ("layer_types", "mlp_layer_types"):
+        kinds = getattr(text, key, None)
+        if not kinds:
+            continue
+        found = next((n for n in range(1, len(kinds) // 4) if kinds[n:] == kinds[:-n]), None)
+        if found is None:
+            return None
+        period = math.lcm(period, found)
+    return math.lcm(period, every)
+
+
+def _with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    smaller = copy.deepcopy(config)
+    text = smaller.get_text_config()
+    for key in ("layer_types", "mlp_layer_types"):
+        if getattr(text, key, None):
+            setattr(text, key, getattr(text, key)[:layers])
+    text.num_hidden_layers = layers
+    return smaller
+
+
+def _traced(recipe: Recipe, config: PreTrainedConfig, device: str) -> Footprint:
+    try:
+        # A model that reads whether attention can do without a mask: not where documents are packed, nor where rows of a
+        # micro-batch are padded.
+        rows_are_full = recipe.data.cross_document_attention or recipe.train.micro_batch_size == 1
+        causal = rows_are_full and not padding_free(recipe)
+        tracker = Tracker(block=512 if device == "cuda" else 1, truth=causal)
+        with torch.device("meta"):
+            model = _model(recipe, config, device)
+        # `tracker` has to be entered last, to see tensors before FakeTensorMode replaces its results.
+        with FakeTensorMode(allow_non_fake_inputs=True), tracker:
+            return _Step(recipe, model, tracker, device).run()
+    except (ModelError, MemoryError):
+        raise
+    except Exception as error:  # as many types as there are models
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ModelError(
+            f"model.name: {recipe.model.name}: a model of type {config.model_type} cannot be run without its weights, which a "
+            f"prediction takes: {reason}"
+        ) from error
+
+
+def _model(recipe: Recipe, config: PreTrainedConfig, device: str) -> Any:
+    """The model as it is trained, with parameters that have only shapes."""
+    config = copy.deepcopy(config)
+    model = AutoModelForCausalLM.from_config(
+        config,
+        dtype=DTYPES[recipe.model.dtype],
+        attn_implementation=stand_ins.attention(recipe, config, device),
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
+    if recipe.model.quantization:
+        assert recipe.lora is not None
+        keep = ["lm_head", *recipe.lora.modules_to_save]
+        compute = _AUTOCAST.get(recipe.train.mixed_precision, DTYPES[recipe.model.dtype])
+        stand_ins.quantize(model, recipe.model.quantization, keep, compute)
+    known = model.get_input_embeddings().weight.shape[0]
+    if recipe.model.new_tokens:
+        model.resize_token_embeddings(known + len(recipe.model.new_tokens), mean_resizing=False)
+    if recipe.lora is not None:
+        from sft_recipes.training import model as loading  # imports PEFT, which full fine-tuning does without
+
+        new_rows = list(range(known, known + len(recipe.model.new_tokens)))
+        model = loading._with_adapters(model, recipe.lora, recipe.model, new_rows)
+        loading.keep_trainable_in_float32(model, autocast=recipe.train.mixed_precision != "no")
+    return model
+
+
+@dataclass
+class _Step:
+    """One process's optimizer step, as transformers' Trainer and TRL's SFTTrainer make it."""
+
+    recipe: Recipe
+    model: Any
+    tracker: Tracker
+    device: str
+    held: list[torch.Tensor] = field(default_factory=list)  # what lives as long as the run
+
+    def run(self) -> Footprint:
+        base: PreTrainedModel = self.model.get_base_model() if self.recipe.lora else self.model
+        self._give_storages()
+        trl_utils.add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+        train = self.recipe.train
+        if train.gradient_checkpointing:
+            every = 1 if isinstance(train.gradient_checkpointing, bool) else train.gradient_checkpointing
+            base.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
+        self.model.train()
+        layers = self._layers(base)
+        self._mark(base, layers)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            parameter.register_post_accumulate_grad_hook(
+                lambda parameter: self.tracker.belongs(parameter.grad, "gradients")
+            )
+        step = self._optimizer(trained)
+        with stand_ins.of(self.device, self.tracker, half=train.mixed_precision != "no"):
+            # The first step makes the optimizer's states; its gradients need no backward pass.
+            for parameter in trained:
+                parameter.grad = torch.empty_like(parameter)
+                self.tracker.belongs(parameter.grad, "gradients")
+            with self.tracker.during("optimizer", "optimizer"):
+                step()
+            if self.recipe.accumulation == 1:  # else those of earlier micro-batches are there
+                for parameter in trained:
+                    parameter.grad = None
+            self._micro_batch()
+            with self.tracker.during("clip", "activations"):
+                norm = torch.nn.utils.clip_grad_norm_(trained, train.max_grad_norm or math.inf)
+            with self.tracker.during("optimizer", "optimizer"):
+                step()
+            del norm
+        return self._found(base, layers, trained)
+
+    def _found(self, base: PreTrainedModel, layers: list[torch.nn.Module], trained: list[Any]) -> Footprint:
+        largest = max(layers, key=lambda layer: _count(layer)[0])
+        in_layers = [sum(each) for each in zip(*map(_count, layers), strict=True)]
+        total, of_them = _count(self.model)
+        in_one, of_one = _count(largest)
+        return Footprint(
+            phases=self.tracker.peaks,
+            parameters=total,
+            trained=of_them,
+            layers=len(layers),
+            layer=in_one,
+            rest=total - in_layers[0],
+            trained_layer=of_one,
+            trained_rest=of_them - in_layers[1],
+        )
+
+    def _give_storages(self) -> None:
+        """Parameters and buffers get storages that are counted; two names of one weight get one."""
+        given: dict[int, torch.Tensor] = {}
+        for module in self.model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is None:
+                    continue
+                if id(parameter) not in given:
+                    new = torch.nn.Parameter(
+                        torch.empty(parameter.shape, dtype=parameter.dtype), requires_grad=parameter.requires_grad
+                    )
+                    of_lora = self.recipe.lora is not None and parameter.requires_grad
+                    self.tracker.belongs(new, "adapters" if of_lora else "weights")
+                    given[id(parameter)] = new
+                module._parameters[name] = given[id(parameter)]
+            for names in (module._buffers, module.__dict__):
+                for name, tensor in names.items():
+                    if isinstance(tensor, torch.Tensor):
+                        new = given.setdefault(id(tensor), torch.empty(tensor.shape, dtype=tensor.dtype))
+                        self.tracker.belongs(new, "weights" if hasattr(module, "quantized") else "buffers")
+                        names[name] = new
+
+    def _layers(self, base: PreTrainedModel) -> list[torch.nn.Module]:
+        number = base.config.get_text_config().num_hidden_layers
+        lists = [m for m in base.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == number]
+        repeated = next((m for m in lists if isinstance(m[0], GradientCheckpointingLayer)), lists[0] if lists else None)
+        if repeated is None:
+            raise ModelError(f"model.name: {self.recipe.model.name}: no list of its {number} layers is found in it")
+        return list(repeated)
+
+    def _mark(self, base: PreTrainedModel, layers: list[torch.nn.Module]) -> None:
+        """Where phases begin: the forward pass at the first layer; of the backward pass, which goes from the loss over the
+        last layer to the first, the lower half at the middle, and the embeddings behind the first layer."""
+        tracker = self.tracker
+
+        def at_gradient(before: str, phase: str) -> Any:
+            def hook(_module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+                hidden = args[0] if args else kwargs["hidden_states"]
+                if tracker.phase == before:
+                    tracker.enter("forward", "activations")
+                    if hidden.requires_grad:
+                        hidden.register_hook(lambda _: tracker.enter(phase, "activations"))
+
+            return hook
+
+        layers[0].register_forward_pre_hook(at_gradient("before the layers", "backward, embeddings"), with_kwargs=True)
+        period = _period(base.config.get_text_config(), self.recipe.train.gradient_checkpointing) or 1
+        if middle := len(layers) // period // 2 * period:
+            layers[middle].register_forward_pre_hook(at_gradient("forward", "backward, lower layers"), with_kwargs=True)
+
+    def _micro_batch(self) -> None:
+        train, tracker = self.recipe.train, self.tracker
+        half = _AUTOCAST.get(train.mixed_precision)
+        with tracker.during("before the layers", "activations"):
+            inputs = self._inputs()
+            number = torch.ones((), dtype=torch.int64)
+            with torch.autocast("cpu", dtype=half) if half else nullcontext():
+                outputs = self.model(**inputs, use_cache=False, fused_lm_head=True)
+            loss = (-outputs.log_probs).sum() / number.clamp(min=1)
+            outputs.label_mask.sum(), outputs.entropy.detach().sum(), outputs.is_top1.sum()
+        with tracker.during("loss, backward", "head"):
+            loss.backward()
+        del outputs, loss, inputs
+
+    def _inputs(self) -> dict[str, Any]:
+        """A micro-batch of full sequences, as TRL's collator lays them out."""
+        train, data = self.recipe.train, self.recipe.data
+        micro = train.micro_batch_size
+        assert isinstance(micro, int)
+        shape = (1, micro * data.max_length) if padding_free(self.recipe) else (micro, data.max_length)
+        inputs: dict[str, Any] = {name: torch.ones(shape, dtype=torch.int64) for name in ("input_ids", "labels")}
+        if not padding_free(self.recipe):
+            return inputs | {"attention_mask": torch.ones(shape, dtype=torch.int64)}
+        inputs["position_ids"] = torch.ones(shape, dtype=torch.int64)
+        inputs["cu_seq_lens_q"] = inputs["cu_seq_lens_k"] = torch.ones(micro + 1, dtype=torch.int32)
+        inputs["max_length_q"] = inputs["max_length_k"] = data.max_length
+        return inputs | {"seq_idx": torch.ones(shape, dtype=torch.int32)}
+
+    def _optimizer(self, trained: list[Any]) -> Any:
+        """What makes an optimizer step. Of an optimizer that cannot run here, its states alone."""
+        name, rate = self.recipe.train.optimizer, {"lr": self.recipe.train.learning_rate}
+        on_gpu = self.device == "cuda"
+        made = {
+            "adamw_torch": lambda: torch.optim.AdamW(trained, foreach=on_gpu, **rate),
+            "adamw_torch_fused": lambda: torch.optim.AdamW(trained, fused=True, **rate),
+            "sgd": lambda: torch.optim.SGD(trained, foreach=on_gpu, **rate),
+            "rmsprop": lambda: torch.optim.RMSprop(trained, foreach=on_gpu, **rate),
+            "adagrad": lambda: torch.optim.Adagrad(trained, foreach=on_gpu, **rate),
+        }.get(name)
+        if made is not None:
+            with self.tracker.during("optimizer", "optimizer"):
+                return made().step
+
+        embeddings = {id(module.weight) for module in self.model.modules() if isinstance(module, torch.nn.Embedding)}
+
+        def step() -> None:
+            if not self.held:
+                for parameter in trained:
+                    size = optimizers.state_bytes(
+                        name, tuple(parameter.shape), parameter.element_size(), embedding=id(parameter) in embeddings
+                    )
+                    self.held.append(torch.empty(round(size), dtype=torch.uint8))
+
+        return step
+
+
+def _count(module: torch.nn.Module) -> tuple[int, int]:
+    """Parameters, and those that are trained; a quantised weight counts as what it stands for."""
+    total = trained = 0
+    for parameter in module.parameters():
+        total += parameter.numel()
+        trained += parameter.numel() if parameter.requires_grad else 0
+    total += sum(part.in_features * part.out_features for part in module.modules() if hasattr(part, "quantized"))
+    return total, trained

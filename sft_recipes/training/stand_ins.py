@@ -1,0 +1,179 @@
+"""What a GPU does where the CPU, on which a step is traced, does otherwise; and layers that cannot be traced as they are."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, PreTrainedConfig, masking_utils
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import PreTrainedModel
+from trl.kernels import chunked_logprob
+from trl.trainer import utils as trl_utils
+
+from sft_recipes.recipe.schema import Recipe
+from sft_recipes.recipe.upstream import installed
+from sft_recipes.training.tracking import Tracker
+
+VARIABLE = "traced_varlen"  # attention that knows where documents begin, and needs no mask
+
+
+def attention(recipe: Recipe, config: PreTrainedConfig, device: str) -> str | None:
+    """The implementation that is traced for the one that the run takes."""
+    wanted = recipe.model.attention
+    if wanted == "auto":
+        half = recipe.model.dtype != "float32" or recipe.train.mixed_precision != "no"
+        able = getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), "_supports_flash_attn", False)
+        wanted = "flash_attention_2" if device == "cuda" and half and able and installed("flash_attn") else "sdpa"
+        if not getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), "_supports_sdpa", True):
+            return None
+    return wanted if wanted in ("sdpa", "eager") else VARIABLE
+
+
+class _Attention(torch.autograd.Function):
+    """Tensors that a fused attention kernel keeps and makes: its output, the log-sum-exp of each row, the gradients, and
+    the float32 sum in which the queries' gradient is taken (flash attention 2's dq_accum; the same in the
+    memory-efficient kernel, which sdpa takes where there is a mask)."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Any, key: Any, value: Any, bias: Any) -> Any:
+        out = torch.empty_like(query[..., : value.shape[-1]])
+        rows = torch.empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, rows, bias)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *_gradients: Any) -> Any:
+        query, key, value, *_ = ctx.saved_tensors
+        summed = torch.empty(query.shape, dtype=torch.float32)
+        deltas = torch.empty(query.shape[:-1], dtype=torch.float32)
+        heads = query.shape[1] // key.shape[1]
+        expanded = [torch.empty(query.shape, dtype=query.dtype) for _ in range(2)] if heads > 1 else []
+        gradients = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
+        del summed, deltas, expanded
+        return gradients
+
+
+def _nothing(*_args: Any, **_kwargs: Any) -> None:
+    """No mask; or a fold that Triton does in place."""
+
+
+def _variable(_module: Any, query: Any, key: Any, value: Any, _mask: Any = None, **_: Any) -> tuple[torch.Tensor, None]:
+    return _Attention.apply(query, key, value, None).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(VARIABLE, _variable)
+AttentionMaskInterface.register(VARIABLE, _nothing)
+
+
+def _sdpa(query: Any, key: Any, value: Any, attn_mask: Any = None, **_: Any) -> Any:
+    """torch's sdpa on a GPU: with a mask the memory-efficient kernel, which keeps the mask as a number for each pair."""
+    bias = None
+    if attn_mask is not None:
+        bias = attn_mask.to(query.dtype) if attn_mask.dtype == torch.bool else attn_mask
+    return _Attention.apply(query, key, value, bias)
+
+
+class _Head:
+    """TRL's loss on a GPU: of trained tokens only (here all), which are copied together first."""
+
+    def __init__(self, tracker: Tracker, *, gathers: bool) -> None:
+        self.tracker, self.gathers = tracker, gathers
+
+    def apply(self, hidden: torch.Tensor, *args: Any) -> Any:
+        if hidden.requires_grad:  # reached when the loss's own backward pass is done
+            hidden.register_hook(lambda _: self.tracker.enter("backward, upper layers", "activations"))
+        with self.tracker.during("loss, forward", "head"):
+            if self.gathers:
+                hidden = hidden.clone()
+            return chunked_logprob.ChunkedLogProbFunction.apply(hidden, *args)
+
+
+@contextmanager
+def of(device: str, tracker: Tracker, *, half: bool) -> Iterator[None]:
+    """The phases of the loss are marked; and where the device is a GPU, its kernels stand in for the CPU's."""
+    on_gpu = device == "cuda"
+    normalise = torch.nn.functional.layer_norm
+
+    def in_float32(x: Any, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Any:
+        """CUDA's autocast takes layer norms to float32, the CPU's leaves them."""
+        return normalise(x.float(), shape, *(None if each is None else each.float() for each in (weight, bias)), eps)
+
+    with (
+        patch.object(trl_utils, "_ChunkedLogProbFunction", _Head(tracker, gathers=on_gpu)),
+        # transformers makes a mask in any case where it cannot look at values; the tracker answers for them.
+        patch.object(masking_utils, "is_tracing", lambda *_: False),
+    ):
+        if not on_gpu:
+            yield
+            return
+        with (
+            patch.object(chunked_logprob, "_forward_tile", _nothing),
+            patch.object(chunked_logprob, "_backward_tile", _nothing),
+            patch.object(chunked_logprob, "_addmm_fp32", _nothing),
+            patch.object(torch.nn.functional, "scaled_dot_product_attention", _sdpa),
+            patch.object(torch.nn.functional, "layer_norm", in_float32 if half else normalise),
+        ):
+            yield
+
+
+# --- Quantised weights ---
+
+
+class _Dequantized(torch.autograd.Function):
+    """A product with a weight that is made from its quantised form, once in the forward and once in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, out: int, keeps: int) -> torch.Tensor:
+        ctx.shape, ctx.wide = (out, x.shape[-1]), x.dtype
+        ctx.kept = torch.empty(x.shape, dtype=torch.int8) if keeps else None
+        return torch.nn.functional.linear(x, torch.empty(ctx.shape, dtype=x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        return gradient @ torch.empty(ctx.shape, dtype=gradient.dtype), None, None
+
+
+class QuantizedLinear(torch.nn.Linear):
+    """A linear layer whose weight is held in 4 or 8 bits by bitsandbytes.
+
+    4 bits: half a byte a value; a scale per 64 values, itself in 8 bits, and a float32 scale per 256 of those (double
+    quantisation). 8 bits: a byte a value, and a float32 scale per output.
+    """
+
+    quantized = True
+
+    def __init__(self, like: torch.nn.Linear, kind: str, compute: torch.dtype) -> None:
+        torch.nn.Module.__init__(self)
+        self.in_features, self.out_features, self.kind, self.compute = (
+            like.in_features,
+            like.out_features,
+            kind,
+            compute,
+        )
+        numel = self.in_features * self.out_features
+        scales = math.ceil(numel / 64)
+        size = numel + 4 * self.out_features if kind == "int8" else numel // 2 + scales + math.ceil(scales / 256) * 4
+        self.register_buffer("packed", torch.empty(size, dtype=torch.uint8))
+        self.register_parameter("bias", like.bias)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """PEFT asks for its device and type."""
+        return self.packed
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.dtype
+        out = _Dequantized.apply(x.to(self.compute), self.out_features, self.kind == "int8")
+        out = out if self.bias is None else out + self.bias.to(out.dtype)
+        return out.to(wide).clone()  # PEFT's layer clones what comes of 4 bits
+
+
+def quantize(model: PreTrainedModel, kind: str, keep: list[str], compute: torch.dtype) -> None:
+    """Put quantised layers in the place of all linear ones but those to keep."""
+    for name, module in list(model.named_modules()):
+        parent, _, last = name.rpartition(".")
+        if type(module) is torch.nn.Linear and last not in keep:
+            setattr(model.get_submodule(parent), last, QuantizedLinear(module, kind, compute))

@@ -1,0 +1,160 @@
+"""`sft-recipe plan` on a directory that holds a config and nothing else."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig
+
+from sft_recipes.errors import InputError, RecipeError
+from sft_recipes.plan import Plan, plan
+from tests.conftest import ROWS, WriteRecipe, metrics, run, write_rows
+
+LLAMA_8B = LlamaConfig(
+    hidden_size=4096,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    intermediate_size=14336,
+    vocab_size=128256,
+    max_position_embeddings=131072,
+)
+PARAMETERS = 8_030_261_248  # of Llama 3.1 8B
+
+
+def recipe(folder: Path, **sections: Any) -> str:
+    LLAMA_8B.save_pretrained(folder / "llama")
+    write_rows(folder / "train.jsonl")
+    values: dict[str, Any] = {
+        "model": {"name": str(folder / "llama")},
+        "data": {"train": str(folder / "train.jsonl"), "max_length": 1024},
+        "train": {"micro_batch_size": 2},
+        "output_dir": str(folder / "run"),
+    }
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section}
+    (folder / "recipe.yaml").write_text(json.dumps(values), encoding="utf-8")
+    return str(folder / "recipe.yaml")
+
+
+def test_8b_from_its_config_alone(tmp_path: Path) -> None:
+    found = plan(recipe(tmp_path))
+
+    values = found.as_dict()
+    assert values["parameters"] == values["trained_parameters"] == PARAMETERS
+    assert values["parts_gib"]["weights"] == round(2 * PARAMETERS / 2**30, 3)
+    assert values["peak_gib"] == pytest.approx(sum(values["parts_gib"].values()), abs=0.01)
+    assert values["peak_gib"] > 8 * PARAMETERS / 2**30  # weights, gradients and two moments
+    assert values["fits"] is None
+    assert values["changes"] == []
+    assert "tokens are not counted" in values["notes"][0]
+    assert set(values["hours"]) >= {"H100", "L4"}
+    assert json.loads(json.dumps(values)) == values
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_would_make_it_fit(tmp_path: Path) -> None:
+    found = plan(recipe(tmp_path), gpu_memory="24GB")
+
+    assert found.fits is False
+    kinds = [each.kind for each in found.remedies]
+    assert kinds == ["attention", "micro-batch", "LoRA", "nf4", "8-bit optimizer", "fsdp2", "CPU offload"]
+    by_kind = {each.kind: each for each in found.remedies}
+    assert by_kind["LoRA"].fits
+    assert by_kind["nf4"].peak < by_kind["LoRA"].peak < found.found.peak_bytes
+    assert not by_kind["micro-batch"].fits
+    assert set(found.times()) == {"RTX-4090", "A10", "L4", "RTX-3090"}
+    text = "\n".join(found.lines())
+    assert "does not fit into 24 GB" in text
+    assert "--set lora='{}'" in text
+    # what is said of a change is what a plan of it says
+    changed = plan(recipe(tmp_path), ["lora={}"], gpu_memory="24GB")
+    assert changed.fits
+    assert changed.found.peak_bytes == pytest.approx(by_kind["LoRA"].peak)
+
+
+def test_auto_takes_what_fits(tmp_path: Path) -> None:
+    sections = {"data": {"max_length": 2048}, "train": {"micro_batch_size": "auto", "global_batch_size": 24}}
+    written = recipe(tmp_path, lora={}, **sections)
+
+    found = plan(written, gpu="RTX 4090")
+
+    assert found.recipe.train.micro_batch_size == 4
+    assert found.recipe.sequences_per_step == 24
+    assert found.fits
+    larger = plan(written, ["train.micro_batch_size=8"], gpu="RTX 4090")
+    assert not larger.fits
+    with pytest.raises(RecipeError, match="say --gpu-memory 24GB"):
+        plan(written)
+
+
+def test_several_gpus(tmp_path: Path) -> None:
+    written = recipe(tmp_path, launch={"strategy": "fsdp2"})
+
+    one, four = plan(written), plan(written, gpus=4)
+
+    assert four.ranks == 4
+    # trained in float32 there: four bytes a weight, its gradient and two moments, in quarters
+    assert 4 * PARAMETERS < four.found.peak_bytes < one.found.peak_bytes
+    assert four.times()["H100"][0] == pytest.approx(one.times()["H100"][0] / 4)
+
+
+def test_tokens_are_counted_where_there_is_a_tokenizer(write_recipe: WriteRecipe) -> None:
+    found: Plan = plan(str(write_recipe()), cpu=True)
+
+    assert found.amount.steps == 3
+    assert found.amount.notes == []
+    assert 0 < (found.amount.tokens or 0) <= 3 * 4 * 128
+    assert found.device == "cpu"
+    assert found.times() == {}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options", "message"),
+    [
+        ([], {"gpu_memory": "many"}, "--gpu-memory: 'many' is no size; expected such as 24GB"),
+        ([], {"gpu": "Z9"}, "--gpu: 'Z9' is not in the table; expected one of B200"),
+        ([], {"gpus": 3}, "32 sequences a step do not come out"),
+        (["model.name=no/such-model-anywhere"], {}, "model.name: no/such-model-anywhere: its config cannot be had"),
+        (["data.max_length=500000"], {}, "more than the 131072 positions"),
+        (
+            ["train.gradient_accumulation_steps=2", "train.micro_batch_size=auto"],
+            {},
+            "auto keeps train.global_batch_size",
+        ),
+        (["train.learning_ratee=1"], {}, "did you mean"),
+    ],
+)
+def test_what_is_wrong_is_a_line(overrides: list[str], options: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError) as error:
+        plan(recipe(tmp_path), overrides, **options)
+
+    assert len(error.value.lines) == 1
+    assert message in error.value.lines[0]
+
+
+def test_on_the_command_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sft_recipes.cli", "plan", recipe(tmp_path), "--json", "--gpu", "H100"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+
+    values = json.loads(done.stdout)
+    assert values["fits"]
+    assert values["peak_gib"] < values["memory_gib"]
+    assert list(values["hours"]) == ["H100"]
+
+
+def test_a_run_with_auto_writes_the_number_down_and_goes_on_with_it(write_recipe: WriteRecipe) -> None:
+    auto = {"micro_batch_size": "auto", "global_batch_size": 8}
+    file = write_recipe(train=auto)
+    write_rows(file.parent / "train.jsonl", ROWS)
+
+    folder, _ = run(file)
+
+    resolved = json.loads((folder / "recipe.resolved.json").read_text("utf-8"))
+    assert resolved["train"]["micro_batch_size"] == 8  # all of a step at once: a tiny model, and a whole machine
+    assert resolved["train"]["global_batch_size"] == 8
+    assert metrics(folder)
+    run(file, resume=True)  # the same number, not another one by then

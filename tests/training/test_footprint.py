@@ -1,0 +1,356 @@
+"""The predicted memory of a training step against what the allocator counts when the Trainer makes it."""
+
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch._C._profiler import _EventType
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+
+from sft_recipes.data import prepare, tokens
+from sft_recipes.errors import ModelError
+from sft_recipes.planning import memory
+from sft_recipes.planning.memory import Footprint
+from sft_recipes.recipe import model_files
+from sft_recipes.recipe.schema import Recipe
+from sft_recipes.training import fitting, footprint, model, stand_ins, trainer
+
+WITHIN = 0.05
+SHAPE: dict[str, Any] = {
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "intermediate_size": 688,
+    "vocab_size": 2048,
+    "max_position_embeddings": 1024,
+}
+CONFIGS = {
+    "llama": LlamaConfig(**SHAPE),
+    "qwen2": Qwen2Config(**SHAPE | {"tie_word_embeddings": True}),
+    "qwen3": Qwen3Config(**SHAPE, head_dim=32),
+    "gpt2": GPT2Config(n_embd=256, n_layer=4, n_head=8, vocab_size=2048, n_positions=512),
+    # as a model that trains for real, a large vocabulary beside few layers
+    "wide": LlamaConfig(**SHAPE | {"vocab_size": 8192, "hidden_size": 384, "num_hidden_layers": 3}),
+}
+BF16 = {"model": {"dtype": "bfloat16"}, "train": {"mixed_precision": "bf16"}}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "full, float32, packed": ("llama", {}),
+    "full, float32, every layer checkpointed": ("gpt2", {"train": {"gradient_checkpointing": True}}),
+    "full, bfloat16, every second layer checkpointed": (
+        "wide",
+        {"model": {"dtype": "bfloat16"}, "train": {"gradient_checkpointing": 2}},
+    ),
+    "full, float32 under autocast, 8-bit optimizer": (
+        "qwen2",
+        {"train": {"mixed_precision": "bf16", "optimizer": "adamw_bnb_8bit"}},
+    ),
+    "full, padded rows, one micro-batch a step": (
+        "qwen3",
+        {"data": {"packing": "none"}, "train": {"micro_batch_size": 4}},
+    ),
+    "full, documents see each other": ("llama", {"data": {"cross_document_attention": True}}),
+    "LoRA, float32": ("gpt2", {"lora": {}}),
+    "LoRA, bfloat16 under autocast, every layer checkpointed": (
+        "qwen3",
+        {"lora": {}, **BF16, "train": {"mixed_precision": "bf16", "gradient_checkpointing": True}},
+    ),
+    "QLoRA": ("llama", {"lora": {}, "model": {"dtype": "bfloat16", "quantization": "nf4"}, "train": BF16["train"]}),
+}
+
+
+def recipe_of(folder: Path, sections: dict[str, Any]) -> Recipe:
+    rows = folder / "rows.jsonl"
+    # Documents of one length that is longer than a sequence and of one that is not, so that padded rows are met.
+    texts = (" ".join(f"word number {row} {n}" for n in range(4 if row % 4 else 60)) for row in range(60))
+    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    recipe: dict[str, Any] = {
+        "model": {"name": str(folder / "model"), "dtype": "float32"},
+        "data": {
+            "train": str(rows),
+            "format": "text",
+            "eval": None,
+            "max_length": 160,
+            "packing": "wrapped",
+            "overlong": "truncate",
+            "shuffle": False,
+        },
+        "train": {
+            "micro_batch_size": 2,
+            "global_batch_size": 4,
+            "max_steps": 2,
+            "mixed_precision": "no",
+            "gradient_checkpointing": False,
+        },
+        "checkpoint": {"every": None},
+        "output_dir": str(folder / "run"),
+    }
+    for name, section in sections.items():
+        recipe[name] = {**recipe.get(name, {}), **section}
+    if recipe["data"]["packing"] == "wrapped":
+        del recipe["data"]["overlong"]
+    return Recipe.model_validate(recipe)
+
+
+def random_model(folder: Path, config: PreTrainedConfig) -> None:
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(model_files.BUILTIN / "tiny" / file, folder / "model")
+
+
+def build(recipe: Recipe, folder: Path) -> trainer.Trainer:
+    tokenizer = model.load_tokenizer(recipe.model)
+    data = prepare.prepare(recipe, tokens.of_transformers(tokenizer), cached=False)
+    (folder / "run").mkdir()
+    loaded = model.load_model(recipe, tokenizer)
+    return trainer.build(recipe, loaded, tokenizer, data, folder / "run", Console(file=io.StringIO()))
+
+
+def allocated(sft: trainer.Trainer) -> int:
+    """Most bytes that torch's CPU allocator had given out at once while it trained, with the model's own."""
+    held = {}
+    for tensor in [*sft.model.parameters(), *sft.model.buffers()]:
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        trainer.train(sft, None)
+    events = [
+        event
+        for event in _walk(profile.profiler.kineto_results.experimental_event_tree())
+        if event.tag == _EventType.Allocation
+    ]
+    # By address: of what was there before, the profiler reports sizes that are left over from earlier profiles.
+    sizes: dict[int, int] = {}
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_time_ns):
+        address, size = event.extra_fields.ptr, event.extra_fields.alloc_size
+        now -= sizes.pop(address, 0)
+        if size > 0:
+            sizes[address] = size
+            now += size
+        most = max(most, now)
+    return sum(held.values()) + most
+
+
+def _walk(events: list[Any]) -> Iterator[Any]:
+    for event in events:
+        yield event
+        yield from _walk(event.children)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_prediction_is_what_the_allocator_counts(case: str, tmp_path: Path) -> None:
+    name, sections = CASES[case]
+    random_model(tmp_path, CONFIGS[name])
+    recipe = recipe_of(tmp_path, sections)
+
+    predicted = footprint.predict(recipe, footprint.config_of(recipe), "cpu", whole=True)
+    counted = allocated(build(recipe, tmp_path))
+
+    print(f"{case}: predicted {predicted.peak_bytes / 2**20:.1f} MiB, counted {counted / 2**20:.1f} MiB")
+    assert predicted.peak_bytes == pytest.approx(counted, rel=WITHIN)
+
+
+def of(config: PreTrainedConfig, device: str = "cpu", *, whole: bool = False, **sections: Any) -> Footprint:
+    values = {
+        "model": {"name": "x"},
+        "data": {"train": "x", "max_length": 256},
+        "train": {"micro_batch_size": 2, "global_batch_size": 8},
+        "output_dir": "x",
+    }
+    recipe = Recipe.model_validate(
+        {
+            key: {**values.get(key, {}), **section} if isinstance(section, dict) else section
+            for key, section in {**values, **sections}.items()
+        }
+    )  # type: ignore[dict-item]
+    return footprint.predict(recipe, config, device, whole=whole)
+
+
+@pytest.mark.parametrize(
+    ("layers", "device", "sections"),
+    [
+        (8, "cuda", {"train": {"gradient_checkpointing": False}}),
+        (13, "cpu", {"lora": {}, "train": {"gradient_checkpointing": 2}}),
+        (8, "cpu", {"model": {"dtype": "float32"}, "train": {"global_batch_size": 2}}),
+    ],
+)
+def test_extrapolation_is_the_whole_model(layers: int, device: str, sections: dict[str, Any]) -> None:
+    config = LlamaConfig(**SHAPE | {"num_hidden_layers": layers})
+
+    few, whole = of(config, device, **sections), of(config, device, whole=True, **sections)
+
+    assert few.peak == pytest.approx(whole.peak, abs=1)
+    assert whole.layers > 5  # else it is the same trace
+    assert (few.parameters, few.trained, few.layers) == (whole.parameters, whole.trained, layers)
+
+
+def test_layers_of_several_kinds_are_extrapolated_by_their_pattern() -> None:
+    kinds = ["sliding_attention", "full_attention"] * 12
+    config = Qwen3Config(**SHAPE | {"num_hidden_layers": 24}, layer_types=kinds)
+
+    assert footprint._period(config, 3) == 6
+    assert (
+        footprint._period(
+            Qwen3Config(**SHAPE | {"num_hidden_layers": 4}, layer_types=["full_attention"] * 3 + ["sliding_attention"]),
+            True,
+        )
+        is None
+    )
+
+
+def test_parts() -> None:
+    """What is known without a trace: two bytes a weight, a gradient of each, two moments; four a value of an adapter."""
+    config = CONFIGS["llama"]
+    number = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+
+    full, lora = of(config), of(config, lora={})
+
+    assert full.parameters == full.trained == number
+    assert full.peak["weights"] == full.peak["gradients"] == 2 * number
+    assert full.phases["clip"]["optimizer"] == pytest.approx(4 * number, rel=1e-3)  # and the count of steps
+    assert lora.peak["weights"] == 2 * number
+    assert lora.peak["adapters"] == lora.peak["gradients"] == 4 * lora.trained
+    assert lora.parameters == number + lora.trained
+
+
+def test_on_a_gpu_packed_rows_cost_a_mask_of_all_pairs_and_flash_attention_none() -> None:
+    long = {"data": {"max_length": 2048}, "train": {"gradient_checkpointing": False}}
+    config = LlamaConfig(**SHAPE | {"max_position_embeddings": 4096})
+
+    masked, flash = (of(config, "cuda", model={"attention": name}, **long) for name in ("sdpa", "flash_attention_2"))
+
+    pairs = (2 * 2048) ** 2
+    # each layer keeps the mask as a number of two bytes for each pair
+    assert masked.peak_bytes - flash.peak_bytes >= 2 * config.num_hidden_layers * pairs
+
+
+def test_attention_that_the_run_would_take() -> None:
+    values = {"model": {"name": "x"}, "data": {"train": "x"}, "output_dir": "x"}
+    recipe = Recipe.model_validate(values)
+    assert stand_ins.attention(recipe, CONFIGS["llama"], "cpu") == "sdpa"
+    flash = Recipe.model_validate({**values, "model": {"name": "x", "attention": "flash_attention_2"}})
+    assert stand_ins.attention(flash, CONFIGS["llama"], "cuda") == stand_ins.VARIABLE
+
+
+def test_patches_are_taken_back() -> None:
+    before = torch.nn.functional.scaled_dot_product_attention
+
+    of(CONFIGS["llama"], "cuda")
+
+    assert torch.nn.functional.scaled_dot_product_attention is before
+
+
+def test_a_model_that_cannot_be_traced_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(footprint._Step, "run", lambda self: torch.ones(2).nonzero()[0].tolist()[5])
+
+    with pytest.raises(ModelError, match="model of type llama cannot be run without its weights"):
+        of(CONFIGS["llama"])
+
+
+def test_auto_is_the_largest_that_fits() -> None:
+    values = {
+        "model": {"name": "x"},
+        "data": {"train": "x", "max_length": 256},
+        "train": {"micro_batch_size": "auto", "global_batch_size": 24},
+        "output_dir": "x",
+    }
+    recipe = Recipe.model_validate(values)
+    predict = fitting.predictor(CONFIGS["llama"], "cpu")
+    peak = {
+        size: predict(fitting.changes.applied(recipe, {"train.micro_batch_size": size})).peak_bytes
+        for size in (1, 4, 8)
+    }
+
+    for size in (1, 4, 8):  # 8 is the largest power of two in 24
+        chosen = fitting.largest(recipe, predict, peak[size], "cpu")
+        assert chosen.train.micro_batch_size == size
+        assert chosen.sequences_per_step == 24
+    assert fitting.largest(recipe, predict, 2 * peak[8], "cpu").train.micro_batch_size == 8
+    with pytest.raises(ValueError, match="not even 1 sequence fits"):
+        fitting.largest(recipe, predict, peak[1] - 1, "cpu")
+
+
+# --- On a GPU ---------------------------------------------------------------------------------------------------------
+
+B1: dict[str, Any] = {
+    "hidden_size": 2048,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "intermediate_size": 8192,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": True,
+}
+B8 = B1 | {"hidden_size": 4096, "num_hidden_layers": 32, "head_dim": 128, "intermediate_size": 14336}
+B8["tie_word_embeddings"] = False
+GPU_CASES: dict[str, tuple[dict[str, Any], int, int, dict[str, Any]]] = {
+    # shape, length, micro-batch, sections
+    "1B full, bfloat16": (B1, 2048, 4, {}),
+    "1B full, bfloat16, no checkpointing": (B1, 1024, 4, {"train": {"gradient_checkpointing": False}}),
+    "1B full, float32 under autocast": (B1, 2048, 2, {"model": {"dtype": "float32"}}),
+    "1B full, padded": (B1, 1024, 4, {"data": {"packing": "none"}}),
+    "8B LoRA": (B8, 2048, 4, {"lora": {}}),
+    "8B LoRA, every fourth layer checkpointed": (B8, 1024, 4, {"lora": {}, "train": {"gradient_checkpointing": 4}}),
+    "8B LoRA, no checkpointing": (B8, 1024, 2, {"lora": {}, "train": {"gradient_checkpointing": False}}),
+    "8B QLoRA": (B8, 1024, 4, {"lora": {}, "model": {"quantization": "nf4"}}),
+    "8B full, bfloat16": (B8, 1024, 2, {"model": {"dtype": "bfloat16"}}),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("case", GPU_CASES)
+def test_prediction_is_what_a_gpu_counts(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random weights of real shapes; most bytes that the allocator had given out at once, over three steps."""
+    shape, length, micro, sections = GPU_CASES[case]
+    config = LlamaConfig(**shape)
+    config.save_pretrained(tmp_path / "model")
+    sizes = {
+        "data": {"max_length": length},
+        "train": {
+            "micro_batch_size": micro,
+            "global_batch_size": 2 * micro,
+            "mixed_precision": "bf16",
+            "gradient_checkpointing": True,
+        },
+        "model": {"dtype": "bfloat16"},
+    }
+    merged = {name: {**sizes.get(name, {}), **sections.get(name, {})} for name in sizes | sections}
+    recipe = recipe_of(tmp_path, merged)
+    if recipe.lora is not None and recipe.model.quantization:
+        # bitsandbytes quantises while it loads, so there has to be something to load
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    else:
+        monkeypatch.setattr(model.AutoModelForCausalLM, "from_pretrained", _random)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(model_files.BUILTIN / "tiny" / file, tmp_path / "model")
+    rows = tmp_path / "rows.jsonl"
+    text = " ".join(f"word number {n}" for n in range(length))  # longer than a sequence, so that all are full
+    rows.write_text((json.dumps({"text": text}) + "\n") * 40, encoding="utf-8")
+
+    predicted = memory.on_device(footprint.predict(recipe, config, "cuda"), "cuda")
+    sft = build(recipe, tmp_path)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    trainer.train(sft, None)
+    counted = torch.cuda.max_memory_allocated()
+    del sft
+    torch.cuda.empty_cache()
+
+    print(f"{case}: predicted {predicted.peak_bytes / 2**30:.2f} GiB, counted {counted / 2**30:.2f} GiB")
+    assert predicted.peak_bytes == pytest.approx(counted, rel=WITHIN)
+
+
+def _random(name: str, *, config: PreTrainedConfig, dtype: torch.dtype, attn_implementation: Any, **_: Any) -> Any:
+    """In place of from_pretrained: weights drawn at random on the GPU, which writing and reading 16 GB takes the place of."""
+    with torch.device("cuda"):
+        made = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+    return made, {"missing_keys": []}
