@@ -1,12 +1,12 @@
 """`sft-recipe plan`: the memory, steps and time of a run, from the recipe and the model's config alone."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from sft_recipes.data import prepare, reading, tokens
-from sft_recipes.errors import DataError, ModelError, RecipeError, one_line
+from sft_recipes.errors import DataError, RecipeError, one_line
 from sft_recipes.planning import changes, memory, sharding, speed
 from sft_recipes.planning.memory import GIB, Footprint
 from sft_recipes.planning.steps import count
@@ -15,7 +15,6 @@ from sft_recipes.recipe.check import judge
 from sft_recipes.recipe.schema import Recipe
 
 _SECONDS = 2.0  # of tokenising a source; tokens and steps are those of its first rows, taken for all
-Predict = Callable[[Recipe], Footprint]
 
 
 @dataclass(frozen=True)
@@ -26,16 +25,6 @@ class Amount:
     tokens: int | None
     document: float  # mean length, in tokens, of the document that a token is in
     notes: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Remedy:
-    """A single change, and what it comes to."""
-
-    kind: str
-    change: dict[str, Any]
-    peak: float  # bytes
-    fits: bool
 
 
 @dataclass(frozen=True)
@@ -50,7 +39,7 @@ class Plan:
     found: Footprint
     amount: Amount
     flops_per_token: float
-    remedies: list[Remedy]
+    remedies: list[changes.Remedy]
 
     @property
     def fits(self) -> bool | None:
@@ -91,7 +80,13 @@ class Plan:
             "memory_gib": None if self.capacity is None else round(self.capacity / GIB, 3),
             "fits": self.fits,
             "changes": [
-                {"kind": each.kind, "set": each.change, "peak_gib": round(each.peak / GIB, 3), "fits": each.fits}
+                {
+                    "kind": each.kind,
+                    "set": each.change,
+                    "peak_gib": round(each.peak / GIB, 3),
+                    "fits": each.fits,
+                    "in_this_version": each.runs,
+                }
                 for each in self.remedies
             ],
             "steps": self.amount.steps,
@@ -123,8 +118,7 @@ class Plan:
         if self.remedies:
             lines.append("single changes, cheapest in speed first:")
             for each in self.remedies:
-                enough = "fits" if each.fits else "does not fit"
-                lines.append(f"  {each.kind}: {each.peak / GIB:.2f} GiB, {enough}: {changes.in_words(each.change)}")
+                lines.append(f"  {each.kind}, {'fits' if each.fits else 'does not fit'}: {each.in_words()}")
         lines += self.amount.notes
         if self.amount.steps is not None and self.amount.tokens is not None and self.flops is not None:
             lines.append(
@@ -165,7 +159,7 @@ def plan(
                 "--gpu-memory 24GB, or --gpu NAME"
             )
         amount = _amount(recipe)  # before the seconds that importing torch takes, so that what is wrong is said first
-        from sft_recipes.training import arguments, fitting, footprint, stand_ins
+        from sft_recipes.training import fitting, footprint, stand_ins
 
         config = footprint.config_of(recipe)
         predict = fitting.predictor(config, device)
@@ -174,34 +168,14 @@ def plan(
             recipe = fitting.largest(recipe, predict, capacity, device)
         attention = stand_ins.attention(recipe, config, device) or "eager"
         attention = "flash" if attention == stand_ins.VARIABLE else attention
-        masked = attention == "sdpa" and arguments.padding_free(recipe)
+        masked = stand_ins.masks_all_pairs(recipe, config, device)
         whole = predict(recipe)
-        rank = memory.on_device(sharding.per_rank(whole, recipe), device)
-        remedies: list[Remedy] = []
+        rank = sharding.on_rank(whole, recipe, device)
+        remedies: list[changes.Remedy] = []
         if capacity is not None and not memory.fits(rank, capacity, device):
-            remedies = _remedies(recipe, predict, capacity, device, masked=masked)
+            remedies = changes.remedies(recipe, predict, capacity, device, masked=masked)
         flops = speed.flops_per_token(recipe, whole, config.get_text_config(), amount.document, dense=masked)
     return Plan(recipe, device, card, capacity, attention, rank, amount, flops, remedies)
-
-
-def _remedies(recipe: Recipe, predict: Predict, capacity: float, device: str, *, masked: bool) -> list[Remedy]:
-    """Of each kind of change the mildest that is enough; where none is, the strongest."""
-    found = []
-    for kind, options in changes.candidates(recipe, masked=masked and device == "cuda"):
-        for change in options:
-            changed = changes.applied(recipe, change)
-            try:
-                rank = memory.on_device(sharding.per_rank(predict(changed), changed), device)
-            except ModelError:  # a layer that LoRA has no name for; nothing to recommend
-                break
-            remedy = Remedy(kind, change, rank.peak_bytes, memory.fits(rank, capacity, device))
-            if remedy.fits:
-                break
-        else:
-            found.append(remedy)
-            continue
-        found.append(remedy)
-    return found
 
 
 def _capacity(gpu_memory: str | None, gpu: str | None, cpu: bool) -> tuple[float | None, speed.GPU | None]:

@@ -1,12 +1,60 @@
 """Single changes of a recipe that lower its memory, cheapest in speed first."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
+from sft_recipes.errors import ModelError
+from sft_recipes.planning import memory, sharding
+from sft_recipes.planning.memory import Footprint
+from sft_recipes.recipe import check
 from sft_recipes.recipe.schema import DEFAULT_GLOBAL_BATCH_SIZE, Recipe
 
 Change = dict[str, Any]  # dotted keys and their values, as --set takes them
+Predict = Callable[[Recipe], Footprint]  # of one process that trains the whole model
 _MOST_GPUS = 64
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A single change, and what it comes to."""
+
+    kind: str
+    change: Change
+    peak: float  # bytes on a rank
+    fits: bool
+    runs: bool  # in this version
+
+    def in_words(self) -> str:
+        later = "" if self.runs else " (not in this version)"
+        return f"{_as_set(self.change)}: {self.peak / memory.GIB:.1f} GiB{later}"
+
+
+def remedies(recipe: Recipe, predict: Predict, capacity: float, device: str, *, masked: bool) -> list[Remedy]:
+    """Of each kind of change the mildest that brings a rank below `capacity` bytes; where none does, the strongest."""
+    found = []
+    for kind, options in candidates(recipe, masked=masked and device == "cuda"):
+
+        def tried(change: Change, kind: str = kind) -> Remedy:
+            changed = applied(recipe, change)
+            rank = sharding.on_rank(predict(changed), changed, device)
+            runs = not list(check.not_yet(changed))
+            return Remedy(kind, change, rank.peak_bytes, memory.fits(rank, capacity, device), runs)
+
+        try:
+            best = tried(options[-1])
+            low, high = 0, len(options) - 1
+            while best.fits and low < high:  # a prediction takes a second: as few as can be
+                middle = (low + high) // 2
+                milder = tried(options[middle])
+                if milder.fits:
+                    best, high = milder, middle
+                else:
+                    low = middle + 1
+        except ModelError:  # a layer that LoRA has no name for; nothing to recommend
+            continue
+        found.append(best)
+    return found
 
 
 def candidates(recipe: Recipe, *, masked: bool) -> Iterator[tuple[str, list[Change]]]:
@@ -68,8 +116,7 @@ def applied(recipe: Recipe, change: Change) -> Recipe:
     return Recipe.model_validate(values)
 
 
-def in_words(change: Change) -> str:
-    """As --set takes it."""
+def _as_set(change: Change) -> str:
     return " ".join(f"--set {key}={_yaml(value)}" for key, value in change.items())
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+from sft_recipes.planning import memory
 from sft_recipes.planning.memory import PARTS, Footprint
 from sft_recipes.recipe.schema import Recipe
 
@@ -10,6 +11,11 @@ _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _AT_ONCE = 2  # layers that are whole on each rank: the one that computes, and the next, which is being fetched
 _WITHOUT_WEIGHTS = ("clip", "optimizer")  # phases that do not compute with them
 _DEEPSPEED_BUCKET = 500_000_000  # values; reduce_bucket_size and allgather_bucket_size, DeepSpeed's defaults
+
+
+def on_rank(whole: Footprint, recipe: Recipe, device: str) -> Footprint:
+    """The footprint of one rank, with what the device's own libraries take of what its allocator counts."""
+    return memory.on_device(per_rank(whole, recipe), device)
 
 
 def per_rank(whole: Footprint, recipe: Recipe) -> Footprint:

@@ -20,7 +20,8 @@ class GPU:
     teraflops: float
 
 
-# NVIDIA's data sheets; rates without sparsity, and with float32 sums on GeForce cards. T4 has no bfloat16: its float16 rate.
+# NVIDIA's data sheets (SXM boards where there are several); rates without sparsity, and with float32 sums on GeForce cards.
+# T4 has no bfloat16: its float16 rate.
 GPUS = (
     GPU("B200", 180, 2250),
     GPU("H200", 141, 989),

@@ -41,7 +41,7 @@ def judge(recipe: Recipe, *, to_run: bool = True) -> Verdict:
 
     Without `to_run`, for a plan: not what this machine lacks to run it.
     """
-    judgements = (_contradictions, _batch, _names, _secrets, *((_output, _not_yet, _extras) if to_run else ()))
+    judgements = (_contradictions, _batch, _names, _secrets, *((_output, not_yet, _extras) if to_run else ()))
     return Verdict([line for judgement in judgements for line in judgement(recipe)], list(_faults(recipe)))
 
 
@@ -181,7 +181,7 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
         yield key, str(value)
 
 
-def _not_yet(recipe: Recipe) -> Iterator[str]:
+def not_yet(recipe: Recipe) -> Iterator[str]:
     """Keys whose other values a later version will take. Refused, because ignoring them would be a lie."""
     if recipe.model.attention == "varlen":
         yield "model.attention: varlen is not in this version; set auto"

@@ -261,9 +261,8 @@ class Recipe(_Section):
         train, world = self.train, self.launch.processes * self.launch.machines
         if train.gradient_accumulation_steps is not None:
             return train.gradient_accumulation_steps
-        micro = (
-            1 if train.micro_batch_size == "auto" else train.micro_batch_size
-        )  # steps are the same whatever it becomes
+        # Whatever auto becomes, the sequences of a step are the same.
+        micro = 1 if train.micro_batch_size == "auto" else train.micro_batch_size
         # At least 1 also where the division does not come out, which is an error: the rest can still be looked at.
         return max(1, (train.global_batch_size or DEFAULT_GLOBAL_BATCH_SIZE) // (micro * world))
 

@@ -1,7 +1,6 @@
-"""The largest micro-batch that fits, for `micro_batch_size: auto`."""
+"""Predictions where the training is to run: the largest micro-batch that fits, and what to change where none does."""
 
 import json
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -11,9 +10,10 @@ from transformers import PreTrainedConfig
 
 from sft_recipes.errors import RecipeError
 from sft_recipes.planning import changes, memory, sharding
+from sft_recipes.planning.changes import Predict
 from sft_recipes.planning.memory import GIB, Footprint
 from sft_recipes.recipe.schema import Recipe
-from sft_recipes.training import footprint
+from sft_recipes.training import footprint, stand_ins
 
 # Of the memory that is free; the rest is left to what a prediction cannot see, such as gaps between blocks.
 _SHARE = 0.95
@@ -21,7 +21,7 @@ _SHARE = 0.95
 _IRRELEVANT = {"eval", "checkpoint", "log", "export", "output_dir", "launch"}
 
 
-def predictor(config: PreTrainedConfig, device: str) -> Callable[[Recipe], Footprint]:
+def predictor(config: PreTrainedConfig, device: str) -> Predict:
     """Predictions for one model; each is made once."""
 
     @cache
@@ -38,7 +38,7 @@ def predictor(config: PreTrainedConfig, device: str) -> Callable[[Recipe], Footp
     return predict
 
 
-def largest(recipe: Recipe, predict: Callable[[Recipe], Footprint], capacity: float, device: str) -> Recipe:
+def largest(recipe: Recipe, predict: Predict, capacity: float, device: str) -> Recipe:
     """The recipe with the largest micro_batch_size, of powers of two that keep global_batch_size, that fits into `capacity`
     bytes. Raises RecipeError where a single sequence does not fit."""
     sizes = changes.micro_batch_sizes(recipe)
@@ -53,7 +53,7 @@ def largest(recipe: Recipe, predict: Callable[[Recipe], Footprint], capacity: fl
 
     def peak(size: int) -> Footprint:
         sized = with_size(size)
-        return memory.on_device(sharding.per_rank(predict(sized), sized), device)
+        return sharding.on_rank(predict(sized), sized, device)
 
     low, high = 0, len(sizes)  # sizes[:low] fit, sizes[high:] do not
     while low < high:
@@ -81,9 +81,36 @@ def resolved(recipe: Recipe, run_dir: Path) -> Recipe:
         size = json.loads(begun.read_text(encoding="utf-8")).get("train", {}).get("micro_batch_size")
         if size in changes.micro_batch_sizes(recipe):
             return changes.applied(recipe, {"train.micro_batch_size": size})
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = footprint.config_of(recipe)
+    config, device = footprint.config_of(recipe), _device()
     return largest(recipe, predictor(config, device), _free(recipe, device) * _SHARE, device)
+
+
+def here(recipe: Recipe) -> Footprint:
+    """What one rank is predicted to take on this machine. Raises ModelError where that cannot be said."""
+    config, device = footprint.config_of(recipe), _device()
+    return sharding.on_rank(predictor(config, device)(recipe), recipe, device)
+
+
+def advice(recipe: Recipe) -> str:
+    """For one who has run out of memory: what is predicted, and the single changes that would fit.
+
+    Raises ModelError where that cannot be said.
+    """
+    config, device = footprint.config_of(recipe), _device()
+    capacity = _SHARE * (torch.cuda.mem_get_info()[1] if device == "cuda" else psutil.virtual_memory().total)
+    predict = predictor(config, device)
+    rank = sharding.on_rank(predict(recipe), recipe, device)
+    said = f"{rank.peak_bytes / GIB:.1f} GiB are predicted, and the device has {capacity / _SHARE / GIB:.1f}"
+    if memory.fits(rank, capacity, device):
+        return f"{said}: something else takes memory there, or gaps between blocks"
+    masked = stand_ins.masks_all_pairs(recipe, config, device)
+    found = changes.remedies(recipe, predict, capacity, device, masked=masked)
+    fitting = "; ".join(f"{each.kind}, {each.in_words()}" for each in found if each.fits)
+    return f"{said}; a single change that would fit: {fitting or 'none'}"
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _free(recipe: Recipe, device: str) -> float:

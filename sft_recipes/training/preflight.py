@@ -12,6 +12,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from sft_recipes.errors import ModelError, RunError
+from sft_recipes.planning.memory import GIB
+from sft_recipes.recipe.schema import Recipe
+from sft_recipes.training import fitting
 from sft_recipes.training.logging import peak_memory
 
 _TOKENS = 64  # of each of the two documents that are compared
@@ -46,9 +49,18 @@ def examine(trainer: Any, *, packed: bool) -> Preflight:
         found.figures["base"] = _know_the_language(trainer, found.warnings)
         if packed:
             found.figures["isolation"] = check_isolation(trainer)
+        found.figures["predicted_gib"] = _predicted(trainer.recipe)
         found.figures["longest"] = _run_the_longest(trainer, found.warnings)
     found.figures["seconds"] = round(time.perf_counter() - began, 1)
     return found
+
+
+def _predicted(recipe: Recipe) -> float | None:
+    """Peak memory of full sequences in GiB, None for a model that cannot be predicted."""
+    try:
+        return round(fitting.here(recipe).peak_bytes / GIB, 3)
+    except ModelError:
+        return None
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from trl.trainer import utils as trl_utils
 
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.recipe.upstream import installed
+from sft_recipes.training.arguments import padding_free
 from sft_recipes.training.tracking import Tracker
 
 VARIABLE = "traced_varlen"  # attention that knows where documents begin, and needs no mask
@@ -30,6 +31,11 @@ def attention(recipe: Recipe, config: PreTrainedConfig, device: str) -> str | No
         if not getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), "_supports_sdpa", True):
             return None
     return wanted if wanted in ("sdpa", "eager") else VARIABLE
+
+
+def masks_all_pairs(recipe: Recipe, config: PreTrainedConfig, device: str) -> bool:
+    """Whether packed documents are kept apart by a mask of all pairs of the micro-batch's tokens."""
+    return attention(recipe, config, device) == "sdpa" and padding_free(recipe)
 
 
 class _Attention(torch.autograd.Function):

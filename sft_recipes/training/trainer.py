@@ -37,7 +37,7 @@ from sft_recipes.recipe import model_files
 from sft_recipes.recipe.check import TORCHAO
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.stopping import Stop
-from sft_recipes.training import checkpoints, preflight
+from sft_recipes.training import checkpoints, fitting, preflight
 from sft_recipes.training.arguments import padding_free, sft_config
 from sft_recipes.training.guards import Finite, Stops
 from sft_recipes.training.logging import Display, Metrics, trackers
@@ -187,7 +187,7 @@ def build(
     routing = {
         n: getattr(text_config, n) for n in ("output_router_logits", "router_aux_loss_coef") if hasattr(text_config, n)
     }
-    with _as_recipe_error("trl: the training cannot be set up"):
+    with _as_recipe_error(recipe, "trl: the training cannot be set up"):
         arguments = SFTConfig(**sft_config(recipe, steps, run_dir, validates=data.eval is not None))
         # One process trains on one device; the Trainer would take all it sees for nn.DataParallel, which TRL refuses.
         arguments._n_gpu = min(arguments.n_gpu, 1)
@@ -213,12 +213,14 @@ def build(
         # torchao compiles its step, which on a CPU takes a C++ compiler and minutes.
         torch.compiler.set_stance("force_eager")
     # Made here rather than with the first step, so that a name that cannot be used costs nothing.
-    with _as_recipe_error(f"train.optimizer: {recipe.train.optimizer}"):
+    with _as_recipe_error(recipe, f"train.optimizer: {recipe.train.optimizer}"):
         trainer.create_optimizer()
-    with _as_recipe_error(f"train.lr_scheduler: {recipe.train.lr_scheduler} (trl.lr_scheduler_kwargs sets it up)"):
+    with _as_recipe_error(
+        recipe, f"train.lr_scheduler: {recipe.train.lr_scheduler} (trl.lr_scheduler_kwargs sets it up)"
+    ):
         trainer.create_scheduler(steps.total)
     if recipe.train.preflight:
-        with _as_recipe_error(f"model.name: {recipe.model.name}: it cannot run on the data"):
+        with _as_recipe_error(recipe, f"model.name: {recipe.model.name}: it cannot run on the data"):
             trainer.preflight = preflight.examine(trainer, packed=keep_seq_lengths)
         for warning in trainer.preflight.warnings:
             warn(warning)
@@ -265,10 +267,14 @@ def facts(recipe: Recipe, trainer: Trainer) -> list[str]:
     ]
     if trainer.preflight is not None:
         found = trainer.preflight.figures
+        of = (
+            "" if torch.cuda.is_available() else " for tensors"
+        )  # what is measured is the process, and libraries are large
+        predicted = "" if found["predicted_gib"] is None else f" ({found['predicted_gib']:.1f}{of} were predicted)"
         lines.append(
             f"preflight: {found['seconds']} s; the longest micro-batch, of {found['longest']['tokens']:,} tokens, trains in "
-            f"{found['longest']['peak_gib']:.1f} GiB; loss of the base {found['base']['loss']:.2f} a token, shuffled "
-            f"{found['base']['loss_of_shuffled_tokens']:.2f}"
+            f"{found['longest']['peak_gib']:.1f} GiB{predicted}; loss of the base {found['base']['loss']:.2f} a token, "
+            f"shuffled {found['base']['loss_of_shuffled_tokens']:.2f}"
         )
         if found.get("isolation"):
             lines[-1] += "; packed documents do not see each other"
@@ -311,8 +317,9 @@ def train(trainer: Trainer, checkpoint: Path | None) -> None:
         step, rows = trainer.state.global_step, "its rows cannot be told"
         with suppress(Exception):  # what failed may be what is asked
             rows = trainer.rows_in_words(step)
+        remedy = _memory_remedy(trainer.recipe, error)
         raise RunError(
-            f"{run_dir}: training failed after step {step}: {reason_of(error)}{_memory_remedy(error)}; {rows}, and "
+            f"{run_dir}: training failed after step {step}: {reason_of(error)}{remedy}; {rows}, and "
             f"{trainer.last_checkpoint_in_words()}"
         ) from error
     finally:
@@ -330,7 +337,7 @@ def train(trainer: Trainer, checkpoint: Path | None) -> None:
 
 
 @contextmanager
-def _as_recipe_error(what: str) -> Iterator[None]:
+def _as_recipe_error(recipe: Recipe, what: str) -> Iterator[None]:
     """What the libraries refuse of the recipe, in one line; RunError where it is memory that is lacking."""
     try:
         yield
@@ -338,7 +345,9 @@ def _as_recipe_error(what: str) -> Iterator[None]:
         raise
     except (ImportError, TypeError, ValueError, RuntimeError) as error:
         if is_out_of_memory(error):
-            raise RunError(f"out of memory before the first step: {reason_of(error)}{_memory_remedy(error)}") from error
+            raise RunError(
+                f"out of memory before the first step: {reason_of(error)}{_memory_remedy(recipe, error)}"
+            ) from error
         raise RecipeError(f"{what}: {reason_of(error)}") from error
 
 
@@ -356,13 +365,17 @@ def _deaf(then: Callable[[int], None] | None, worker: int) -> None:
         then(worker)
 
 
-def _memory_remedy(error: Exception) -> str:
+def _memory_remedy(recipe: Recipe, error: Exception) -> str:
     if not is_out_of_memory(error):
         return ""
-    return (
-        "; what takes less memory: a smaller train.micro_batch_size or data.max_length, train.gradient_checkpointing: true, "
-        "an optimizer with 8-bit states, lora, model.quantization"
-    )
+    try:
+        said = fitting.advice(recipe)
+    except (SFTRecipeError, MemoryError):
+        said = (
+            "what takes less: a smaller train.micro_batch_size or data.max_length, train.gradient_checkpointing: true, an "
+            "optimizer with 8-bit states, lora, model.quantization"
+        )
+    return f"; {said}"
 
 
 class _SaveBest(TrainerCallback):

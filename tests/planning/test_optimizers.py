@@ -1,0 +1,21 @@
+import pytest
+
+from sft_recipes.planning import optimizers
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "shape", "embedding", "expected"),
+    [
+        ("adamw_bnb_8bit", (1024, 1024), False, 2 * (2**20 + 2**12 * 4 + 1024)),
+        ("adamw_bnb_8bit", (1024, 1024), True, 8 * 2**20),
+        ("adamw_bnb_8bit", (1000,), False, 8 * 1000),
+        ("adamw_8bit_sr", (1024, 1024), False, 2 * (2**20 + 2**12 * 4 + 1024)),
+        ("adamw_8bit_sr", (1000,), False, 4 * 1000),  # in the weights' type
+        ("lion_8bit", (1024, 1024), False, 2**20 + 2**12 * 4 + 1024),
+        ("paged_adamw_8bit", (1024, 1024), False, 0),
+        ("adafactor", (1024, 512), False, 4 * (1024 + 512)),
+        ("something_new", (10,), False, 40),
+    ],
+)
+def test_states(optimizer: str, shape: tuple[int, ...], embedding: bool, expected: int) -> None:
+    assert optimizers.state_bytes(optimizer, shape, 2, embedding=embedding) == expected

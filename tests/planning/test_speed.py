@@ -1,0 +1,58 @@
+import pytest
+
+from sft_recipes.planning import speed
+from sft_recipes.planning.memory import Footprint
+from tests.planning.toys import recipe
+
+
+class Llama8B:
+    hidden_size, num_attention_heads, head_dim, vocab_size = 4096, 32, 128, 128256
+
+
+HEAD = 4096 * 128256
+LAYERS = 6_979_321_856
+EIGHT = Footprint({"x": {}}, LAYERS + 2 * HEAD, LAYERS + 2 * HEAD, 32, LAYERS // 32, 2 * HEAD, LAYERS // 32, 2 * HEAD)
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "length", "expected"),
+    [
+        # 6 (P + H) + 6 L h s, and the head's logits a second time
+        (False, 2048, 6 * (LAYERS + HEAD) + 2 * HEAD + 6 * 32 * 4096 * 2048),
+        (True, 2048, 8 * LAYERS + 8 * HEAD + 8 * 32 * 4096 * 2048),
+    ],
+)
+def test_operations(checkpointing: bool, length: int, expected: float) -> None:
+    full = recipe(train={"gradient_checkpointing": checkpointing})
+
+    assert speed.flops_per_token(full, EIGHT, Llama8B, length, dense=False) == pytest.approx(expected, rel=1e-9)
+
+
+def test_operations_of_adapters() -> None:
+    adapters = 41_943_040
+    with_lora = Footprint({"x": {}}, EIGHT.parameters + adapters, adapters, 32, 0, 2 * HEAD, 0, 0)
+
+    found = speed.flops_per_token(
+        recipe(lora={}, train={"gradient_checkpointing": False}), with_lora, Llama8B, 0, dense=False
+    )
+
+    assert found == pytest.approx(4 * (LAYERS + HEAD) + 2 * HEAD + 6 * adapters, rel=1e-9)
+
+
+def test_a_mask_is_not_skipped() -> None:
+    """All pairs of the micro-batch's tokens are computed, whichever documents they are of."""
+    masked, skipped = (speed.flops_per_token(recipe(), EIGHT, Llama8B, 100, dense=dense) for dense in (True, False))
+
+    assert masked - skipped == pytest.approx(8 * 32 * 4096 * (2 * 2 * 512 - 100))
+
+
+def test_time_is_between_the_shares_of_the_peak_rate() -> None:
+    h100 = speed.gpu_named("h100")
+    assert h100 is not None
+
+    fast, slow = speed.hours(989e12 * 3600, h100, 2)
+
+    assert (fast, slow) == (pytest.approx(1 / 2 / max(speed.REACHED)), pytest.approx(1 / 2 / min(speed.REACHED)))
+    assert {gpu.name for gpu in speed.gpus_of(24)} >= {"L4", "RTX-4090"}
+    assert speed.gpu_named("rtx 4090") is not None
+    assert speed.gpu_named("nothing") is None
