@@ -26,6 +26,7 @@ from sft_recipes.training.arguments import padding_free
 from sft_recipes.training.tracking import Tracker
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_KINDS: dict[str, list[Any]] = {}  # of layers, by config
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -35,14 +36,23 @@ def predict(recipe: Recipe, config: PreTrainedConfig, device: str, *, whole: boo
     Traced with few layers and extrapolated where there are more of the same, unless `whole`. Raises ModelError for a model
     that cannot be run without its values.
     """
-    text = config.get_text_config()
-    pattern = _period(text, recipe.train.gradient_checkpointing)
-    layers = text.num_hidden_layers
-    if whole or pattern is None or layers <= 5 * pattern:
-        return _traced(recipe, config, device)
-    beyond = layers % pattern
-    few, more = (_traced(recipe, _with_layers(config, n * pattern + beyond), device) for n in (2, 4))
-    return extrapolate(few, more, layers)
+    try:
+        layers = config.get_text_config().num_hidden_layers
+        repeats = None if whole else _repeats(config, recipe)
+        if repeats is None:
+            return _traced(recipe, config, device)
+        first, period = repeats
+        least = first + (layers - first) % period
+        few, more = (_traced(recipe, _with_layers(config, least + n * period), device, period) for n in (2, 4))
+        return extrapolate(few, more, layers)
+    except (ModelError, MemoryError):
+        raise
+    except Exception as error:  # as many types as there are models
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ModelError(
+            f"model.name: {recipe.model.name}: a model of type {config.model_type} cannot be run without its weights, which a "
+            f"prediction takes: {reason}"
+        ) from error
 
 
 def config_of(recipe: Recipe) -> PreTrainedConfig:
@@ -74,19 +84,45 @@ def config_of(recipe: Recipe) -> PreTrainedConfig:
     return config
 
 
-def _period(text: PreTrainedConfig, checkpointing: bool | int) -> int | None:
-    """After how many layers the pattern of layers repeats itself; None where it does not."""
-    every = 1 if isinstance(checkpointing, bool) else checkpointing
-    period = 1
-    for key in ("layer_types", "mlp_layer_types"):
-        kinds = getattr(text, key, None)
-        if not kinds:
-            continue
-        found = next((n for n in range(1, len(kinds) // 4) if kinds[n:] == kinds[:-n]), None)
-        if found is None:
-            return None
-        period = math.lcm(period, found)
-    return math.lcm(period, every)
+def _repeats(config: PreTrainedConfig, recipe: Recipe) -> tuple[int, int] | None:
+    """After how many layers, and then every how many, layers of the same kinds come again; None where that is worth nothing,
+    as there are few layers, or no pattern."""
+    kinds = _kinds(config, recipe)
+    for period in range(1, len(kinds) // 5 + 1):
+        first = len(kinds) - period
+        while first and kinds[first - 1] == kinds[first - 1 + period]:
+            first -= 1
+        together = math.lcm(period, _every(recipe))
+        if len(kinds) - first > 5 * together:
+            return first, together
+    return None
+
+
+def _every(recipe: Recipe) -> int:
+    """Of how many layers one is checkpointed."""
+    every = recipe.train.gradient_checkpointing
+    return 1 if isinstance(every, bool) else every
+
+
+def _kinds(config: PreTrainedConfig, recipe: Recipe) -> list[Any]:
+    """For each layer what it is made of, and whether its attention is that of the others."""
+    text, key = config.get_text_config(), config.to_json_string(use_diff=False)
+    if key not in _KINDS:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.model.trust_remote_code)
+            layers = _layers(model)
+            attention = getattr(text, "layer_types", None) or [None] * len(layers)
+            shapes = [[(name, part.shape) for name, part in layer.named_parameters()] for layer in layers]
+            _KINDS[key] = list(zip(attention, shapes, strict=True))
+    return _KINDS[key]
+
+
+def _layers(model: PreTrainedModel) -> list[torch.nn.Module]:
+    number = model.config.get_text_config().num_hidden_layers
+    lists = [part for part in model.modules() if isinstance(part, torch.nn.ModuleList) and len(part) == number]
+    if not lists:
+        raise ValueError(f"no list of its {number} layers is found in it")
+    return list(next((part for part in lists if isinstance(part[0], GradientCheckpointingLayer)), lists[0]))
 
 
 def _with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
@@ -99,26 +135,17 @@ def _with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     return smaller
 
 
-def _traced(recipe: Recipe, config: PreTrainedConfig, device: str) -> Footprint:
-    try:
-        # A model that reads whether attention can do without a mask: not where documents are packed, nor where rows of a
-        # micro-batch are padded.
-        rows_are_full = recipe.data.cross_document_attention or recipe.train.micro_batch_size == 1
-        causal = rows_are_full and not padding_free(recipe)
-        tracker = Tracker(block=512 if device == "cuda" else 1, truth=causal)
-        with torch.device("meta"):
-            model = _model(recipe, config, device)
-        # `tracker` has to be entered last, to see tensors before FakeTensorMode replaces its results.
-        with FakeTensorMode(allow_non_fake_inputs=True), tracker:
-            return _Step(recipe, model, tracker, device).run()
-    except (ModelError, MemoryError):
-        raise
-    except Exception as error:  # as many types as there are models
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ModelError(
-            f"model.name: {recipe.model.name}: a model of type {config.model_type} cannot be run without its weights, which a "
-            f"prediction takes: {reason}"
-        ) from error
+def _traced(recipe: Recipe, config: PreTrainedConfig, device: str, period: int = 1) -> Footprint:
+    # A model that reads whether attention can do without a mask: not where documents are packed, nor where rows of a
+    # micro-batch are padded.
+    rows_are_full = recipe.data.cross_document_attention or recipe.train.micro_batch_size == 1
+    causal = rows_are_full and not padding_free(recipe)
+    tracker = Tracker(block=512 if device == "cuda" else 1, truth=causal)
+    with torch.device("meta"):
+        model = _model(recipe, config, device)
+    # `tracker` has to be entered last, to see tensors before FakeTensorMode replaces its results.
+    with FakeTensorMode(allow_non_fake_inputs=True), tracker:
+        return _Step(recipe, model, tracker, device, period).run()
 
 
 def _model(recipe: Recipe, config: PreTrainedConfig, device: str) -> Any:
@@ -155,6 +182,7 @@ class _Step:
     model: Any
     tracker: Tracker
     device: str
+    period: int  # after how many layers the pattern of layers comes again
     held: list[torch.Tensor] = field(default_factory=list)  # what lives as long as the run
 
     def run(self) -> Footprint:
@@ -163,10 +191,9 @@ class _Step:
         trl_utils.add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
         train = self.recipe.train
         if train.gradient_checkpointing:
-            every = 1 if isinstance(train.gradient_checkpointing, bool) else train.gradient_checkpointing
-            base.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
+            base.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=_every(self.recipe))
         self.model.train()
-        layers = self._layers(base)
+        layers = _layers(base)
         self._mark(base, layers)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         for parameter in trained:
@@ -230,14 +257,6 @@ class _Step:
                         self.tracker.belongs(new, "weights" if hasattr(module, "quantized") else "buffers")
                         names[name] = new
 
-    def _layers(self, base: PreTrainedModel) -> list[torch.nn.Module]:
-        number = base.config.get_text_config().num_hidden_layers
-        lists = [m for m in base.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == number]
-        repeated = next((m for m in lists if isinstance(m[0], GradientCheckpointingLayer)), lists[0] if lists else None)
-        if repeated is None:
-            raise ModelError(f"model.name: {self.recipe.model.name}: no list of its {number} layers is found in it")
-        return list(repeated)
-
     def _mark(self, base: PreTrainedModel, layers: list[torch.nn.Module]) -> None:
         """Where phases begin: the forward pass at the first layer; of the backward pass, which goes from the loss over the
         last layer to the first, the lower half at the middle, and the embeddings behind the first layer."""
@@ -254,8 +273,7 @@ class _Step:
             return hook
 
         layers[0].register_forward_pre_hook(at_gradient("before the layers", "backward, embeddings"), with_kwargs=True)
-        period = _period(base.config.get_text_config(), self.recipe.train.gradient_checkpointing) or 1
-        if middle := len(layers) // period // 2 * period:
+        if middle := len(layers) // self.period // 2 * self.period:
             layers[middle].register_forward_pre_hook(at_gradient("forward", "backward, lower layers"), with_kwargs=True)
 
     def _micro_batch(self) -> None:

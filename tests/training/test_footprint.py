@@ -11,7 +11,15 @@ import pytest
 import torch
 from rich.console import Console
 from torch._C._profiler import _EventType
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from sft_recipes.data import prepare, tokens
 from sft_recipes.errors import ModelError
@@ -22,6 +30,7 @@ from sft_recipes.recipe.schema import Recipe
 from sft_recipes.training import fitting, footprint, model, stand_ins, trainer
 
 WITHIN = 0.05
+LEAST: dict[str, Any] = {"model": {"name": "x"}, "data": {"train": "x"}, "output_dir": "x"}
 SHAPE: dict[str, Any] = {
     "hidden_size": 256,
     "num_hidden_layers": 4,
@@ -189,17 +198,33 @@ def test_extrapolation_is_the_whole_model(layers: int, device: str, sections: di
 
 
 def test_layers_of_several_kinds_are_extrapolated_by_their_pattern() -> None:
-    kinds = ["sliding_attention", "full_attention"] * 12
-    config = Qwen3Config(**SHAPE | {"num_hidden_layers": 24}, layer_types=kinds)
+    def repeats(config: PreTrainedConfig, every: bool | int = True) -> tuple[int, int] | None:
+        train = {"gradient_checkpointing": every}
+        return footprint._repeats(config, Recipe.model_validate({**LEAST, "train": train}))
 
-    assert footprint._period(config, 3) == 6
-    assert (
-        footprint._period(
-            Qwen3Config(**SHAPE | {"num_hidden_layers": 4}, layer_types=["full_attention"] * 3 + ["sliding_attention"]),
-            True,
-        )
-        is None
-    )
+    def kinds(*names: str) -> PreTrainedConfig:
+        layers = [f"{name}_attention" for name in names]
+        return Qwen3Config(**SHAPE | {"num_hidden_layers": len(layers)}, layer_types=layers)
+
+    assert repeats(LlamaConfig(**SHAPE | {"num_hidden_layers": 12})) == (0, 1)
+    assert repeats(kinds(*["sliding", "full"] * 6)) == (0, 2)
+    assert repeats(kinds(*["sliding", "full"] * 24), 3) == (0, 6)
+    assert repeats(kinds(*["sliding"] * 3, *["full"] * 9)) == (3, 1)
+    assert repeats(kinds(*["full"] * 9, *["sliding"] * 3)) is None
+    assert repeats(CONFIGS["llama"]) is None  # few enough to be traced whole
+
+
+def test_experts_behind_dense_layers() -> None:
+    """As in DeepSeek's models, whose config only has the number of layers that are dense."""
+    shape = {**SHAPE, "hidden_size": 64, "num_hidden_layers": 12, "n_routed_experts": 4, "moe_intermediate_size": 32}
+    config = DeepseekV3Config(
+        **shape | {"num_key_value_heads": 8, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2},
+        first_k_dense_replace=3, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
+    )  # fmt: skip
+
+    few, whole = of(config), of(config, whole=True)
+
+    assert (few.parameters, few.peak) == (whole.parameters, pytest.approx(whole.peak, abs=1))
 
 
 def test_parts() -> None:
@@ -229,10 +254,9 @@ def test_on_a_gpu_packed_rows_cost_a_mask_of_all_pairs_and_flash_attention_none(
 
 
 def test_attention_that_the_run_would_take() -> None:
-    values = {"model": {"name": "x"}, "data": {"train": "x"}, "output_dir": "x"}
-    recipe = Recipe.model_validate(values)
+    recipe = Recipe.model_validate(LEAST)
     assert stand_ins.attention(recipe, CONFIGS["llama"], "cpu") == "sdpa"
-    flash = Recipe.model_validate({**values, "model": {"name": "x", "attention": "flash_attention_2"}})
+    flash = Recipe.model_validate({**LEAST, "model": {"name": "x", "attention": "flash_attention_2"}})
     assert stand_ins.attention(flash, CONFIGS["llama"], "cuda") == stand_ins.VARIABLE
 
 
