@@ -106,6 +106,7 @@ def test_what_it_looked_at_is_written_down(write_recipe: WriteRecipe, tmp_path: 
     assert found["longest"]["tokens"] > found["longest"]["eval_tokens"] / 2 > 0
     assert found["longest"]["trained_tensors"] == 56
     assert found["longest"]["without_gradient"] == 0
+    assert found["stop"] == {"tokens": ["<|end|>"], "rows_without": 0}
     assert found["longest"]["peak_gib"] > found["predicted_gib"] > 0
     assert "preflight: " in said
     other, _ = run(write_recipe(), "train.preflight=false", f"output_dir={tmp_path / 'other'}")
