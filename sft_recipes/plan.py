@@ -153,7 +153,7 @@ def plan(
     device = "cpu" if cpu else "cuda"
     with loaded.placing_errors():
         recipe = loaded.recipe
-        if recipe.train.micro_batch_size == "auto" and capacity is None:
+        if recipe.train.micro_batch_size == "auto" and capacity is None and not cpu:
             raise RecipeError(
                 "train.micro_batch_size: auto is the largest that fits, and how much memory there is is not known; say "
                 "--gpu-memory 24GB, or --gpu NAME"
@@ -164,8 +164,7 @@ def plan(
         config = footprint.config_of(recipe)
         predict = fitting.predictor(config, device)
         if recipe.train.micro_batch_size == "auto":
-            assert capacity is not None
-            recipe = fitting.largest(recipe, predict, capacity, device)
+            recipe = fitting.largest(recipe, predict, capacity or fitting.room(recipe, device), device)
         attention = stand_ins.attention(recipe, config, device) or "eager"
         attention = "flash" if attention == stand_ins.VARIABLE else attention
         masked = stand_ins.masks_all_pairs(recipe, config, device)

@@ -91,6 +91,13 @@ def test_auto_takes_what_fits(tmp_path: Path) -> None:
         plan(written)
 
 
+def test_auto_for_this_machine(write_recipe: WriteRecipe) -> None:
+    found = plan(str(write_recipe(train={"micro_batch_size": "auto", "global_batch_size": 4})), cpu=True)
+
+    assert found.recipe.train.micro_batch_size == 4
+    assert found.fits is None  # how much memory was not asked
+
+
 def test_several_gpus(tmp_path: Path) -> None:
     written = recipe(tmp_path, launch={"strategy": "fsdp2"})
 
