@@ -1,5 +1,6 @@
 """Tools of the tests: recipes and data written to a temporary directory, and runs on the embedded model."""
 
+import gc
 import io
 import json
 import os
@@ -34,6 +35,13 @@ WriteRecipe = Callable[..., Path]
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Nothing is taken from, or left in, the user's cache."""
     os.environ["SFT_RECIPES_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def libraries_are_no_garbage() -> None:
+    """Each training collects garbage when it ends, and would look at all that the libraries hold, for half a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
