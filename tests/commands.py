@@ -3,6 +3,7 @@
 All else is as in a process of its own: output, exit code, signals, environment, working directory.
 """
 
+import gc
 import multiprocessing
 import os
 import subprocess
@@ -28,12 +29,22 @@ def start(
         import sft_recipes.export.merge
         import sft_recipes.run
         import sft_recipes.talk  # noqa: F401
+    return forked(_command, arguments, out, err, cwd, dict(environment), first)
+
+
+def forked(act: Callable[..., object], *arguments: object) -> BaseProcess:
+    """A child that does it."""
     # What has used a GPU cannot fork a process that will: there, all of them are forked from one that has not.
     used = "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized()
-    context = multiprocessing.get_context("forkserver" if used else "fork")
-    child = context.Process(target=_command, args=(arguments, out, err, cwd, dict(environment), first))
+    child = multiprocessing.get_context("forkserver" if used else "fork").Process(target=_child, args=(act, arguments))
     child.start()
     return child
+
+
+def _child(act: Callable[..., object], arguments: tuple[object, ...]) -> None:
+    gc.freeze()  # what is loaded is no garbage to be looked for in each training
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tokenizers hang in a fork of a process that has used their threads
+    act(*arguments)
 
 
 def _command(
@@ -49,7 +60,6 @@ def _command(
     sys.stdout, sys.stderr = open(1, "w"), open(2, "w", buffering=1)  # noqa: SIM115
     os.chdir(cwd or ".")
     os.environ.clear()
-    # Tokenizers hang in a fork of a process that has used their threads.
     os.environ.update(environment | {"TOKENIZERS_PARALLELISM": "false"})
     sys.modules["__main__"].__package__ = None  # or the name in its help is that of the tests
     sys.argv = ["sft-recipe", *arguments]
