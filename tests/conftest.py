@@ -4,7 +4,7 @@ import gc
 import io
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +44,24 @@ def libraries_are_no_garbage() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def verify_here() -> Iterator[Callable[..., Any]]:
+    """Exports are verified in the test's own process, where the libraries are there already."""
+    from sft_recipes.export import verify
+
+    with pytest.MonkeyPatch.context() as patch:
+        elsewhere = verify.elsewhere
+        patch.setattr(verify, "elsewhere", verify.examine)
+        yield elsewhere
+
+
 @pytest.fixture(autouse=True)
-def verify_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exports are verified in the test's own process, where the libraries are there already; those marked `fresh` are not."""
-    if "fresh" not in request.keywords:
-
-        def here(request: Any) -> dict[str, Any]:
-            from sft_recipes.export import verify
-
-            return verify.examine(request)
-
-        monkeypatch.setattr("sft_recipes.export.verify.elsewhere", here)
+def verify_elsewhere(
+    request: pytest.FixtureRequest, verify_here: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of tests that are marked `fresh` are verified as users' are."""
+    if "fresh" in request.keywords:
+        monkeypatch.setattr("sft_recipes.export.verify.elsewhere", verify_here)
 
 
 def write_rows(file: Path, rows: Iterable[Any] = ROWS) -> Path:
