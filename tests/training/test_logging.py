@@ -164,7 +164,8 @@ def test_metrics_that_cannot_be_written_are_a_warning(write_recipe: WriteRecipe,
 
 def test_a_console_that_nobody_reads_ends_no_run(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     """`sft-recipe run r.yaml | head -1`"""
-    command = [Path(sys.executable).with_name("sft-recipe"), "run", write_recipe(log={"every": 1})]
+    recipe = write_recipe(log={"every": 1}, lora={"rank": 2}, export={"merge": False})
+    command = [Path(sys.executable).with_name("sft-recipe"), "run", recipe]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         process.stdout.readline()
@@ -172,7 +173,7 @@ def test_a_console_that_nobody_reads_ends_no_run(write_recipe: WriteRecipe, tmp_
         assert process.stderr is not None
         assert (process.stderr.read(), process.wait()) == ("", 0)
 
-    assert (tmp_path / "run" / "model").is_dir()
+    assert run_folder.is_finished(tmp_path / "run")
 
 
 def test_a_plot_that_fails_is_a_warning(write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
