@@ -31,6 +31,23 @@ ROWS = [
 WriteRecipe = Callable[..., Path]
 
 
+# These first, so that no process is left with one of them while the others have nothing to do.
+LONGEST = [
+    "test_run",
+    "test_resume",
+    "test_training",
+    "test_merge",
+    "test_safety",
+    "test_make",
+    "test_preflight",
+    "test_dpo",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Nothing is taken from, or left in, the user's cache."""

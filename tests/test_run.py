@@ -62,7 +62,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
             folder = tmp_path_factory.mktemp(method)
             write_rows(folder / "train.jsonl")
             recipe = minimal(folder) | {"export": {"dtype": "bfloat16" if method == "full-bf16" else "float32"}}
-            steps = 60 if method in ("full", "lora") else 10  # those two are to have learned what they are taught
+            steps = 40 if method in ("full", "lora") else 10  # those two are to have learned what they are taught
             recipe["train"] |= {"max_steps": steps, "learning_rate": 5e-3, "preflight": True}
             for section, values in METHODS[method].items():
                 recipe[section] = recipe.get(section, {}) | values
@@ -188,7 +188,7 @@ def test_metrics_have_what_the_design_names(trained: Trained) -> None:
     lines = [json.loads(line) for line in (trained("lora")[0] / "metrics.jsonl").read_text("utf-8").splitlines()]
     steps = [line for line in lines if "loss" in line]
 
-    assert [line["step"] for line in steps] == [1, 10, 20, 30, 40, 50, 60]
+    assert [line["step"] for line in steps] == [1, 10, 20, 30, 40]
     for line in steps:
         assert {"loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "memory", "epoch"} <= line.keys()
     assert [line["tokens"] for line in steps] == sorted(line["tokens"] for line in steps)
@@ -239,7 +239,7 @@ def test_qlora(tmp_path: Path, quantization: str) -> None:
     write_rows(tmp_path / "train.jsonl")
     recipe = minimal(tmp_path) | {"lora": {"rank": 4}, "export": {"dtype": "float32"}}
     recipe["model"]["quantization"] = quantization
-    recipe["train"] |= {"max_steps": 20, "learning_rate": 5e-3, "mixed_precision": "bf16", "preflight": True}
+    recipe["train"] |= {"max_steps": 12, "learning_rate": 5e-3, "mixed_precision": "bf16", "preflight": True}
     (tmp_path / "r.json").write_text(json.dumps(recipe), encoding="utf-8")
     folder, said = run(tmp_path / "r.json")
 
