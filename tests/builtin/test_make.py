@@ -37,7 +37,7 @@ def test_fine_tuning_shows_what_fine_tuning_does(tmp_path: Path) -> None:
     """The beginning of the quickstart: from no right answer to most."""
     recipe = BUILTIN.parents[1] / "recipes" / "quickstart.yaml"
     lines = (BUILTIN / "tasks" / "heldout.jsonl").read_text("utf-8").splitlines()
-    asked = write_rows(tmp_path / "asked.jsonl", map(json.loads, lines[:60]))
+    asked = write_rows(tmp_path / "asked.jsonl", map(json.loads, lines[:40]))
     sections = [f"data.eval={asked}", f"eval.generate={asked}", "eval.every=null", f"output_dir={tmp_path / 'run'}"]
     folder, said = run(recipe, *sections, "train.max_steps=40", "train.micro_batch_size=8")
     before, after = (line["eval_exact_match"] for line in metrics(folder) if "eval_exact_match" in line)
