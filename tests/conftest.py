@@ -1,9 +1,10 @@
 """Tools of the tests: recipes and data written to a temporary directory, and runs on the embedded model."""
 
+import gc
 import io
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +31,54 @@ ROWS = [
 WriteRecipe = Callable[..., Path]
 
 
+# These first, so that no process is left with one of them while the others have nothing to do.
+LONGEST = [
+    "test_run",
+    "test_resume",
+    "test_training",
+    "test_merge",
+    "test_safety",
+    "test_make",
+    "test_preflight",
+    "test_dpo",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Nothing is taken from, or left in, the user's cache."""
     os.environ["SFT_RECIPES_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def libraries_are_no_garbage() -> None:
+    """Each training collects garbage when it ends, and would look at all that the libraries hold, for half a second."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def verify_here() -> Iterator[Callable[..., Any]]:
+    """Exports are verified in the test's own process, where the libraries are there already."""
+    from sft_recipes.export import verify
+
+    with pytest.MonkeyPatch.context() as patch:
+        elsewhere = verify.elsewhere
+        patch.setattr(verify, "elsewhere", verify.examine)
+        yield elsewhere
+
+
 @pytest.fixture(autouse=True)
-def verify_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exports are verified in the test's own process, where the libraries are there already; those marked `fresh` are not."""
-    if "fresh" not in request.keywords:
-
-        def here(request: Any) -> dict[str, Any]:
-            from sft_recipes.export import verify
-
-            return verify.examine(request)
-
-        monkeypatch.setattr("sft_recipes.export.verify.elsewhere", here)
+def verify_elsewhere(
+    request: pytest.FixtureRequest, verify_here: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of tests that are marked `fresh` are verified as users' are."""
+    if "fresh" in request.keywords:
+        monkeypatch.setattr("sft_recipes.export.verify.elsewhere", verify_here)
 
 
 def write_rows(file: Path, rows: Iterable[Any] = ROWS) -> Path:

@@ -9,6 +9,7 @@ metrics the same but for times.
 """
 
 import argparse
+import gc
 import json
 import os
 import random
@@ -221,6 +222,8 @@ def main() -> None:
 
     cli._quiet(debug=False)
     import sft_recipes.run  # noqa: F401  # once, and not in each child
+
+    gc.freeze()  # what is loaded is no garbage to be looked for in each training
 
     with tempfile.TemporaryDirectory() as folder:
         happened = trials(Path(folder), arguments.methods, arguments.trials, arguments.seed, print)

@@ -13,15 +13,11 @@ import pytest
 
 from sft_recipes import __version__, cli
 from sft_recipes.errors import RecipeError
+from tests.commands import sft_recipe
 from tests.conftest import WriteRecipe, write_rows
 
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets")
 COMMANDS = ("run", "check", "generate", "merge", "report", "list", "new", "schema", "doctor")
-
-
-def sft_recipe(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "sft_recipes.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
 
 
 def test_help_names_every_command() -> None:
@@ -38,7 +34,7 @@ def test_every_command_has_help(command: str) -> None:
     done = sft_recipe(command, "--help")
 
     assert done.returncode == 0
-    assert f"Usage: sft-recipe {command}" in done.stdout.replace("python -m sft_recipes.cli", "sft-recipe")
+    assert f"Usage: sft-recipe {command}" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -188,8 +184,9 @@ def test_schema_is_a_schema_of_the_shipped_recipes() -> None:
 
 
 def test_run_generate_report_merge(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    """The commands one after the other, on one run."""
-    done = sft_recipe("run", str(write_recipe(lora={"rank": 2})), "--set", "export.merge=false")
+    """The commands one after the other, on one run; the first as the program that users start."""
+    command = [Path(sys.executable).with_name("sft-recipe"), "run", write_recipe(lora={"rank": 2})]
+    done = subprocess.run([*command, "--set", "export.merge=false"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "step 3/3" in done.stdout

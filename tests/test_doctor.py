@@ -13,7 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from sft_recipes import doctor
-from tests.test_cli import sft_recipe
+from tests.commands import sft_recipe
 
 ROOT = Path(__file__).parents[1]
 

@@ -1,11 +1,11 @@
 """The hand-off to DPO: docs/dpo.py on a run, and what docs/dpo.md says of it."""
 
+import contextlib
 import json
 import math
 import re
 import runpy
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -52,7 +52,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(folder / "recipe.json")
     (folder / "sft_recipes").symlink_to(ROOT / "sft_recipes")
     [code] = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True)
+    with contextlib.chdir(folder):
+        exec(code, {})
     return folder
 
 
@@ -181,7 +182,9 @@ def test_special_tokens_in_a_pair_are_refused(folder: Path, tmp_path: Path) -> N
         build(folder / "run" / "model", pairs, tmp_path / "out")
 
 
-def test_the_commands_of_the_page(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_of_the_page(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The page and the script give the same ones; one of them is run."""
     said = re.findall(r"^python docs/dpo.py (\S+) pairs.jsonl --out \S+((?: --lora 16)?)", PAGE, re.MULTILINE)
     command = "python docs/dpo.py runs/quickstart/model pairs.jsonl --out runs/dpo-lora --lora 16 --learning-rate 1e-3"
@@ -193,12 +196,11 @@ def test_the_commands_of_the_page(folder: Path, monkeypatch: pytest.MonkeyPatch)
     (folder / "docs").symlink_to(ROOT / "docs")
     (folder / "runs").mkdir()
     (folder / "runs" / "quickstart").symlink_to(folder / "run")
-    arguments = [sys.executable, *shlex.split(command)[1:], "--steps", "2"]
-    done = subprocess.run(arguments, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "'loss': '0.6931'" in done.stdout
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [*shlex.split(command)[1:], "--steps", "2"])
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    assert "'loss': '0.6931'" in capsys.readouterr().out
 
     # The adapter's base is the fine-tuned model, by the path that the command gave.
-    monkeypatch.chdir(folder)
     merge(Path("runs/dpo-lora/adapter"), Path("merged"), dtype="float32")
     assert talk(Path("merged"), "What is the opposite of empty?", max_new_tokens=16, temperature=0)

@@ -1,18 +1,21 @@
 """The hub, without a network: models as its cache holds them, data sets from a server that speaks its protocol."""
 
+import importlib
 import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
+import datasets
+import huggingface_hub
 import pytest
 from safetensors.torch import load_file, save_file
 
+from tests import commands
 from tests.conftest import WriteRecipe
 
 TINY = Path(__file__).parents[1] / "sft_recipes" / "builtin" / "tiny"
@@ -33,9 +36,14 @@ def hub(tmp_path: Path) -> dict[str, str]:
     return os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
 
 
+def read_again() -> None:
+    """The libraries look at the environment once, when they are loaded."""
+    for module in (huggingface_hub.constants, datasets.config):
+        importlib.reload(module)
+
+
 def sft_recipe(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "sft_recipes.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    return commands.sft_recipe(*arguments, environment=environment, first=read_again)
 
 
 def test_a_revision_of_a_model_on_the_hub(write_recipe: WriteRecipe, tmp_path: Path, hub: dict[str, str]) -> None:

@@ -2,12 +2,13 @@
 
 import contextlib
 import os
-import shlex
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from sft_recipes import stopping
 from sft_recipes.errors import RecipeError, Stopped
+from tests import commands
 from tests.conftest import WriteRecipe, metrics
 
 
@@ -73,60 +75,67 @@ def test_no_exception_on_the_way_holds_a_signal_up() -> None:
 
 # --- The command, in a process of its own ---
 
-SLOW = """
-import sys, time
-from sft_recipes import cli
-cli._quiet(debug=False)
-from sft_recipes.training import trainer
-step = trainer.Trainer.training_step
-def slowly(*args, **kwargs):
-    try:
-        print("in a step", flush=True)
-    except BrokenPipeError:
-        pass
-    time.sleep(0.5)
-    return step(*args, **kwargs)
-trainer.Trainer.training_step = slowly
-sys.argv = ["sft-recipe", *sys.argv[1:]]
-cli.main()
-"""
+
+def slowly(group: int | None = None) -> None:
+    """Each step says that it has begun, and takes its time; in a group of processes."""
+    from sft_recipes.training import trainer
+
+    if group is not None:
+        os.setpgid(0, group)
+    step = trainer.Trainer.training_step
+
+    def training_step(*args: Any, **kwargs: Any) -> Any:
+        with contextlib.suppress(BrokenPipeError):
+            print("in a step", flush=True)
+        time.sleep(0.5)
+        return step(*args, **kwargs)
+
+    trainer.Trainer.training_step = training_step
 
 
-def start(*arguments: object) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-c", SLOW, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+class Started:
+    """A run in a process of its own that is to be stopped."""
 
+    def __init__(self, folder: Path, *arguments: object) -> None:
+        self.out, self.err = (folder.parent / f"{folder.name}.{name}" for name in ("out", "err"))
+        for file in (self.out, self.err):
+            file.write_text("")
+        self.process = commands.start(*map(str, arguments), out=self.out, err=self.err, first=slowly)
 
-def wait_for(process: "subprocess.Popen[str]", text: str, times: int = 1) -> None:
-    assert process.stdout is not None
-    for line in process.stdout:
-        times -= text in line
-        if times == 0:
-            return
-    pytest.fail(f"it ended before it said {text}: {process.communicate()}")
+    def wait_for_steps(self, number: int) -> None:
+        while self.out.read_text("utf-8").count("in a step") < number:
+            assert self.process.is_alive(), self.err.read_text("utf-8")
+            time.sleep(0.01)
+
+    def send(self, number: signal.Signals) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+    def end(self) -> tuple[int | None, str]:
+        """Its exit code, and what it said on stderr."""
+        self.process.join(120)
+        return self.process.exitcode, self.err.read_text("utf-8")
 
 
 def test_the_step_is_finished_and_the_command_told_that_resumes(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     recipe = write_recipe(
         train={"max_steps": 500, "micro_batch_size": 4}, data={"eval": None}, checkpoint={"every": None}
     )
-    with start("run", recipe, "--set", "log.every=1") as process:
-        wait_for(process, "in a step", times=3)
-        process.terminate()
-        _, said = process.communicate(timeout=120)
+    run = Started(tmp_path, "run", recipe, "--set", "log.every=1")
+    run.wait_for_steps(3)
+    run.send(signal.SIGTERM)
+    code, said = run.end()
 
-    assert process.returncode == 75
+    assert code == 75
     lines = said.strip().splitlines()
     assert lines[0] == "SIGTERM: the step is finished and saved first; another one ends it at once"
     assert lines[1].startswith(f"{tmp_path / 'run'}: stopped by SIGTERM after step 3 of 500; the last checkpoint is ")
     assert lines[2:] == [f"continue with: sft-recipe run {recipe} --set log.every=1 --resume"]
     assert metrics(tmp_path / "run")[-1]["step"] == 3
 
-    with start("run", recipe, "--set", "log.every=1", "--resume", "--stop-after", "1s") as process:
-        _, said = process.communicate(timeout=120)
-    assert process.returncode == 75
-    assert "stopped after 1s after step 4 of 500; the last checkpoint is " in said
+    code, said = Started(tmp_path, "run", recipe, "--set", "log.every=1", "--resume", "--stop-after", "0.1s").end()
+    assert code == 75
+    assert "stopped after 0.1s after step 4 of 500; the last checkpoint is " in said
     assert metrics(tmp_path / "run")[-1]["step"] == 4
 
 
@@ -135,29 +144,31 @@ def test_the_whole_group_is_asked(write_recipe: WriteRecipe, tmp_path: Path) -> 
     recipe = write_recipe(
         train={"max_steps": 500}, data={"eval": None}, checkpoint={"every": None}, trl={"dataloader_num_workers": 2}
     )
-    command = f"{shlex.join([sys.executable, '-c', SLOW, 'run', str(recipe)])} 2>&1 | cat; exit ${{PIPESTATUS[0]}}"
-    with subprocess.Popen(["bash", "-c", command], stdout=subprocess.PIPE, text=True, start_new_session=True) as shell:
-        wait_for(shell, "in a step", times=3)
-        os.killpg(shell.pid, signal.SIGINT)
-        shell.communicate(timeout=120)
-    for _ in range(300):
-        if list((tmp_path / "run").glob("checkpoints/checkpoint-*")):
-            break
-        time.sleep(0.1)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+
+    with subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE, text=True, process_group=0) as reader:
+        run = commands.start("run", str(recipe), out=pipe, err=pipe, first=partial(slowly, reader.pid))
+        assert reader.stdout is not None
+        for _ in range(3):
+            while "in a step" not in reader.stdout.readline():
+                assert run.is_alive()
+        os.killpg(reader.pid, signal.SIGINT)
+    run.join(120)
 
     assert list((tmp_path / "run").glob("checkpoints/checkpoint-*"))
 
 
 def test_a_second_signal_ends_it_at_once(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     recipe = write_recipe(train={"max_steps": 500}, data={"eval": None}, checkpoint={"every": None})
-    with start("run", recipe) as process:
-        wait_for(process, "in a step", times=3)
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=120)
+    run = Started(tmp_path, "run", recipe)
+    run.wait_for_steps(3)
+    run.send(signal.SIGINT)
+    time.sleep(0.05)
+    run.send(signal.SIGINT)
+    code, _ = run.end()
 
-    assert process.returncode == 128 + signal.SIGINT
+    assert code == 128 + signal.SIGINT
     assert not list((tmp_path / "run").rglob("checkpoint-*"))
 
 
@@ -165,7 +176,8 @@ def test_before_the_first_step_nothing_is_left(write_recipe: WriteRecipe, tmp_pa
     """Stopped while libraries are loaded, data read or the model made: the same line, and no directory."""
     recipe = write_recipe()
     before = sorted(tmp_path.rglob("*"))
-    with start("run", recipe) as process:
+    command = [sys.executable, "-m", "sft_recipes.cli", "run", str(recipe)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         time.sleep(1.5)
         process.terminate()
         _, said = process.communicate(timeout=120)

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft_recipes.builtin import make
-from tests.conftest import metrics, run
+from tests.conftest import metrics, run, write_rows
 
 BUILTIN = Path(make.__file__).parent
 
@@ -20,7 +20,7 @@ def test_the_tokenizer_is_that_of_the_script() -> None:
 def test_pretraining_learns_and_saves_a_model_that_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr("sys.argv", ["make", "--tokens", "250000", "--out", str(tmp_path)])
+    monkeypatch.setattr("sys.argv", ["make", "--tokens", "65000", "--out", str(tmp_path)])
     make.main()
 
     assert float(capsys.readouterr().out.split("loss ")[1].split()[0]) < 6.0  # of ln 1024 = 6.93
@@ -34,9 +34,12 @@ def test_what_ships_is_small() -> None:
 
 
 def test_fine_tuning_shows_what_fine_tuning_does(tmp_path: Path) -> None:
-    """A quarter of the quickstart: from no right answer to most."""
+    """The beginning of the quickstart: from no right answer to most."""
     recipe = BUILTIN.parents[1] / "recipes" / "quickstart.yaml"
-    folder, said = run(recipe, "train.max_steps=80", "eval.every=null", f"output_dir={tmp_path / 'run'}")
+    lines = (BUILTIN / "tasks" / "heldout.jsonl").read_text("utf-8").splitlines()
+    asked = write_rows(tmp_path / "asked.jsonl", map(json.loads, lines[:40]))
+    sections = [f"data.eval={asked}", f"eval.generate={asked}", "eval.every=null", f"output_dir={tmp_path / 'run'}"]
+    folder, said = run(recipe, *sections, "train.max_steps=40", "train.micro_batch_size=8")
     before, after = (line["eval_exact_match"] for line in metrics(folder) if "eval_exact_match" in line)
 
     assert before <= 0.05

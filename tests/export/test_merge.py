@@ -1,5 +1,6 @@
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from sft_recipes import files
 from sft_recipes.errors import ModelError, OutputError, RunError
 from sft_recipes.export import changes, merge, save, tensors, verify
 from sft_recipes.export.probe import Probe
+from tests.commands import forked
 
 TINY = Path(__file__).parents[2] / "sft_recipes" / "builtin" / "tiny"
 IDS = torch.arange(5, 40)[None]
@@ -479,18 +481,12 @@ def test_peft_merges_into_the_original_alone(tmp_path: Path) -> None:
 @pytest.mark.fresh
 def test_killed_at_any_point_the_next_try_works(tmp_path: Path) -> None:
     source, out = adapter(tmp_path / "adapter", target_modules="all-linear"), tmp_path / "out"
-    code = f"""
-from pathlib import Path
-from sft_recipes.export import merge
-print(flush=True)
-merge.merge(Path({str(source)!r}), Path({str(out)!r}))
-"""
-    for delay in (0, 0.03, 0.1, 1):
-        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as merging:
-            assert merging.stdout is not None
-            merging.stdout.read(1)  # the libraries are there
-            time.sleep(delay)
-            merging.kill()
+    for delay in (0.01, 0.1, 0.5, 2):
+        merging = forked(merge.merge, source, out)
+        time.sleep(delay)
+        merging.kill()
+        merging.join()
+        assert merging.exitcode == -signal.SIGKILL
         assert not out.exists()
     said = merge.merge(source, out)
     assert said[0].startswith("verified in a fresh process: logits within ")

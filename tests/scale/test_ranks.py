@@ -1,24 +1,26 @@
 """Several processes: real ones, over gloo."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+import sft_recipes.run  # noqa: F401  # once, and not in each child
 from sft_recipes.recipe import check, load
 from sft_recipes.scale import ranks
+from tests.commands import forked
 from tests.conftest import WriteRecipe, metrics
+from tests.scale import two
 
-ROOT = Path(__file__).parents[2]
 
-
-def test_two_processes_stop_at_the_same_step_and_resume_exactly(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.scale.two", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+def test_two_processes_stop_at_the_same_step_and_resume_exactly(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    child = forked(two.main, tmp_path)
+    child.join()
+    said = capfd.readouterr()
+    assert child.exitcode == 0, said
+    found = json.loads(said.out.splitlines()[-1])
 
     assert found["said"]["whole"] == found["said"]["resumed"] == ["done", "done"]
     for step in (3, 5):

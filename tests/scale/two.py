@@ -1,6 +1,4 @@
-"""Two processes that train together, forked from this one, which has the libraries loaded and has not used them.
-
-    python -m tests.scale.two DIRECTORY
+"""Two processes that train together, forked from one that has the libraries loaded.
 
 A run of both, undisturbed; one that is stopped by a signal to one of them, resumed, and stopped again; what comes of it.
 """
@@ -9,7 +7,6 @@ import json
 import os
 import signal
 import socket
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -57,11 +54,6 @@ def stopped(file: Path, rank: int, *, resume: bool, at: int) -> None:
 
 
 def main(folder: Path) -> None:
-    from sft_recipes import cli
-
-    cli._quiet(debug=False)
-    import sft_recipes.run  # noqa: F401
-
     made = {}
     for name in ("whole", "stopped"):
         (folder / name).mkdir()
@@ -72,7 +64,3 @@ def main(folder: Path) -> None:
     said["resumed"] = both(lambda rank: start(made["stopped"], resume=True))
     same = outcome(folder / "whole" / "run") == outcome(folder / "stopped" / "run")
     print(json.dumps({"said": said, "same": same}))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

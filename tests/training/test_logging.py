@@ -13,6 +13,7 @@ from rich.console import Console
 from sft_recipes import files, run_folder
 from sft_recipes.report import page
 from sft_recipes.training import logging
+from tests.commands import sft_recipe
 from tests.conftest import WriteRecipe, metrics, run
 from tests.test_files import no_file_over
 
@@ -78,8 +79,7 @@ def leveldb_records(content: bytes) -> Iterator[bytes]:
 def test_a_tracker_that_fails_never_stops_a_run(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     """With a key that cannot be one, wandb refuses to start."""
     environment = os.environ | {"WANDB_MODE": "online", "WANDB_API_KEY": "too-short"}
-    command = [sys.executable, "-m", "sft_recipes.cli", "run", str(write_recipe(log={"to": ["wandb"]}))]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = sft_recipe("run", str(write_recipe(log={"to": ["wandb"]})), environment=environment)
 
     assert done.returncode == 0, done.stderr
     [warning] = [line for line in done.stdout.splitlines() if line.startswith("warning: log.to")]
@@ -164,7 +164,7 @@ def test_metrics_that_cannot_be_written_are_a_warning(write_recipe: WriteRecipe,
 
 def test_a_console_that_nobody_reads_ends_no_run(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     """`sft-recipe run r.yaml | head -1`"""
-    command = [sys.executable, "-m", "sft_recipes.cli", "run", str(write_recipe(log={"every": 1}))]
+    command = [Path(sys.executable).with_name("sft-recipe"), "run", write_recipe(log={"every": 1})]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         process.stdout.readline()
@@ -172,7 +172,7 @@ def test_a_console_that_nobody_reads_ends_no_run(write_recipe: WriteRecipe, tmp_
         assert process.stderr is not None
         assert (process.stderr.read(), process.wait()) == ("", 0)
 
-    assert (tmp_path / "run" / "model").is_dir()
+    assert run_folder.is_finished(tmp_path / "run")
 
 
 def test_a_plot_that_fails_is_a_warning(write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
