@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerBase
 
 from sft_recipes.data.prepare import Prepared
 from sft_recipes.errors import ModelError, RunError
@@ -39,7 +40,7 @@ class Preflight:
     warnings: list[str] = field(default_factory=list)
 
 
-def examine(trainer: Any, data: Prepared, *, packed: bool) -> Preflight:
+def examine(trainer: Any, *, packed: bool) -> Preflight:
     """Run the model on documents of the data as the training will, and leave everything as it was.
 
     Raises ModelError where packed documents see each other or nothing is trained, RunError where memory does not suffice
@@ -52,7 +53,6 @@ def examine(trainer: Any, data: Prepared, *, packed: bool) -> Preflight:
             found.figures["isolation"] = check_isolation(trainer)
         found.figures["predicted_gib"] = _predicted(trainer.recipe)
         found.figures["longest"] = _run_the_longest(trainer, found.warnings)
-        found.figures["stop"] = _where_answers_end(trainer, data)
     found.figures["seconds"] = round(time.perf_counter() - began, 1)
     return found
 
@@ -218,12 +218,12 @@ def _know_the_language(trainer: Any, warnings: list[str]) -> dict[str, float]:
 # --- Does it learn to stop? -------------------------------------------------------------------------------------------
 
 
-def _where_answers_end(trainer: Any, data: Prepared) -> dict[str, Any]:
+def where_answers_end(data: Prepared, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """The tokens that end answers, which the export's generation config will list, and the rows that end in none of them or
     are cut before it. That most do has been seen to with the data."""
     accounts = [each.account for each in data.train.chosen]
     return {
-        "tokens": trainer.processing_class.convert_ids_to_tokens(data.stops),
+        "tokens": tokenizer.convert_ids_to_tokens(data.stops),
         "rows_without": sum(each.endless + each.truncated_rows for each in accounts),
     }
 

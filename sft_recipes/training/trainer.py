@@ -221,7 +221,8 @@ def build(
         trainer.create_scheduler(steps.total)
     if recipe.train.preflight:
         with _as_recipe_error(recipe, f"model.name: {recipe.model.name}: it cannot run on the data"):
-            trainer.preflight = preflight.examine(trainer, data, packed=keep_seq_lengths)
+            trainer.preflight = preflight.examine(trainer, packed=keep_seq_lengths)
+        trainer.preflight.figures["stop"] = preflight.where_answers_end(data, tokenizer)
         for warning in trainer.preflight.warnings:
             warn(warning)
     if recipe.checkpoint.export_best:
