@@ -14,6 +14,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from sft_recipes import cli
+from tests.kills import mend_torch
 
 
 def start(
@@ -42,6 +43,7 @@ def forked(act: Callable[..., object], *arguments: object) -> BaseProcess:
 
 
 def _child(act: Callable[..., object], arguments: tuple[object, ...]) -> None:
+    mend_torch()
     gc.freeze()  # what is loaded is no garbage to be looked for in each training
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tokenizers hang in a fork of a process that has used their threads
     act(*arguments)

@@ -25,6 +25,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tests.conftest import minimal, write_rows
 
 TIMES = ("tokens_per_second", "memory")
@@ -49,12 +51,19 @@ def recipe(folder: Path, method: str, **sections: Any) -> Path:
     return file
 
 
+def mend_torch() -> None:
+    """In a forked process, before anything else: torch makes its pool of threads anew at the first use, and two threads at
+    once, as transformers loads weights with, would find it half made."""
+    torch.set_num_threads(torch.get_num_threads())
+
+
 def forked(act: Callable[[], object]) -> tuple[int, int]:
     """Do it in a forked process; its number, and a pipe from which "done" or what went wrong can be read."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reader)
+        mend_torch()
         try:
             act()
             said = "done"

@@ -146,9 +146,6 @@ def write(wanted: Mapping[str, Wanted], folder: Path, dtype: torch.dtype, max_sh
             _write(name, wanted[name], type_of(wanted[name]), stream)
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(
-        threads
-    )  # in a forked process the first call makes torch's pool anew, which is not for two at once
     try:
         with ThreadPoolExecutor(
             _AT_ONCE, initializer=torch.set_num_threads, initargs=(-(-threads // _AT_ONCE),)
