@@ -17,6 +17,12 @@ from sft_recipes.recipe.schema import Recipe
 _SECONDS = 2.0  # of tokenising a source; tokens and steps are those of its first rows, taken for all
 
 
+# Keys of TRL that change a step's memory in ways that are not traced.
+_UNSEEN = {
+    "activation_offloading", "gradient_checkpointing_kwargs", "label_smoothing_factor", "loss_type", "optim_target_modules",
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Amount:
     """How much is trained on; what is None is not known."""
@@ -54,10 +60,11 @@ class Plan:
         return None if self.amount.tokens is None else self.flops_per_token * self.amount.tokens
 
     def times(self) -> dict[str, tuple[float, float]]:
-        """Hours by the GPU's name: of the one that was asked for, of those with that much memory, or of all."""
+        """Hours by the GPU's name: of the one that was asked for, of those with that much memory, or else of all."""
         if self.flops is None or self.device != "cuda":
             return {}
-        chosen = [self.gpu] if self.gpu else speed.gpus_of(self.capacity / 1e9) if self.capacity else list(speed.GPUS)
+        like = speed.gpus_of(self.capacity / 1e9) if self.capacity else []
+        chosen = [self.gpu] if self.gpu else like or list(speed.GPUS)
         return {gpu.name: speed.hours(self.flops, gpu, self.ranks) for gpu in chosen}
 
     def as_dict(self) -> dict[str, Any]:
@@ -108,13 +115,14 @@ class Plan:
             f"{recipe.model.quantization or recipe.model.dtype}, attention {self.attention}{several}",
             f"step: {recipe.sequences_per_step} sequences of {recipe.data.max_length:,} tokens, "
             f"{recipe.train.micro_batch_size} at once, {recipe.accumulation} times",
-            f"peak memory: {found.peak_bytes / GIB:.2f} GiB a {place}: "
-            + ", ".join(f"{part} {size / GIB:.2f}" for part, size in found.peak.items() if size),
+            f"peak memory: {memory.in_words(found.peak_bytes)} a {place}: "
+            + ", ".join(f"{part} {memory.in_words(size)}" for part, size in found.peak.items() if size),
         ]
         if self.capacity is not None:
-            beside = f" with {memory.CONTEXT / GIB:.1f} GiB of CUDA's own" if self.device == "cuda" else ""
+            kept = f", of which {memory.in_words(memory.CONTEXT)} are CUDA's own and {1 - memory.SHARE:.0%} stay free"
+            beside = kept if self.device == "cuda" else ""
             verdict = "fits into" if self.fits else "does not fit into"
-            lines.append(f"{verdict} {self.capacity / 1e9:.0f} GB ({self.capacity / GIB:.1f} GiB){beside}")
+            lines.append(f"{verdict} {memory.in_words(self.capacity)}{beside}")
         if self.remedies:
             lines.append("single changes, cheapest in speed first:")
             for each in self.remedies:
@@ -153,12 +161,14 @@ def plan(
     device = "cpu" if cpu else "cuda"
     with loaded.placing_errors():
         recipe = loaded.recipe
+        if folder := model_files.directory(recipe.model.name):
+            model_files.config(folder)  # before the seconds that importing torch takes
         if recipe.train.micro_batch_size == "auto" and capacity is None and not cpu:
             raise RecipeError(
                 "train.micro_batch_size: auto is the largest that fits, and how much memory there is is not known; say "
                 "--gpu-memory 24GB, or --gpu NAME"
             )
-        amount = _amount(recipe)  # before the seconds that importing torch takes, so that what is wrong is said first
+        amount = _amount(recipe)
         from sft_recipes.training import fitting, footprint, stand_ins
 
         config = footprint.config_of(recipe)
@@ -166,20 +176,29 @@ def plan(
         if recipe.train.micro_batch_size == "auto":
             recipe = fitting.largest(recipe, predict, capacity or fitting.room(recipe, device), device)
         attention = stand_ins.attention(recipe, config, device) or "eager"
-        attention = "flash" if attention == stand_ins.VARIABLE else attention
+        if attention == stand_ins.VARIABLE:
+            attention = "flash_attention_2" if recipe.model.attention == "auto" else recipe.model.attention
+            if cpu:
+                raise RecipeError(f"model.attention: {attention} does not train on CPUs; set sdpa, or auto")
         masked = stand_ins.masks_all_pairs(recipe, config, device)
         whole = predict(recipe)
         rank = sharding.on_rank(whole, recipe, device)
         remedies: list[changes.Remedy] = []
         if capacity is not None and not memory.fits(rank, capacity, device):
-            remedies = changes.remedies(recipe, predict, capacity, device, masked=masked)
+            leaner = stand_ins.leaner_attention(recipe, config, device)
+            remedies = changes.remedies(recipe, predict, capacity, device, leaner)
+        if unseen := [
+            *(f"trl.{key}" for key in sorted(_UNSEEN & recipe.trl.keys())),
+            *["train.compile"] * recipe.train.compile,
+        ]:
+            amount.notes.append(f"not in the prediction: {', '.join(unseen)}")
         flops = speed.flops_per_token(recipe, whole, config.get_text_config(), amount.document, dense=masked)
     return Plan(recipe, device, card, capacity, attention, rank, amount, flops, remedies)
 
 
 def _capacity(gpu_memory: str | None, gpu: str | None, cpu: bool) -> tuple[float | None, speed.GPU | None]:
-    card = speed.gpu_named(gpu) if gpu else None
-    if gpu and card is None:
+    card = speed.gpu_named(gpu) if gpu is not None else None
+    if gpu is not None and card is None:
         raise RecipeError(
             f"--gpu: '{gpu}' is not in the table; expected one of {', '.join(g.name for g in speed.GPUS)}"
         )
@@ -188,7 +207,7 @@ def _capacity(gpu_memory: str | None, gpu: str | None, cpu: bool) -> tuple[float
     if gpu_memory is None:
         return (card.gigabytes * 1e9 if card else None), card
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(GB|GiB|G|MB|MiB)?\s*", gpu_memory, re.IGNORECASE)
-    if match is None or not float(match[1]):
+    if match is None or not 0 < float(match[1]) < 1e9:
         raise RecipeError(
             f"--gpu-memory: '{gpu_memory}' is no size; expected such as 24GB (10^9 bytes) or 24GiB (2^30)"
         )

@@ -70,7 +70,7 @@ def test_what_would_make_it_fit(tmp_path: Path) -> None:
     assert not by_kind["micro-batch"].fits
     assert set(found.times()) == {"RTX-4090", "A10", "L4", "RTX-3090"}
     text = "\n".join(found.lines())
-    assert "does not fit into 24 GB" in text
+    assert "does not fit into 22.4 GiB, of which 512.0 MiB are CUDA's own" in text
     assert "--set lora='{}'" in text
     # what is said of a change is what a plan of it says
     changed = plan(recipe(tmp_path), ["lora={}"], gpu_memory="24GB")
@@ -89,6 +89,12 @@ def test_auto_takes_what_fits(tmp_path: Path) -> None:
     assert found.fits
     with pytest.raises(RecipeError, match="say --gpu-memory 24GB"):
         plan(written)
+
+
+def test_what_is_not_seen_is_said(write_recipe: WriteRecipe) -> None:
+    found = plan(str(write_recipe(trl={"label_smoothing_factor": 0.1})), cpu=True)
+
+    assert found.amount.notes == ["not in the prediction: trl.label_smoothing_factor"]
 
 
 def test_auto_for_this_machine(write_recipe: WriteRecipe) -> None:
@@ -133,6 +139,9 @@ def test_tokens_are_counted_where_there_is_a_tokenizer(write_recipe: WriteRecipe
             "auto keeps train.global_batch_size",
         ),
         (["train.learning_ratee=1"], {}, "did you mean"),
+        (["model.attention=flex_attention"], {"cpu": True}, "flex_attention does not train on CPUs"),
+        ([], {"gpu_memory": "9" * 400}, "is no size"),
+        ([], {"gpu": ""}, "--gpu: '' is not in the table"),
     ],
 )
 def test_what_is_wrong_is_a_line(overrides: list[str], options: Any, message: str, tmp_path: Path) -> None:

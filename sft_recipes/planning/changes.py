@@ -27,13 +27,16 @@ class Remedy:
 
     def in_words(self) -> str:
         later = "" if self.runs else " (not in this version)"
-        return f"{_as_set(self.change)}: {self.peak / memory.GIB:.1f} GiB{later}"
+        return f"{_as_set(self.change)}: {memory.in_words(self.peak)}{later}"
 
 
-def remedies(recipe: Recipe, predict: Predict, capacity: float, device: str, *, masked: bool) -> list[Remedy]:
-    """Of each kind of change the mildest that brings a rank below `capacity` bytes; where none does, the strongest."""
+def remedies(recipe: Recipe, predict: Predict, capacity: float, device: str, attention: str | None) -> list[Remedy]:
+    """Of each kind of change the mildest that brings a rank below `capacity` bytes; where none does, the strongest.
+
+    `attention`: one that takes less memory, if the model has one.
+    """
     found = []
-    for kind, options in candidates(recipe, masked=masked and device == "cuda"):
+    for kind, options in candidates(recipe, attention):
 
         def tried(change: Change, kind: str = kind) -> Remedy:
             changed = applied(recipe, change)
@@ -57,12 +60,11 @@ def remedies(recipe: Recipe, predict: Predict, capacity: float, device: str, *, 
     return found
 
 
-def candidates(recipe: Recipe, *, masked: bool) -> Iterator[tuple[str, list[Change]]]:
-    """Kinds of changes, and of each kind the changes, mildest first. `masked`: attention takes a mask of all pairs of
-    tokens, which flash attention would do without."""
+def candidates(recipe: Recipe, attention: str | None) -> Iterator[tuple[str, list[Change]]]:
+    """Kinds of changes, and of each kind the changes, mildest first."""
     model, train, launch = recipe.model, recipe.train, recipe.launch
-    if masked:
-        yield "attention", [{"model.attention": "flash_attention_2"}]
+    if attention is not None:
+        yield "attention", [{"model.attention": attention}]
     every = train.gradient_checkpointing
     if every is not True and every != 1:
         milder = [n for n in (4, 3, 2) if every is False or n < every]
@@ -73,6 +75,11 @@ def candidates(recipe: Recipe, *, masked: bool) -> Iterator[tuple[str, list[Chan
     assert isinstance(train.micro_batch_size, int)
     if smaller := [size for size in micro_batch_sizes(recipe) if size < train.micro_batch_size]:
         yield "micro-batch", [{"train.micro_batch_size": size} for size in reversed(smaller)]
+    elif accumulated := train.gradient_accumulation_steps:
+        halves = range(1, (train.micro_batch_size & -train.micro_batch_size).bit_length())
+        if whole := [(train.micro_batch_size >> k, accumulated << k) for k in halves]:
+            keys = "train.micro_batch_size", "train.gradient_accumulation_steps"
+            yield "micro-batch", [dict(zip(keys, sizes, strict=True)) for sizes in whole]
     if recipe.lora is None:
         yield "LoRA", [{"lora": {}}]
     if model.quantization is None:

@@ -26,6 +26,7 @@ class Footprint:
     rest: int
     trained_layer: int
     trained_rest: int
+    experts: int = 0  # parameters of layers of which a token passes a few
 
     @property
     def peak(self) -> dict[str, float]:
@@ -58,6 +59,7 @@ def extrapolate(few: Footprint, more: Footprint, layers: int) -> Footprint:
         phases={phase: parts(phase) for phase in more.phases},
         parameters=round(at(few.parameters, more.parameters)),
         trained=round(at(few.trained, more.trained)),
+        experts=round(at(few.experts, more.experts)),
         layers=layers,
     )
 
@@ -66,6 +68,7 @@ def extrapolate(few: Footprint, more: Footprint, layers: int) -> Footprint:
 # compute (forward, backward; 32 MiB each on Hopper, ATen/cuda/CUDABlas.cpp); outside of it, context and kernels.
 WORKSPACES = 2 * 32 * 2**20
 CONTEXT = 2**29
+SHARE = 0.95  # of a GPU's memory; the rest is left to what a prediction cannot see, such as gaps between blocks
 
 
 def on_device(footprint: Footprint, device: str) -> Footprint:
@@ -80,4 +83,10 @@ def on_device(footprint: Footprint, device: str) -> Footprint:
 
 def fits(footprint: Footprint, memory: float, device: str) -> bool:
     """Whether a device of `memory` bytes has room, with what is outside of its allocator's count."""
-    return footprint.peak_bytes + (CONTEXT if device == "cuda" else 0) <= memory
+    return footprint.peak_bytes <= (SHARE * memory - CONTEXT if device == "cuda" else memory)
+
+
+def in_words(size: float) -> str:
+    """A size in bytes, in GiB or what is smaller."""
+    unit, name = next((each for each in ((GIB, "GiB"), (2**20, "MiB")) if size >= each[0]), (2**10, "KiB"))
+    return f"{size / unit:.1f} {name}"

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from sft_recipes.planning import memory
+from sft_recipes.planning import memory, optimizers
 from sft_recipes.planning.memory import PARTS, Footprint
 from sft_recipes.recipe.schema import Recipe
 
@@ -41,7 +41,7 @@ def per_rank(whole: Footprint, recipe: Recipe) -> Footprint:
     master = 4 * whole.trained / ranks if deepspeed and trained_bytes < 4 else 0
     # States that were found in the weights' type are in float32 where what is trained is.
     wider = 4 / trained_bytes if deepspeed or (strategy == "fsdp2" and recipe.train.mixed_precision != "no") else 1
-    wider = wider if "8bit" not in recipe.train.optimizer and "4bit" not in recipe.train.optimizer else 1
+    wider = wider if optimizers.in_weights_type(recipe.train.optimizer) else 1
 
     def ddp(parts: dict[str, float], _phase: str) -> None:
         parts["buffers"] += whole.trained * trained_bytes

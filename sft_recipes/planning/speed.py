@@ -43,9 +43,10 @@ def flops_per_token(recipe: Recipe, found: Footprint, text_config: Any, document
     """Floating-point operations of training on one token, forward and backward.
 
     6 for each parameter of a layer and of the head (2 forward, 4 backward; 4 in all where it is frozen, and 6 for each of an
-    adapter), 2 more where a layer is recomputed, and 2 for the head, whose logits TRL's loss makes again. Embeddings are
-    looked up. Attention: 6 x layers x width x tokens of a document that see each other, times 4/3 where it is recomputed;
-    `dense` where documents are masked and not skipped: all tokens of the micro-batch then, and both halves of the square.
+    adapter; of experts those that a token passes), 2 more where a layer is recomputed, and 2 for the head, whose logits TRL's
+    loss makes again. Embeddings are looked up. Attention: 6 x layers x width x tokens of a document that see each other, times
+    4/3 where it is recomputed; `dense` where documents are masked and not skipped: all tokens of the micro-batch then, and
+    both halves of the square.
     `document` is the mean length of the document that a token is in.
     """
     train = recipe.train
@@ -56,6 +57,12 @@ def flops_per_token(recipe: Recipe, found: Footprint, text_config: Any, document
     head = int(text_config.vocab_size) * hidden
     adapters = found.trained if recipe.lora is not None else 0
     layers = found.parameters - found.rest - (adapters - found.trained_rest if adapters else 0)
+    experts, chosen = (getattr(text_config, name, None) for name in ("num_experts", "num_experts_per_tok"))
+    experts = (
+        experts or getattr(text_config, "num_local_experts", None) or getattr(text_config, "n_routed_experts", None)
+    )
+    if experts and chosen:
+        layers -= found.experts * (1 - chosen / experts)
     frozen = recipe.lora is not None
     work = layers * ((4 if frozen else 6) + 2 * recomputed) + head * ((4 if frozen else 6) + 2)
     work += adapters * (6 + 2 * recomputed)

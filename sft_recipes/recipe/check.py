@@ -108,6 +108,8 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         yield (
             "data.cross_document_attention goes with packing: wrapped; bfd packs documents that do not belong together"
         )
+    if recipe.launch.cpu_offload and recipe.launch.strategy == "ddp":
+        yield "launch.cpu_offload goes with launch.strategy: fsdp2, zero2 or zero3; ddp has nothing to offload"
     if train.optimizer == STOCHASTIC_ROUNDING and "optim_args" in recipe.trl:
         yield f"trl.optim_args: {STOCHASTIC_ROUNDING} sets them itself; use adamw_torch_8bit"
 

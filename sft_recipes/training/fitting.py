@@ -1,23 +1,26 @@
 """Predictions where the training is to run: the largest micro-batch that fits, and what to change where none does."""
 
 import json
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 import psutil
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from transformers import PreTrainedConfig
 
 from sft_recipes.errors import RecipeError
 from sft_recipes.planning import changes, memory, sharding
 from sft_recipes.planning.changes import Predict
-from sft_recipes.planning.memory import GIB, Footprint
+from sft_recipes.planning.memory import Footprint
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.training import footprint, stand_ins
 
-# Of the memory; the rest is left to what a prediction cannot see: gaps between blocks, and on a CPU the buffers that oneDNN
-# makes beside torch's allocator (SmolLM2 in bfloat16, 4,096 tokens: 4.3 GiB predicted and allocated, 11.6 in the process).
-_SHARE = {"cuda": 0.95, "cpu": 0.4}
+# Of the host's memory that tensors may come to: oneDNN makes buffers of its own beside torch's allocator (SmolLM2 in bfloat16,
+# 4,096 tokens: 4.3 GiB predicted and allocated, 11.6 in the process).
+_SHARE_OF_HOST = 0.4
 # What a footprint does not depend on: changes of it need no other run.
 _IRRELEVANT = {"eval", "checkpoint", "log", "export", "output_dir", "launch"}
 
@@ -42,7 +45,8 @@ def predictor(config: PreTrainedConfig, device: str) -> Predict:
 def largest(recipe: Recipe, predict: Predict, capacity: float, device: str) -> Recipe:
     """The recipe with the largest micro_batch_size, of powers of two that keep global_batch_size, that fits into `capacity`
     bytes. Raises RecipeError where a single sequence does not fit."""
-    sizes = changes.micro_batch_sizes(recipe)
+    most = footprint.MOST_TOKENS // recipe.data.max_length
+    sizes = [size for size in changes.micro_batch_sizes(recipe) if size <= max(1, most)]
     if not sizes:
         raise RecipeError(
             f"train.global_batch_size: {recipe.sequences_per_step} sequences a step do not come out of "
@@ -65,9 +69,9 @@ def largest(recipe: Recipe, predict: Predict, capacity: float, device: str) -> R
             high = middle
     if low == 0:
         raise RecipeError(
-            f"train.micro_batch_size: auto: not even 1 sequence fits: {peak(1).peak_bytes / GIB:.1f} GiB are predicted, and "
-            f"there are {capacity / GIB:.1f}; `sft-recipe plan RECIPE --set train.micro_batch_size=1 --gpu-memory "
-            f"{capacity / GIB:.0f}GiB` says what would help"
+            f"train.micro_batch_size: auto: not even 1 sequence fits: {memory.in_words(peak(1).peak_bytes)} are predicted, "
+            f"and there are {memory.in_words(capacity)}; `sft-recipe plan RECIPE --set train.micro_batch_size=1 --gpu-memory "
+            f"{capacity / 2**20:.0f}MiB` says what would help"
         )
     return with_size(sizes[low - 1])
 
@@ -78,8 +82,8 @@ def resolved(recipe: Recipe, run_dir: Path) -> Recipe:
     if recipe.train.micro_batch_size != "auto":
         return recipe
     begun = run_dir / "recipe.resolved.json"
-    if begun.is_file():
-        size = json.loads(begun.read_text(encoding="utf-8")).get("train", {}).get("micro_batch_size")
+    with suppress(OSError, ValueError, LookupError, TypeError):  # a damaged file is said when it is compared
+        size = json.loads(begun.read_text(encoding="utf-8"))["train"]["micro_batch_size"]
         if size in changes.micro_batch_sizes(recipe):
             return changes.applied(recipe, {"train.micro_batch_size": size})
     config, device = footprint.config_of(recipe), _device()
@@ -99,14 +103,13 @@ def advice(recipe: Recipe) -> str:
     """
     config, device = footprint.config_of(recipe), _device()
     total = torch.cuda.mem_get_info()[1] if device == "cuda" else psutil.virtual_memory().total
-    capacity = _SHARE[device] * total
+    capacity = total if device == "cuda" else _SHARE_OF_HOST * total
     predict = predictor(config, device)
     rank = sharding.on_rank(predict(recipe), recipe, device)
-    said = f"{rank.peak_bytes / GIB:.1f} GiB are predicted, and the device has {total / GIB:.1f}"
+    said = f"{memory.in_words(rank.peak_bytes)} are predicted, and the device has {memory.in_words(total)}"
     if memory.fits(rank, capacity, device):
         return f"{said}: something else takes memory there, or gaps between blocks"
-    masked = stand_ins.masks_all_pairs(recipe, config, device)
-    found = changes.remedies(recipe, predict, capacity, device, masked=masked)
+    found = changes.remedies(recipe, predict, capacity, device, stand_ins.leaner_attention(recipe, config, device))
     fitting = "; ".join(f"{each.kind}, {each.in_words()}" for each in found if each.fits)
     return f"{said}; a single change that would fit: {fitting or 'none'}"
 
@@ -117,14 +120,10 @@ def _device() -> str:
 
 def room(recipe: Recipe, device: str) -> float:
     """Bytes that a prediction may come to now in this process, the same number in all that train together."""
+    if recipe.launch.processes * recipe.launch.machines > 1:
+        PartialState(cpu=device == "cpu")  # which gives each process its device
     if device == "cuda":
         free = float(torch.cuda.mem_get_info()[0]) + memory.CONTEXT  # which asking has taken already
     else:
-        free = psutil.virtual_memory().available / recipe.launch.processes
-    if recipe.launch.processes * recipe.launch.machines > 1:
-        from accelerate import PartialState
-        from accelerate.utils import gather_object
-
-        PartialState(cpu=device == "cpu")
-        free = min(gather_object([free]))
-    return free * _SHARE[device]
+        free = _SHARE_OF_HOST * psutil.virtual_memory().available / recipe.launch.processes
+    return min(gather_object([free])) if recipe.launch.processes * recipe.launch.machines > 1 else free

@@ -5,6 +5,7 @@ Not seen is what kernels take for themselves; `stand_ins` does what a GPU does w
 """
 
 import copy
+import logging
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -23,9 +24,10 @@ from sft_recipes.recipe import model_files
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.training import stand_ins
 from sft_recipes.training.arguments import padding_free
+from sft_recipes.training.model import DTYPES, keep_trainable_in_float32, with_adapters
 from sft_recipes.training.tracking import Tracker
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+MOST_TOKENS = 2**22  # of a micro-batch: a trace goes through them in pieces
 _KINDS: dict[str, list[Any]] = {}  # of layers, by config
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -36,6 +38,14 @@ def predict(recipe: Recipe, config: PreTrainedConfig, device: str, *, whole: boo
     Traced with few layers and extrapolated where there are more of the same, unless `whole`. Raises ModelError for a model
     that cannot be run without its values.
     """
+    tokens = recipe.data.max_length * int(recipe.train.micro_batch_size)
+    if tokens > MOST_TOKENS:
+        raise ModelError(
+            f"train.micro_batch_size: {tokens:,} tokens at once, and a prediction goes up to {MOST_TOKENS:,}; set a smaller "
+            "one"
+        )
+    loud = logging.getLogger("torch._subclasses.fake_tensor")  # it prints a traceback of what is told in a line here
+    level, loud.disabled = loud.disabled, True
     try:
         layers = config.get_text_config().num_hidden_layers
         repeats = None if whole else _repeats(config, recipe)
@@ -50,9 +60,11 @@ def predict(recipe: Recipe, config: PreTrainedConfig, device: str, *, whole: boo
     except Exception as error:  # as many types as there are models
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ModelError(
-            f"model.name: {recipe.model.name}: a model of type {config.model_type} cannot be run without its weights, which a "
-            f"prediction takes: {reason}"
+            f"model.name: {recipe.model.name}: the memory of a model of type {config.model_type} cannot be predicted: "
+            f"{reason}; a run without micro_batch_size: auto measures it before its first step"
         ) from error
+    finally:
+        loud.disabled = level
 
 
 def config_of(recipe: Recipe) -> PreTrainedConfig:
@@ -66,15 +78,20 @@ def config_of(recipe: Recipe) -> PreTrainedConfig:
             str(folder or wanted.name), revision=wanted.revision, trust_remote_code=wanted.trust_remote_code
         )
     except Exception as error:  # their types are many
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())
         remedy = "give a directory that holds its config.json" if folder is None else "get the file again"
         if "trust_remote_code" in reason:
             reason, remedy = (
                 "it is Python code that comes with the model",
                 "read it, then set model.trust_remote_code: true",
             )
-        raise ModelError(f"model.name: {wanted.name}: its config cannot be had: {reason}; {remedy}") from error
+        raise ModelError(f"model.name: {wanted.name}: its config cannot be had: {reason[:200]}; {remedy}") from error
     model_files.refuse_kernels(config, trust_remote_code=wanted.trust_remote_code)
+    if getattr(config, "quantization_config", None):
+        raise ModelError(
+            f"model.name: {wanted.name}: its weights are quantised already, and their memory is not predicted; name the model "
+            "that they were made from, and quantise it with model.quantization"
+        )
     limit = model_files.positions(config.to_dict())
     if limit is not None and recipe.data.max_length > limit:
         raise ModelError(
@@ -107,6 +124,8 @@ def _every(recipe: Recipe) -> int:
 def _kinds(config: PreTrainedConfig, recipe: Recipe) -> list[Any]:
     """For each layer what it is made of, and whether its attention is that of the others."""
     text, key = config.get_text_config(), config.to_json_string(use_diff=False)
+    if isinstance(getattr(type(text), "layer_types", None), property):  # such a model cannot be had with fewer layers
+        return []
     if key not in _KINDS:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.model.trust_remote_code)
@@ -161,16 +180,14 @@ def _model(recipe: Recipe, config: PreTrainedConfig, device: str) -> Any:
         assert recipe.lora is not None
         keep = ["lm_head", *recipe.lora.modules_to_save]
         compute = _AUTOCAST.get(recipe.train.mixed_precision, DTYPES[recipe.model.dtype])
-        stand_ins.quantize(model, recipe.model.quantization, keep, compute)
+        stand_ins.quantize(model, recipe.model.quantization, keep, compute, device)
     known = model.get_input_embeddings().weight.shape[0]
     if recipe.model.new_tokens:
         model.resize_token_embeddings(known + len(recipe.model.new_tokens), mean_resizing=False)
     if recipe.lora is not None:
-        from sft_recipes.training import model as loading  # imports PEFT, which full fine-tuning does without
-
         new_rows = list(range(known, known + len(recipe.model.new_tokens)))
-        model = loading._with_adapters(model, recipe.lora, recipe.model, new_rows)
-        loading.keep_trainable_in_float32(model, autocast=recipe.train.mixed_precision != "no")
+        model = with_adapters(model, recipe.lora, recipe.model, new_rows)
+        keep_trainable_in_float32(model, autocast=recipe.train.mixed_precision != "no")
     return model
 
 
@@ -233,6 +250,7 @@ class _Step:
             rest=total - in_layers[0],
             trained_layer=of_one,
             trained_rest=of_them - in_layers[1],
+            experts=sum(part.numel() for part in base.parameters() if part.dim() == 3),
         )
 
     def _give_storages(self) -> None:
@@ -325,9 +343,15 @@ class _Step:
             if not self.held:
                 for parameter in trained:
                     size = optimizers.state_bytes(
-                        name, tuple(parameter.shape), parameter.element_size(), embedding=id(parameter) in embeddings
+                        name,
+                        tuple(parameter.shape),
+                        parameter.element_size(),
+                        self.device,
+                        embedding=id(parameter) in embeddings,
                     )
                     self.held.append(torch.empty(round(size), dtype=torch.uint8))
+            largest = max(parameter.numel() for parameter in trained)
+            torch.empty(optimizers.temporary_bytes(name, largest, self.device), dtype=torch.uint8)
 
         return step
 

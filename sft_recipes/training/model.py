@@ -143,7 +143,7 @@ def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrained
     if recipe.lora is None:
         return model
     new = {tokenizer.convert_tokens_to_ids(token) for token in wanted.new_tokens} | set(range(known, len(tokenizer)))
-    return _with_adapters(model, recipe.lora, recipe.model, sorted(new))
+    return with_adapters(model, recipe.lora, recipe.model, sorted(new))
 
 
 def attention(recipe: Recipe, config: PreTrainedConfig) -> str | None:
@@ -191,7 +191,7 @@ def _quantization(recipe: Recipe) -> dict[str, Any]:
     return {"quantization_config": config, "device_map": {"": device}}
 
 
-def _with_adapters(
+def with_adapters(
     model: PreTrainedModel, lora: schema.Lora, wanted: schema.Model, new_rows: list[int]
 ) -> peft.PeftModel:
     """`new_rows` of the embeddings and the head are not in the base; they are trained and saved with the adapters."""
@@ -276,7 +276,9 @@ def as_model_error(model: str, what: str) -> Iterator[None]:
     except Exception as error:  # their types are many: OSError, ValueError, KeyError, HTTP errors, SafetensorError
         reason = " ".join(str(error).split())
         if is_out_of_memory(error):
-            raise RunError(f"{model}: out of memory while its {what} were loaded: {reason[:300]}") from error
+            raise RunError(
+                f"{model}: out of memory while its {what} were loaded: {reason[:300]}; `sft-recipe plan` says what would fit"
+            ) from error
         if "trust_remote_code" in reason:
             remedy = (
                 "set model.trust_remote_code: true" if model.startswith("model.name") else "say --trust-remote-code"
@@ -290,8 +292,9 @@ def as_model_error(model: str, what: str) -> Iterator[None]:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Of a device, which torch has a type for, or of the host, for which its CPU allocator has only words."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    """Of a device, which torch has a type for, and CUDA's libraries have words; or of the host, for which there are words."""
+    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
 
 
 def reason_of(error: Exception) -> str:

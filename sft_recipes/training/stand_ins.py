@@ -8,6 +8,7 @@ from unittest.mock import patch
 
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, PreTrainedConfig, masking_utils
+from transformers.integrations import moe
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import PreTrainedModel
 from trl.kernels import chunked_logprob
@@ -31,6 +32,17 @@ def attention(recipe: Recipe, config: PreTrainedConfig, device: str) -> str | No
         if not getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), "_supports_sdpa", True):
             return None
     return wanted if wanted in ("sdpa", "eager") else VARIABLE
+
+
+def leaner_attention(recipe: Recipe, config: PreTrainedConfig, device: str) -> str | None:
+    """An implementation that takes less memory than that of the recipe, None where there is none."""
+    used = attention(recipe, config, device)
+    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if used in ("eager", None):
+        return "sdpa" if getattr(model, "_supports_sdpa", False) else None
+    masks = masks_all_pairs(recipe, config, device) or recipe.train.micro_batch_size != 1
+    able = device == "cuda" and getattr(model, "_supports_flash_attn", False)
+    return "flash_attention_2" if used == "sdpa" and masks and able else None
 
 
 def masks_all_pairs(recipe: Recipe, config: PreTrainedConfig, device: str) -> bool:
@@ -103,6 +115,10 @@ def of(device: str, tracker: Tracker, *, half: bool) -> Iterator[None]:
     on_gpu = device == "cuda"
     normalise = torch.nn.functional.layer_norm
 
+    def dropout(x: Any, p: float = 0.5, training: bool = True, *_: Any, **__: Any) -> Any:
+        """CUDA's keeps a byte a value, the CPU's a mask in the input's type."""
+        return torch.native_dropout(x, p, True)[0] if training and p else x
+
     def in_float32(x: Any, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Any:
         """CUDA's autocast takes layer norms to float32, the CPU's leaves them."""
         return normalise(x.float(), shape, *(None if each is None else each.float() for each in (weight, bias)), eps)
@@ -111,6 +127,8 @@ def of(device: str, tracker: Tracker, *, half: bool) -> Iterator[None]:
         patch.object(trl_utils, "_ChunkedLogProbFunction", _Head(tracker, gathers=on_gpu)),
         # transformers makes a mask in any case where it cannot look at values; the tracker answers for them.
         patch.object(masking_utils, "is_tracing", lambda *_: False),
+        # Of the kernel for experts torch knows the shapes in bfloat16 alone; the loop over them makes the same.
+        patch.object(moe, "_can_use_grouped_mm", lambda _, weight, __: weight.dtype == torch.bfloat16),
     ):
         if not on_gpu:
             yield
@@ -120,6 +138,7 @@ def of(device: str, tracker: Tracker, *, half: bool) -> Iterator[None]:
             patch.object(chunked_logprob, "_backward_tile", _nothing),
             patch.object(chunked_logprob, "_addmm_fp32", _nothing),
             patch.object(torch.nn.functional, "scaled_dot_product_attention", _sdpa),
+            patch.object(torch.nn.functional, "dropout", dropout),
             patch.object(torch.nn.functional, "layer_norm", in_float32 if half else normalise),
         ):
             yield
@@ -128,14 +147,31 @@ def of(device: str, tracker: Tracker, *, half: bool) -> Iterator[None]:
 # --- Quantised weights ---
 
 
-class _Dequantized(torch.autograd.Function):
+class _FourBits(torch.autograd.Function):
     """A product with a weight that is made from its quantised form, once in the forward and once in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, out: int, keeps: int) -> torch.Tensor:
-        ctx.shape, ctx.wide = (out, x.shape[-1]), x.dtype
-        ctx.kept = torch.empty(x.shape, dtype=torch.int8) if keeps else None
+    def forward(ctx: Any, x: torch.Tensor, out: int, _device: str) -> torch.Tensor:
+        ctx.shape = out, x.shape[-1]
         return torch.nn.functional.linear(x, torch.empty(ctx.shape, dtype=x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        return gradient @ torch.empty(ctx.shape, dtype=gradient.dtype), None, None
+
+
+class _EightBits(torch.autograd.Function):
+    """bitsandbytes' MatMul8bitLt: the input is kept, quantised by way of float16, and multiplied to 32-bit integers, which on
+    CPUs are scaled in float32. The backward pass makes the weight anew."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, out: int, device: str) -> torch.Tensor:
+        ctx.shape, ctx.kept = (out, x.shape[-1]), x
+        _quantized = x.to(torch.float16).to(torch.int8)
+        product = torch.empty((*x.shape[:-1], out), dtype=torch.int32)
+        if device == "cpu":
+            return (product * torch.empty(product.shape, dtype=torch.float32)).to(x.dtype)
+        return product.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
@@ -151,14 +187,11 @@ class QuantizedLinear(torch.nn.Linear):
 
     quantized = True
 
-    def __init__(self, like: torch.nn.Linear, kind: str, compute: torch.dtype) -> None:
+    def __init__(self, like: torch.nn.Linear, kind: str, compute: torch.dtype, device: str) -> None:
         torch.nn.Module.__init__(self)
-        self.in_features, self.out_features, self.kind, self.compute = (
-            like.in_features,
-            like.out_features,
-            kind,
-            compute,
-        )
+        self.in_features, self.out_features = like.in_features, like.out_features
+        self.product: Any = _EightBits if kind == "int8" else _FourBits
+        self.compute, self.device = compute, device
         numel = self.in_features * self.out_features
         scales = math.ceil(numel / 64)
         size = numel + 4 * self.out_features if kind == "int8" else numel // 2 + scales + math.ceil(scales / 256) * 4
@@ -172,14 +205,14 @@ class QuantizedLinear(torch.nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         wide = x.dtype
-        out = _Dequantized.apply(x.to(self.compute), self.out_features, self.kind == "int8")
+        out = self.product.apply(x.to(self.compute), self.out_features, self.device)
         out = out if self.bias is None else out + self.bias.to(out.dtype)
         return out.to(wide).clone()  # PEFT's layer clones what comes of 4 bits
 
 
-def quantize(model: PreTrainedModel, kind: str, keep: list[str], compute: torch.dtype) -> None:
+def quantize(model: PreTrainedModel, kind: str, keep: list[str], compute: torch.dtype, device: str) -> None:
     """Put quantised layers in the place of all linear ones but those to keep."""
     for name, module in list(model.named_modules()):
         parent, _, last = name.rpartition(".")
         if type(module) is torch.nn.Linear and last not in keep:
-            setattr(model.get_submodule(parent), last, QuantizedLinear(module, kind, compute))
+            setattr(model.get_submodule(parent), last, QuantizedLinear(module, kind, compute, device))

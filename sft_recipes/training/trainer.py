@@ -371,7 +371,7 @@ def _memory_remedy(recipe: Recipe, error: Exception) -> str:
         return ""
     try:
         said = fitting.advice(recipe)
-    except (SFTRecipeError, MemoryError):
+    except Exception:  # of what is left of a device; the error that is told is the one before
         said = (
             "what takes less: a smaller train.micro_batch_size or data.max_length, train.gradient_checkpointing: true, an "
             "optimizer with 8-bit states, lora, model.quantization"

@@ -7,15 +7,15 @@ from sft_recipes.recipe.schema import Recipe
 from tests.planning.toys import WHOLE, recipe
 
 
-def kinds(of: Recipe, *, masked: bool = True) -> list[str]:
-    return [kind for kind, _ in changes.candidates(of, masked=masked)]
+def kinds(of: Recipe, attention: str | None = "flash_attention_2") -> list[str]:
+    return [kind for kind, _ in changes.candidates(of, attention)]
 
 
 def test_changes_cheapest_first() -> None:
     assert kinds(recipe(train={"gradient_checkpointing": False, "micro_batch_size": 4})) == [
         "attention", "checkpointing", "micro-batch", "LoRA", "nf4", "8-bit optimizer", "fsdp2", "CPU offload",
     ]  # fmt: skip
-    assert kinds(recipe(lora={}, train={"micro_batch_size": 1, "optimizer": "adamw_8bit_sr"}), masked=False) == [
+    assert kinds(recipe(lora={}, train={"micro_batch_size": 1, "optimizer": "adamw_8bit_sr"}), None) == [
         "nf4",
         "fsdp2",
         "CPU offload",
@@ -23,13 +23,22 @@ def test_changes_cheapest_first() -> None:
 
 
 def test_changes_are_mildest_first_and_keep_the_global_batch() -> None:
-    options = dict(changes.candidates(recipe(train={"gradient_checkpointing": 3, "micro_batch_size": 8}), masked=False))
+    options = dict(changes.candidates(recipe(train={"gradient_checkpointing": 3, "micro_batch_size": 8}), None))
 
     assert options["checkpointing"] == [{"train.gradient_checkpointing": 2}, {"train.gradient_checkpointing": True}]
     assert options["micro-batch"] == [{"train.micro_batch_size": size} for size in (4, 2, 1)]
     assert [each["launch.processes"] for each in options["fsdp2"]] == [2, 4]  # 8 sequences on 8 would be 64
     for each in options["fsdp2"] + options["micro-batch"]:
         assert changes.applied(recipe(train={"micro_batch_size": 8}), each).sequences_per_step == 32
+
+
+def test_a_smaller_micro_batch_is_accumulated_longer() -> None:
+    given = recipe(train={"micro_batch_size": 12, "global_batch_size": None, "gradient_accumulation_steps": 2})
+
+    options = dict(changes.candidates(given, None))["micro-batch"]
+
+    assert [changes.applied(given, each).train.micro_batch_size for each in options] == [6, 3]
+    assert {changes.applied(given, each).sequences_per_step for each in options} == {24}
 
 
 def test_sizes_for_auto() -> None:
@@ -59,15 +68,14 @@ def test_remedies_are_the_mildest_that_fit() -> None:
 
     eight = recipe(train={"micro_batch_size": 8, "gradient_checkpointing": False})
 
-    found = {each.kind: each for each in changes.remedies(eight, predict, 20_000, "cpu", masked=True)}
+    found = {each.kind: each for each in changes.remedies(eight, predict, 20_000, "cpu", None)}
 
     assert found["micro-batch"].change == {"train.micro_batch_size": 4}
     assert (found["micro-batch"].peak, found["micro-batch"].fits, found["micro-batch"].runs) == (16_000, True, True)
     assert found["checkpointing"].change == {"train.gradient_checkpointing": 2}  # 19,200 bytes; 3 would be 22,400
     assert not found["8-bit optimizer"].fits
-    assert "attention" not in found  # a CPU has no other
     assert "nf4" not in found  # it cannot be predicted
-    assert found["LoRA"].in_words() == "--set lora='{}': 0.0 GiB"
+    assert found["LoRA"].in_words() == "--set lora='{}': 31.2 KiB"
     assert not found["fsdp2"].runs
     assert found["fsdp2"].in_words().endswith("(not in this version)")
     assert len([of for of in asked if of.train.micro_batch_size == 8 and of.train.gradient_checkpointing]) <= 3
@@ -76,8 +84,9 @@ def test_remedies_are_the_mildest_that_fit() -> None:
 def test_the_strongest_is_named_where_none_fits() -> None:
     eight = recipe(train={"micro_batch_size": 8, "gradient_checkpointing": False})
 
-    found = {each.kind: each for each in changes.remedies(eight, predicted, 1000, "cpu", masked=False)}
+    found = {each.kind: each for each in changes.remedies(eight, predicted, 1000, "cpu", "sdpa")}
 
+    assert found["attention"].change == {"model.attention": "sdpa"}
     assert found["micro-batch"].change == {"train.micro_batch_size": 1}
     assert found["checkpointing"].change == {"train.gradient_checkpointing": True}
     assert not any(each.fits for each in found.values())

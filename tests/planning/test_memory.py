@@ -26,5 +26,10 @@ def test_extrapolated_by_phase() -> None:
 def test_room_for_what_the_allocator_does_not_count() -> None:
     assert memory.fits(WHOLE, 4400, "cpu")
     assert not memory.fits(WHOLE, 4400, "cuda")
-    assert memory.fits(WHOLE, 4400 + memory.CONTEXT, "cuda")
+    assert memory.fits(WHOLE, (4400 + memory.CONTEXT) / memory.SHARE + 1, "cuda")
+    assert not memory.fits(WHOLE, 4400 + memory.CONTEXT, "cuda")
     assert memory.on_device(WHOLE, "cuda").peak["buffers"] == memory.WORKSPACES
+
+
+def test_sizes_in_words() -> None:
+    assert [memory.in_words(size) for size in (2**34, 1.5 * 2**20, 512)] == ["16.0 GiB", "1.5 MiB", "0.5 KiB"]

@@ -13,9 +13,23 @@ from sft_recipes.planning import optimizers
         ("adamw_8bit_sr", (1000,), False, 4 * 1000),  # in the weights' type
         ("lion_8bit", (1024, 1024), False, 2**20 + 2**12 * 4 + 1024),
         ("paged_adamw_8bit", (1024, 1024), False, 0),
+        ("ademamix_8bit", (1024, 1024), False, 3 * (2**20 + 2**12 * 4 + 1024)),
+        ("rmsprop_bnb_8bit", (1024, 1024), False, 2**20 + 2**12 * 4 + 1024),
+        ("lion_32bit", (1024, 1024), False, 4 * 2**20),
         ("adafactor", (1024, 512), False, 4 * (1024 + 512)),
         ("something_new", (10,), False, 40),
     ],
 )
 def test_states(optimizer: str, shape: tuple[int, ...], embedding: bool, expected: int) -> None:
-    assert optimizers.state_bytes(optimizer, shape, 2, embedding=embedding) == expected
+    assert optimizers.state_bytes(optimizer, shape, 2, "cuda", embedding=embedding) == expected
+
+
+def test_pages_are_where_the_cpu_works() -> None:
+    assert optimizers.state_bytes("paged_adamw_8bit", (2**20,), 2, "cpu") == optimizers.state_bytes(
+        "adamw_8bit", (2**20,), 2, "cpu"
+    )
+
+
+def test_what_a_step_takes_for_itself() -> None:
+    assert optimizers.temporary_bytes("adamw_8bit_sr", 1000, "cuda") == 8000
+    assert optimizers.temporary_bytes("adamw_torch_fused", 1000, "cuda") == 0

@@ -47,3 +47,13 @@ def test_offloaded_is_not_on_the_device() -> None:
 
     assert rank.phases["optimizer"] == dict.fromkeys(memory.PARTS, 0)
     assert rank.phases["forward"]["activations"] == 500
+
+
+def test_states_that_are_float32_already_grow_no_wider() -> None:
+    four = {"launch": {"processes": 4, "strategy": "zero3"}}
+
+    wide, same = (
+        sharding.per_rank(WHOLE, recipe(train={"optimizer": name}, **four)) for name in ("adamw_torch", "lion_32bit")
+    )
+
+    assert wide.phases["optimizer"]["optimizer"] - same.phases["optimizer"]["optimizer"] == 2000 / 4

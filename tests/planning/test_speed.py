@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from sft_recipes.planning import speed
@@ -56,3 +58,13 @@ def test_time_is_between_the_shares_of_the_peak_rate() -> None:
     assert {gpu.name for gpu in speed.gpus_of(24)} >= {"L4", "RTX-4090"}
     assert speed.gpu_named("rtx 4090") is not None
     assert speed.gpu_named("nothing") is None
+
+
+def test_of_experts_those_that_a_token_passes() -> None:
+    class Experts(Llama8B):
+        num_experts, num_experts_per_tok = 8, 2
+
+    half = replace(EIGHT, experts=LAYERS // 2)
+    dense, sparse = (speed.flops_per_token(recipe(), half, of, 0, dense=False) for of in (Llama8B, Experts))
+
+    assert dense - sparse == pytest.approx(8 * (LAYERS / 2) * 6 / 8)

@@ -49,7 +49,6 @@ def test_a_good_recipe_has_neither_problems_nor_warnings(write_recipe: WriteReci
         ),
         (["launch.processes=2", "train.global_batch_size=4"], "not in this version"),
         (["launch.strategy=fsdp2"], "fsdp2 is not in this version"),
-        (["launch.cpu_offload=true"], "launch.cpu_offload is not in this version"),
         (["model.attention=varlen"], "not in this version"),
     ],
 )
@@ -58,6 +57,13 @@ def test_contradictions(write_recipe: WriteRecipe, overrides: list[str], said: s
 
     assert said in problem
     assert problem.startswith("--set: ") or ".yaml:" in problem
+
+
+def test_offloading_needs_a_strategy_that_offloads(write_recipe: WriteRecipe) -> None:
+    first, second = problems(write_recipe(), "launch.cpu_offload=true")
+
+    assert "launch.cpu_offload goes with launch.strategy: fsdp2, zero2 or zero3" in first
+    assert "launch.cpu_offload is not in this version" in second
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from sft_recipes.data import prepare, tokens
@@ -47,6 +48,8 @@ CONFIGS = {
     "gpt2": GPT2Config(n_embd=256, n_layer=4, n_head=8, vocab_size=2048, n_positions=512),
     # as a model that trains for real, a large vocabulary beside few layers
     "wide": LlamaConfig(**SHAPE | {"vocab_size": 8192, "hidden_size": 384, "num_hidden_layers": 3}),
+    # and one whose largest moment is in a layer, not in the loss
+    "deep": LlamaConfig(**SHAPE | {"vocab_size": 1024, "intermediate_size": 6144}),
 }
 BF16 = {"model": {"dtype": "bfloat16"}, "train": {"mixed_precision": "bf16"}}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -64,11 +67,22 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"data": {"packing": "none"}, "train": {"micro_batch_size": 4}},
     ),
     "LoRA, float32": ("gpt2", {"lora": {}}),
-    "LoRA, bfloat16 under autocast, every layer checkpointed": (
-        "qwen3",
-        {"lora": {}, **BF16, "train": {"mixed_precision": "bf16", "gradient_checkpointing": True}},
+    "LoRA with dropout, bfloat16 under autocast, every layer checkpointed": (
+        "deep",
+        {"lora": {"dropout": 0.1}, **BF16, "train": {"mixed_precision": "bf16", "gradient_checkpointing": True}},
     ),
-    "QLoRA": ("llama", {"lora": {}, "model": {"dtype": "bfloat16", "quantization": "nf4"}, "train": BF16["train"]}),
+    "QLoRA, 4 bits": (
+        "llama",
+        {"lora": {}, "model": {"dtype": "bfloat16", "quantization": "nf4"}, "train": BF16["train"]},
+    ),
+    "QLoRA, 8 bits, every layer checkpointed": (
+        "deep",
+        {
+            "lora": {},
+            "model": {"dtype": "bfloat16", "quantization": "int8"},
+            "train": {"mixed_precision": "bf16", "gradient_checkpointing": True},
+        },
+    ),
 }
 
 
@@ -253,6 +267,53 @@ def test_on_a_gpu_packed_rows_cost_a_mask_of_all_pairs_and_flash_attention_none(
     assert masked.peak_bytes - flash.peak_bytes >= 2 * config.num_hidden_layers * pairs
 
 
+def test_dropout_costs_a_byte_a_value_on_a_gpu() -> None:
+    config, off = LlamaConfig(**SHAPE | {"intermediate_size": 4096}), {"gradient_checkpointing": False}
+    peak = {
+        (device, dropout): of(config, device, lora={"dropout": dropout}, train=off).phases["forward"]["activations"]
+        for device in ("cpu", "cuda")
+        for dropout in (0.0, 0.1)
+    }
+
+    assert 0 < peak["cuda", 0.1] - peak["cuda", 0.0] < 0.7 * (peak["cpu", 0.1] - peak["cpu", 0.0])
+
+
+def test_experts_in_float32_too() -> None:
+    config = Qwen3MoeConfig(**SHAPE, head_dim=32, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64)
+
+    found = of(config, model={"dtype": "float32"})
+
+    assert found.experts == 4 * config.num_hidden_layers * 3 * 64 * 256
+
+
+def test_leaner_attention() -> None:
+    def leaner(device: str, **model: str) -> str | None:
+        recipe = Recipe.model_validate(LEAST | {"model": {"name": "x", **model}})
+        return stand_ins.leaner_attention(recipe, CONFIGS["llama"], device)
+
+    assert leaner("cuda", attention="sdpa") == "flash_attention_2"
+    assert leaner("cuda", attention="flash_attention_2") is None
+    assert leaner("cpu", attention="eager") == "sdpa"
+    assert leaner("cpu") is None
+
+
+def test_weights_that_are_quantised_already(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    CONFIGS["llama"].save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
+    )
+
+    with pytest.raises(ModelError, match="its weights are quantised already"):
+        footprint.config_of(recipe_of(tmp_path, {}))
+
+
+def test_more_tokens_than_can_be_gone_through() -> None:
+    with pytest.raises(ModelError, match=r"train.micro_batch_size: 25,600,000,000 tokens at once"):
+        of(CONFIGS["llama"], train={"micro_batch_size": 10**8, "global_batch_size": 10**8})
+
+
 def test_attention_that_the_run_would_take() -> None:
     recipe = Recipe.model_validate(LEAST)
     assert stand_ins.attention(recipe, CONFIGS["llama"], "cpu") == "sdpa"
@@ -271,7 +332,7 @@ def test_patches_are_taken_back() -> None:
 def test_a_model_that_cannot_be_traced_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(footprint._Step, "run", lambda self: torch.ones(2).nonzero()[0].tolist()[5])
 
-    with pytest.raises(ModelError, match="model of type llama cannot be run without its weights"):
+    with pytest.raises(ModelError, match="memory of a model of type llama cannot be predicted"):
         of(CONFIGS["llama"])
 
 
