@@ -60,6 +60,7 @@ class Said:
 @pytest.fixture
 def sft_recipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
     """Calls the command line in this process."""
+    monkeypatch.setattr(sys.modules["__main__"], "__package__", None)  # or the name in its help is that of the tests
 
     def call(*arguments: str) -> Said:
         monkeypatch.setattr(sys, "argv", ["sft-recipe", *arguments])
