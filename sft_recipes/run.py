@@ -13,6 +13,7 @@ from sft_recipes.report import page, words
 from sft_recipes.scale import ranks
 from sft_recipes.stopping import Stop
 from sft_recipes.training import checkpoints, fitting, model, trainer
+from sft_recipes.training.logging import peak_memory
 
 
 def run(
@@ -77,6 +78,6 @@ def run(
         words.say(console, export(recipe, sft.model, tokenizer, data, folder))
         with words.no_more_than_a_warning(console, "the report"):
             page.write(folder)
-        run_folder.finish(folder)
+        run_folder.finish(folder, peak_memory())
     words.conclude(console, folder)
     return folder

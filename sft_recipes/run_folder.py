@@ -170,11 +170,10 @@ def describe(
     files.write_json(folder / MANIFEST, manifest)
 
 
-def finish(folder: Path) -> None:
-    """Write down that the run has come to its end."""
-    files.write_json(
-        folder / MANIFEST, _json(folder / MANIFEST) | {"finished": datetime.now(UTC).isoformat(timespec="seconds")}
-    )
+def finish(folder: Path, peak_gib: float) -> None:
+    """Write down that the run has come to its end, and the most memory that it took, in GiB."""
+    now = {"finished": datetime.now(UTC).isoformat(timespec="seconds"), "peak_gib": round(peak_gib, 3)}
+    files.write_json(folder / MANIFEST, _json(folder / MANIFEST) | now)
 
 
 def is_finished(folder: Path) -> bool:

@@ -180,6 +180,19 @@ def test_the_resolved_recipe_and_the_manifest(trained: Trained) -> None:
     assert manifest["versions"]["trl"]
     assert manifest["seed"] == 0
     assert manifest["device"]["name"]
+    used = {name: manifest[name] for name in ("attention", "weights", "optimizer", "sequences_per_step")}
+    assert used == {
+        "attention": "sdpa",
+        "weights": "float32",
+        "optimizer": "adamw_torch_fused",
+        "sequences_per_step": 4,
+    }
+    assert (
+        manifest["peak_gib"]
+        >= manifest["preflight"]["longest"]["peak_gib"]
+        > manifest["preflight"]["predicted_gib"]
+        > 0
+    )
     assert list(manifest["data"]) == [str(folder.parent / "train.jsonl")]
     assert all(len(digest) == 64 for digest in manifest["data"].values())
 

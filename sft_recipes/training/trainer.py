@@ -283,10 +283,17 @@ def facts(recipe: Recipe, trainer: Trainer) -> list[str]:
 
 
 def used(trainer: Trainer) -> dict[str, Any]:
-    """What a run takes beyond its recipe, and what was found before its first step, for the manifest."""
-    total, trained = count_parameters(trainer.model)
+    """What is used, also where the recipe leaves that open, and what was found before the first step, for the manifest."""
+    (total, trained), recipe = count_parameters(trainer.model), trainer.recipe
     return {
         "device": device(),
+        "weights": recipe.model.quantization or recipe.model.dtype,
+        "mixed_precision": recipe.train.mixed_precision,
+        "optimizer": recipe.train.optimizer,
+        "gradient_checkpointing": recipe.train.gradient_checkpointing,
+        "micro_batch_size": recipe.train.micro_batch_size,
+        "gradient_accumulation_steps": recipe.accumulation,
+        "sequences_per_step": recipe.sequences_per_step,
         "attention": trainer.model.config._attn_implementation,
         "parameters": {"all": total, "trained": trained},
         "preflight": trainer.preflight.figures if trainer.preflight else "skipped",
