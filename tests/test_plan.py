@@ -131,7 +131,7 @@ def test_tokens_are_counted_where_there_is_a_tokenizer(write_recipe: WriteRecipe
         ([], {"gpu_memory": "many"}, "--gpu-memory: 'many' is no size; expected such as 24GB"),
         ([], {"gpu": "Z9"}, "--gpu: 'Z9' is not in the table; expected one of B200"),
         ([], {"gpus": 3}, "32 sequences a step do not come out"),
-        (["model.name=no/such-model-anywhere"], {}, "model.name: no/such-model-anywhere: its config cannot be had"),
+        (["model.name=no/such-model-anywhere"], {}, "model.name: no/such-model-anywhere: its config cannot be loaded"),
         (["data.max_length=500000"], {}, "more than the 131072 positions"),
         (
             ["train.gradient_accumulation_steps=2", "train.micro_batch_size=auto"],

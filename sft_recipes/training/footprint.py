@@ -13,18 +13,17 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl.trainer import utils as trl_utils
 
 from sft_recipes.errors import ModelError
 from sft_recipes.planning import optimizers
 from sft_recipes.planning.memory import Footprint, extrapolate
-from sft_recipes.recipe import model_files
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.training import stand_ins
 from sft_recipes.training.arguments import padding_free
-from sft_recipes.training.model import DTYPES, keep_trainable_in_float32, with_adapters
+from sft_recipes.training.model import DTYPES, keep_trainable_in_float32, load_config, with_adapters
 from sft_recipes.training.tracking import Tracker
 
 MOST_TOKENS = 2**22  # of a micro-batch: a trace goes through them in pieces
@@ -68,35 +67,12 @@ def predict(recipe: Recipe, config: PreTrainedConfig, device: str, *, whole: boo
 
 
 def config_of(recipe: Recipe) -> PreTrainedConfig:
-    """The model's config: of a directory, or from the hub (its cache). Raises ModelError in one line."""
-    wanted = recipe.model
-    folder = model_files.directory(wanted.name)
-    if folder is not None:
-        model_files.config(folder)  # says what is wrong in a line
-    try:
-        config = AutoConfig.from_pretrained(
-            str(folder or wanted.name), revision=wanted.revision, trust_remote_code=wanted.trust_remote_code
-        )
-    except Exception as error:  # their types are many
-        reason = " ".join(str(error).split())
-        remedy = "give a directory that holds its config.json" if folder is None else "get the file again"
-        if "trust_remote_code" in reason:
-            reason, remedy = (
-                "it is Python code that comes with the model",
-                "read it, then set model.trust_remote_code: true",
-            )
-        raise ModelError(f"model.name: {wanted.name}: its config cannot be had: {reason[:200]}; {remedy}") from error
-    model_files.refuse_kernels(config, trust_remote_code=wanted.trust_remote_code)
+    """The model's config, of a model that can be predicted. Raises ModelError in one line."""
+    config = load_config(recipe)
     if getattr(config, "quantization_config", None):
         raise ModelError(
-            f"model.name: {wanted.name}: its weights are quantised already, and their memory is not predicted; name the model "
-            "that they were made from, and quantise it with model.quantization"
-        )
-    limit = model_files.positions(config.to_dict())
-    if limit is not None and recipe.data.max_length > limit:
-        raise ModelError(
-            f"data.max_length: {recipe.data.max_length} is more than the {limit} positions of {wanted.name}; "
-            f"set at most {limit}"
+            f"model.name: {recipe.model.name}: its weights are quantised already, and their memory is not predicted; name the "
+            "model that they were made from, and quantise it with model.quantization"
         )
     return config
 

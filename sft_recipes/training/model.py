@@ -99,11 +99,9 @@ def tokenizer_bytes(tokenizer: PreTrainedTokenizerBase) -> int:
 # --- Model -----------------------------------------------------------------------------------------------------------
 
 
-def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | peft.PeftModel:
-    """The model with its weights in `model.dtype`, quantised and with adapters as the recipe says.
-
-    Raises ModelError for what the model's files or the recipe's choice of layers make impossible.
-    """
+def load_config(recipe: Recipe) -> PreTrainedConfig:
+    """The model's config, of a directory or from the hub. Raises ModelError where it cannot be had, or does not go with the
+    recipe."""
     wanted, name = recipe.model, model_files.location(recipe.model.name)
     with as_model_error(f"model.name: {wanted.name}", "config"):
         config = AutoConfig.from_pretrained(name, revision=wanted.revision, trust_remote_code=wanted.trust_remote_code)
@@ -114,6 +112,16 @@ def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrained
             f"data.max_length: {recipe.data.max_length} is more than the {limit} positions of {wanted.name}; "
             f"set at most {limit}"
         )
+    return config
+
+
+def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | peft.PeftModel:
+    """The model with its weights in `model.dtype`, quantised and with adapters as the recipe says.
+
+    Raises ModelError for what the model's files or the recipe's choice of layers make impossible.
+    """
+    wanted, name = recipe.model, model_files.location(recipe.model.name)
+    config = load_config(recipe)
     transformers.set_seed(recipe.train.seed)  # new embeddings and adapters are drawn at random
     with as_model_error(f"model.name: {wanted.name}", "weights"):
         model, loading = AutoModelForCausalLM.from_pretrained(
