@@ -22,6 +22,10 @@ from sft_recipes.recipe.upstream import installed
 from sft_recipes.training.arguments import padding_free
 
 NAME = "varlen"  # with "flash" in it transformers would ask for flash-attn
+# Of those in transformers 5.23: they change the mask before attention gets it, or do not tell it where documents begin.
+_OWN_WAYS = {
+    "axk2", "deepseek_v32", "doge", "dots3_note", "dots3_note_text", "glm_moe_dsa", "lfm3", "nemotron", "recurrent_gemma",
+}  # fmt: skip
 # What else models pass on, and that changes nothing of the result.
 _KNOWN = {
     "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "position_ids", "use_cache",
@@ -57,10 +61,11 @@ def choose(recipe: Recipe, config: PreTrainedConfig, device: str) -> tuple[str |
 
 def obstacle(config: PreTrainedConfig) -> str | None:
     """What in a model varlen would have to leave out, in words; None where there is nothing."""
-    architecture, text = _architecture(config), config.get_text_config()
+    architecture, text = _architecture(config), config.get_text_config(decoder=True)
     # What sdpa lacks (softcapping, sinks) varlen lacks too, and transformers says which models need it.
-    if not getattr(architecture, "_supports_attention_backend", False) or not architecture._supports_sdpa:
-        return f"a model of type {config.model_type}, whose attention is not transformers' sdpa"
+    as_sdpa = getattr(architecture, "_supports_attention_backend", False) and architecture._supports_sdpa
+    if not as_sdpa or config.model_type in _OWN_WAYS:
+        return f"the attention of a {config.model_type} model, which is another than transformers' sdpa"
     if not getattr(text, "is_causal", True):
         return "a model whose tokens see those behind them"
     dropout = (name for name in text.to_dict() if "att" in name and "drop" in name and getattr(text, name))
@@ -75,14 +80,19 @@ def _architecture(config: PreTrainedConfig) -> Any:
 
 
 def attend(
-    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention of queries (rows, heads, tokens, width) within documents; (rows, tokens, heads, width).
 
     `cu_seq_lens_q` says where documents begin, and where the last ends. Without it, with a mask that is a tensor, or with
     keys of tokens before, it is sdpa. Raises ModelError for what a layer asks for and would not get.
     """
-    starts = kwargs.get("cu_seq_lens_q")
+    starts, mask = kwargs.get("cu_seq_lens_q"), attention_mask
     if starts is None or isinstance(mask, torch.Tensor) or query.shape[0] > 1 or query.shape[2] != key.shape[2]:
         return sdpa_attention_forward(module, query, key, value, mask() if callable(mask) else mask, **kwargs)
     longest = kwargs.get("max_length_q") or int(starts.diff().max())

@@ -22,7 +22,9 @@ from transformers import (
     Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
+    NemotronConfig,
     Olmo2Config,
+    OPTConfig,
     Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
@@ -132,6 +134,19 @@ def test_losses_and_gradients_are_those_of_the_mask(name: str, calls: list[list[
     assert_close(gradients, true_gradients)
     # Chunks are known to the mask alone, and left to sdpa.
     assert calls == [LENGTHS] * (1 if "chunks" in name else 2)
+
+
+def test_documents_of_an_opt_model_are_apart_which_with_sdpa_they_are_not() -> None:
+    """Its mask is made without positions, so that sdpa's has nothing to tell documents by."""
+    config = OPTConfig(**SHAPE | {"ffn_dim": 64, "word_embed_proj_dim": 64}, init_std=0.3, dropout=0.0)
+    batch = {key: value for key, value in batch_of(LENGTHS).items() if key != "labels"}
+    off = {}
+    for name in ("sdpa", "varlen"):
+        model = model_of(config, name)
+        alone = model(batch["input_ids"][:, 6:36]).logits
+        off[name] = float((model(**batch, use_cache=False).logits[:, 6:36] - alone).norm() / alone.norm())
+
+    assert off["varlen"] < ROUNDING < 1e-2 < off["sdpa"]
 
 
 def dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int], window: int | None) -> Any:
@@ -267,9 +282,13 @@ def recipe_of(**sections: Any) -> Recipe:
 REFUSED: dict[str, tuple[PreTrainedConfig, str]] = {
     "softcapping": (
         Gemma2Config(**SHAPE, head_dim=16),
-        "a model of type gemma2, whose attention is not transformers' sdpa",
+        "the attention of a gemma2 model, which is another",
     ),
-    "sinks": (GptOssConfig(**SHAPE, head_dim=16), "a model of type gpt_oss, whose attention is not"),
+    "sinks": (GptOssConfig(**SHAPE, head_dim=16), "the attention of a gpt_oss model, which is another"),
+    "where documents begin is not passed on": (
+        NemotronConfig(**SHAPE),
+        "the attention of a nemotron model, which is another",
+    ),
     "dropout": (GPT2Config(), r"dropout in attention \(attn_pdrop in the model's config\)"),
     "dropout by another name": (LlamaConfig(**SHAPE, attention_dropout=0.1), r"\(attention_dropout in"),
     "both directions": (LlamaConfig(**SHAPE, is_causal=False), "whose tokens see those behind them"),
