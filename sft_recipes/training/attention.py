@@ -151,8 +151,13 @@ def by_document(
 
 def _kernel_takes(query: torch.Tensor) -> bool:
     """Half precision on a GPU from Ampere on, in widths of flash attention 2."""
-    able = query.is_cuda and query.dtype != torch.float32 and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
-    return able and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    half = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+    return (
+        half
+        and query.shape[-1] % 8 == 0
+        and query.shape[-1] <= 256
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
 
 
 def _kernel(

@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
 )
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_bidirectional_sliding_window_mask, create_causal_mask
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from sft_recipes.errors import ModelError
@@ -257,6 +258,16 @@ def test_a_cache_does_not_let_them_see_each_other(calls: list[list[int]]) -> Non
     assert calls == [LENGTHS] * 4
 
 
+def test_keys_of_tokens_before_are_left_to_sdpa(calls: list[list[int]]) -> None:
+    query, key = torch.randn(1, 4, 2, 8), torch.randn(1, 4, 6, 8)
+    starts, mask = torch.tensor([0, 2], dtype=torch.int32), torch.ones(1, 1, 2, 6, dtype=torch.bool).tril(4)
+
+    found, _ = attention.attend(torch.nn.Module(), query, key, key, partial(mask.clone), cu_seq_lens_q=starts)
+
+    assert torch.equal(found, scaled_dot_product_attention(query, key, key, mask).transpose(1, 2))
+    assert calls == []
+
+
 def test_with_cross_document_attention_they_see_each_other(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     logits = []
     for name in ("sdpa", "varlen"):
@@ -355,6 +366,9 @@ def test_masks_that_are_more_than_causal_within_documents_are_made() -> None:
     assert isinstance(create_causal_mask(**row, block_sequence_ids=blocks), torch.Tensor)
     assert isinstance(create_causal_mask(**row, or_mask_function=odd), torch.Tensor)
     assert isinstance(create_causal_mask(**row, and_mask_function=odd), torch.Tensor)
+    both_ways.sliding_window = 7
+    ahead = {name: each for name, each in row.items() if name != "position_ids"} | {"config": both_ways}
+    assert isinstance(create_bidirectional_sliding_window_mask(**ahead), torch.Tensor)
     assert create_causal_mask(**row | {"config": both_ways}) is None  # as for sdpa: every token sees every other
 
 
