@@ -175,11 +175,9 @@ def plan(
         predict = fitting.predictor(config, device)
         if recipe.train.micro_batch_size == "auto":
             recipe = fitting.largest(recipe, predict, capacity or fitting.room(recipe, device), device)
-        attention = stand_ins.attention(recipe, config, device) or "eager"
-        if attention == stand_ins.VARIABLE:
-            attention = "flash_attention_2" if recipe.model.attention == "auto" else recipe.model.attention
-            if cpu:
-                raise RecipeError(f"model.attention: {attention} does not train on CPUs; set sdpa, or auto")
+        attention = stand_ins.named(recipe, config, device) or "eager"
+        if cpu and attention not in ("varlen", "sdpa", "eager"):
+            raise RecipeError(f"model.attention: {attention} does not train on CPUs; set sdpa, or auto")
         masked = stand_ins.masks_all_pairs(recipe, config, device)
         whole = predict(recipe)
         rank = sharding.on_rank(whole, recipe, device)

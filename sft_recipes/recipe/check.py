@@ -185,8 +185,6 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 def not_yet(recipe: Recipe) -> Iterator[str]:
     """Keys whose other values a later version will take. Refused, because ignoring them would be a lie."""
-    if recipe.model.attention == "varlen":
-        yield "model.attention: varlen is not in this version; set auto"
     world, wanted = int(os.environ.get("WORLD_SIZE") or 1), recipe.launch.processes * recipe.launch.machines
     if world == 1 and wanted > 1:
         yield (

@@ -41,7 +41,7 @@ class Model(_Section):
     attention: Literal[
         "auto", "flash_attention_2", "flash_attention_3", "varlen", "flex_attention", "sdpa", "eager"
     ] = "auto"
-    """Attention implementation; auto: the fastest correct one that is installed."""
+    """Attention implementation; varlen: packed documents with torch alone; auto: the fastest correct one that is installed."""
     quantization: Literal["nf4", "fp4", "int8"] | None = None
     """Quantise the frozen base with bitsandbytes; needs `lora:` (QLoRA)."""
     new_tokens: list[Name] = []

@@ -13,7 +13,6 @@ import transformers
 from peft.utils.other import TrainableTokensWrapper
 from safetensors import SafetensorError
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -28,7 +27,7 @@ from sft_recipes.data.templates import BOS
 from sft_recipes.errors import ModelError, RunError
 from sft_recipes.recipe import model_files, schema
 from sft_recipes.recipe.schema import Recipe
-from sft_recipes.recipe.upstream import installed
+from sft_recipes.training.attention import choose
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 NEW_PAD = "<|pad|>"
@@ -155,17 +154,10 @@ def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrained
 
 
 def attention(recipe: Recipe, config: PreTrainedConfig) -> str | None:
-    """The attention implementation; `auto` is flash attention where it is installed and can run, else None: transformers'
-    own choice, sdpa where the model has it."""
-    wanted = recipe.model.attention
-    if wanted == "flex_attention" and not torch.cuda.is_available():
+    """The attention implementation; None is transformers' own choice, sdpa where the model has it."""
+    if recipe.model.attention == "flex_attention" and not torch.cuda.is_available():
         raise ModelError("model.attention: flex_attention has no backward pass on CPU; set sdpa, or auto")
-    if wanted != "auto":
-        return wanted
-    half = recipe.model.dtype != "float32" or recipe.train.mixed_precision != "no"
-    architecture = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    supported = getattr(architecture, "_supports_flash_attn", False)
-    return "flash_attention_2" if torch.cuda.is_available() and half and supported and installed("flash_attn") else None
+    return choose(recipe, config, "cuda" if torch.cuda.is_available() else "cpu")[0]
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:

@@ -15,23 +15,33 @@ from trl.kernels import chunked_logprob
 from trl.trainer import utils as trl_utils
 
 from sft_recipes.recipe.schema import Recipe
-from sft_recipes.recipe.upstream import installed
+from sft_recipes.training import attention as varlen
 from sft_recipes.training.arguments import padding_free
 from sft_recipes.training.tracking import Tracker
 
 VARIABLE = "traced_varlen"  # attention that knows where documents begin, and needs no mask
+BY_DOCUMENT = "traced_by_document"  # the same on a CPU: one call of sdpa for each
 
 
 def attention(recipe: Recipe, config: PreTrainedConfig, device: str) -> str | None:
     """The implementation that is traced for the one that the run takes."""
-    wanted = recipe.model.attention
-    if wanted == "auto":
-        half = recipe.model.dtype != "float32" or recipe.train.mixed_precision != "no"
-        able = getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), "_supports_flash_attn", False)
-        wanted = "flash_attention_2" if device == "cuda" and half and able and installed("flash_attn") else "sdpa"
-        if not getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), "_supports_sdpa", True):
-            return None
-    return wanted if wanted in ("sdpa", "eager") else VARIABLE
+    name = named(recipe, config, device)
+    if name == varlen.NAME and not padding_free(recipe):
+        return "sdpa"
+    if name == varlen.NAME and device == "cpu":
+        return BY_DOCUMENT
+    return name if name in ("sdpa", "eager", None) else VARIABLE
+
+
+def named(recipe: Recipe, config: PreTrainedConfig, device: str) -> str | None:
+    """The implementation that the run takes; None for a model that has no other than its own.
+
+    Raises ModelError where the model cannot have it.
+    """
+    chosen, _ = varlen.choose(recipe, config, device)
+    if chosen is None and getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), "_supports_sdpa", True):
+        return "sdpa"
+    return chosen
 
 
 def leaner_attention(recipe: Recipe, config: PreTrainedConfig, device: str) -> str | None:
@@ -40,7 +50,10 @@ def leaner_attention(recipe: Recipe, config: PreTrainedConfig, device: str) -> s
     model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if used in ("eager", None):
         return "sdpa" if getattr(model, "_supports_sdpa", False) else None
-    masks = masks_all_pairs(recipe, config, device) or recipe.train.micro_batch_size != 1
+    packed = masks_all_pairs(recipe, config, device)
+    if packed and varlen.obstacle(config) is None:
+        return varlen.NAME
+    masks = packed or recipe.train.micro_batch_size != 1
     able = device == "cuda" and getattr(model, "_supports_flash_attn", False)
     return "flash_attention_2" if used == "sdpa" and masks and able else None
 
@@ -82,8 +95,18 @@ def _variable(_module: Any, query: Any, key: Any, value: Any, _mask: Any = None,
     return _Attention.apply(query, key, value, None).transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(VARIABLE, _variable)
-AttentionMaskInterface.register(VARIABLE, _nothing)
+def _by_document(
+    _module: Any, query: Any, key: Any, value: Any, _mask: Any = None, **others: Any
+) -> tuple[torch.Tensor, None]:
+    """Documents as long as a sequence. What shorter ones keep is together the same: so much a token."""
+    length = others["max_length_q"]
+    lengths = [length] * (query.shape[2] // length)
+    return varlen.by_document(query, key, value, lengths, window=others.get("sliding_window")), None
+
+
+for _name, _traced in ((VARIABLE, _variable), (BY_DOCUMENT, _by_document)):
+    AttentionInterface.register(_name, _traced)
+    AttentionMaskInterface.register(_name, _nothing)
 
 
 def _sdpa(query: Any, key: Any, value: Any, attn_mask: Any = None, **_: Any) -> Any:

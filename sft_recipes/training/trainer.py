@@ -37,7 +37,7 @@ from sft_recipes.recipe import model_files
 from sft_recipes.recipe.check import TORCHAO
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.stopping import Stop
-from sft_recipes.training import checkpoints, fitting, preflight
+from sft_recipes.training import attention, checkpoints, fitting, preflight
 from sft_recipes.training.arguments import padding_free, sft_config
 from sft_recipes.training.guards import Finite, Stops
 from sft_recipes.training.logging import Display, Metrics, trackers
@@ -257,10 +257,11 @@ def facts(recipe: Recipe, trainer: Trainer) -> list[str]:
     recomputed = "off" if not layers else "every layer" if layers in (True, 1) else f"every {layers} layers"
     micro, accumulation, world = recipe.train.micro_batch_size, recipe.accumulation, trainer.args.world_size
     processes = f" x {world} processes" if world > 1 else ""
+    _, why = attention.choose(recipe, trainer.model.config, "cuda" if torch.cuda.is_available() else "cpu")
     lines = [
         f"model: {recipe.model.name}, {method}, {trained:,} of {total:,} parameters trained ({trained / total:.2%}), "
         f"weights in {recipe.model.quantization or recipe.model.dtype}, "
-        f"attention {trainer.model.config._attn_implementation}, on {device()['name']}",
+        f"attention {trainer.model.config._attn_implementation}{f' ({why})' if why else ''}, on {device()['name']}",
         f"steps: {steps:,} of {recipe.sequences_per_step} sequences ({micro} x {accumulation} accumulated{processes}), "
         f"{int(trainer.args.warmup_steps):,} of them warmup, {recipe.train.lr_scheduler} to a learning rate of "
         f"{recipe.train.learning_rate:g}, {recipe.train.optimizer}, mixed precision {recipe.train.mixed_precision}, "

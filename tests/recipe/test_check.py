@@ -49,7 +49,6 @@ def test_a_good_recipe_has_neither_problems_nor_warnings(write_recipe: WriteReci
         ),
         (["launch.processes=2", "train.global_batch_size=4"], "not in this version"),
         (["launch.strategy=fsdp2"], "fsdp2 is not in this version"),
-        (["model.attention=varlen"], "not in this version"),
     ],
 )
 def test_contradictions(write_recipe: WriteRecipe, overrides: list[str], said: str) -> None:

@@ -16,6 +16,7 @@ from transformers import (
     DeepseekV3Config,
     GPT2Config,
     LlamaConfig,
+    MistralConfig,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
@@ -45,6 +46,7 @@ CONFIGS = {
     "llama": LlamaConfig(**SHAPE),
     "qwen2": Qwen2Config(**SHAPE | {"tie_word_embeddings": True}),
     "qwen3": Qwen3Config(**SHAPE, head_dim=32),
+    "mistral": MistralConfig(**SHAPE, sliding_window=50),
     "gpt2": GPT2Config(n_embd=256, n_layer=4, n_head=8, vocab_size=2048, n_positions=512),
     # as a model that trains for real, a large vocabulary beside few layers
     "wide": LlamaConfig(**SHAPE | {"vocab_size": 8192, "hidden_size": 384, "num_hidden_layers": 3}),
@@ -62,6 +64,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen2",
         {"train": {"mixed_precision": "bf16", "optimizer": "adamw_bnb_8bit"}},
     ),
+    "full, float32, packed, a mask of all pairs": ("llama", {"model": {"attention": "sdpa"}}),
+    "full, packed, windows shorter than documents": ("mistral", {}),
     "full, padded rows, one micro-batch a step": (
         "qwen3",
         {"data": {"packing": "none"}, "train": {"micro_batch_size": 4}},
@@ -291,7 +295,8 @@ def test_leaner_attention() -> None:
         recipe = Recipe.model_validate(LEAST | {"model": {"name": "x", **model}})
         return stand_ins.leaner_attention(recipe, CONFIGS["llama"], device)
 
-    assert leaner("cuda", attention="sdpa") == "flash_attention_2"
+    assert leaner("cuda", attention="sdpa") == leaner("cpu", attention="sdpa") == "varlen"
+    assert leaner("cuda", attention="varlen") is None
     assert leaner("cuda", attention="flash_attention_2") is None
     assert leaner("cpu", attention="eager") == "sdpa"
     assert leaner("cpu") is None
@@ -316,7 +321,13 @@ def test_more_tokens_than_can_be_gone_through() -> None:
 
 def test_attention_that_the_run_would_take() -> None:
     recipe = Recipe.model_validate(LEAST)
-    assert stand_ins.attention(recipe, CONFIGS["llama"], "cpu") == "sdpa"
+    assert stand_ins.attention(recipe, CONFIGS["llama"], "cpu") == stand_ins.BY_DOCUMENT
+    assert stand_ins.attention(recipe, CONFIGS["llama"], "cuda") == stand_ins.VARIABLE
+    assert stand_ins.attention(recipe, CONFIGS["gpt2"], "cpu") == "sdpa"  # it has dropout in attention
+    padded = Recipe.model_validate(
+        LEAST | {"model": {"name": "x", "attention": "varlen"}, "data": {"train": "x", "packing": "none"}}
+    )
+    assert stand_ins.attention(padded, CONFIGS["llama"], "cuda") == "sdpa"
     flash = Recipe.model_validate({**LEAST, "model": {"name": "x", "attention": "flash_attention_2"}})
     assert stand_ins.attention(flash, CONFIGS["llama"], "cuda") == stand_ins.VARIABLE
 

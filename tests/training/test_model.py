@@ -84,7 +84,9 @@ def test_weights_have_the_type_of_the_recipe(write_recipe: WriteRecipe, dtype: s
     assert {p.dtype for p in loaded(write_recipe(), f"model.dtype={dtype}").parameters()} == {getattr(torch, dtype)}
 
 
-@pytest.mark.parametrize(("wanted", "used"), [("auto", "sdpa"), ("sdpa", "sdpa"), ("eager", "eager")])
+@pytest.mark.parametrize(
+    ("wanted", "used"), [(each, each) for each in ("varlen", "sdpa", "eager")] + [("auto", "varlen")]
+)
 def test_attention(write_recipe: WriteRecipe, wanted: str, used: str) -> None:
     assert loaded(write_recipe(), f"model.attention={wanted}").config._attn_implementation == used
 

@@ -17,7 +17,7 @@ TINY = Path(__file__).parents[2] / "sft_recipes" / "builtin" / "tiny"
 
 @pytest.fixture
 def opt(tmp_path: Path) -> str:
-    """A small OPT, which reads no positions that start again: packed documents see each other."""
+    """A small OPT, whose mask reads no positions that start again: with sdpa packed documents see each other."""
     torch.manual_seed(0)
     config = OPTConfig(
         vocab_size=1024, hidden_size=32, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=32
@@ -32,7 +32,7 @@ def test_a_model_that_leaks_between_packed_documents_is_refused(
     write_recipe: WriteRecipe, opt: str, packing: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ModelError, match="documents packed into one sequence see each other in a model of type opt"):
-        run(write_recipe(model={"name": opt}, train=ON), f"data.packing={packing}")
+        run(write_recipe(model={"name": opt, "attention": "sdpa"}, train=ON), f"data.packing={packing}")
 
     assert not (tmp_path / "run").exists()
 
@@ -41,7 +41,8 @@ def test_documents_of_one_micro_batch_share_a_row_too(write_recipe: WriteRecipe,
     """One document a sequence, which packing does not change: the micro-batch is one row all the same."""
     rows = [{"instruction": f"Say {n} times: {'fox ' * 9}", "output": "fox " * 9} for n in range(12)]
     write_rows(tmp_path / "train.jsonl", rows)
-    recipe = write_recipe(model={"name": opt}, data={"eval": None, "max_length": 100}, train=ON)
+    model = {"name": opt, "attention": "sdpa"}
+    recipe = write_recipe(model=model, data={"eval": None, "max_length": 100}, train=ON)
 
     with pytest.raises(ModelError, match="documents packed into one sequence see each other"):
         run(recipe)
