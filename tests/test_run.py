@@ -182,7 +182,7 @@ def test_the_resolved_recipe_and_the_manifest(trained: Trained) -> None:
     assert manifest["device"]["name"]
     used = {name: manifest[name] for name in ("attention", "weights", "optimizer", "sequences_per_step")}
     assert used == {
-        "attention": "sdpa",
+        "attention": "varlen",
         "weights": "float32",
         "optimizer": "adamw_torch_fused",
         "sequences_per_step": 4,

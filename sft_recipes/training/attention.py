@@ -5,7 +5,7 @@ its fastest kernels nor grouped heads. `varlen` goes by where documents begin, w
 of them on CUDA, one causal call a document elsewhere. Where that is not said, it is sdpa with sdpa's mask.
 """
 
-from functools import partial
+from functools import cache, partial
 from inspect import signature
 from typing import Any
 
@@ -54,9 +54,12 @@ def choose(recipe: Recipe, config: PreTrainedConfig, device: str) -> tuple[str |
         return "flash_attention_2", "flash-attn is installed"
     if not packed:
         return None, ""
-    if problem is None and (half or device == "cpu"):
-        return NAME, "packed documents, torch alone"
-    return None, f"varlen does not go with {problem or 'float32 on a GPU'}"
+    if problem is None and device == "cuda":
+        problem = None if half else "float32 on a GPU"
+        problem = problem or (
+            None if _kernel_is_right() else "this GPU, where its kernel gives other numbers than sdpa"
+        )
+    return (NAME, "packed documents, torch alone") if problem is None else (None, f"varlen does not go with {problem}")
 
 
 def obstacle(config: PreTrainedConfig) -> str | None:
@@ -187,6 +190,33 @@ def _kernel(
     rows = (each[0].transpose(0, 1) for each in (query, key, pad(value, (0, width - wanted))))
     # The same object twice tells newer versions that queries and keys are the same tokens.
     return varlen_attn(*rows, starts, starts, longest, longest, **options)[None, ..., :wanted]
+
+
+@cache
+def _kernel_is_right() -> bool:
+    """Whether torch's kernel gives here, and its gradients are, what a call of sdpa a document gives, to bfloat16's rounding;
+    true where there is no GPU to try it on, as for a plan."""
+    if not torch.cuda.is_available():
+        return True
+    random = torch.Generator("cuda").manual_seed(0)
+    made = [
+        torch.randn(1, heads, 48, 64, device="cuda", dtype=torch.bfloat16, generator=random, requires_grad=True)
+        for heads in (4, 2, 2)
+    ]
+    if not _kernel_takes(made[0]):
+        return True
+    query, key, value = made
+    starts = torch.tensor([0, 5, 17, 48], dtype=torch.int32, device="cuda")
+    try:
+        found = _kernel(query, key, value, starts, 31, None, None)
+        true = by_document(query, key, value, [5, 12, 31])
+        pairs = [
+            (found, true),
+            *zip(*(torch.autograd.grad(out.square().sum(), made) for out in (found, true)), strict=True),
+        ]
+    except (RuntimeError, TypeError, ValueError):  # a kernel that was not built for it, or takes other arguments
+        return False
+    return all(bool((one - other).norm() < 0.02 * other.norm()) for one, other in pairs)
 
 
 def mask_for(

@@ -480,6 +480,11 @@ def on_gpu() -> Iterator[str]:
 
 
 @pytest.mark.gpu
+def test_on_a_gpu_auto_has_tried_the_kernel(on_gpu: str) -> None:
+    assert attention._kernel_is_right()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", MODELS)
 def test_on_a_gpu_the_kernel_is_the_mask_to_rounding(name: str, on_gpu: str, calls: list[list[int]]) -> None:
     """bfloat16: no further from sdpa in float32 than sdpa in bfloat16 is, by half."""
