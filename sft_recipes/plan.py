@@ -15,8 +15,6 @@ from sft_recipes.recipe.check import judge
 from sft_recipes.recipe.schema import Recipe
 
 _SECONDS = 2.0  # of tokenising a source; tokens and steps are those of its first rows, taken for all
-
-
 # Keys of TRL that change a step's memory in ways that are not traced.
 _UNSEEN = {
     "activation_offloading", "gradient_checkpointing_kwargs", "label_smoothing_factor", "loss_type", "optim_target_modules",

@@ -44,7 +44,7 @@ def predict(recipe: Recipe, config: PreTrainedConfig, device: str, *, whole: boo
             "one"
         )
     loud = logging.getLogger("torch._subclasses.fake_tensor")  # it prints a traceback of what is told in a line here
-    level, loud.disabled = loud.disabled, True
+    was, loud.disabled = loud.disabled, True
     try:
         layers = config.get_text_config().num_hidden_layers
         repeats = None if whole else _repeats(config, recipe)
@@ -63,7 +63,7 @@ def predict(recipe: Recipe, config: PreTrainedConfig, device: str, *, whole: boo
             f"{reason}; a run without micro_batch_size: auto measures it before its first step"
         ) from error
     finally:
-        loud.disabled = level
+        loud.disabled = was
 
 
 def config_of(recipe: Recipe) -> PreTrainedConfig:
