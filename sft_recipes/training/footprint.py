@@ -194,7 +194,8 @@ class _Step:
                 lambda parameter: self.tracker.belongs(parameter.grad, "gradients")
             )
         step = self._optimizer(trained)
-        with stand_ins.of(self.device, self.tracker, half=train.mixed_precision != "no"):
+        half, loss_type = train.mixed_precision != "no", self.recipe.trl.get("loss_type", "nll")
+        with stand_ins.of(self.device, self.tracker, half=half, loss_type=loss_type):
             # The first step makes the optimizer's states; its gradients need no backward pass.
             for parameter in trained:
                 parameter.grad = torch.empty_like(parameter)

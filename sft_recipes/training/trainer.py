@@ -3,7 +3,7 @@
 import math
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -37,7 +37,7 @@ from sft_recipes.recipe import model_files
 from sft_recipes.recipe.check import TORCHAO
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.stopping import Stop
-from sft_recipes.training import attention, checkpoints, fitting, preflight
+from sft_recipes.training import attention, checkpoints, fitting, head, preflight
 from sft_recipes.training.arguments import padding_free, sft_config
 from sft_recipes.training.guards import Finite, Stops
 from sft_recipes.training.logging import Display, Metrics, trackers
@@ -70,6 +70,7 @@ class Trainer(Saving, SFTTrainer):
         self.grad_norm: torch.Tensor | float = 0.0  # of this step
         self.skipped_steps = 0
         self.stopped = False  # on request
+        self.own_head = head.applies(self.args.device.type, self.args.loss_type)
         # TRL gathers sums, of which nothing is to be cut off at the end of an epoch; else its averages over several processes
         # depend on where the run was resumed.
         self.accelerator.gather_for_metrics = self.accelerator.gather
@@ -77,6 +78,10 @@ class Trainer(Saving, SFTTrainer):
         self.add_callback(Stops(self, stop))
 
     # --- Each step ---
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        with head.in_place_of_trls() if self.own_head else nullcontext():
+            return super().compute_loss(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -102,6 +107,8 @@ class Trainer(Saving, SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.skipped_steps and "loss" in logs:
             logs["skipped_steps"] = self.skipped_steps
+        if self.own_head:
+            self._metrics["train" if self.model.training else "eval"].pop("entropy", None)  # is not computed
         super().log(logs, start_time)
 
     def first(self, mine: str | None) -> str:

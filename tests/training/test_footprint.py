@@ -93,7 +93,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 def recipe_of(folder: Path, sections: dict[str, Any]) -> Recipe:
     rows = folder / "rows.jsonl"
     # Documents of one length that is longer than a sequence and of one that is not, so that padded rows are met.
-    texts = (" ".join(f"word number {row} {n}" for n in range(4 if row % 4 else 60)) for row in range(60))
+    texts = (" ".join(f"word number {row} {n}" for n in range(60 if row % 4 else 4)) for row in range(60))
     rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     recipe: dict[str, Any] = {
         "model": {"name": str(folder / "model"), "dtype": "float32"},
