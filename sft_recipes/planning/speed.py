@@ -50,8 +50,7 @@ def flops_per_token(recipe: Recipe, found: Footprint, text_config: Any, document
     `document` is the mean length of the document that a token is in.
     """
     train = recipe.train
-    every = 1 if isinstance(train.gradient_checkpointing, bool) else train.gradient_checkpointing
-    recomputed = 1 / every if train.gradient_checkpointing else 0.0
+    recomputed = 1 / train.recomputed if train.recomputed else 0.0
     hidden, heads = int(text_config.hidden_size), int(text_config.num_attention_heads)
     width: int = heads * (getattr(text_config, "head_dim", None) or hidden // heads)
     head = int(text_config.vocab_size) * hidden

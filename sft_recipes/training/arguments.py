@@ -18,7 +18,6 @@ def sft_config(recipe: Recipe, steps: Steps, run_dir: Path, *, validates: bool) 
     optimizer = {"optim": train.optimizer}
     if train.optimizer == STOCHASTIC_ROUNDING:
         optimizer = {"optim": "adamw_torch_8bit", "optim_args": "bf16_stochastic_round=True"}
-    every_n = 1 if isinstance(train.gradient_checkpointing, bool) else train.gradient_checkpointing
     config = {
         "output_dir": str(run_dir / "checkpoints"),
         # data
@@ -42,8 +41,8 @@ def sft_config(recipe: Recipe, steps: Steps, run_dir: Path, *, validates: bool) 
         # numbers
         "bf16": train.mixed_precision == "bf16",
         "fp16": train.mixed_precision == "fp16",
-        "activation_checkpointing": bool(train.gradient_checkpointing),
-        "activation_checkpointing_kwargs": {"every_n_layers": every_n} if every_n > 1 else None,
+        "activation_checkpointing": train.recomputed > 0,
+        "activation_checkpointing_kwargs": {"every_n_layers": train.recomputed} if train.recomputed > 1 else None,
         "torch_compile": train.compile,
         "use_cpu": not on_gpu,
         "seed": train.seed,

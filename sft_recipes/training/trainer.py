@@ -44,8 +44,8 @@ from sft_recipes.training.logging import Display, Metrics, trackers
 from sft_recipes.training.model import (
     count_parameters,
     is_out_of_memory,
-    keep_trainable_in_float32,
     reason_of,
+    settle_types,
     tokenizer_bytes,
 )
 from sft_recipes.training.preflight import Preflight
@@ -215,7 +215,7 @@ def build(
     for unwanted in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(unwanted)
     if recipe.lora is not None:
-        keep_trainable_in_float32(trainer.model, autocast=recipe.train.mixed_precision != "no")
+        settle_types(trainer.model, recipe)
     if recipe.train.optimizer in TORCHAO and not torch.cuda.is_available():
         # torchao compiles its step, which on a CPU takes a C++ compiler and minutes.
         torch.compiler.set_stance("force_eager")
@@ -260,8 +260,7 @@ def facts(recipe: Recipe, trainer: Trainer) -> list[str]:
     """What is about to run, in words."""
     total, trained = count_parameters(trainer.model)
     method = "full fine-tuning" if recipe.lora is None else "QLoRA" if recipe.model.quantization else "LoRA"
-    steps, layers = trainer.args.max_steps, recipe.train.gradient_checkpointing
-    recomputed = "off" if not layers else "every layer" if layers in (True, 1) else f"every {layers} layers"
+    steps = trainer.args.max_steps
     micro, accumulation, world = recipe.train.micro_batch_size, recipe.accumulation, trainer.args.world_size
     processes = f" x {world} processes" if world > 1 else ""
     _, why = attention.choose(recipe, trainer.model.config, "cuda" if torch.cuda.is_available() else "cpu")
@@ -272,7 +271,7 @@ def facts(recipe: Recipe, trainer: Trainer) -> list[str]:
         f"steps: {steps:,} of {recipe.sequences_per_step} sequences ({micro} x {accumulation} accumulated{processes}), "
         f"{int(trainer.args.warmup_steps):,} of them warmup, {recipe.train.lr_scheduler} to a learning rate of "
         f"{recipe.train.learning_rate:g}, {recipe.train.optimizer}, mixed precision {recipe.train.mixed_precision}, "
-        f"gradient checkpointing {recomputed}",
+        f"gradient checkpointing {recipe.train.recomputed_in_words}",
     ]
     if trainer.preflight is not None:
         found = trainer.preflight.figures
