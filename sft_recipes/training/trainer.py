@@ -36,6 +36,7 @@ from sft_recipes.planning.steps import count
 from sft_recipes.recipe import model_files
 from sft_recipes.recipe.check import TORCHAO
 from sft_recipes.recipe.schema import Recipe
+from sft_recipes.recipe.upstream import imitates_bf16
 from sft_recipes.stopping import Stop
 from sft_recipes.training import attention, checkpoints, fitting, head, preflight
 from sft_recipes.training.arguments import padding_free, sft_config
@@ -154,7 +155,8 @@ class Trainer(Saving, SFTTrainer):
     def answers(self) -> dict[str, float]:
         """Answer the prompts now, and write the answers down; how many are right, where that is known."""
         assert self.samples is not None
-        return self.samples.take(self.model, self.state.global_step)
+        with self.accelerator.autocast():  # as the model is trained and validated
+            return self.samples.take(self.model, self.state.global_step)
 
     def prediction_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -226,6 +228,10 @@ def build(
         recipe, f"train.lr_scheduler: {recipe.train.lr_scheduler} (trl.lr_scheduler_kwargs sets it up)"
     ):
         trainer.create_scheduler(steps.total)
+    if arguments.device.type == "cpu" and recipe.train.mixed_precision == "bf16" and imitates_bf16(torch):
+        warn(
+            "train.mixed_precision: bf16 is imitated by this CPU, and slower than float32; set no, and model.dtype: float32"
+        )
     if recipe.train.preflight:
         with _as_recipe_error(recipe, f"model.name: {recipe.model.name}: it cannot run on the data"):
             trainer.preflight = preflight.examine(trainer, packed=keep_seq_lengths)
