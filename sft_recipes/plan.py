@@ -249,8 +249,7 @@ def _counted(recipe: Recipe, data: prepare.Prepared) -> Amount:
         larger = min(larger, recipe.data.max_train_samples / rows)
     steps = count(recipe, round(len(data.train) * larger)).total
     of_sequence = account.tokens / max(1, len(data.train))
-    mean = min(recipe.data.max_length, account.tokens / max(1, rows))
-    return Amount(steps, round(steps * recipe.sequences_per_step * of_sequence), mean)
+    return Amount(steps, round(steps * recipe.sequences_per_step * of_sequence), data.train.mean_document())
 
 
 def _spoken(hours: float) -> str:

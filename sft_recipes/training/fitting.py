@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from transformers import PreTrainedConfig
 
 from sft_recipes.errors import ModelError, RecipeError
-from sft_recipes.planning import changes, memory, sharding
+from sft_recipes.planning import changes, memory, sharding, speed
 from sft_recipes.planning.changes import Predict
 from sft_recipes.planning.memory import Footprint
 from sft_recipes.recipe.schema import Recipe
@@ -148,6 +148,13 @@ def here(recipe: Recipe) -> Footprint:
     """What one rank is predicted to take on this machine. Raises ModelError where that cannot be said."""
     config, device = footprint.config_of(recipe), _device()
     return sharding.on_rank(predictor(config, device)(recipe), recipe, device)
+
+
+def model_flops_per_token(recipe: Recipe, document: float) -> float:
+    """Operations that the model takes to train on a token, of documents of that mean length. Raises ModelError."""
+    config, device = footprint.config_of(recipe), _device()
+    whole = predictor(config, device)(recipe)
+    return speed.flops_per_token(recipe, whole, config.get_text_config(), document, model_only=True)
 
 
 def advice(recipe: Recipe) -> str:

@@ -60,16 +60,27 @@ class Trainer(Saving, SFTTrainer):
     """SFTTrainer, but for what it leaves to chance: the weighting of the validation loss, the completeness of checkpoints
     (Saving), numbers that are not finite, and the end on request."""
 
+    metrics: Metrics
     samples: Samples | None = None
     preflight: Preflight | None = None  # None where the recipe goes without
     aux_loss_enabled: bool  # SFTTrainer's own: whether a mixture of experts also learns to balance them
 
-    def set_up(self, recipe: Recipe, run_dir: Path, rows: Sequences, warn: Callable[[str], None], stop: Stop) -> None:
+    def set_up(
+        self,
+        recipe: Recipe,
+        run_dir: Path,
+        rows: Sequences,
+        metrics: Metrics,
+        warn: Callable[[str], None],
+        stop: Stop,
+    ) -> None:
         """What a run needs beyond SFTTrainer's own arguments."""
-        self.recipe, self.run_dir, self.rows, self.warn, self.stop = recipe, run_dir, rows, warn, stop
+        self.recipe, self.run_dir, self.rows, self.metrics = recipe, run_dir, rows, metrics
+        self.warn, self.stop = warn, stop
         self.losses: list[torch.Tensor] = []  # of the micro-batches of this step
         self.grad_norm: torch.Tensor | float = 0.0  # of this step
         self.skipped_steps = 0
+        self.trained_tokens: torch.Tensor | int = 0  # in all processes; a tensor, so that no device is waited for
         self.stopped = False  # on request
         self.own_head = head.applies(self.args.device.type, self.args.loss_type)
         # TRL gathers sums, of which nothing is to be cut off at the end of an epoch; else its averages over several processes
@@ -79,6 +90,12 @@ class Trainer(Saving, SFTTrainer):
         self.add_callback(Stops(self, stop))
 
     # --- Each step ---
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        self.metrics.begin(self.state.num_input_tokens_seen, self.trained_tokens)
+        batches, trained_tokens = super().get_batch_samples(*args, **kwargs)
+        self.trained_tokens = self.trained_tokens + (trained_tokens or 0)
+        return batches, trained_tokens
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         with head.in_place_of_trls() if self.own_head else nullcontext():
@@ -108,6 +125,8 @@ class Trainer(Saving, SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.skipped_steps and "loss" in logs:
             logs["skipped_steps"] = self.skipped_steps
+        if "loss" in logs:
+            logs["trained_tokens"] = int(self.trained_tokens)
         if self.own_head:
             self._metrics["train" if self.model.training else "eval"].pop("entropy", None)  # is not computed
         super().log(logs, start_time)
@@ -187,11 +206,12 @@ def build(
     disk.check_room(recipe, run_dir, *count_parameters(model), tokenizer_bytes(tokenizer))
     steps = count(recipe, len(data.train))
     keep_seq_lengths = padding_free(recipe)
-    display = Display(console)
 
     def warn(text: str) -> None:
         console.print(f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
+    display = Display(console)
+    metrics = Metrics(run_dir / "metrics.jsonl", warn, display.show)
     text_config = model.config.get_text_config()
     routing = {
         n: getattr(text_config, n) for n in ("output_router_logits", "router_aux_loss_coef") if hasattr(text_config, n)
@@ -207,12 +227,12 @@ def build(
             eval_dataset=_dataset(data.eval, keep_seq_lengths) if data.eval else None,
             processing_class=tokenizer,
             callbacks=[
-                Metrics(run_dir / "metrics.jsonl", warn, display.show),
+                metrics,
                 display,
                 *trackers(recipe.log.to, run_dir, warn),
             ],
         )
-    trainer.set_up(recipe, run_dir, data.train, warn, stop or Stop())
+    trainer.set_up(recipe, run_dir, data.train, metrics, warn, stop or Stop())
     text_config.update(routing)  # SFTTrainer asks for what it needs; the exported model is not to
     for unwanted in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(unwanted)
@@ -238,6 +258,7 @@ def build(
         trainer.preflight.figures["stop"] = preflight.where_answers_end(data, tokenizer)
         for warning in trainer.preflight.warnings:
             warn(warning)
+        metrics.flops_per_token = trainer.preflight.figures["flops_per_token"]
     if recipe.checkpoint.export_best:
         # Set after construction, where transformers would ask that checkpoints fall on evaluations: _SaveBest sees to that.
         trainer.args.load_best_model_at_end = True
