@@ -152,13 +152,16 @@ class Trainer(Saving, SFTTrainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Validation loss per token. The Trainer's own is a mean over batches, and moves with the micro-batch size."""
-        self._loss_and_count = torch.zeros(2, dtype=torch.float64)
+        self._losses_and_counts = list[torch.Tensor]()
         balances = self.aux_loss_enabled
         self.aux_loss_enabled = False  # a mixture's loss on its routing is none of the data's
         output = super().evaluation_loop(*args, **kwargs)
         self.aux_loss_enabled = balances
-        total = self._loss_and_count.to(self.args.device) if self.args.world_size > 1 else self._loss_and_count
-        loss, tokens = self.accelerator.reduce(total).tolist()
+        losses, counts = torch.stack(self._losses_and_counts).cpu().double().unbind(1)
+        total = torch.stack([(losses * counts).sum(), counts.sum()])
+        loss, tokens = self.accelerator.reduce(
+            total.to(self.args.device) if self.args.world_size > 1 else total
+        ).tolist()
         output.metrics["eval_loss"] = loss / max(tokens, 1)
         if not math.isfinite(loss):
             raise RunError(
@@ -181,8 +184,10 @@ class Trainer(Saving, SFTTrainer):
         self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Any, Any, Any]:
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        tokens = (inputs["labels"][:, 1:] != IGNORED).sum().item()
-        self._loss_and_count += torch.tensor([loss.item() * tokens, tokens], dtype=torch.float64)
+        tokens = (inputs["labels"][:, 1:] != IGNORED).sum()
+        self._losses_and_counts.append(
+            torch.stack([loss.float(), tokens.float()])
+        )  # read at the end: no device is waited for
         return loss, logits, labels
 
     def _send_telemetry(self) -> None:
