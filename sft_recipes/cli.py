@@ -11,6 +11,7 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
+from threading import Thread
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -66,6 +67,7 @@ def run(
     """Train, validate, export: the run directory holds everything."""
     from sft_recipes import stopping
     from sft_recipes.recipe import check as recipe_check
+    from sft_recipes.recipe.model_files import read_ahead
 
     if force and not resume:
         raise RecipeError("--force goes with --resume: it lets a run continue with other versions or settings")
@@ -73,10 +75,10 @@ def run(
     again = sys.argv[1:] if "--resume" in sys.argv else [*sys.argv[1:], "--resume"]
     started = "torchrun ... -m sft_recipes.cli" if "WORLD_SIZE" in os.environ else "sft-recipe"
     with stopping.on_request(limit, f"{started} {shlex.join(again)}") as stop:
-        recipe_check.accepted(
-            recipe, overrides
-        )  # a typo is said at once, not after the seconds that importing torch takes
+        # A typo is said at once, not after the seconds that importing torch takes; in these the weights can be read.
+        model = recipe_check.accepted(recipe, overrides)[0].recipe.model
         _quiet(debug)
+        Thread(target=read_ahead, args=(model.name, model.revision), daemon=True).start()
         from sft_recipes.run import run as start
 
         start(recipe, overrides, resume=resume, force=force, cached=not no_cache, stop=stop)
