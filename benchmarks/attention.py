@@ -42,7 +42,8 @@ def in_turns(ways: dict[str, Callable[[], Any]]) -> dict[str, float]:
 
 def step(sft: trainer.Trainer, batch: dict[str, Any], name: str) -> None:
     sft.model.get_base_model().config._attn_implementation = name
-    loss = sft.compute_loss(sft.model, dict(batch))
+    with sft.accelerator.autocast():
+        loss = sft.compute_loss(sft.model, dict(batch))
     loss.backward()
     sft.model.zero_grad()
 

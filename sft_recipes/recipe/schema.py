@@ -154,7 +154,7 @@ class Train(_Section):
     gradient_checkpointing: bool | Positive | Literal["auto"] = "auto"
     """Recompute activations in the backward pass to save memory; N: of every Nth layer; auto: of as few as must be."""
     compile: bool = False
-    """torch.compile the model."""
+    """Compile the model's layers (torch.compile): a minute or more at the start, for runs that last."""
     preflight: bool = True
     """Try the model on the data before the first step: isolation, the longest micro-batch, gradients, the base."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0

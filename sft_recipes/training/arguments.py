@@ -44,7 +44,6 @@ def sft_config(recipe: Recipe, steps: Steps, run_dir: Path, *, validates: bool) 
         "fp16": train.mixed_precision == "fp16",
         "activation_checkpointing": train.recomputed > 0,
         "activation_checkpointing_kwargs": {"every_n_layers": train.recomputed} if train.recomputed > 1 else None,
-        "torch_compile": train.compile,
         "use_cpu": not on_gpu,
         "seed": train.seed,
         # validation, checkpoints, log

@@ -234,5 +234,6 @@ def mask_for(
     return make if causal and not whole and same_document and attention_mask is None else make()
 
 
-AttentionInterface.register(NAME, attend)
+# The compiler would make another program for each number of documents.
+AttentionInterface.register(NAME, torch.compiler.disable(attend))
 AttentionMaskInterface.register(NAME, mask_for)

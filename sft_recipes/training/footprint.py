@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 from trl.trainer import utils as trl_utils
 
 from sft_recipes.errors import ModelError
@@ -23,7 +22,7 @@ from sft_recipes.planning.memory import Footprint, extrapolate
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.training import stand_ins
 from sft_recipes.training.arguments import padding_free
-from sft_recipes.training.model import DTYPES, load_config, settle_types, with_adapters
+from sft_recipes.training.model import DTYPES, layers_of, load_config, settle_types, with_adapters
 from sft_recipes.training.tracking import Tracker
 
 MOST_TOKENS = 2**22  # of a micro-batch: a trace goes through them in pieces
@@ -99,19 +98,11 @@ def _kinds(config: PreTrainedConfig, recipe: Recipe) -> list[Any]:
     if key not in _KINDS:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.model.trust_remote_code)
-            layers = _layers(model)
+            layers = layers_of(model)
             attention = getattr(text, "layer_types", None) or [None] * len(layers)
             shapes = [[(name, part.shape) for name, part in layer.named_parameters()] for layer in layers]
             _KINDS[key] = list(zip(attention, shapes, strict=True))
     return _KINDS[key]
-
-
-def _layers(model: PreTrainedModel) -> list[torch.nn.Module]:
-    number = model.config.get_text_config().num_hidden_layers
-    lists = [part for part in model.modules() if isinstance(part, torch.nn.ModuleList) and len(part) == number]
-    if not lists:
-        raise ValueError(f"no list of its {number} layers is found in it")
-    return list(next((part for part in lists if isinstance(part[0], GradientCheckpointingLayer)), lists[0]))
 
 
 def _with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
@@ -180,7 +171,7 @@ class _Step:
         if train.recomputed:
             base.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=train.recomputed)
         self.model.train()
-        layers = _layers(base)
+        layers = layers_of(base)
         self._mark(base, layers)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         for parameter in trained:

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sft_recipes.data.prepare import Prepared
@@ -278,6 +279,23 @@ def keep_trainable_in_float32(model: torch.nn.Module, *, autocast: bool) -> None
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32 if autocast or "lora_" in name else given)
+
+
+def layers_of(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """The layers of the model's stack, first to last. Raises ValueError where they are not to be found."""
+    number = model.config.get_text_config().num_hidden_layers
+    lists = [part for part in model.modules() if isinstance(part, torch.nn.ModuleList) and len(part) == number]
+    if not lists:
+        raise ValueError(f"no list of its {number} layers is found in it")
+    return list(next((part for part in lists if isinstance(part[0], GradientCheckpointingLayer)), lists[0]))
+
+
+def compile_layers(model: Any, backend: str = "inductor") -> None:
+    """Compile the layers, which have one code, for any number of tokens. The rest stays as it is: the loss takes another
+    number of trained tokens from each micro-batch, and would be compiled anew for it. Raises ValueError."""
+    model.enable_input_require_grads()  # so that the first layer is as the others
+    for layer in layers_of(model):
+        layer.compile(dynamic=True, backend=backend)
 
 
 @contextmanager

@@ -43,6 +43,7 @@ from sft_recipes.training.arguments import padding_free, sft_config
 from sft_recipes.training.guards import Finite, Stops
 from sft_recipes.training.logging import Display, Metrics, trackers
 from sft_recipes.training.model import (
+    compile_layers,
     count_parameters,
     is_out_of_memory,
     reason_of,
@@ -177,7 +178,8 @@ class Trainer(Saving, SFTTrainer):
     def answers(self) -> dict[str, float]:
         """Answer the prompts now, and write the answers down; how many are right, where that is known."""
         assert self.samples is not None
-        with self.accelerator.autocast():  # as the model is trained and validated
+        # As the model is trained and validated; but not compiled, as each token of an answer has other shapes.
+        with self.accelerator.autocast(), torch.compiler.set_stance("force_eager"):
             return self.samples.take(self.model, self.state.global_step)
 
     def prediction_step(
@@ -243,7 +245,10 @@ def build(
         trainer.remove_callback(unwanted)
     if recipe.lora is not None:
         settle_types(trainer.model, recipe)
-    if recipe.train.optimizer in TORCHAO and not torch.cuda.is_available():
+    if recipe.train.compile:
+        with _as_recipe_error(recipe, "train.compile"):
+            compile_layers(trainer.model)
+    elif recipe.train.optimizer in TORCHAO and not torch.cuda.is_available():
         # torchao compiles its step, which on a CPU takes a C++ compiler and minutes.
         torch.compiler.set_stance("force_eager")
     # Made here rather than with the first step, so that a name that cannot be used costs nothing.

@@ -409,7 +409,7 @@ def test_where_nothing_can_be_predicted_auto_checkpoints_every_layer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     random_model(tmp_path, CONFIGS["llama"])
-    monkeypatch.setattr(footprint, "_layers", lambda _: 1 / 0)
+    monkeypatch.setattr(footprint, "layers_of", lambda _: 1 / 0)
     recipe = recipe_of(tmp_path, {"train": {"gradient_checkpointing": "auto"}})
     assert fitting.resolved(recipe, tmp_path).train.gradient_checkpointing is True
 

@@ -58,7 +58,6 @@ def test_the_names_we_send_are_fields_of_sft_config_and_owned(write_recipe: Writ
             "train.gradient_checkpointing=3",
             {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"every_n_layers": 3}},
         ),
-        ("train.compile=true", {"torch_compile": True}),
         ("train.seed=5", {"seed": 5}),
         ("data.shuffle=false", {"train_sampling_strategy": "sequential"}),
         ("data.packing=none", {"padding_free": False}),

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from torch._dynamo.utils import counters
 from torch.nn.functional import cross_entropy
 from transformers import (
     AutoTokenizer,
@@ -22,7 +24,7 @@ from transformers import (
 
 from sft_recipes.errors import RecipeError, RunError
 from sft_recipes.report import page
-from sft_recipes.training import trainer
+from sft_recipes.training import model, trainer
 from tests import conftest
 from tests.conftest import ROWS, WriteRecipe, metrics, run, write_rows
 
@@ -105,6 +107,36 @@ def test_the_rate_of_every_step_is_that_of_the_formula(write_recipe: WriteRecipe
     assert [line["learning_rate"] for line in metrics(folder)] == pytest.approx(
         [1e-3 * rate for rate in expected], rel=1e-6
     )
+
+
+@pytest.mark.parametrize("sections", [{}, {"lora": {"rank": 2}, "train": {"gradient_checkpointing": 2}}])
+def test_compiled_layers_train_the_same_and_are_compiled_once(
+    write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sections: dict[str, Any]
+) -> None:
+    """Micro-batches of many lengths. Traced and differentiated as for any backend; inductor would take minutes here."""
+    write_rows(tmp_path / "train.jsonl", UNEQUAL)
+    monkeypatch.setattr(trainer, "compile_layers", partial(model.compile_layers, backend="aot_eager"))
+    recipe = write_recipe(**sections, log={"every": 1}, eval={"generate": ["Say it."], "max_new_tokens": 3})
+    logged, graphs = [], []
+
+    class Graphs(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            graphs.append(counters["stats"]["unique_graphs"])
+
+    for compiled in (False, True):
+        counters.clear()
+        overrides = ["train.max_steps=5", "eval.every=5", f"train.compile={str(compiled).lower()}"]
+        sft = conftest.build(recipe, tmp_path / str(compiled), *overrides)
+        sft.add_callback(Graphs())
+        sft.train()
+        logged.append([line for line in metrics(tmp_path / str(compiled)) if "loss" in line])
+        assert len({batch["input_ids"].shape for batch in sft.get_train_dataloader()}) > 3
+
+    assert graphs[:5] == [0] * 5
+    assert 0 < graphs[5] == graphs[-1] < 20
+    for eager, fast in zip(*logged, strict=True):
+        assert fast["loss"] == pytest.approx(eager["loss"], rel=1e-5)
+        assert fast["grad_norm"] == pytest.approx(eager["grad_norm"], rel=1e-4)
 
 
 def test_bf16_on_a_cpu_without_it_is_a_warning(
