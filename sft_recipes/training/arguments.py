@@ -4,11 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainingArguments
 
 from sft_recipes.planning import disk
 from sft_recipes.planning.steps import Steps
 from sft_recipes.recipe.check import STOCHASTIC_ROUNDING
 from sft_recipes.recipe.schema import Recipe
+
+# transformers before 5.23 has only the older name.
+CHECKPOINTING = next(
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, name)
+)
 
 
 def sft_config(recipe: Recipe, steps: Steps, run_dir: Path, *, validates: bool) -> dict[str, Any]:
@@ -42,8 +48,8 @@ def sft_config(recipe: Recipe, steps: Steps, run_dir: Path, *, validates: bool) 
         # numbers
         "bf16": train.mixed_precision == "bf16",
         "fp16": train.mixed_precision == "fp16",
-        "activation_checkpointing": bool(train.gradient_checkpointing),
-        "activation_checkpointing_kwargs": {"every_n_layers": every_n} if every_n > 1 else None,
+        CHECKPOINTING: bool(train.gradient_checkpointing),
+        f"{CHECKPOINTING}_kwargs": {"every_n_layers": every_n} if every_n > 1 else None,
         "torch_compile": train.compile,
         "use_cpu": not on_gpu,
         "seed": train.seed,
