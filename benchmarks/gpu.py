@@ -11,6 +11,7 @@ what does not fit and what is not installed is said. With `--cpu --tiny` it trie
 
 import argparse
 import gc
+import os
 import sys
 import tempfile
 import time
@@ -78,8 +79,9 @@ INSTEAD = {"flash-attn": ("varlen", {"model.attention": "flash_attention_2"})}  
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help=f"of {', '.join(CASES)}")
+    steps = (TRL, *STEPS, *INSTEAD)
     parser.add_argument(
-        "--steps", nargs="+", default=[], metavar="NAME", help=f"of {', '.join((TRL, *STEPS, *INSTEAD))}"
+        "--steps", nargs="+", default=steps, choices=steps, metavar="NAME", help=f"of {', '.join(steps)}"
     )
     parser.add_argument("--tokens", type=int, default=8192, help="of a micro-batch, of which an optimizer step has one")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after so many")
@@ -88,17 +90,21 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="models and documents of no use but to try this out")
     given = parser.parse_args()
     given.ends, given.device = time.monotonic() + given.seconds, "cpu" if given.cpu else "cuda"
-    if not given.cpu and not torch.cuda.is_available():
+    if not (chosen := [case for pattern in given.only for case in CASES if fnmatch(case, pattern)]):
+        parser.error(f"--only: there are {', '.join(CASES)}")
+    if given.cpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif not torch.cuda.is_available():
         sys.exit("there is no GPU that torch can use; --cpu --tiny tries this out without")
     if given.tiny:
         given.tokens = 128
     cli._quiet(debug=False)
+    SFTTrainer._send_telemetry = trainer.Trainer._send_telemetry  # which is silent
     said = f", {torch.cuda.get_device_name()}, bfloat16 products at {products():.0f} TFLOP/s" if not given.cpu else ""
     print(f"{measured_on()}{said}")
     for package in ("torchao", "bitsandbytes", "flash_attn"):
         if not installed(package):
             print(f"{package} is not installed")
-    chosen = [case for pattern in given.only for case in CASES if fnmatch(case, pattern)]
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         for case in dict.fromkeys(chosen):
             measure(given, case, Path(folder))
@@ -118,7 +124,7 @@ def measure(given: argparse.Namespace, case: str, folder: Path) -> None:
         return
     theirs = None
     for name, recipe, cast in ladder(weights(folder, size, given), method, length, micro, given.timed):
-        if (given.steps and name not in given.steps) or (name == "cast off" and recipe.lora is None):
+        if name not in given.steps or (name == "cast off" and recipe.lora is None):
             continue
         line = [name, *[""] * 6]
         if time.monotonic() > given.ends:
@@ -141,10 +147,15 @@ def measure(given: argparse.Namespace, case: str, folder: Path) -> None:
                     traceback.print_exc()
                     line[1] = "out of memory" if model.is_out_of_memory(error) else f"failed: {model.reason_of(error)}"
         print(f"| {' | '.join(line)} |", flush=True)
-        gc.collect()
-        torch.compiler.reset()
-        if not given.cpu:
-            torch.cuda.empty_cache()
+        release_memory()
+
+
+def release_memory() -> None:
+    """Nothing of one model is to be in another's peak."""
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def ladder(name: Path, method: str, length: int, micro: int, timed: int) -> Iterator[tuple[str, Recipe, bool]]:
@@ -283,6 +294,7 @@ def weights(folder: Path, size: str, given: argparse.Namespace) -> Path:
         )
         with torch.device(given.device):
             AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(place)
+        release_memory()
         embedded = Recipe.model_validate({"model": {"name": "builtin:tiny"}, "data": {"train": "x"}, "output_dir": "x"})
         model.load_tokenizer(embedded.model).save_pretrained(place)
     return place
@@ -291,13 +303,13 @@ def weights(folder: Path, size: str, given: argparse.Namespace) -> Path:
 def products() -> float:
     """TFLOP/s of large products in bfloat16: what is to be had at most."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    for times in (3, 20):
+    for times in (10, 100):
         torch.cuda.synchronize()
         began = time.perf_counter()
         for _ in range(times):
             a @ b
         torch.cuda.synchronize()
-    return 20 * 2 * 8192**3 / (time.perf_counter() - began) / 1e12
+    return 100 * 2 * 8192**3 / (time.perf_counter() - began) / 1e12
 
 
 if __name__ == "__main__":
