@@ -10,9 +10,16 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
 
 
 def measured_on() -> str:
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    versions = ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
     today, python = datetime.date.today().isoformat(), platform.python_version()
     return f"{today}, {os.cpu_count()} cores of {_processor()}, Python {python}, {versions}"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _processor() -> str:

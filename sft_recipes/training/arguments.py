@@ -4,11 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainingArguments
 
 from sft_recipes.planning import disk
 from sft_recipes.planning.steps import Steps
 from sft_recipes.recipe.check import STOCHASTIC_ROUNDING
 from sft_recipes.recipe.schema import Recipe
+
+# transformers before 5.23 has only the older name.
+CHECKPOINTING = next(
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, name)
+)
 
 
 def sft_config(recipe: Recipe, steps: Steps, run_dir: Path, *, validates: bool) -> dict[str, Any]:
@@ -42,8 +48,8 @@ def sft_config(recipe: Recipe, steps: Steps, run_dir: Path, *, validates: bool) 
         # numbers
         "bf16": train.mixed_precision == "bf16",
         "fp16": train.mixed_precision == "fp16",
-        "activation_checkpointing": train.recomputed > 0,
-        "activation_checkpointing_kwargs": {"every_n_layers": train.recomputed} if train.recomputed > 1 else None,
+        CHECKPOINTING: train.recomputed > 0,
+        f"{CHECKPOINTING}_kwargs": {"every_n_layers": train.recomputed} if train.recomputed > 1 else None,
         "use_cpu": not on_gpu,
         "seed": train.seed,
         # validation, checkpoints, log

@@ -67,7 +67,9 @@ def obstacle(config: PreTrainedConfig) -> str | None:
     architecture, text = _architecture(config), config.get_text_config(decoder=True)
     # What sdpa lacks (softcapping, sinks) varlen lacks too, and transformers says which models need it.
     as_sdpa = getattr(architecture, "_supports_attention_backend", False) and architecture._supports_sdpa
-    if not as_sdpa or config.model_type in _OWN_WAYS:
+    # transformers before 5.22 says of Gemma 2 that sdpa will do, and leaves its softcapping out.
+    softcaps = getattr(text, "attn_logit_softcapping", None) is not None
+    if not as_sdpa or softcaps or config.model_type in _OWN_WAYS:
         return f"the attention of a {config.model_type} model, which is another than transformers' sdpa"
     if not getattr(text, "is_causal", True):
         return "a model whose tokens see those behind them"

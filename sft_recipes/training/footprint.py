@@ -21,7 +21,7 @@ from sft_recipes.planning import optimizers
 from sft_recipes.planning.memory import Footprint, extrapolate
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.training import stand_ins
-from sft_recipes.training.arguments import padding_free
+from sft_recipes.training.arguments import CHECKPOINTING, padding_free
 from sft_recipes.training.model import DTYPES, layers_of, load_config, settle_types, with_adapters
 from sft_recipes.training.tracking import Tracker
 
@@ -169,7 +169,8 @@ class _Step:
         trl_utils.add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
         train = self.recipe.train
         if train.recomputed:
-            base.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=train.recomputed)
+            enable = getattr(base, f"{CHECKPOINTING}_enable")
+            enable({"use_reentrant": False}, every_n_layers=train.recomputed)
         self.model.train()
         layers = layers_of(base)
         self._mark(base, layers)

@@ -13,7 +13,7 @@ from sft_recipes.planning.steps import Steps, count
 from sft_recipes.recipe import load
 from sft_recipes.recipe.upstream import OWNED
 from sft_recipes.training import trainer
-from sft_recipes.training.arguments import sft_config
+from sft_recipes.training.arguments import CHECKPOINTING, sft_config
 from tests.conftest import WriteRecipe
 
 SEQUENCES = 400
@@ -52,11 +52,11 @@ def test_the_names_we_send_are_fields_of_sft_config_and_owned(write_recipe: Writ
         ("train.optimizer=adamw_8bit_sr", {"optim": "adamw_torch_8bit", "optim_args": "bf16_stochastic_round=True"}),
         (
             "train.gradient_checkpointing=true",
-            {"activation_checkpointing": True, "activation_checkpointing_kwargs": None},
+            {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": None},
         ),
         (
             "train.gradient_checkpointing=3",
-            {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"every_n_layers": 3}},
+            {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"every_n_layers": 3}},
         ),
         ("train.seed=5", {"seed": 5}),
         ("data.shuffle=false", {"train_sampling_strategy": "sequential"}),
