@@ -45,7 +45,7 @@ from sft_recipes import cli
 from sft_recipes.data import prepare, tokens
 from sft_recipes.recipe import model_files
 from sft_recipes.recipe.schema import Recipe
-from sft_recipes.training import model, trainer
+from sft_recipes.training import fitting, model, trainer
 
 DEFAULT = "TRL, its defaults"
 DIGITS = {False: 2, True: 5}  # that losses agree to, in bfloat16 and in float32
@@ -176,6 +176,7 @@ def recipe_for(given: argparse.Namespace, method: str, rows: int, length: int, s
 
 
 def ours(recipe: Recipe, folder: Path) -> tuple[trainer.Trainer, prepare.Prepared]:
+    recipe = fitting.resolved(recipe, folder)
     tokenizer = model.load_tokenizer(recipe.model)
     data = prepare.prepare(recipe, tokens.of_transformers(tokenizer), cached=False)
     network = model.load_model(recipe, tokenizer)
