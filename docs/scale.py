@@ -103,7 +103,7 @@ class Work:
         found = self.found
         if self.recipe.launch.strategy == "ddp":  # an all-reduce of float32 gradients is two collectives in one
             return 2, 2 * 4.0 * found.trained
-        return 3 * (found.layers + 2), 2 * self.gathered + 2.0 * found.trained  # forward, backward; gradients
+        return 3 * (found.layers + 2), 2 * self.gathered + 4.0 * found.trained  # forward, backward; gradients
 
     def communication(self, gpus: int, between: float) -> float:
         """Seconds of these collectives, as rings, over machines that are linked by `between` bytes a second."""
@@ -163,7 +163,8 @@ def strategy_table() -> Iterator[str]:
 
     yield row("ddp", "", "8 P", lambda found: (0, 8 * found.trained))
     yield row("zero2", "2 P", "2 P", lambda found: (2 * found.trained, 2 * found.trained))
-    yield row("fsdp2, zero3", "4 N + 2 P", "", lambda found: (4 * found.parameters + 2 * found.trained, 0))
+    yield row("fsdp2", "4 N + 4 P", "", lambda found: (4 * found.parameters + 4 * found.trained, 0))
+    yield row("zero3", "4 N + 2 P", "", lambda found: (4 * found.parameters + 2 * found.trained, 0))
 
 
 def share_table() -> Iterator[str]:

@@ -93,10 +93,10 @@ def test_scale_reckons_with_the_models_that_plan_counts() -> None:
     assert full.found.parameters == full.found.trained == 8_030_261_248
     assert lora.found.trained == 41_943_040
     assert qlora.found.parameters - qlora.found.trained == 70_553_706_496
-    assert full.collectives == (3 * 34, 6 * 8_030_261_248)
+    assert full.collectives == (3 * 34, 8 * 8_030_261_248)
     assert lora.collectives[1] == 8 * 41_943_040
     # seven eighths of the bytes, at 0.8 of NVLink, and 7 steps of latency in each of 102
-    assert full.communication(8, 1) == pytest.approx(6 * 8_030_261_248 * 7 / 8 / 360e9 + 102 * (8.4e-6 + 7 * 3.4e-6))
+    assert full.communication(8, 1) == pytest.approx(8 * 8_030_261_248 * 7 / 8 / 360e9 + 102 * (8.4e-6 + 7 * 3.4e-6))
     # where the link is as slow as that, nothing is hidden: computing is what is left of it
     slow = full.share(64, 1e9)
     assert slow == pytest.approx(full.compute / full.communication(64, 1e9), rel=0.05)

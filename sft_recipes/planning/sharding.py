@@ -32,10 +32,11 @@ def per_rank(whole: Footprint, recipe: Recipe) -> Footprint:
     makes it, without gradient_as_bucket_view).
 
     fsdp2 (torch 2.13's fully_shard as accelerate 1.15 calls it: each layer, the embeddings, norm and head, the rest): a share
-    of weights, gradients and optimizer; with mixed precision all that is trained in float32, which gradients are reduced to
-    from the type that is computed in. Whole, in that type: two layers, or what is in none; their gradients, and a copy that is
-    being reduced. Of 4-bit weights the scales are on every rank. Where micro-batches are accumulated, the Trainer leaves
-    gradients unreduced until the last one, so that those of the whole model are on every rank.
+    of weights, gradients and optimizer; with mixed precision all that is trained in float32. Whole: two layers, or one and
+    what is in none, in the type that is computed in; the gradients of one of these, and their copy in the type that is reduced
+    in, float32. Of 4-bit weights the scales are on every rank. Where micro-batches are accumulated, the Trainer leaves
+    gradients unreduced until the last one, so that those of the whole model are on every rank. What is in no layer is taken
+    for embeddings and a head of their own.
 
     zero2, zero3 (DeepSpeed 0.19): with mixed precision weights and gradients in half of it, and float32 copies, in shares;
     a step makes float32 gradients, of a rank's share (zero3: of at most 10^9 values at once). zero2: weights whole, a share of
@@ -66,6 +67,7 @@ def _ddp(whole: Footprint, recipe: Recipe, _ranks: int) -> Rule:
 def _fsdp2(whole: Footprint, recipe: Recipe, ranks: int) -> Rule:
     full, mixed = recipe.lora is None, recipe.train.mixed_precision != "no"
     compute = _computed_bytes(recipe)
+    reduce = 4 if mixed else compute
     upcast = 4 / _trained_bytes(recipe) if mixed else 1
     grows = {
         "weights": upcast if full else 1,
@@ -77,7 +79,7 @@ def _fsdp2(whole: Footprint, recipe: Recipe, ranks: int) -> Rule:
     scales = in_layers * _SCALES if recipe.model.quantization in ("nf4", "fp4") else 0
     frozen = _QUANTIZED.get(recipe.model.quantization or "", compute)
     layer = (whole.layer - whole.trained_layer) * frozen + whole.trained_layer * compute
-    unreduced = compute * whole.trained if recipe.accumulation > 1 and not _reduces_each(recipe) else 0
+    unreduced = reduce * whole.trained if recipe.accumulation > 1 and not _reduces_each(recipe) else 0
 
     def rule(parts: dict[str, float], phase: str) -> None:
         parts["weights"] -= scales
@@ -89,12 +91,12 @@ def _fsdp2(whole: Footprint, recipe: Recipe, ranks: int) -> Rule:
         if phase in _WITHOUT_WEIGHTS:
             return
         at_end = phase in _AT_THE_ENDS
-        layers = min(1 if "embeddings" in phase or "before" in phase else _AT_ONCE, whole.layers)
+        layers = min(1 if at_end else _AT_ONCE, whole.layers)
         parts["buffers"] = layers * layer + at_end * compute * whole.rest + _without_copies(parts["buffers"], recipe)
-        parts["gradients"] += unreduced
+        parts["gradients"] = unreduced or parts["gradients"]
         if "backward" in phase:
-            reduced = at_end or phase == "backward, upper layers"  # the head's are on their way still
-            parts["gradients"] += compute * (layers * whole.trained_layer + reduced * whole.trained_rest)
+            end = 0 if phase == "backward, lower layers" else whole.trained_rest / 2  # embeddings, or the head
+            parts["gradients"] += (compute + reduce) * max(whole.trained_layer, end)
 
     return rule
 

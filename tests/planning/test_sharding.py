@@ -32,9 +32,7 @@ def test_fsdp2_has_shares_of_everything() -> None:
         "weights": 250, "adapters": 0, "gradients": 250, "optimizer": 500, "activations": 0, "head": 0, "buffers": 0,
     }  # fmt: skip
     assert rank.phases["forward"]["buffers"] == 4 * 2 * 50  # two layers
-    assert rank.phases["backward, upper layers"]["gradients"] == 250 + 4 * (
-        2 * 50 + 100
-    )  # and the head's, on their way
+    assert rank.phases["backward, upper layers"]["gradients"] == 250 + (4 + 4) * 50  # and what is reduced of them
     assert rank.phases["forward"]["activations"] == 500
 
 
@@ -54,13 +52,13 @@ def test_fsdp2_trains_in_float32_where_there_is_mixed_precision() -> None:
 
 def test_fsdp2_gathers_what_is_in_no_layer_when_it_is_due() -> None:
     phases = {"loss, backward": {"weights": 1000.0}, "backward, lower layers": {"weights": 1000.0}}
-    rank = sharding.per_rank(
-        replace(WHOLE, phases=phases), recipe(**EVERY, launch={"processes": 4, "strategy": "fsdp2"})
-    )
+    whole = replace(WHOLE, phases=phases, rest=300, trained_rest=300)
+    rank = sharding.per_rank(whole, recipe(**EVERY, launch={"processes": 4, "strategy": "fsdp2"}))
 
-    assert rank.phases["loss, backward"]["buffers"] == 2 * (2 * 50 + 100)
+    assert rank.phases["loss, backward"]["buffers"] == 2 * (50 + 300)
+    assert rank.phases["loss, backward"]["gradients"] == (2 + 4) * 300 / 2  # of the head, and in float32
     assert rank.phases["backward, lower layers"]["buffers"] == 2 * 2 * 50
-    assert rank.phases["backward, lower layers"]["gradients"] == 2 * 2 * 50
+    assert rank.phases["backward, lower layers"]["gradients"] == (2 + 4) * 50
 
 
 def test_fsdp2_has_all_gradients_between_micro_batches_that_are_not_reduced() -> None:
@@ -73,7 +71,8 @@ def test_fsdp2_has_all_gradients_between_micro_batches_that_are_not_reduced() ->
     more = {
         phase: unreduced.phases[phase]["gradients"] - reduced.phases[phase]["gradients"] for phase in reduced.phases
     }
-    assert more == {"forward": 2 * 500, "backward, upper layers": 2 * 500, "optimizer": 0}
+    share = 2 * 1000 / 4  # of those that are reduced, in float32
+    assert more == {"forward": 4 * 500, "backward, upper layers": 4 * 500 - share, "optimizer": 0}
 
 
 def test_fsdp2_shares_4_bits_but_not_their_scales() -> None:
