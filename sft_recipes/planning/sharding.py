@@ -34,9 +34,8 @@ def per_rank(whole: Footprint, recipe: Recipe) -> Footprint:
     fsdp2 (torch 2.13's fully_shard as accelerate 1.15 calls it: each layer, the embeddings, norm and head, the rest): a share
     of weights, gradients and optimizer; with mixed precision all that is trained in float32. Whole: two layers, or one and
     what is in none, in the type that is computed in; the gradients of one of these, and their copy in the type that is reduced
-    in, float32. Of 4-bit weights the scales are on every rank. Where micro-batches are accumulated, the Trainer leaves
-    gradients unreduced until the last one, so that those of the whole model are on every rank. What is in no layer is taken
-    for embeddings and a head of their own.
+    in, float32, after each micro-batch. Of 4-bit weights the scales are on every rank. What is in no layer is taken for
+    embeddings and a head of their own.
 
     zero2, zero3 (DeepSpeed 0.19): with mixed precision weights and gradients in half of it, and float32 copies, in shares;
     a step makes float32 gradients, of a rank's share (zero3: of at most 10^9 values at once). zero2: weights whole, a share of
@@ -79,7 +78,6 @@ def _fsdp2(whole: Footprint, recipe: Recipe, ranks: int) -> Rule:
     scales = in_layers * _SCALES if recipe.model.quantization in ("nf4", "fp4") else 0
     frozen = _QUANTIZED.get(recipe.model.quantization or "", compute)
     layer = (whole.layer - whole.trained_layer) * frozen + whole.trained_layer * compute
-    unreduced = reduce * whole.trained if recipe.accumulation > 1 and not _reduces_each(recipe) else 0
 
     def rule(parts: dict[str, float], phase: str) -> None:
         parts["weights"] -= scales
@@ -93,7 +91,6 @@ def _fsdp2(whole: Footprint, recipe: Recipe, ranks: int) -> Rule:
         at_end = phase in _AT_THE_ENDS
         layers = min(1 if at_end else _AT_ONCE, whole.layers)
         parts["buffers"] = layers * layer + at_end * compute * whole.rest + _without_copies(parts["buffers"], recipe)
-        parts["gradients"] = unreduced or parts["gradients"]
         if "backward" in phase:
             end = 0 if phase == "backward, lower layers" else whole.trained_rest / 2  # embeddings, or the head
             parts["gradients"] += (compute + reduce) * max(whole.trained_layer, end)
@@ -146,10 +143,3 @@ def _without_copies(buffers: float, recipe: Recipe) -> float:
     """Without autocast's copies of float32 weights: those that are computed with are in half of that already."""
     copies = recipe.lora is None and recipe.train.mixed_precision != "no" and recipe.model.dtype == "float32"
     return 0.0 if copies else buffers
-
-
-def _reduces_each(recipe: Recipe) -> bool:
-    """Whether gradients are reduced after each micro-batch."""
-    accelerator = recipe.trl.get("accelerator_config")
-    kwargs = accelerator.get("gradient_accumulation_kwargs") if isinstance(accelerator, dict) else None
-    return isinstance(kwargs, dict) and bool(kwargs.get("sync_each_batch"))

@@ -5,8 +5,6 @@ import pytest
 from sft_recipes.planning import memory, sharding
 from tests.planning.toys import WHOLE, recipe
 
-EVERY = {"train": {"gradient_accumulation_steps": 1}}
-
 
 def test_one_process_has_all() -> None:
     assert sharding.per_rank(WHOLE, recipe()) == WHOLE
@@ -53,26 +51,12 @@ def test_fsdp2_trains_in_float32_where_there_is_mixed_precision() -> None:
 def test_fsdp2_gathers_what_is_in_no_layer_when_it_is_due() -> None:
     phases = {"loss, backward": {"weights": 1000.0}, "backward, lower layers": {"weights": 1000.0}}
     whole = replace(WHOLE, phases=phases, rest=300, trained_rest=300)
-    rank = sharding.per_rank(whole, recipe(**EVERY, launch={"processes": 4, "strategy": "fsdp2"}))
+    rank = sharding.per_rank(whole, recipe(launch={"processes": 4, "strategy": "fsdp2"}))
 
     assert rank.phases["loss, backward"]["buffers"] == 2 * (50 + 300)
     assert rank.phases["loss, backward"]["gradients"] == (2 + 4) * 300 / 2  # of the head, and in float32
     assert rank.phases["backward, lower layers"]["buffers"] == 2 * 2 * 50
     assert rank.phases["backward, lower layers"]["gradients"] == (2 + 4) * 50
-
-
-def test_fsdp2_has_all_gradients_between_micro_batches_that_are_not_reduced() -> None:
-    launch = {"launch": {"processes": 4, "strategy": "fsdp2"}}
-    each = {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}}
-
-    unreduced = sharding.per_rank(WHOLE, recipe(train={"gradient_accumulation_steps": 2}, **launch))
-    reduced = sharding.per_rank(WHOLE, recipe(train={"gradient_accumulation_steps": 2}, trl=each, **launch))
-
-    more = {
-        phase: unreduced.phases[phase]["gradients"] - reduced.phases[phase]["gradients"] for phase in reduced.phases
-    }
-    share = 2 * 1000 / 4  # of those that are reduced, in float32
-    assert more == {"forward": 4 * 500, "backward, upper layers": 4 * 500 - share, "optimizer": 0}
 
 
 def test_fsdp2_shares_4_bits_but_not_their_scales() -> None:
@@ -86,9 +70,7 @@ def test_fsdp2_shares_4_bits_but_not_their_scales() -> None:
         WHOLE, phases=phases, parameters=frozen + adapters + 200, trained=adapters, layers=8, layer=(frozen + adapters) // 8,
         rest=200, trained_layer=adapters // 8, trained_rest=0,
     )  # fmt: skip
-    two = recipe(
-        model={"name": "x", "quantization": "nf4"}, lora={}, **EVERY, launch={"processes": 2, "strategy": "fsdp2"}
-    )
+    two = recipe(model={"name": "x", "quantization": "nf4"}, lora={}, launch={"processes": 2, "strategy": "fsdp2"})
 
     rank = sharding.per_rank(whole, two)
 
