@@ -12,7 +12,7 @@ import traceback
 import warnings
 from pathlib import Path
 from threading import Thread
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -245,6 +245,24 @@ def new(
     from sft_recipes.recipe import shipped
 
     print(shipped.copy(name, out or Path(f"{name}.yaml")))
+
+
+@app.command()
+def job(
+    recipe: RecipeFile,
+    on: Annotated[Literal["slurm", "skypilot", "kubernetes"], typer.Option("--on", help="What places it on machines.")],
+    overrides: Overrides = [],  # noqa: B006
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write it; by default the recipe's name with .slurm.sh and such.")
+    ] = None,
+    image: Annotated[str | None, typer.Option(metavar="NAME", help="A container image with sft-recipe in it.")] = None,
+    gpu: Annotated[str | None, typer.Option(metavar="NAME", help="Which GPUs, in the system's own word.")] = None,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Without GPUs.")] = False,
+) -> None:
+    """Write a job file for a cluster, in which a run that was stopped goes on."""
+    from sft_recipes.scale import jobs
+
+    print(jobs.job(recipe, on, out, overrides, image=image, gpu=gpu, cpu=cpu))
 
 
 @app.command()

@@ -17,7 +17,7 @@ from tests.commands import sft_recipe
 from tests.conftest import WriteRecipe, write_rows
 
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets")
-COMMANDS = ("run", "check", "generate", "merge", "report", "list", "new", "schema", "doctor")
+COMMANDS = ("run", "check", "generate", "merge", "report", "list", "new", "job", "schema", "doctor")
 
 
 def test_help_names_every_command() -> None:

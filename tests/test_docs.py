@@ -71,3 +71,33 @@ def test_results_have_a_command_beside_them() -> None:
 
     assert sections
     assert all("\n`" in section for section in sections)
+
+
+def test_scale_shows_what_its_script_prints() -> None:
+    """Write the tables anew with `python docs/scale.py`."""
+    page = (ROOT / "docs" / "scale.md").read_text("utf-8")
+    tables = runpy.run_path(str(ROOT / "docs" / "scale.py"))["TABLES"]
+
+    assert len(tables) == 5
+    for table in tables:
+        lines = list(table())
+        assert len(lines) > 3
+        assert "\n\n" + "\n".join(lines) + "\n\n" in page, table.__name__
+
+
+def test_scale_reckons_with_the_models_that_plan_counts() -> None:
+    """Parameters and adapters as tests/test_plan.py finds them from a config; what is sent of them, by hand."""
+    script = runpy.run_path(str(ROOT / "docs" / "scale.py"))
+    lora, full, qlora, _ = script["works"]()
+
+    assert full.found.parameters == full.found.trained == 8_030_261_248
+    assert lora.found.trained == 41_943_040
+    assert qlora.found.parameters - qlora.found.trained == 70_553_706_496
+    assert full.collectives == (3 * 34, 8 * 8_030_261_248)
+    assert lora.collectives[1] == 8 * 41_943_040
+    # seven eighths of the bytes, at 0.8 of NVLink, and 7 steps of latency in each of 102
+    assert full.communication(8, 1) == pytest.approx(8 * 8_030_261_248 * 7 / 8 / 360e9 + 102 * (8.4e-6 + 7 * 3.4e-6))
+    # where the link is as slow as that, nothing is hidden: computing is what is left of it
+    slow = full.share(64, 1e9)
+    assert slow == pytest.approx(full.compute / full.communication(64, 1e9), rel=0.05)
+    assert slow < 0.01

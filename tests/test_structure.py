@@ -29,7 +29,20 @@ BELOW = {
     "plan": {"training", "planning", "data", "recipe", "errors"},
     "talk": {"training", "export", "recipe", "errors"},
     "doctor": {"data", "recipe", "errors"},
-    "cli": {"run", "talk", "plan", "checks", "doctor", "training", "export", "report", "recipe", "errors", "stopping"},
+    "cli": {
+        "run",
+        "talk",
+        "plan",
+        "checks",
+        "doctor",
+        "training",
+        "export",
+        "report",
+        "scale",
+        "recipe",
+        "errors",
+        "stopping",
+    },
 }
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes"}
 
@@ -83,6 +96,7 @@ def test_only_the_trainer_its_loss_and_what_predicts_them_import_trl() -> None:
             "data",
             "planning",
             "report",
+            "scale",
             "checks.py",
             "doctor.py",
             "cli.py",

@@ -85,7 +85,7 @@ def candidates(recipe: Recipe, attention: str | None) -> Iterator[tuple[str, lis
         yield "8-bit optimizer", [{"train.optimizer": "adamw_8bit_sr"}]
     ranks = launch.processes * launch.machines
     more = [n for n in (2, 4, 8, 16, 32, _MOST_GPUS) if n > ranks or (n == ranks and launch.strategy == "ddp")]
-    if launch.machines == 1 and model.quantization is None and (possible := [n for n in more if _divides(recipe, n)]):
+    if launch.machines == 1 and model.quantization != "int8" and (possible := [n for n in more if _divides(recipe, n)]):
         yield "fsdp2", [{"launch.strategy": "fsdp2", "launch.processes": n} for n in possible]
     if not launch.cpu_offload and model.quantization is None:
         yield "CPU offload", [{"launch.strategy": "fsdp2", "launch.cpu_offload": True}]

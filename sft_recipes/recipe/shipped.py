@@ -1,6 +1,5 @@
 """The recipes that ship with the project."""
 
-import shutil
 from importlib import resources
 from pathlib import Path
 
@@ -26,11 +25,16 @@ def copy(name: str, out: Path) -> Path:
     file = folder() / f"{name.removesuffix('.yaml')}.yaml"
     if not file.is_file():
         raise RecipeError(f"no recipe '{name}' ships; there are {', '.join(known for known, _ in recipes())}")
+    return write_new(out, file.read_text(encoding="utf-8"))
+
+
+def write_new(out: Path, text: str) -> Path:
+    """Write a file for the user to edit, which must not exist yet. Raises RecipeError or OutputError."""
     try:
         if out.exists():
             raise RecipeError(f"{out} exists; choose another name with --out")
         out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, out)
+        out.write_text(text, encoding="utf-8")
     except OSError as error:
         raise OutputError(f"{out}: cannot be written: {error.strerror}; choose another name with --out") from None
     return out

@@ -90,3 +90,12 @@ def test_the_strongest_is_named_where_none_fits() -> None:
     assert found["micro-batch"].change == {"train.micro_batch_size": 1}
     assert found["checkpointing"].change == {"train.gradient_checkpointing": True}
     assert not any(each.fits for each in found.values())
+
+
+def test_weights_in_4_bits_can_be_shared_and_those_in_8_cannot() -> None:
+    four, eight = (
+        recipe(model={"name": "x", "quantization": kind}, lora={}, launch={"processes": 1}) for kind in ("nf4", "int8")
+    )
+
+    assert "fsdp2" in kinds(four)
+    assert "fsdp2" not in kinds(eight)

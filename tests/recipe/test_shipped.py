@@ -9,15 +9,17 @@ RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
 
 
 def test_all_are_found() -> None:
-    assert len(RECIPES) == 7
+    assert len(RECIPES) == 10
     assert {name for name, _ in shipped.recipes()} == {file.stem for file in RECIPES}
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 def test_every_recipe_is_accepted_without_a_warning(file: Path) -> None:
-    loaded, warnings = check.accepted(file)
+    loaded, verdict = check.verdict_on(file)
 
-    assert warnings == []
+    assert loaded is not None
+    assert set(verdict.problems) <= {loaded.placed(line) for line in check.not_yet(loaded.recipe)}
+    assert verdict.warnings == []
     assert loaded.recipe.output_dir.startswith("runs/")
 
 
@@ -39,7 +41,7 @@ def test_copy_keeps_the_comments(tmp_path: Path) -> None:
 
 
 def test_copy_of_what_does_not_ship(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="there are llama8b_full"):
+    with pytest.raises(RecipeError, match="there are llama70b_full_fsdp"):
         shipped.copy("nothing", tmp_path / "x.yaml")
 
 
