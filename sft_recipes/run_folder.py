@@ -1,5 +1,6 @@
 """The run directory: opened, described, and given back if a run could not begin."""
 
+import hashlib
 import importlib.metadata
 import json
 import platform
@@ -185,6 +186,14 @@ def is_finished(folder: Path) -> bool:
 def versions() -> dict[str, str | None]:
     """Of Python and the libraries that a run rests on; None: not installed."""
     return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+
+
+def code() -> str:
+    """SHA-256 of this package's own source."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def version(package: str) -> str | None:

@@ -4,7 +4,6 @@ Judges and never edits: a recipe means what it says.
 """
 
 import difflib
-import os
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -185,14 +184,6 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 def not_yet(recipe: Recipe) -> Iterator[str]:
     """Keys whose other values a later version will take. Refused, because ignoring them would be a lie."""
-    world, wanted = int(os.environ.get("WORLD_SIZE") or 1), recipe.launch.processes * recipe.launch.machines
-    if world == 1 and wanted > 1:
-        yield (
-            f"launch.processes: starting the {wanted} processes is not in this version; do so with: torchrun "
-            f"--nproc-per-node {recipe.launch.processes} -m sft_recipes.cli run RECIPE"
-        )
-    elif world != wanted:
-        yield f"launch.processes: {wanted} by the recipe, and {world} were started (WORLD_SIZE); let them be the same"
     if recipe.launch.strategy != "ddp":
         yield f"launch.strategy: {recipe.launch.strategy} is not in this version; set ddp"
     if recipe.launch.cpu_offload:

@@ -66,7 +66,10 @@ def sft_config(recipe: Recipe, steps: Steps, run_dir: Path, *, validates: bool) 
         "project": "sft-recipes",
         "disable_tqdm": True,
     }
-    return config | recipe.trl
+    config |= recipe.trl
+    if torch.distributed.is_initialized():  # as scale.ranks has set it up
+        config["accelerator_config"] = {**config.get("accelerator_config", {}), "use_configured_state": True}
+    return config
 
 
 def padding_free(recipe: Recipe) -> bool:

@@ -47,7 +47,6 @@ def test_a_good_recipe_has_neither_problems_nor_warnings(write_recipe: WriteReci
             ["train.micro_batch_size=auto", "train.global_batch_size=null", "train.gradient_accumulation_steps=4"],
             "auto keeps train.global_batch_size",
         ),
-        (["launch.processes=2", "train.global_batch_size=4"], "not in this version"),
         (["launch.strategy=fsdp2"], "fsdp2 is not in this version"),
     ],
 )
