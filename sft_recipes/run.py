@@ -14,7 +14,7 @@ from sft_recipes.recipe.schema import Recipe
 from sft_recipes.report import page, words
 from sft_recipes.scale import ranks
 from sft_recipes.stopping import Stop
-from sft_recipes.training import checkpoints, fitting, model, trainer
+from sft_recipes.training import checkpoints, fitting, model, sharded, trainer
 from sft_recipes.training.logging import peak_memory
 
 
@@ -69,7 +69,8 @@ def run(
         words.warn(console, [loaded.placed(line) for line in data.warnings])
 
         # What is trained
-        network = model.load_model(recipe, tokenizer)
+        with sharded.loading(recipe):
+            network = model.load_model(recipe, tokenizer)
         sft = trainer.build(recipe, network, tokenizer, data, folder, console, stop)
         words.say(console, trainer.facts(recipe, sft))
         counted = data.as_dict() | {"steps": sft.args.max_steps, "sequences_per_step": recipe.sequences_per_step}
@@ -81,9 +82,10 @@ def run(
         trainer.train(sft, checkpoint)
 
         # What comes out
+        trained, weights = sharded.gathered(sft, recipe)
         if not ranks.is_main():
             return folder
-        words.say(console, export(recipe, sft.model, tokenizer, data, folder))
+        words.say(console, export(recipe, trained, tokenizer, data, folder, weights))
         with words.no_more_than_a_warning(console, "the report"):
             page.write(folder)
         run_folder.finish(folder, peak_memory())

@@ -40,7 +40,7 @@ def judge(recipe: Recipe, *, to_run: bool = True) -> Verdict:
 
     Without `to_run`, for a plan: not what this machine lacks to run it.
     """
-    judgements = (_contradictions, _batch, _names, _secrets, *((_output, not_yet, _extras) if to_run else ()))
+    judgements = (_contradictions, _batch, _names, _secrets, *((_output, _extras) if to_run else ()))
     return Verdict([line for judgement in judgements for line in judgement(recipe)], list(_faults(recipe)))
 
 
@@ -182,19 +182,13 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
         yield key, str(value)
 
 
-def not_yet(recipe: Recipe) -> Iterator[str]:
-    """Keys whose other values a later version will take. Refused, because ignoring them would be a lie."""
-    if recipe.launch.strategy != "ddp":
-        yield f"launch.strategy: {recipe.launch.strategy} is not in this version; set ddp"
-    if recipe.launch.cpu_offload:
-        yield "launch.cpu_offload is not in this version; set false"
-
-
 def _extras(recipe: Recipe) -> Iterator[str]:
     """Optional packages that the recipe needs and that are not installed."""
     attention, optimizer = recipe.model.attention, recipe.train.optimizer
     if optimizer in TORCHAO and not installed("torchao"):
         yield f"train.optimizer: {optimizer} needs torchao, which {_install('torchao')}"
+    if recipe.launch.strategy in ("zero2", "zero3") and not installed("deepspeed"):
+        yield f"launch.strategy: {recipe.launch.strategy} needs DeepSpeed, which {_install('deepspeed')}; or set fsdp2"
     for tracker in recipe.log.to:
         if not installed(tracker):
             yield f"log.to: {tracker} {_install(tracker)}"

@@ -220,7 +220,7 @@ class Launch(_Section):
     """Where it runs. `run` starts the processes, unless torchrun, accelerate, srun or mpirun have."""
 
     processes: Positive = 1
-    """Processes per machine, one a device; also --processes. train.global_batch_size stays what it says: each accumulates less."""
+    """Processes per machine, one a device; also --processes. train.global_batch_size stays: each accumulates less."""
     machines: Positive = 1
     """Machines; `run` is started on each, with MASTER_ADDR, MASTER_PORT and its NODE_RANK (or by srun) in the environment."""
     strategy: Literal["ddp", "fsdp2", "zero2", "zero3"] = "ddp"

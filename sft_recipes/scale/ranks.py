@@ -153,6 +153,8 @@ def joined(recipe: Recipe, facts: Callable[[], Mapping[str, Any]]) -> Iterator[N
         # Of CPUs accelerate takes any strategy for DDP; it goes by this word alone.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     elif strategy in ("zero2", "zero3"):
+        if cpu:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed
 
         deepspeed.init_distributed("gloo" if cpu else "nccl", auto_mpi_discovery=False, verbose=False)

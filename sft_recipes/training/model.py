@@ -144,12 +144,18 @@ def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrained
         # bfloat16 whatever the compute type, and only for widths that are a multiple of 32. Training goes without.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    known = model.get_input_embeddings().weight.shape[0]
+    embeddings = model.get_input_embeddings().weight
+    known = getattr(embeddings, "ds_shape", embeddings.shape)[0]  # ZeRO-3 leaves an empty tensor where it has a share
     if len(tokenizer) > known:  # never made smaller: many models have rows to spare
         model.resize_token_embeddings(len(tokenizer))
     if recipe.lora is None:
         return model
     new = {tokenizer.convert_tokens_to_ids(token) for token in wanted.new_tokens} | set(range(known, len(tokenizer)))
+    if new and recipe.launch.strategy == "zero3":
+        raise ModelError(
+            f"launch.strategy: zero3 cannot train the rows of new tokens beside adapters (PEFT), and there are {len(new)}, a "
+            "pad token among them where the tokenizer has none; set fsdp2 or zero2"
+        )
     return with_adapters(model, recipe.lora, recipe.model, sorted(new))
 
 
@@ -164,7 +170,7 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     """All parameters and those that are trained; a 4-bit weight holds two parameters a byte."""
     total = trained = 0
     for parameter in model.parameters():
-        count = parameter.numel() * (2 if type(parameter).__name__ == "Params4bit" else 1)
+        count = getattr(parameter, "ds_numel", parameter.numel()) * (2 if type(parameter).__name__ == "Params4bit" else 1)
         total += count
         trained += count if parameter.requires_grad else 0
     return total, trained

@@ -37,7 +37,7 @@ from sft_recipes.recipe import model_files
 from sft_recipes.recipe.check import TORCHAO
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.stopping import Stop
-from sft_recipes.training import attention, checkpoints, fitting, preflight
+from sft_recipes.training import attention, checkpoints, fitting, preflight, sharded
 from sft_recipes.training.arguments import padding_free, sft_config
 from sft_recipes.training.guards import Finite, Stops
 from sft_recipes.training.logging import Display, Metrics, trackers
@@ -193,6 +193,7 @@ def build(
     }
     with _as_recipe_error(recipe, "trl: the training cannot be set up"):
         arguments = SFTConfig(**sft_config(recipe, steps, run_dir, validates=data.eval is not None))
+        sharded.finish(arguments, recipe)
         # One process trains on one device; the Trainer would take all it sees for nn.DataParallel, which TRL refuses.
         arguments._n_gpu = min(arguments.n_gpu, 1)
         at_once = arguments.per_device_train_batch_size * arguments.world_size if arguments.world_size > 1 else 1
@@ -226,7 +227,7 @@ def build(
         recipe, f"train.lr_scheduler: {recipe.train.lr_scheduler} (trl.lr_scheduler_kwargs sets it up)"
     ):
         trainer.create_scheduler(steps.total)
-    if recipe.train.preflight:
+    if recipe.train.preflight and recipe.launch.strategy not in sharded.SHARDED:
         with _as_recipe_error(recipe, f"model.name: {recipe.model.name}: it cannot run on the data"):
             trainer.preflight = preflight.examine(trainer, packed=keep_seq_lengths)
         trainer.preflight.figures["stop"] = preflight.where_answers_end(data, tokenizer)
