@@ -69,8 +69,7 @@ def run(
         words.warn(console, [loaded.placed(line) for line in data.warnings])
 
         # What is trained
-        with sharded.loading(recipe):
-            network = model.load_model(recipe, tokenizer)
+        network = model.load_model(recipe, tokenizer)
         sft = trainer.build(recipe, network, tokenizer, data, folder, console, stop)
         words.say(console, trainer.facts(recipe, sft))
         counted = data.as_dict() | {"steps": sft.args.max_steps, "sequences_per_step": recipe.sequences_per_step}

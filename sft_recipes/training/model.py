@@ -27,6 +27,7 @@ from sft_recipes.data.templates import BOS
 from sft_recipes.errors import ModelError, RunError
 from sft_recipes.recipe import model_files, schema
 from sft_recipes.recipe.schema import Recipe
+from sft_recipes.training import sharded
 from sft_recipes.training.attention import choose
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -122,7 +123,8 @@ def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrained
     wanted, name = recipe.model, model_files.location(recipe.model.name)
     config = load_config(recipe)
     transformers.set_seed(recipe.train.seed)  # new embeddings and adapters are drawn at random
-    with as_model_error(f"model.name: {wanted.name}", "weights"):
+    grows = len(tokenizer) > config.get_text_config().vocab_size
+    with as_model_error(f"model.name: {wanted.name}", "weights"), sharded.loading(recipe, new_rows=grows):
         model, loading = AutoModelForCausalLM.from_pretrained(
             name,
             output_loading_info=True,
@@ -151,10 +153,10 @@ def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrained
     if recipe.lora is None:
         return model
     new = {tokenizer.convert_tokens_to_ids(token) for token in wanted.new_tokens} | set(range(known, len(tokenizer)))
-    if new and recipe.launch.strategy == "zero3":
+    if new and recipe.launch.strategy in ("fsdp2", "zero3"):
         raise ModelError(
-            f"launch.strategy: zero3 cannot train the rows of new tokens beside adapters (PEFT), and there are {len(new)}, a "
-            "pad token among them where the tokenizer has none; set fsdp2 or zero2"
+            f"launch.strategy: {recipe.launch.strategy} cannot train the rows of new tokens beside adapters (PEFT), and there "
+            f"are {len(new)}, a pad token among them where the tokenizer has none; set zero2 or ddp"
         )
     return with_adapters(model, recipe.lora, recipe.model, sorted(new))
 
@@ -170,7 +172,9 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     """All parameters and those that are trained; a 4-bit weight holds two parameters a byte."""
     total = trained = 0
     for parameter in model.parameters():
-        count = getattr(parameter, "ds_numel", parameter.numel()) * (2 if type(parameter).__name__ == "Params4bit" else 1)
+        count = getattr(parameter, "ds_numel", parameter.numel()) * (
+            2 if type(parameter).__name__ == "Params4bit" else 1
+        )
         total += count
         trained += count if parameter.requires_grad else 0
     return total, trained

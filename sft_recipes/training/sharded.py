@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import disable_fsdp_ram_efficient_loading, enable_fsdp_ram_efficient_loading
 
 from sft_recipes.recipe.schema import Recipe
 
@@ -13,18 +14,12 @@ SHARDED = ("fsdp2", "zero2", "zero3")
 
 def arguments(recipe: Recipe) -> dict[str, Any]:
     """The part of SFTConfig that makes the recipe's strategy."""
-    strategy, layers = recipe.launch.strategy, recipe.train.gradient_checkpointing
+    strategy = recipe.launch.strategy
     if strategy == "fsdp2":
-        # FSDP's own checkpointing spares a second gathering of each layer's weights; it knows no every Nth layer.
-        own = bool(layers) and int(layers) == 1
-        config = {
-            "version": 2,
-            "cpu_offload": recipe.launch.cpu_offload,
-            "state_dict_type": "SHARDED_STATE_DICT",  # no rank holds it all, and another number of ranks can read it
-            "cpu_ram_efficient_loading": recipe.model.quantization is None,  # only the first rank of a machine reads
-            "activation_checkpointing": own,
-        }
-        return {"fsdp": True, "fsdp_config": config, **({"activation_checkpointing": False} if own else {})}
+        # Shards in checkpoints: no rank holds it all, and another number of ranks can read them. Checkpointing of activations
+        # is transformers' own: with FSDP's, which wraps each layer, PEFT finds no adapters to save.
+        config = {"version": 2, "cpu_offload": recipe.launch.cpu_offload, "state_dict_type": "SHARDED_STATE_DICT"}
+        return {"fsdp": True, "fsdp_config": config}
     return {"deepspeed": _deepspeed(recipe)} if strategy in ("zero2", "zero3") else {}
 
 
@@ -52,35 +47,39 @@ def _deepspeed(recipe: Recipe) -> dict[str, Any]:
 
 
 def finish(settings: Any, recipe: Recipe) -> None:
-    """What SFTConfig has no field for: sums of gradients over ranks are made in float32."""
-    if recipe.launch.strategy == "fsdp2" and recipe.train.mixed_precision != "no":
+    """What SFTConfig has no field for: how the model was loaded; sums of gradients over ranks are made in float32."""
+    if recipe.launch.strategy != "fsdp2":
+        return
+    settings.fsdp_plugin_args.pop("cpu_ram_efficient_loading")  # accelerate then takes what `loading` has set
+    if recipe.train.mixed_precision != "no":
         from torch.distributed.fsdp import MixedPrecisionPolicy
 
         half = torch.bfloat16 if recipe.train.mixed_precision == "bf16" else torch.float16
-        settings.fsdp_plugin_args["mixed_precision_policy"] = MixedPrecisionPolicy(
-            param_dtype=half, reduce_dtype=torch.float32, output_dtype=half
-        )
+        # Outputs stay as they are: among them is each token's loss, which accelerate's own policy would round.
+        policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
+        settings.fsdp_plugin_args["mixed_precision_policy"] = policy
 
 
 @contextmanager
-def loading(recipe: Recipe) -> Iterator[None]:
-    """Within, models are loaded as the strategy wants them: with ZeRO-3 each layer in shares as it is made, with FSDP2 from
-    the files by one rank of a machine."""
-    if not torch.distributed.is_initialized() or recipe.launch.strategy not in SHARDED:
-        yield
-    elif recipe.launch.strategy == "fsdp2":
-        from accelerate.utils import disable_fsdp_ram_efficient_loading, enable_fsdp_ram_efficient_loading
-
-        if recipe.model.quantization is None:
+def loading(recipe: Recipe, *, new_rows: bool) -> Iterator[None]:
+    """Within, models are loaded as the strategy wants them: with ZeRO-3 each layer in shares as it is made, with FSDP2 by one
+    rank of a machine, which hands the weights on when they are shared out. `new_rows`: the vocabulary is to grow."""
+    if recipe.launch.strategy == "fsdp2":
+        # accelerate ties layers again that PEFT has wrapped, and hands no quantised weights on.
+        wrapped = recipe.lora is not None and bool(recipe.lora.modules_to_save or recipe.model.new_tokens)
+        if torch.distributed.is_initialized() and not (recipe.model.quantization or wrapped or new_rows):
             enable_fsdp_ram_efficient_loading()
+        else:
+            disable_fsdp_ram_efficient_loading()
         yield
-        disable_fsdp_ram_efficient_loading()
-    else:
+    elif recipe.launch.strategy == "zero3":
         from transformers.integrations import HfDeepSpeedConfig
 
         config = HfDeepSpeedConfig(_deepspeed(recipe))  # transformers looks at it as long as it lives
         yield
         del config
+    else:
+        yield
 
 
 def gathered(trainer: Any, recipe: Recipe) -> tuple[Any, dict[str, torch.Tensor] | None]:
@@ -89,6 +88,7 @@ def gathered(trainer: Any, recipe: Recipe) -> tuple[Any, dict[str, torch.Tensor]
     All ranks have to come here. The first gets the weights one by one, in host memory; of all weights that were trained it
     makes a model of its own.
     """
+    disable_fsdp_ram_efficient_loading()  # what is loaded from here on is for one process
     model, adapters, strategy = (
         trainer.accelerator.unwrap_model(trainer.model),
         recipe.lora is not None,
