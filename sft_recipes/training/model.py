@@ -196,6 +196,8 @@ def _quantization(recipe: Recipe) -> dict[str, Any]:
             bnb_4bit_compute_dtype=compute,
             bnb_4bit_use_double_quant=True,
             llm_int8_skip_modules=keep,
+            # FSDP shares floating-point numbers out; bitsandbytes' own bytes would be whole on each rank.
+            bnb_4bit_quant_storage=DTYPES[recipe.model.dtype] if recipe.launch.strategy == "fsdp2" else torch.uint8,
         )
     device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
     return {"quantization_config": config, "device_map": {"": device}}

@@ -18,8 +18,11 @@ def arguments(recipe: Recipe) -> dict[str, Any]:
     if strategy == "fsdp2":
         # Shards in checkpoints: no rank holds it all, and another number of ranks can read them. Checkpointing of activations
         # is transformers' own: with FSDP's, which wraps each layer, PEFT finds no adapters to save.
-        config = {"version": 2, "cpu_offload": recipe.launch.cpu_offload, "state_dict_type": "SHARDED_STATE_DICT"}
-        return {"fsdp": True, "fsdp_config": config}
+        offload = recipe.launch.cpu_offload and torch.accelerator.is_available()  # else all is in host memory as it is
+        return {
+            "fsdp": True,
+            "fsdp_config": {"version": 2, "cpu_offload": offload, "state_dict_type": "SHARDED_STATE_DICT"},
+        }
     return {"deepspeed": _deepspeed(recipe)} if strategy in ("zero2", "zero3") else {}
 
 
