@@ -7,7 +7,7 @@ from sft_recipes import checks, run_folder
 from sft_recipes.data import prepare
 from sft_recipes.errors import OutputError
 from sft_recipes.recipe import check
-from sft_recipes.scale import launch
+from sft_recipes.scale import launch, ranks
 
 
 def run(
@@ -25,7 +25,8 @@ def run(
     loaded, _ = check.accepted(recipe_file, overrides)  # warnings are the first rank's
     recipe = loaded.recipe
     with loaded.placing_errors():
-        if problem := run_folder.in_the_way(recipe.output_dir, resume=resume):
+        first = ranks.machine(recipe.launch) == 0  # which may have begun
+        if first and (problem := run_folder.in_the_way(recipe.output_dir, resume=resume)):
             raise OutputError(problem)
         tokenizer, _ = checks.tokenizer_of(recipe.model)
         if (

@@ -24,6 +24,7 @@ COLUMNS = ("instruction", "input", "output", "prompt", "completion", "messages",
 _USUAL_RATES = {False: (5e-6, 5e-5), True: (5e-5, 1e-3)}  # with lora:
 _FAR = 4
 _SMALL = 100_000_000  # parameters; smaller models take larger rates, and so are left alone
+_BITSANDBYTES = re.compile(r"bnb|paged|ademamix|lion|^(?!.*torch).*_8bit$")  # optimizers of that package
 TORCHAO = (STOCHASTIC_ROUNDING, "adamw_torch_4bit", "adamw_torch_8bit")  # optimizers of that package
 
 
@@ -109,8 +110,25 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         )
     if recipe.launch.cpu_offload and recipe.launch.strategy == "ddp":
         yield "launch.cpu_offload goes with launch.strategy: fsdp2, zero2 or zero3; ddp has nothing to offload"
+    yield from _strategy(recipe)
     if train.optimizer == STOCHASTIC_ROUNDING and "optim_args" in recipe.trl:
         yield f"trl.optim_args: {STOCHASTIC_ROUNDING} sets them itself; use adamw_torch_8bit"
+
+
+def _strategy(recipe: Recipe) -> Iterator[str]:
+    """What the engines that share weights out cannot do."""
+    strategy, quantization = recipe.launch.strategy, recipe.model.quantization
+    if strategy == "fsdp2" and _BITSANDBYTES.search(recipe.train.optimizer):
+        yield (
+            f"train.optimizer: {recipe.train.optimizer} is of bitsandbytes, which does not know the shares of "
+            f"launch.strategy: fsdp2; set {STOCHASTIC_ROUNDING} or adamw_torch_fused"
+        )
+    if (strategy == "fsdp2" and quantization == "int8") or (strategy == "zero3" and quantization):
+        yield f"model.quantization: {strategy} cannot share {quantization} weights out; set nf4 and launch.strategy: fsdp2"
+    if strategy in ("zero2", "zero3") and recipe.train.on_nonfinite == "skip":
+        yield "train.on_nonfinite: skip does not go with DeepSpeed, which has taken the step by then; set stop, or fsdp2"
+    if strategy in ("zero2", "zero3") and recipe.train.mixed_precision == "no" and recipe.model.dtype != "float32":
+        yield f"train.mixed_precision: no goes with model.dtype: float32 under launch.strategy: {strategy}; set bf16"
 
 
 def _batch(recipe: Recipe) -> Iterator[str]:

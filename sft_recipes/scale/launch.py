@@ -18,7 +18,7 @@ from sft_recipes.recipe.schema import Launch, Recipe
 from sft_recipes.scale import ranks
 
 # Seconds that other ranks have for an error of their own, after one has failed: by itself, or for want of another.
-_PATIENCE = {False: 1.0, True: 8.0}
+_PATIENCE = {False: 1.0, True: 4.5}
 _STOPPED = Stopped.exit_code
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -58,19 +58,12 @@ def _meeting(wanted: Launch) -> tuple[int, dict[str, str]]:
     """The number of this machine's first rank, and where all meet. The first machine keeps the place."""
     from torch.distributed import TCPStore
 
-    environment, machine = os.environ, 0
+    environment, machine = os.environ, ranks.machine(wanted)
     address, port = "127.0.0.1", 0  # whatever is free
     if wanted.machines > 1:
-        node = environment.get("NODE_RANK") or environment.get("SLURM_NODEID")
-        if not node or not environment.get("MASTER_ADDR"):
+        if not environment.get("MASTER_ADDR"):
             raise RecipeError(ranks.no_address(wanted))
-        address, port, machine = (
-            environment["MASTER_ADDR"],
-            int(environment.get("MASTER_PORT") or ranks.PORT),
-            int(node),
-        )
-        if not 0 <= machine < wanted.machines:
-            raise RecipeError(f"launch.machines: NODE_RANK is {machine}, and there are {wanted.machines}, from 0 on")
+        address, port = environment["MASTER_ADDR"], int(environment.get("MASTER_PORT") or ranks.PORT)
     global _place
     if machine == 0:
         try:

@@ -35,6 +35,7 @@ _LOST = re.compile(  # what torch says of the network, and of processes that do 
     r"closed by peer|reset by peer|[Tt]imed? ?out|timeout|Broken pipe|refused|unreachable|No route to host|"
     r"NCCL|gloo/|recvValue failed|sendBytes failed|[Ss]ocket|[Ss]tore"
 )
+_NOISE = re.compile(r"\[\S*/gloo/\S+\] | This is typically caused by .*?GLHF! \S+")
 _ANSWERS = 3.0  # seconds in which ranks that have lost another say so
 
 
@@ -51,6 +52,18 @@ def world_size() -> int:
 def is_main() -> bool:
     """Whether this is the process that writes and speaks for all."""
     return rank() == 0
+
+
+def machine(launch: Launch) -> int:
+    """The number of this machine, as its launcher says; 0 where there is but one. Raises RecipeError where it is not said."""
+    number = os.environ.get("NODE_RANK") or os.environ.get("SLURM_NODEID")
+    if launch.machines == 1:
+        return 0
+    if not number:
+        raise RecipeError(no_address(launch))
+    if not 0 <= int(number) < launch.machines:
+        raise RecipeError(f"launch.machines: NODE_RANK is {number}, and there are {launch.machines}, from 0 on")
+    return int(number)
 
 
 def is_local_main() -> bool:
@@ -164,7 +177,7 @@ def joined(recipe: Recipe, facts: Callable[[], Mapping[str, Any]]) -> Iterator[N
     except Exception as error:
         reason = error.__cause__ if isinstance(error, RunError) else error
         if isinstance(reason, Exception) and (who := lost(reason)):
-            raise LostError(f"{who}: {' '.join(str(error).split())}; continue with --resume") from error
+            raise LostError(f"{who}: {_NOISE.sub('', ' '.join(str(error).split()))}; continue with --resume") from error
         raise
     torch.distributed.destroy_process_group()
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -184,9 +197,12 @@ def _meet(facts: Mapping[str, Any], patience: timedelta) -> None:
             f"{size - len(lacking)} of {size} processes came within {patience.total_seconds():g} s; "
             f"{in_words(lacking)} did not; look at what it said where it was to start"
         ) from None
-    first = json.loads(store.get(keys[0]))
-    for number, key in enumerate(keys[1:], 1):
-        other = json.loads(store.get(key))
+    first, *others = map(json.loads, store.multi_get(keys))
+    store.set(f"read/{rank()}", b"1")
+    if is_main():  # it may be the one that keeps the store
+        with suppress(RuntimeError):
+            store.wait([f"read/{number}" for number in range(size)], timedelta(seconds=_ANSWERS))
+    for number, other in enumerate(others, 1):
         for name, value in first.items():
             if name != "host" and name in other and other[name] != value:
                 raise RecipeError(

@@ -169,12 +169,12 @@ def attention(recipe: Recipe, config: PreTrainedConfig) -> str | None:
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
-    """All parameters and those that are trained; a 4-bit weight holds two parameters a byte."""
+    """All parameters and those that are trained, on all ranks together; a 4-bit weight holds two parameters a byte."""
     total = trained = 0
     for parameter in model.parameters():
-        count = getattr(parameter, "ds_numel", parameter.numel()) * (
-            2 if type(parameter).__name__ == "Params4bit" else 1
-        )
+        count = getattr(parameter, "ds_numel", parameter.numel())
+        if type(parameter).__name__ == "Params4bit":
+            count *= 2 * parameter.element_size()
         total += count
         trained += count if parameter.requires_grad else 0
     return total, trained

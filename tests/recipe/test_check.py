@@ -43,6 +43,8 @@ def test_a_good_recipe_has_neither_problems_nor_warnings(write_recipe: WriteReci
         (["train.optimizer=adamw"], "is no name that is known here"),
         (["trl.learning_rate=1"], "trl.learning_rate: a recipe says this with train.learning_rate"),
         (["trl.adam_beta3=1"], "did you mean 'adam_beta2'?"),
+        (["launch.strategy=fsdp2", "train.optimizer=paged_adamw_32bit"], "which does not know the shares"),
+        (["launch.strategy=fsdp2", "model.quantization=int8", "lora.rank=2"], "fsdp2 cannot share int8 weights out"),
         (
             ["train.micro_batch_size=auto", "train.global_batch_size=null", "train.gradient_accumulation_steps=4"],
             "auto keeps train.global_batch_size",

@@ -16,7 +16,11 @@ from tests.scale import two
 needs_deepspeed = pytest.mark.skipif(not installed("deepspeed"), reason="DeepSpeed is not installed")
 TRAINED = {"loss": 1e-5, "eval_loss": 1e-5, "grad_norm": 1e-4}  # and how far they may be off, relatively
 # Without dropout, which each process draws for itself; 9 sequences, so that the last step of an epoch is not full.
-SAME: dict[str, Any] = {"lora": {"lora": {"rank": 2, "dropout": 0.0}}, "full": {}}
+SAME: dict[str, Any] = {
+    "lora": {"lora": {"rank": 2, "dropout": 0.0}},
+    "full": {},
+    "qlora": {"lora": {"rank": 2, "dropout": 0.0}},
+}
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +49,7 @@ def weights(run: Path) -> dict[str, Any]:
         ("ddp", "lora", False),
         ("fsdp2", "full", False),
         ("fsdp2", "lora", True),
+        ("fsdp2", "qlora", False),
         pytest.param("zero2", "full", True, marks=needs_deepspeed),
         pytest.param("zero2", "lora", False, marks=needs_deepspeed),
         pytest.param("zero3", "full", False, marks=needs_deepspeed),

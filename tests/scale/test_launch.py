@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import time
 from collections.abc import Callable
 from functools import partial
 from multiprocessing.process import BaseProcess
@@ -130,6 +131,16 @@ def test_the_first_error_alone_is_shown(
     data = in_ranks(recipe, "--processes", "2", "--set", "data.train=nowhere.jsonl", "--set", "output_dir=other")
     assert data.returncode == 2
     assert len(data.stderr.splitlines()) == 1
+
+
+def test_a_rank_that_hangs(write_recipe: WriteRecipe, tmp_path: Path, in_ranks: Callable[..., Any]) -> None:
+    recipe = str(write_recipe(trl={"ddp_timeout": 2}))
+    hung = in_ranks(recipe, "--processes", "2", first=partial(in_step, 2, 1, lambda: time.sleep(100)))
+    assert hung.returncode == 1, hung
+    assert hung.stderr.startswith(
+        f"rank 0: rank 1 does not answer: {tmp_path}/run: training failed after step 1: Timed out"
+    )
+    assert hung.stderr.endswith("continue with --resume (rank 1 was still running, and was ended)\n")
 
 
 # --- Who starts whom ---

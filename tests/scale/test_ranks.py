@@ -39,3 +39,17 @@ def test_one_speaks_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ranks.is_main()
     monkeypatch.setenv("RANK", "1")
     assert not ranks.is_main()
+
+
+def test_all_are_there_and_about_to_do_the_same(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    child = forked(two.meet)
+    child.join()
+    found = json.loads(capfd.readouterr().out.splitlines()[-1])
+
+    assert found["the same"] == ["done", "done"]
+    for said in found["other data"]:
+        assert said.startswith("RecipeError: launch: rank 1 on ")
+        assert " has another data than rank 0 on " in said
+    assert found["alone"][0].startswith(
+        "RunError: 1 of 2 processes came within 1 s; rank 1 did not; look at what it said"
+    )

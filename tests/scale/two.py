@@ -107,3 +107,24 @@ def main(
         said["resumed"] = both(lambda rank: start(made["stopped"], resume=True))
     same = bool(stops) and outcome(folder / "whole" / "run") == outcome(folder / "stopped" / "run")
     print(json.dumps({"said": said, "same": same}))
+
+
+def meet() -> None:
+    """What two processes say that do the same, or have other data, and one that waits in vain for another."""
+    from sft_recipes.recipe.schema import Recipe
+    from sft_recipes.scale import ranks
+
+    wanted = {"model": {"name": "builtin:tiny"}, "data": {"train": "x.jsonl"}, "output_dir": "run"}
+    wanted |= {"launch": {"processes": 2}, "trl": {"ddp_timeout": 1}}
+
+    def join(rank: int, differ: bool, absent: bool) -> None:
+        if not (absent and rank == 1):
+            with ranks.joined(Recipe.model_validate(wanted), lambda: {"data": rank if differ else 0}):
+                pass
+
+    found = {
+        "the same": both(partial(join, differ=False, absent=False)),
+        "other data": both(partial(join, differ=True, absent=False)),
+        "alone": both(partial(join, differ=False, absent=True)),
+    }
+    print(json.dumps(found))
