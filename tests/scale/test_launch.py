@@ -6,55 +6,25 @@ import signal
 import time
 from collections.abc import Callable
 from functools import partial
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import SubprocessHandler
 
 from sft_recipes.errors import RecipeError
 from sft_recipes.recipe import load
 from sft_recipes.scale import launch, ranks
 from tests import commands
 from tests.conftest import WriteRecipe, metrics
-
-
-class Forked:
-    """A rank as Popen gives it, but forked from the tests' process, which has loaded the libraries."""
-
-    def __init__(self, process: BaseProcess) -> None:
-        self.process, self.pid = process, process.pid
-
-    def poll(self) -> int | None:
-        return self.process.exitcode
-
-    def wait(self, timeout: float | None = None) -> None:
-        self.process.join(timeout)
+from tests.scale.ranks_in_forks import fork_ranks
 
 
 @pytest.fixture
-def in_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Runs the command with its ranks forked off, in each of which `first` is called before with its number."""
+def in_ranks(tmp_path: Path) -> Callable[..., Any]:
+    """Runs the command; `first` is called in each rank before, with its number."""
 
-    def run(*arguments: str, first: Callable[[int], object] = int, **more: Any) -> Any:
-        def popen(self: SubprocessHandler, command: Any, env: dict[str, str]) -> Forked:
-            def prepare() -> None:
-                os.setsid()
-                os.environ["HF_HUB_OFFLINE"] = "1"
-                first(int(env["RANK"]))
-
-            out = self._stdout.name if self._stdout else tmp_path / "out"
-            err = self._stderr.name if self._stderr else tmp_path / "err"
-            words = command[command.index("run") :]
-            return Forked(commands.start(*words, out=Path(out), err=Path(err), environment=env, first=prepare))
-
-        def patched() -> None:
-            SubprocessHandler._popen = popen
-            if "at_start" in more:
-                more["at_start"]()
-
-        return commands.sft_recipe("run", *arguments, first=patched)
+    def run(*arguments: str, first: Callable[[int], object] = int) -> Any:
+        return commands.sft_recipe("run", *arguments, first=partial(fork_ranks, tmp_path, first))
 
     return run
 
