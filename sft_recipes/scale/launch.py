@@ -36,7 +36,8 @@ def launch(recipe: Recipe, arguments: Sequence[str], *, debug: bool = False) -> 
     with tempfile.TemporaryDirectory(prefix="sft-recipes-") as folder:
         first, meeting = _meeting(wanted)
         numbers = range(wanted.processes)
-        quiet = {number: Std.NONE if number == 0 or debug else Std.ALL for number in numbers}
+        # What the libraries say of a lost connection is pages long; the last line is shown where a rank says nothing itself.
+        quiet = {number: Std.NONE if debug else Std.ERR if number == 0 else Std.ALL for number in numbers}
         command = ("-P", "-m", "sft_recipes.cli", *arguments)
         started = start_processes(
             name="rank", entrypoint=sys.executable,
@@ -125,6 +126,11 @@ def _handed_on(pids: Any) -> Iterator[list[int]]:
         if came:
             os._exit(128 + number)
         came.append(number)
+        with suppress(OSError):
+            os.write(
+                2,
+                f"\n{signal.Signals(number).name}: the ranks finish what they are at; another one ends all at once\n".encode(),
+            )
 
     before = {}
     with suppress(ValueError):  # not in the main thread

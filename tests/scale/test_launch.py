@@ -65,6 +65,8 @@ def test_stopped_killed_and_resumed(write_recipe: WriteRecipe, tmp_path: Path, i
     run, again = tmp_path / "run", f"continue with: sft-recipe run {recipe} --processes 2 --resume"
     checkpoint = run / "checkpoints" / "checkpoint-3"
     assert stopped.stderr.splitlines() == [
+        "",
+        "SIGTERM: the ranks finish what they are at; another one ends all at once",
         f"{run}: stopped by SIGTERM after step 3 of 6; the last checkpoint is {checkpoint}",
         again,
     ]

@@ -105,8 +105,8 @@ def test_the_cable_is_pulled_out(write_recipe: WriteRecipe, tmp_path: Path, mach
         assert code == 1, said
         assert f"{silent} does not answer: {tmp_path}/run: training failed after step" in said
         assert "the last checkpoint is" in said
-        # c10d's own warnings are off in a process that the command has begun.
-        assert len([line for line in said.splitlines() if not line.startswith("[W")]) == 1, said
+        # The launcher keeps the meeting place; where it has no name for an address it says so, but in a fresh process.
+        assert len([line for line in said.splitlines() if "socket.cpp" not in line]) == 1, said
 
     ip("-n", machines[1], "link", "set", "cable", "up")
     resumed = Run(tmp_path / "resumed", machines, str(recipe), "--resume")
