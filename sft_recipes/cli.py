@@ -11,6 +11,7 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
+from threading import Thread
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -69,6 +70,7 @@ def run(
     """Train, validate, export: the run directory holds everything."""
     from sft_recipes import stopping
     from sft_recipes.recipe import check as recipe_check
+    from sft_recipes.recipe.model_files import read_ahead
     from sft_recipes.scale import ranks
 
     if force and not resume:
@@ -81,10 +83,12 @@ def run(
     started = "torchrun ... -m sft_recipes.cli" if "LOCAL_RANK" in os.environ else "sft-recipe"
     command = None if ranks.BY_US in os.environ else f"{started} {shlex.join(again)}"
     with stopping.on_request(limit, command) as stop:
-        # A typo is said at once, not after the seconds that importing torch takes.
-        wanted = recipe_check.accepted(recipe, overrides)[0].recipe.launch
+        # A typo is said at once, not after the seconds that importing torch takes; in these the weights can be read.
+        accepted = recipe_check.accepted(recipe, overrides)[0].recipe
         _quiet(debug)
-        if ranks.to_be_started(wanted):
+        if ranks.is_local_main():
+            Thread(target=read_ahead, args=(accepted.model.name, accepted.model.revision), daemon=True).start()
+        if ranks.to_be_started(accepted.launch):
             from sft_recipes import several
 
             several.run(

@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from sft_recipes.errors import one_line
-from sft_recipes.recipe.upstream import installed
+from sft_recipes.recipe.upstream import imitates_bf16, installed
 
 _OURS = "sft-recipes"
 _DEVELOPMENT = "test"  # the extra that no run needs
@@ -167,15 +167,14 @@ def _devices() -> Iterator[Finding]:
         )
     else:
         yield Finding("devices", "ok", cpu)
-    fast = torch.cpu._is_avx512_bf16_supported() if hasattr(torch.cpu, "_is_avx512_bf16_supported") else True
-    if fast:
+    if not imitates_bf16(torch):
         yield Finding("bf16", "ok", "the CPU computes in it")
     else:
         yield Finding(
             "bf16",
             "warning",
             "the CPU only imitates it, slowly",
-            "sft-recipe run RECIPE --set train.mixed_precision=no",
+            "sft-recipe run RECIPE --set train.mixed_precision=no --set model.dtype=float32",
         )
 
 

@@ -77,6 +77,7 @@ class Plan:
             "strategy": launch.strategy,
             "attention": self.attention,
             "micro_batch_size": train.micro_batch_size,
+            "gradient_checkpointing": train.gradient_checkpointing,
             "gradient_accumulation_steps": self.recipe.accumulation,
             "sequences_per_step": self.recipe.sequences_per_step,
             "peak_gib": round(self.found.peak_bytes / GIB, 3),
@@ -111,7 +112,8 @@ class Plan:
             f"model: {recipe.model.name}, {method}, {found.trained:,} of {found.parameters:,} parameters trained, weights in "
             f"{recipe.model.quantization or recipe.model.dtype}, attention {self.attention}{several}",
             f"step: {recipe.sequences_per_step} sequences of {recipe.data.max_length:,} tokens, "
-            f"{recipe.train.micro_batch_size} at once, {recipe.accumulation} times",
+            f"{recipe.train.micro_batch_size} at once, {recipe.accumulation} times, gradient checkpointing "
+            f"{recipe.train.recomputed_in_words}",
             f"peak memory: {memory.in_words(found.peak_bytes)} a {place}: "
             + ", ".join(f"{part} {memory.in_words(size)}" for part, size in found.peak.items() if size),
         ]
@@ -170,8 +172,14 @@ def plan(
 
         config = footprint.config_of(recipe)
         predict = fitting.predictor(config, device)
-        if recipe.train.micro_batch_size == "auto":
-            recipe = fitting.largest(recipe, predict, capacity or fitting.room(recipe, device), device)
+        if capacity is not None or cpu:
+            recipe = fitting.settled(recipe, predict, capacity or fitting.room(recipe, device), device)
+        elif recipe.train.gradient_checkpointing == "auto":
+            recipe = changes.applied(recipe, {"train.gradient_checkpointing": True})
+            amount.notes.append(
+                "train.gradient_checkpointing: auto is taken for true, with which a step takes least; with --gpu-memory or "
+                "--gpu it is what fits"
+            )
         attention = stand_ins.named(recipe, config, device) or "eager"
         if cpu and attention not in ("varlen", "sdpa", "eager"):
             raise RecipeError(f"model.attention: {attention} does not train on CPUs; set sdpa, or auto")
@@ -240,8 +248,7 @@ def _counted(recipe: Recipe, data: prepare.Prepared) -> Amount:
         larger = min(larger, recipe.data.max_train_samples / rows)
     steps = count(recipe, round(len(data.train) * larger)).total
     of_sequence = account.tokens / max(1, len(data.train))
-    mean = min(recipe.data.max_length, account.tokens / max(1, rows))
-    return Amount(steps, round(steps * recipe.sequences_per_step * of_sequence), mean)
+    return Amount(steps, round(steps * recipe.sequences_per_step * of_sequence), data.train.mean_document())
 
 
 def _spoken(hours: float) -> str:

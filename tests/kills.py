@@ -29,7 +29,7 @@ import torch
 
 from tests.conftest import minimal, write_rows
 
-TIMES = ("tokens_per_second", "memory")
+TIMES = ("tokens_per_second", "trained_tokens_per_second", "tflops", "mfu", "memory")
 METHODS: dict[str, dict[str, Any]] = {
     "full": {},
     "lora": {"lora": {"rank": 2, "dropout": 0.1}},

@@ -136,7 +136,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, *, driver: bool, built: str | None 
     """One whose torch sees no GPU."""
     torch = SimpleNamespace(
         cuda=SimpleNamespace(is_available=lambda: False),
-        cpu=SimpleNamespace(_is_avx512_bf16_supported=lambda: bf16),
+        cpu=SimpleNamespace(get_capabilities=lambda: {"avx2": True, "avx512_bf16": bf16}),
         version=SimpleNamespace(cuda=built),
         __version__="2.13.0",
     )
@@ -149,7 +149,8 @@ def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     devices, bf16 = doctor._devices()
 
     assert devices.state == "ok"
-    assert (bf16.state, bf16.mend) == ("warning", "sft-recipe run RECIPE --set train.mixed_precision=no")
+    assert bf16.state == "warning"
+    assert bf16.mend == "sft-recipe run RECIPE --set train.mixed_precision=no --set model.dtype=float32"
 
 
 def test_a_gpu_that_torch_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -173,3 +173,31 @@ def test_a_run_with_auto_writes_the_number_down_and_goes_on_with_it(write_recipe
     resolved["train"]["micro_batch_size"] = 2
     (folder / "recipe.resolved.json").write_text(json.dumps(resolved), encoding="utf-8")
     assert fitting.resolved(load.load(file, []).recipe, folder).train.micro_batch_size == 2  # as it was begun
+
+
+def test_a_run_leaves_checkpointing_out_where_there_is_room_and_resumes_as_it_was_begun(
+    write_recipe: WriteRecipe,
+) -> None:
+    file = write_recipe(train={"gradient_checkpointing": "auto"})
+
+    folder, printed = run(file)
+
+    resolved = json.loads((folder / "recipe.resolved.json").read_text("utf-8"))
+    assert resolved["train"]["gradient_checkpointing"] is False
+    assert "gradient checkpointing off" in printed
+    resolved["train"]["gradient_checkpointing"] = 2
+    (folder / "recipe.resolved.json").write_text(json.dumps(resolved), encoding="utf-8")
+    assert fitting.resolved(load.load(file, []).recipe, folder).train.gradient_checkpointing == 2
+
+
+def test_checkpointing_of_a_gpu_that_is_not_known_is_all_layers(tmp_path: Path) -> None:
+    written = recipe(tmp_path, lora={})
+
+    unknown, large, small = plan(written), plan(written, gpu="H200"), plan(written, gpu_memory="24GB")
+
+    assert unknown.recipe.train.gradient_checkpointing is True
+    assert any("auto is taken for true" in note for note in unknown.amount.notes)
+    assert large.recipe.train.gradient_checkpointing is False
+    assert large.found.peak_bytes > unknown.found.peak_bytes
+    assert "gradient checkpointing off" in large.lines()[1]
+    assert small.fits

@@ -58,6 +58,13 @@ class Sequences:
 
         return pyarrow.Table.from_batches(self._batches())
 
+    def mean_document(self) -> float:
+        """Length in tokens of what sees itself alone, as a token meets it: of all tokens the mean length of theirs."""
+        lengths = (self.end - self.start).astype(np.float64)
+        if not self.isolated:
+            lengths = np.diff(np.concatenate([[0.0], np.cumsum(lengths)])[self.bounds])
+        return float((lengths**2).sum() / max(lengths.sum(), 1.0))
+
     def __getitem__(self, sequence: int) -> dict[str, list[int]]:
         """One row of the table."""
         if not 0 <= sequence < len(self):

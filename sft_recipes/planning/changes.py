@@ -12,6 +12,7 @@ from sft_recipes.recipe.schema import DEFAULT_GLOBAL_BATCH_SIZE, Recipe
 Change = dict[str, Any]  # dotted keys and their values, as --set takes them
 Predict = Callable[[Recipe], Footprint]  # of one process that trains the whole model
 _MOST_GPUS = 64
+RECOMPUTED: tuple[int | bool, ...] = (4, 3, 2, True)  # train.gradient_checkpointing, fastest first
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,9 @@ def candidates(recipe: Recipe, attention: str | None) -> Iterator[tuple[str, lis
     model, train, launch = recipe.model, recipe.train, recipe.launch
     if attention is not None:
         yield "attention", [{"model.attention": attention}]
-    every = train.gradient_checkpointing
-    if every is not True and every != 1:
-        milder = [n for n in (4, 3, 2) if every is False or n < every]
-        yield (
-            "checkpointing",
-            [*({"train.gradient_checkpointing": n} for n in milder), {"train.gradient_checkpointing": True}],
-        )
+    if train.recomputed != 1:
+        more = [n for n in RECOMPUTED if train.recomputed == 0 or n < train.recomputed]  # True is 1
+        yield "checkpointing", [{"train.gradient_checkpointing": n} for n in more]
     assert isinstance(train.micro_batch_size, int)
     if smaller := [size for size in micro_batch_sizes(recipe) if size < train.micro_batch_size]:
         yield "micro-batch", [{"train.micro_batch_size": size} for size in reversed(smaller)]

@@ -1,5 +1,6 @@
 """How much there is to compute, and about how long that takes on a GPU."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,8 +40,17 @@ GPUS = (
 )
 
 
-def flops_per_token(recipe: Recipe, found: Footprint, text_config: Any, document: float, *, dense: bool) -> float:
-    """Floating-point operations of training on one token, forward and backward.
+def flops_per_token(
+    recipe: Recipe,
+    found: Footprint,
+    text_config: Any,
+    document: float,
+    *,
+    dense: bool = False,
+    model_only: bool = False,
+) -> float:
+    """Floating-point operations of training on one token, forward and backward; `model_only`: without what is computed twice
+    or masked, as the utilisation of a device counts them.
 
     6 for each parameter of a layer and of the head (2 forward, 4 backward; 4 in all where it is frozen, and 6 for each of an
     adapter; of experts those that a token passes), 2 more where a layer is recomputed, and 2 for the head, whose logits TRL's
@@ -50,8 +60,7 @@ def flops_per_token(recipe: Recipe, found: Footprint, text_config: Any, document
     `document` is the mean length of the document that a token is in.
     """
     train = recipe.train
-    every = 1 if isinstance(train.gradient_checkpointing, bool) else train.gradient_checkpointing
-    recomputed = 1 / every if train.gradient_checkpointing else 0.0
+    recomputed = 1 / train.recomputed if train.recomputed and not model_only else 0.0
     hidden, heads = int(text_config.hidden_size), int(text_config.num_attention_heads)
     width: int = heads * (getattr(text_config, "head_dim", None) or hidden // heads)
     head = int(text_config.vocab_size) * hidden
@@ -64,7 +73,7 @@ def flops_per_token(recipe: Recipe, found: Footprint, text_config: Any, document
     if experts and chosen:
         layers -= found.experts * (1 - chosen / experts)
     frozen = recipe.lora is not None
-    work = layers * ((4 if frozen else 6) + 2 * recomputed) + head * ((4 if frozen else 6) + 2)
+    work = layers * ((4 if frozen else 6) + 2 * recomputed) + head * ((4 if frozen else 6) + 2 * (not model_only))
     work += adapters * (6 + 2 * recomputed)
     seen = document
     if dense:
@@ -82,6 +91,16 @@ def hours(flops: float, gpu: GPU, number: int) -> tuple[float, float]:
 def gpus_of(gigabytes: float) -> list[GPU]:
     """Those with about that much memory."""
     return [gpu for gpu in GPUS if abs(gpu.gigabytes - gigabytes) <= 0.07 * gigabytes]
+
+
+def peak_rate(device: str) -> float | None:
+    """Operations a second of the GPU that a driver names so; None for one that is not in the table, or a board that is given
+    less power than those."""
+    words = re.split(r"[^a-z0-9]+", device.lower())
+    if not {"pcie", "nvl", "laptop", "max"}.isdisjoint(words):
+        return None
+    of_name = {gpu.name.lower().removeprefix("rtx-").split("-")[0]: gpu.teraflops * 1e12 for gpu in GPUS}
+    return next((of_name[word] for word in words if word in of_name), None)
 
 
 def gpu_named(name: str) -> GPU | None:

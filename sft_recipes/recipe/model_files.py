@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import re
 import struct
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,23 @@ def could_be_hub_id(name: str) -> bool:
 def location(name: str) -> str:
     """What `from_pretrained` is to be given: a directory or a hub id."""
     return str(directory(name) or name)
+
+
+def read_ahead(name: str, revision: str | None) -> None:
+    """Have the system read the weights from the disk, if they are on it, while something else is done; errors are left to who
+    loads them."""
+    with suppress(Exception):
+        folder = directory(name)
+        if folder is None:
+            from huggingface_hub import snapshot_download
+
+            folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        for file in sorted(folder.glob("*.safetensors")):
+            descriptor = os.open(file, os.O_RDONLY)
+            try:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)  # Linux; elsewhere nothing is read ahead
+            finally:
+                os.close(descriptor)
 
 
 def config(folder: Path) -> dict[str, Any]:

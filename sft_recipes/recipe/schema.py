@@ -151,14 +151,24 @@ class Train(_Section):
     """Type that matrix products are computed in (autocast); no: in the weights' own."""
     optimizer: str = "adamw_torch_fused"
     """Any optimizer transformers knows, or adamw_8bit_sr: 8-bit states and stochastic rounding (extra: torchao)."""
-    gradient_checkpointing: bool | Positive = True
-    """Recompute activations in the backward pass to save memory; N: of every Nth layer."""
+    gradient_checkpointing: bool | Positive | Literal["auto"] = "auto"
+    """Recompute activations in the backward pass to save memory; N: of every Nth layer; auto: of as few as must be."""
     compile: bool = False
     """torch.compile the model."""
     preflight: bool = True
     """Try the model on the data before the first step: isolation, the longest micro-batch, gradients, the base."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Of the split, the order of the data, new weights and dropout."""
+
+    @property
+    def recomputed(self) -> int:
+        """Of how many layers one is recomputed, 0 where none is; auto is taken for true where it is not settled yet."""
+        return 1 if self.gradient_checkpointing == "auto" else int(self.gradient_checkpointing)
+
+    @property
+    def recomputed_in_words(self) -> str:
+        every = self.recomputed
+        return "off" if not every else "every layer" if every == 1 else f"every {every} layers"
 
 
 class Prompt(_Section):

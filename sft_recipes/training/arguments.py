@@ -19,7 +19,6 @@ def sft_config(recipe: Recipe, steps: Steps, run_dir: Path, *, validates: bool) 
     optimizer = {"optim": train.optimizer}
     if train.optimizer == STOCHASTIC_ROUNDING:
         optimizer = {"optim": "adamw_torch_8bit", "optim_args": "bf16_stochastic_round=True"}
-    every_n = 1 if isinstance(train.gradient_checkpointing, bool) else train.gradient_checkpointing
     config = {
         "output_dir": str(run_dir / "checkpoints"),
         # data
@@ -29,6 +28,7 @@ def sft_config(recipe: Recipe, steps: Steps, run_dir: Path, *, validates: bool) 
         "padding_free": padding_free(recipe),
         "train_sampling_strategy": "random" if recipe.data.shuffle else "sequential",
         "dataloader_pin_memory": on_gpu,
+        "accelerator_config": {"non_blocking": on_gpu},  # the next micro-batch is copied while one is computed
         # steps
         "max_steps": steps.total,
         "per_device_train_batch_size": train.micro_batch_size,
@@ -43,8 +43,8 @@ def sft_config(recipe: Recipe, steps: Steps, run_dir: Path, *, validates: bool) 
         # numbers
         "bf16": train.mixed_precision == "bf16",
         "fp16": train.mixed_precision == "fp16",
-        "activation_checkpointing": bool(train.gradient_checkpointing),
-        "activation_checkpointing_kwargs": {"every_n_layers": every_n} if every_n > 1 else None,
+        "activation_checkpointing": train.recomputed > 0,
+        "activation_checkpointing_kwargs": {"every_n_layers": train.recomputed} if train.recomputed > 1 else None,
         "torch_compile": train.compile,
         "use_cpu": not on_gpu,
         "seed": train.seed,

@@ -1,6 +1,7 @@
 """Predictions where the training is to run: the largest micro-batch that fits, and what to change where none does."""
 
 import json
+from bisect import bisect_left
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -11,8 +12,8 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import PreTrainedConfig
 
-from sft_recipes.errors import RecipeError
-from sft_recipes.planning import changes, memory, sharding
+from sft_recipes.errors import ModelError, RecipeError
+from sft_recipes.planning import changes, memory, sharding, speed
 from sft_recipes.planning.changes import Predict
 from sft_recipes.planning.memory import Footprint
 from sft_recipes.recipe.schema import Recipe
@@ -21,13 +22,22 @@ from sft_recipes.training import footprint, stand_ins
 # Of the host's memory that tensors may come to: oneDNN makes buffers of its own beside torch's allocator (SmolLM2 in bfloat16,
 # 4,096 tokens, checkpointed: 4.3 GiB predicted, 10.2 in the process).
 _SHARE_OF_HOST = 0.4
+# Tokens of a micro-batch, from which on more at once bring less than recomputing costs (not measured on a GPU).
+_ENOUGH = 4096
 # What a footprint does not depend on: changes of it need no other run.
 _IRRELEVANT = {"eval", "checkpoint", "log", "export", "output_dir", "launch"}
+_PREDICTORS: dict[tuple[str, str], Predict] = {}  # by config and device
 
 
 def predictor(config: PreTrainedConfig, device: str) -> Predict:
-    """Predictions for one model; each is made once."""
+    """Predictions for one model; each is made once in a process."""
+    key = config.to_json_string(use_diff=False), device
+    if key not in _PREDICTORS:
+        _PREDICTORS[key] = _predictor(config, device)
+    return _PREDICTORS[key]
 
+
+def _predictor(config: PreTrainedConfig, device: str) -> Predict:
     @cache
     def predicted(relevant: str, accumulates: bool) -> Footprint:
         recipe = Recipe.model_validate(json.loads(relevant) | {"output_dir": "x"})
@@ -76,24 +86,75 @@ def largest(recipe: Recipe, predict: Predict, capacity: float, device: str) -> R
     return with_size(sizes[low - 1])
 
 
+def settled(recipe: Recipe, predict: Predict, capacity: float, device: str) -> Recipe:
+    """The recipe with what it leaves to auto settled for `capacity` bytes: gradient checkpointing of as few layers as must be,
+    the largest micro-batch. Raises RecipeError where a single sequence does not fit, and ModelError where nothing can be
+    predicted."""
+    sizes = recipe.train.micro_batch_size == "auto"
+    if recipe.train.gradient_checkpointing != "auto":
+        return largest(recipe, predict, capacity, device) if sizes else recipe
+
+    def with_layers(layers: bool | int) -> Recipe:
+        return changes.applied(recipe, {"train.gradient_checkpointing": layers})
+
+    if sizes:
+        with suppress(RecipeError):  # where no sequence fits without recomputing
+            without = largest(with_layers(False), predict, capacity, device)
+            assert isinstance(without.train.micro_batch_size, int)
+            if without.train.micro_batch_size * recipe.data.max_length >= _ENOUGH:
+                return without
+        recipe = largest(with_layers(True), predict, capacity, device)
+
+    def fits(layers: bool | int) -> bool:
+        changed = with_layers(layers)
+        return memory.fits(sharding.on_rank(predict(changed), changed, device), capacity, device)
+
+    # Where not even all layers suffice it is left at that: the preflight says what would.
+    return with_layers(
+        False if fits(False) else changes.RECOMPUTED[bisect_left(changes.RECOMPUTED[:-1], True, key=fits)]
+    )
+
+
 def resolved(recipe: Recipe, run_dir: Path) -> Recipe:
-    """The recipe with a number for `micro_batch_size: auto`: that with which a run in `run_dir` was begun, else the largest
-    that fits into the memory that is free now."""
-    if recipe.train.micro_batch_size != "auto":
+    """The recipe with what it leaves to auto settled: as a run in `run_dir` was begun, else for the memory that is free now.
+
+    All layers are checkpointed where the memory cannot be predicted.
+    """
+    recipe = _as_begun(recipe, run_dir)
+    if "auto" not in (recipe.train.micro_batch_size, recipe.train.gradient_checkpointing):
         return recipe
+    try:
+        config, device = footprint.config_of(recipe), _device()
+        return settled(recipe, predictor(config, device), room(recipe, device), device)
+    except ModelError:
+        if recipe.train.micro_batch_size == "auto":
+            raise
+        return changes.applied(recipe, {"train.gradient_checkpointing": True})
+
+
+def _as_begun(recipe: Recipe, run_dir: Path) -> Recipe:
     begun = run_dir / "recipe.resolved.json"
     with suppress(OSError, ValueError, LookupError, TypeError):  # a damaged file is said when it is compared
-        size = json.loads(begun.read_text(encoding="utf-8"))["train"]["micro_batch_size"]
-        if size in changes.micro_batch_sizes(recipe):
-            return changes.applied(recipe, {"train.micro_batch_size": size})
-    config, device = footprint.config_of(recipe), _device()
-    return largest(recipe, predictor(config, device), room(recipe, device), device)
+        used = json.loads(begun.read_text(encoding="utf-8"))["train"]
+        size, layers = used["micro_batch_size"], used["gradient_checkpointing"]
+        if recipe.train.micro_batch_size == "auto" and size in changes.micro_batch_sizes(recipe):
+            recipe = changes.applied(recipe, {"train.micro_batch_size": size})
+        if recipe.train.gradient_checkpointing == "auto" and isinstance(layers, int):
+            recipe = changes.applied(recipe, {"train.gradient_checkpointing": layers})
+    return recipe
 
 
 def here(recipe: Recipe) -> Footprint:
     """What one rank is predicted to take on this machine. Raises ModelError where that cannot be said."""
     config, device = footprint.config_of(recipe), _device()
     return sharding.on_rank(predictor(config, device)(recipe), recipe, device)
+
+
+def model_flops_per_token(recipe: Recipe, document: float) -> float:
+    """Operations that the model takes to train on a token, of documents of that mean length. Raises ModelError."""
+    config, device = footprint.config_of(recipe), _device()
+    whole = predictor(config, device)(recipe)
+    return speed.flops_per_token(recipe, whole, config.get_text_config(), document, model_only=True)
 
 
 def advice(recipe: Recipe) -> str:

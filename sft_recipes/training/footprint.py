@@ -23,7 +23,7 @@ from sft_recipes.planning.memory import Footprint, extrapolate
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.training import stand_ins
 from sft_recipes.training.arguments import padding_free
-from sft_recipes.training.model import DTYPES, keep_trainable_in_float32, load_config, with_adapters
+from sft_recipes.training.model import DTYPES, load_config, settle_types, with_adapters
 from sft_recipes.training.tracking import Tracker
 
 MOST_TOKENS = 2**22  # of a micro-batch: a trace goes through them in pieces
@@ -85,16 +85,10 @@ def _repeats(config: PreTrainedConfig, recipe: Recipe) -> tuple[int, int] | None
         first = len(kinds) - period
         while first and kinds[first - 1] == kinds[first - 1 + period]:
             first -= 1
-        together = math.lcm(period, _every(recipe))
+        together = math.lcm(period, max(recipe.train.recomputed, 1))
         if len(kinds) - first > 5 * together:
             return first, together
     return None
-
-
-def _every(recipe: Recipe) -> int:
-    """Of how many layers one is checkpointed."""
-    every = recipe.train.gradient_checkpointing
-    return 1 if isinstance(every, bool) else every
 
 
 def _kinds(config: PreTrainedConfig, recipe: Recipe) -> list[Any]:
@@ -163,7 +157,7 @@ def _model(recipe: Recipe, config: PreTrainedConfig, device: str) -> Any:
     if recipe.lora is not None:
         new_rows = list(range(known, known + len(recipe.model.new_tokens)))
         model = with_adapters(model, recipe.lora, recipe.model, new_rows)
-        keep_trainable_in_float32(model, autocast=recipe.train.mixed_precision != "no")
+        settle_types(model, recipe)
     return model
 
 
@@ -183,8 +177,8 @@ class _Step:
         self._give_storages()
         trl_utils.add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
         train = self.recipe.train
-        if train.gradient_checkpointing:
-            base.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=_every(self.recipe))
+        if train.recomputed:
+            base.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=train.recomputed)
         self.model.train()
         layers = _layers(base)
         self._mark(base, layers)
@@ -194,7 +188,8 @@ class _Step:
                 lambda parameter: self.tracker.belongs(parameter.grad, "gradients")
             )
         step = self._optimizer(trained)
-        with stand_ins.of(self.device, self.tracker, half=train.mixed_precision != "no"):
+        half, loss_type = train.mixed_precision != "no", self.recipe.trl.get("loss_type", "nll")
+        with stand_ins.of(self.device, self.tracker, half=half, loss_type=loss_type):
             # The first step makes the optimizer's states; its gradients need no backward pass.
             for parameter in trained:
                 parameter.grad = torch.empty_like(parameter)

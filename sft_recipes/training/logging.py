@@ -16,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import get_reporting_integration_callbacks
 
 from sft_recipes import files
+from sft_recipes.planning import speed
 
 # Names of the Trainer's log, and of metrics.jsonl.
 _NAMES = {
@@ -23,6 +24,7 @@ _NAMES = {
     "learning_rate": "learning_rate",
     "grad_norm": "grad_norm",
     "num_input_tokens_seen": "tokens",
+    "trained_tokens": "trained_tokens",
     "mean_token_accuracy": "token_accuracy",
     "entropy": "entropy",
     "eval_loss": "eval_loss",
@@ -48,19 +50,15 @@ class Metrics(TrainerCallback):
         self.file = file
         self.warn = warn
         self.shows = shows
-        self.seconds = 0.0  # in training steps since the last record, without evaluation and saving
-        self.tokens = 0  # seen up to the last record
+        self.seconds = 0.0  # in training steps since the last record, data included, without evaluation and saving
+        self.before: dict[str, Any] = {}  # tokens up to the last record
         self.began = 0.0
+        self.flops_per_token: float | None = None  # of the model, where that is known
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.tokens = state.num_input_tokens_seen
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def begin(self, tokens: int, trained_tokens: torch.Tensor | int) -> None:
+        """A step begins after so many tokens: its data is about to be asked for."""
         self.began = time.monotonic()
+        self.before = self.before or {"tokens": tokens, "trained_tokens": int(trained_tokens)}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.seconds += time.monotonic() - self.began
@@ -75,9 +73,7 @@ class Metrics(TrainerCallback):
         line: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4)}
         line |= {ours: logs[theirs] for theirs, ours in _NAMES.items() if theirs in logs}
         if "loss" in logs:
-            seen = line["tokens"] - self.tokens
-            line["tokens_per_second"] = round(seen / self.seconds, 1) if self.seconds else None
-            self.seconds, self.tokens = 0.0, line["tokens"]
+            line |= self._speed(line, args.world_size)
         line["memory"] = round(peak_memory(), 3)
         try:
             files.append(self.file, json.dumps(line) + "\n")
@@ -85,6 +81,25 @@ class Metrics(TrainerCallback):
                 show(line)
         except Exception as error:
             self.warn(_first_line(f"{self.file}: step {state.global_step} is not recorded: {error!r}"))
+
+    def _speed(self, line: dict[str, Any], devices: int) -> dict[str, float | None]:
+        """Tokens a second, of all and of those trained on, over all devices. Per device the model's operations, in 10^12 a
+        second, and of a GPU's peak rate the share that they are."""
+        seconds, before = self.seconds, self.before
+        self.seconds, self.before = 0.0, line
+        if not seconds:
+            return dict.fromkeys(("tokens_per_second", "trained_tokens_per_second"))
+        rate = (line["tokens"] - before["tokens"]) / seconds
+        found: dict[str, float | None] = {
+            "tokens_per_second": round(rate, 1),
+            "trained_tokens_per_second": round((line["trained_tokens"] - before["trained_tokens"]) / seconds, 1),
+        }
+        if self.flops_per_token is not None:
+            flops = rate * self.flops_per_token / devices
+            found["tflops"] = round(flops / 1e12, 3)
+            if peak := speed.peak_rate(torch.cuda.get_device_name()) if torch.cuda.is_available() else None:
+                found["mfu"] = round(flops / peak, 4)
+        return found
 
 
 class Display(TrainerCallback):

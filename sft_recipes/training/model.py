@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import torch
 import transformers
+from peft.tuners.lora import LoraLayer
 from peft.utils.other import TrainableTokensWrapper
 from safetensors import SafetensorError
 from transformers import (
@@ -264,6 +265,19 @@ def _linear_names(model: PreTrainedModel) -> str:
 def _name_of(model: PreTrainedModel, wanted: torch.nn.Module | None) -> str:
     """Last part of a module's name, by which PEFT finds it; "" where it is none of the model's."""
     return next((name.rpartition(".")[2] for name, module in model.named_modules() if module is wanted), "")
+
+
+def settle_types(model: torch.nn.Module, recipe: schema.Recipe) -> None:
+    """The types in which what LoRA trains is held and computed, of a model that is otherwise ready to train."""
+    assert recipe.lora is not None
+    autocast = recipe.train.mixed_precision != "no"
+    keep_trainable_in_float32(model, autocast=autocast)
+    # PEFT makes a float32 copy of each adapter's input, which autocast takes back: without it the product is the same to the
+    # bit. What dropout and DoRA compute on that copy is not.
+    if autocast and not recipe.lora.dropout and not recipe.lora.use_dora:
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                module.cast_input_dtype_enabled = False
 
 
 def keep_trainable_in_float32(model: torch.nn.Module, *, autocast: bool) -> None:

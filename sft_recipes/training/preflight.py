@@ -51,18 +51,19 @@ def examine(trainer: Any, *, packed: bool) -> Preflight:
         found.figures["base"] = _know_the_language(trainer, found.warnings)
         if packed:
             found.figures["isolation"] = check_isolation(trainer)
-        found.figures["predicted_gib"] = _predicted(trainer.recipe)
+        found.figures |= _predicted(trainer.recipe, trainer.rows.mean_document())
         found.figures["longest"] = _run_the_longest(trainer, found.warnings)
     found.figures["seconds"] = round(time.perf_counter() - began, 1)
     return found
 
 
-def _predicted(recipe: Recipe) -> float | None:
-    """Peak memory of full sequences in GiB, None for a model that cannot be predicted."""
+def _predicted(recipe: Recipe, document: float) -> dict[str, float | None]:
+    """Peak memory of full sequences in GiB, and the model's operations a token; None for a model that cannot be predicted."""
     try:
-        return round(fitting.here(recipe).peak_bytes / GIB, 3)
+        peak, flops = fitting.here(recipe).peak_bytes, fitting.model_flops_per_token(recipe, document)
+        return {"predicted_gib": round(peak / GIB, 3), "flops_per_token": flops}
     except ModelError:
-        return None
+        return {"predicted_gib": None, "flops_per_token": None}
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from safetensors import SafetensorError
 
@@ -27,6 +28,7 @@ class Saving(transformers.Trainer):
     warn: Callable[[str], None]
     agree: Callable[[bool], bool]  # whether it holds in any of the processes
     skipped_steps: int
+    trained_tokens: torch.Tensor | int
     stopped: bool  # on request
     saved: Path | None = None  # the last complete checkpoint
     best: tuple[float | None, int | None] = (None, None)  # validation loss and step of the best one
@@ -111,6 +113,7 @@ class Saving(transformers.Trainer):
             "tokens": self._total_train_tokens,
             "skipped_steps": self.skipped_steps,
             "processes": self.args.world_size,
+            "trained_tokens": int(self.trained_tokens),
         }
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -140,6 +143,8 @@ class Saving(transformers.Trainer):
                     f"{best}, with the lowest validation loss so far, cannot be used: {fault}; a later one will be"
                 )
         self.best = (self.state.best_metric, self.state.best_global_step)
+        if self.saved is not None and (file := self.saved / self._running_file).is_file():
+            self.trained_tokens = json.loads(file.read_text(encoding="utf-8"))["trained_tokens"]
         return trained
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:

@@ -16,6 +16,7 @@ from trl.trainer import utils as trl_utils
 
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.training import attention as varlen
+from sft_recipes.training import head
 from sft_recipes.training.arguments import padding_free
 from sft_recipes.training.tracking import Tracker
 
@@ -118,22 +119,24 @@ def _sdpa(query: Any, key: Any, value: Any, attn_mask: Any = None, **_: Any) -> 
 
 
 class _Head:
-    """TRL's loss on a GPU: of trained tokens only (here all), which are copied together first."""
+    """The loss, with its phases marked. On a GPU, and where it is not TRL's own, it is that of the trained tokens only (here
+    all), which are copied together first."""
 
-    def __init__(self, tracker: Tracker, *, gathers: bool) -> None:
-        self.tracker, self.gathers = tracker, gathers
+    def __init__(self, tracker: Tracker, device: str, loss_type: str) -> None:
+        self.tracker = tracker
+        own = head.applies(device, loss_type)
+        self.gathers = own or device == "cuda"
+        self.loss: Any = head.Head if own else chunked_logprob.ChunkedLogProbFunction
 
     def apply(self, hidden: torch.Tensor, *args: Any) -> Any:
         if hidden.requires_grad:  # reached when the loss's own backward pass is done
             hidden.register_hook(lambda _: self.tracker.enter("backward, upper layers", "activations"))
         with self.tracker.during("loss, forward", "head"):
-            if self.gathers:
-                hidden = hidden.clone()
-            return chunked_logprob.ChunkedLogProbFunction.apply(hidden, *args)
+            return self.loss.apply(hidden.clone() if self.gathers else hidden, *args)
 
 
 @contextmanager
-def of(device: str, tracker: Tracker, *, half: bool) -> Iterator[None]:
+def of(device: str, tracker: Tracker, *, half: bool, loss_type: str) -> Iterator[None]:
     """The phases of the loss are marked; and where the device is a GPU, its kernels stand in for the CPU's."""
     on_gpu = device == "cuda"
     normalise = torch.nn.functional.layer_norm
@@ -147,7 +150,7 @@ def of(device: str, tracker: Tracker, *, half: bool) -> Iterator[None]:
         return normalise(x.float(), shape, *(None if each is None else each.float() for each in (weight, bias)), eps)
 
     with (
-        patch.object(trl_utils, "_ChunkedLogProbFunction", _Head(tracker, gathers=on_gpu)),
+        patch.object(trl_utils, "_ChunkedLogProbFunction", _Head(tracker, device, loss_type)),
         # transformers makes a mask in any case where it cannot look at values; the tracker answers for them.
         patch.object(masking_utils, "is_tracing", lambda *_: False),
         # Of the kernel for experts torch knows the shapes in bfloat16 alone; the loop over them makes the same.

@@ -3,7 +3,7 @@
 import math
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -36,16 +36,17 @@ from sft_recipes.planning.steps import count
 from sft_recipes.recipe import model_files
 from sft_recipes.recipe.check import TORCHAO
 from sft_recipes.recipe.schema import Recipe
+from sft_recipes.recipe.upstream import imitates_bf16
 from sft_recipes.stopping import Stop
-from sft_recipes.training import attention, checkpoints, fitting, preflight, sharded
+from sft_recipes.training import attention, checkpoints, fitting, head, preflight, sharded
 from sft_recipes.training.arguments import padding_free, sft_config
 from sft_recipes.training.guards import Finite, Stops
 from sft_recipes.training.logging import Display, Metrics, trackers
 from sft_recipes.training.model import (
     count_parameters,
     is_out_of_memory,
-    keep_trainable_in_float32,
     reason_of,
+    settle_types,
     tokenizer_bytes,
 )
 from sft_recipes.training.preflight import Preflight
@@ -61,17 +62,29 @@ class Trainer(Saving, Shares, SFTTrainer):
     """SFTTrainer, but for what it leaves to chance: the weighting of the validation loss, the completeness of checkpoints
     (Saving), numbers that are not finite, and the end on request."""
 
+    metrics: Metrics
     samples: Samples | None = None
     preflight: Preflight | None = None  # None where the recipe goes without
     aux_loss_enabled: bool  # SFTTrainer's own: whether a mixture of experts also learns to balance them
 
-    def set_up(self, recipe: Recipe, run_dir: Path, rows: Sequences, warn: Callable[[str], None], stop: Stop) -> None:
+    def set_up(
+        self,
+        recipe: Recipe,
+        run_dir: Path,
+        rows: Sequences,
+        metrics: Metrics,
+        warn: Callable[[str], None],
+        stop: Stop,
+    ) -> None:
         """What a run needs beyond SFTTrainer's own arguments."""
-        self.recipe, self.run_dir, self.rows, self.warn, self.stop = recipe, run_dir, rows, warn, stop
+        self.recipe, self.run_dir, self.rows, self.metrics = recipe, run_dir, rows, metrics
+        self.warn, self.stop = warn, stop
         self.losses: list[torch.Tensor] = []  # of the micro-batches of this step
         self.grad_norm: torch.Tensor | float = 0.0  # of this step
         self.skipped_steps = 0
+        self.trained_tokens: torch.Tensor | int = 0  # in all processes; a tensor, so that no device is waited for
         self.stopped = False  # on request
+        self.own_head = head.applies(self.args.device.type, self.args.loss_type)
         # TRL gathers sums, of which nothing is to be cut off at the end of an epoch; else its averages over several processes
         # depend on where the run was resumed.
         self.accelerator.gather_for_metrics = self.accelerator.gather
@@ -79,6 +92,16 @@ class Trainer(Saving, Shares, SFTTrainer):
         self.add_callback(Stops(self, stop))
 
     # --- Each step ---
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        self.metrics.begin(self.state.num_input_tokens_seen, self.trained_tokens)
+        batches, trained_tokens = super().get_batch_samples(*args, **kwargs)
+        self.trained_tokens = self.trained_tokens + (trained_tokens or 0)
+        return batches, trained_tokens
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        with head.in_place_of_trls() if self.own_head else nullcontext():
+            return super().compute_loss(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -104,6 +127,10 @@ class Trainer(Saving, Shares, SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.skipped_steps and "loss" in logs:
             logs["skipped_steps"] = self.skipped_steps
+        if "loss" in logs:
+            logs["trained_tokens"] = int(self.trained_tokens)
+        if self.own_head:
+            self._metrics["train" if self.model.training else "eval"].pop("entropy", None)  # is not computed
         super().log(logs, start_time)
 
     def first(self, mine: str | None) -> str:
@@ -128,13 +155,16 @@ class Trainer(Saving, Shares, SFTTrainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Validation loss per token. The Trainer's own is a mean over batches, and moves with the micro-batch size."""
-        self._loss_and_count = torch.zeros(2, dtype=torch.float64)
+        self._losses_and_counts = list[torch.Tensor]()
         balances = self.aux_loss_enabled
         self.aux_loss_enabled = False  # a mixture's loss on its routing is none of the data's
         output = super().evaluation_loop(*args, **kwargs)
         self.aux_loss_enabled = balances
-        total = self._loss_and_count.to(self.args.device) if self.args.world_size > 1 else self._loss_and_count
-        loss, tokens = self.accelerator.reduce(total).tolist()
+        losses, counts = torch.stack(self._losses_and_counts).cpu().double().unbind(1)
+        total = torch.stack([(losses * counts).sum(), counts.sum()])
+        loss, tokens = self.accelerator.reduce(
+            total.to(self.args.device) if self.args.world_size > 1 else total
+        ).tolist()
         output.metrics["eval_loss"] = loss / max(tokens, 1)
         if not math.isfinite(loss):
             raise RunError(
@@ -150,15 +180,17 @@ class Trainer(Saving, Shares, SFTTrainer):
     def answers(self) -> dict[str, float]:
         """Answer the prompts now, and write the answers down; how many are right, where that is known."""
         assert self.samples is not None
-        return self.samples.take(self.model, self.state.global_step)
+        with self.accelerator.autocast():  # as the model is trained and validated
+            return self.samples.take(self.model, self.state.global_step)
 
     def prediction_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Any, Any, Any]:
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        tokens = (inputs["labels"][:, 1:] != IGNORED).sum().item()
-        if tokens:  # not where rows only fill the last batch up, and a mean is of nothing
-            self._loss_and_count += torch.tensor([loss.item() * tokens, tokens], dtype=torch.float64)
+        tokens = (inputs["labels"][:, 1:] != IGNORED).sum()
+        # Where rows only fill the last batch up, a mean is of nothing. Read at the end: no device is waited for.
+        loss_here = torch.where(tokens > 0, loss.float(), 0.0)
+        self._losses_and_counts.append(torch.stack([loss_here, tokens.float()]))
         return loss, logits, labels
 
     def _send_telemetry(self) -> None:
@@ -182,11 +214,12 @@ def build(
     disk.check_room(recipe, run_dir, *count_parameters(model), tokenizer_bytes(tokenizer))
     steps = count(recipe, len(data.train))
     keep_seq_lengths = padding_free(recipe)
-    display = Display(console)
 
     def warn(text: str) -> None:
         console.print(f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
+    display = Display(console)
+    metrics = Metrics(run_dir / "metrics.jsonl", warn, display.show)
     text_config = model.config.get_text_config()
     routing = {
         n: getattr(text_config, n) for n in ("output_router_logits", "router_aux_loss_coef") if hasattr(text_config, n)
@@ -206,17 +239,17 @@ def build(
             eval_dataset=_dataset(data.eval, keep_seq_lengths, at_once, tokenizer.pad_token_id) if data.eval else None,
             processing_class=tokenizer,
             callbacks=[
-                Metrics(run_dir / "metrics.jsonl", warn, display.show),
+                metrics,
                 display,
                 *trackers(recipe.log.to, run_dir, warn),
             ],
         )
-    trainer.set_up(recipe, run_dir, data.train, warn, stop or Stop())
+    trainer.set_up(recipe, run_dir, data.train, metrics, warn, stop or Stop())
     text_config.update(routing)  # SFTTrainer asks for what it needs; the exported model is not to
     for unwanted in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(unwanted)
     if recipe.lora is not None:
-        keep_trainable_in_float32(trainer.model, autocast=recipe.train.mixed_precision != "no")
+        settle_types(trainer.model, recipe)
     if recipe.train.optimizer in TORCHAO and not torch.cuda.is_available():
         # torchao compiles its step, which on a CPU takes a C++ compiler and minutes.
         torch.compiler.set_stance("force_eager")
@@ -227,12 +260,17 @@ def build(
         recipe, f"train.lr_scheduler: {recipe.train.lr_scheduler} (trl.lr_scheduler_kwargs sets it up)"
     ):
         trainer.create_scheduler(steps.total)
+    if arguments.device.type == "cpu" and recipe.train.mixed_precision == "bf16" and imitates_bf16(torch):
+        warn(
+            "train.mixed_precision: bf16 is imitated by this CPU, and slower than float32; set no, and model.dtype: float32"
+        )
     if recipe.train.preflight and recipe.launch.strategy not in sharded.SHARDED:
         with _as_recipe_error(recipe, f"model.name: {recipe.model.name}: it cannot run on the data"):
             trainer.preflight = preflight.examine(trainer, packed=keep_seq_lengths)
         trainer.preflight.figures["stop"] = preflight.where_answers_end(data, tokenizer)
         for warning in trainer.preflight.warnings:
             warn(warning)
+        metrics.flops_per_token = trainer.preflight.figures["flops_per_token"]
     if recipe.checkpoint.export_best:
         # Set after construction, where transformers would ask that checkpoints fall on evaluations: _SaveBest sees to that.
         trainer.args.load_best_model_at_end = True
@@ -261,8 +299,7 @@ def facts(recipe: Recipe, trainer: Trainer) -> list[str]:
     """What is about to run, in words."""
     total, trained = count_parameters(trainer.model)
     method = "full fine-tuning" if recipe.lora is None else "QLoRA" if recipe.model.quantization else "LoRA"
-    steps, layers = trainer.args.max_steps, recipe.train.gradient_checkpointing
-    recomputed = "off" if not layers else "every layer" if layers in (True, 1) else f"every {layers} layers"
+    steps = trainer.args.max_steps
     micro, accumulation, world = recipe.train.micro_batch_size, recipe.accumulation, trainer.args.world_size
     processes = f" x {world} processes" if world > 1 else ""
     _, why = attention.choose(recipe, trainer.model.config, "cuda" if torch.cuda.is_available() else "cpu")
@@ -273,7 +310,7 @@ def facts(recipe: Recipe, trainer: Trainer) -> list[str]:
         f"steps: {steps:,} of {recipe.sequences_per_step} sequences ({micro} x {accumulation} accumulated{processes}), "
         f"{int(trainer.args.warmup_steps):,} of them warmup, {recipe.train.lr_scheduler} to a learning rate of "
         f"{recipe.train.learning_rate:g}, {recipe.train.optimizer}, mixed precision {recipe.train.mixed_precision}, "
-        f"gradient checkpointing {recomputed}",
+        f"gradient checkpointing {recipe.train.recomputed_in_words}",
     ]
     if trainer.preflight is not None:
         found = trainer.preflight.figures

@@ -54,6 +54,16 @@ def test_one_sequence_a_row_without_packing(write_recipe: WriteRecipe) -> None:
     assert all(row["input_ids"][0] == bos and row["seq_lengths"] == [len(row["input_ids"])] for row in table(data))
 
 
+@pytest.mark.parametrize("packing", ["bfd", "wrapped", "none"])
+@pytest.mark.parametrize("together", ["true", "false"])
+def test_the_document_that_a_token_meets(write_recipe: WriteRecipe, packing: str, together: str) -> None:
+    if packing == "none" and together == "true":
+        return
+    data = prepared(write_recipe(), f"data.packing={packing}", f"data.cross_document_attention={together}")
+    lengths = [length for row in table(data) for length in row["seq_lengths"]]
+    assert data.train.mean_document() == pytest.approx(sum(n * n for n in lengths) / sum(lengths))
+
+
 def test_labels_are_not_shifted_and_their_first_is_not_trained(write_recipe: WriteRecipe) -> None:
     for row in table(prepared(write_recipe(), "data.train_on=all")):
         starts = {sum(row["seq_lengths"][:i]) for i in range(len(row["seq_lengths"]))}

@@ -41,6 +41,34 @@ def test_operations_of_adapters() -> None:
     assert found == pytest.approx(4 * (LAYERS + HEAD) + 2 * HEAD + 6 * adapters, rel=1e-9)
 
 
+def test_utilisation_counts_what_the_model_takes_once() -> None:
+    full = recipe(train={"gradient_checkpointing": 2})
+
+    found = speed.flops_per_token(full, EIGHT, Llama8B, 2048, dense=True, model_only=True)
+
+    assert found == pytest.approx(6 * (LAYERS + HEAD) + 6 * 32 * 4096 * 2048, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("device", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121),
+        ("NVIDIA RTX A6000", 155),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("Tesla T4", 65),
+        ("NVIDIA H100 PCIe", None),  # less power
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA A10G", None),
+        ("NVIDIA GH200 480GB", None),
+    ],
+)
+def test_the_peak_rate_of_a_gpu_as_its_driver_names_it(device: str, teraflops: float | None) -> None:
+    assert speed.peak_rate(device) == (teraflops and teraflops * 1e12)
+
+
 def test_a_mask_is_not_skipped() -> None:
     """All pairs of the micro-batch's tokens are computed, whichever documents they are of."""
     masked, skipped = (speed.flops_per_token(recipe(), EIGHT, Llama8B, 100, dense=dense) for dense in (True, False))

@@ -1,9 +1,11 @@
 import json
+import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from huggingface_hub import constants
 
 from sft_recipes.errors import ModelError
 from sft_recipes.recipe import model_files
@@ -84,3 +86,22 @@ def test_end_tokens(tmp_path: Path, content: str, ends: list[int]) -> None:
 
     assert model_files.end_tokens(str(tmp_path)) == ends
     assert model_files.end_tokens("owner/name") == []
+
+
+def test_weights_are_asked_for_ahead_wherever_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: asked.append(arguments[1:]), raising=False)
+    snapshot = tmp_path / "models--some--one" / "snapshots" / "1234"
+    for folder in (tmp_path / "here", snapshot):
+        for name in ("model-1.safetensors", "model-2.safetensors", "config.json"):
+            touch(folder / name)
+    touch(snapshot.parent.parent / "refs" / "main").joinpath("main").write_text("1234", encoding="utf-8")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+
+    model_files.read_ahead(str(tmp_path / "here"), None)
+    assert asked == [(0, 0, os.POSIX_FADV_WILLNEED)] * 2
+    model_files.read_ahead("some/one", None)
+    assert len(asked) == 4
+    model_files.read_ahead("some/other", None)  # is not there: whoever loads it says so
+    model_files.read_ahead("nowhere at all!", None)
+    assert len(asked) == 4

@@ -54,7 +54,6 @@ def test_one_console_one_directory(write_recipe: WriteRecipe, tmp_path: Path, in
     said = (tmp_path / "out").read_text("utf-8")
     assert said.count("steps: 3 of 4 sequences (2 x 1 accumulated x 2 processes)") == 1
     assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == [1, 3]
-    assert (tmp_path / "err").read_text("utf-8") == ""
     assert not list(tmp_path.glob("run/**/.*"))
 
 

@@ -25,7 +25,7 @@ from transformers import (
 
 from sft_recipes.data import prepare, tokens
 from sft_recipes.errors import ModelError
-from sft_recipes.planning import memory
+from sft_recipes.planning import changes, memory
 from sft_recipes.planning.memory import Footprint
 from sft_recipes.recipe import model_files
 from sft_recipes.recipe.schema import Recipe
@@ -93,7 +93,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 def recipe_of(folder: Path, sections: dict[str, Any]) -> Recipe:
     rows = folder / "rows.jsonl"
     # Documents of one length that is longer than a sequence and of one that is not, so that padded rows are met.
-    texts = (" ".join(f"word number {row} {n}" for n in range(4 if row % 4 else 60)) for row in range(60))
+    texts = (" ".join(f"word number {row} {n}" for n in range(60 if row % 4 else 4)) for row in range(60))
     rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     recipe: dict[str, Any] = {
         "model": {"name": str(folder / "model"), "dtype": "float32"},
@@ -356,10 +356,7 @@ def test_auto_is_the_largest_that_fits() -> None:
     }
     recipe = Recipe.model_validate(values)
     predict = fitting.predictor(CONFIGS["llama"], "cpu")
-    peak = {
-        size: predict(fitting.changes.applied(recipe, {"train.micro_batch_size": size})).peak_bytes
-        for size in (1, 4, 8)
-    }
+    peak = {size: predict(changes.applied(recipe, {"train.micro_batch_size": size})).peak_bytes for size in (1, 4, 8)}
 
     for size in (1, 4, 8):  # 8 is the largest power of two in 24
         chosen = fitting.largest(recipe, predict, peak[size], "cpu")
@@ -368,6 +365,53 @@ def test_auto_is_the_largest_that_fits() -> None:
     assert fitting.largest(recipe, predict, 2 * peak[8], "cpu").train.micro_batch_size == 8
     with pytest.raises(ValueError, match="not even 1 sequence fits"):
         fitting.largest(recipe, predict, peak[1] - 1, "cpu")
+
+
+def test_auto_checkpoints_as_few_layers_as_must_be() -> None:
+    recipe = Recipe.model_validate(LEAST | {"train": {"micro_batch_size": 4}})
+    predict = fitting.predictor(CONFIGS["llama"], "cpu")
+    every = (False, 4, 3, True)  # of 4 layers none, one, two, all
+    peak = {n: predict(changes.applied(recipe, {"train.gradient_checkpointing": n})).peak_bytes for n in every}
+    assert sorted(peak.values(), reverse=True) == list(peak.values())
+
+    for layers in every:
+        assert fitting.settled(recipe, predict, peak[layers], "cpu").train.gradient_checkpointing == layers
+    assert (
+        fitting.settled(recipe, predict, peak[1] / 2, "cpu").train.gradient_checkpointing is True
+    )  # it is left at that
+    assert fitting.settled(recipe, predict, peak[3], "cpu").train.micro_batch_size == 4
+
+
+def test_auto_of_both_prefers_no_checkpointing_once_a_micro_batch_is_large_enough() -> None:
+    recipe = Recipe.model_validate(
+        LEAST | {"data": {"train": "x", "max_length": 1024}, "train": {"micro_batch_size": "auto"}}
+    )
+    predict = fitting.predictor(CONFIGS["llama"], "cpu")
+
+    def peak(size: int, layers: bool) -> float:
+        sized = {"train.gradient_checkpointing": layers, "train.micro_batch_size": size}
+        return predict(changes.applied(recipe, sized)).peak_bytes
+
+    def chosen(capacity: float) -> tuple[Any, Any]:
+        train = fitting.settled(recipe, predict, capacity, "cpu").train
+        return train.micro_batch_size, train.gradient_checkpointing
+
+    assert chosen(peak(8, layers=False)) == (8, False)
+    assert chosen(peak(4, layers=False)) == (4, False)
+    size, layers = chosen(peak(2, layers=False))  # 2,048 tokens without, more with
+    assert size > 2
+    assert layers
+    with pytest.raises(ValueError, match="not even 1 sequence fits"):
+        chosen(peak(1, layers=True) - 1)
+
+
+def test_where_nothing_can_be_predicted_auto_checkpoints_every_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random_model(tmp_path, CONFIGS["llama"])
+    monkeypatch.setattr(footprint, "_layers", lambda _: 1 / 0)
+    recipe = recipe_of(tmp_path, {"train": {"gradient_checkpointing": "auto"}})
+    assert fitting.resolved(recipe, tmp_path).train.gradient_checkpointing is True
 
 
 # --- On a GPU ---------------------------------------------------------------------------------------------------------

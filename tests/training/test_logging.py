@@ -175,6 +175,26 @@ def test_a_console_that_nobody_reads_ends_no_run(write_recipe: WriteRecipe, tmp_
     assert run_folder.is_finished(tmp_path / "run")
 
 
+def test_tokens_and_rates_of_all_and_of_those_trained_on(write_recipe: WriteRecipe) -> None:
+    folder, _ = run(write_recipe(log={"every": 2}, eval={"every": None}), "train.max_steps=5", "train.preflight=true")
+
+    lines = [line for line in metrics(folder) if "loss" in line]
+    data = json.loads((folder / "data.json").read_text("utf-8"))["train"]
+    assert lines[-1]["step"] == 5
+    for line in lines:
+        share = line["trained_tokens_per_second"] / line["tokens_per_second"]
+        assert 0 < share < 1
+        assert line["tflops"] > 0
+        assert "mfu" not in line  # nobody says what this CPU could
+    # 5 steps of 4 of the sequences, which are fewer than 20: whole epochs and a part
+    per_token = data["trained_tokens"] / data["tokens"]
+    assert lines[-1]["trained_tokens"] / lines[-1]["tokens"] == pytest.approx(per_token, rel=0.2)
+    first, second = lines[:2]
+    between = (second["trained_tokens"] - first["trained_tokens"]) / (second["tokens"] - first["tokens"])
+    rates = second["trained_tokens_per_second"] / second["tokens_per_second"]
+    assert rates == pytest.approx(between, rel=0.01)
+
+
 def test_a_plot_that_fails_is_a_warning(write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("no fonts")

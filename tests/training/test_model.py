@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -132,6 +133,47 @@ def test_what_adapters_train_is_float32(write_recipe: WriteRecipe) -> None:
     types = {name: p.dtype for name, p in adapted.named_parameters() if p.requires_grad}
     assert {dtype for name, dtype in types.items() if "lora_" in name} == {torch.float32}
     assert {dtype for name, dtype in types.items() if "lora_" not in name} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4", "int8"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_without_a_float32_copy_of_an_adapters_input_every_bit_is_the_same(
+    write_recipe: WriteRecipe, quantization: str | None, checkpointing: bool
+) -> None:
+    file = write_recipe(lora={}, model={"dtype": "bfloat16", "quantization": quantization})
+    recipe = load.load(file, ["train.mixed_precision=bf16"]).recipe
+    found = []
+    for copies in (False, True):
+        adapted = loaded(file, f"model.quantization={quantization or 'null'}")
+        model.settle_types(adapted, recipe)
+        layers = [module for module in adapted.modules() if isinstance(module, LoraLayer)]
+        assert not any(layer.cast_input_dtype_enabled for layer in layers)
+        for layer in layers:
+            layer.cast_input_dtype_enabled = copies
+            torch.nn.init.normal_(layer.lora_B["default"].weight, generator=torch.Generator().manual_seed(0))
+        if checkpointing:
+            adapted.gradient_checkpointing_enable({"use_reentrant": False})
+        ids = torch.arange(300).reshape(2, 150)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = adapted.train()(input_ids=ids, labels=ids).loss
+        loss.backward()
+        found.append([loss, *(p.grad for p in adapted.parameters() if p.requires_grad)])
+
+    assert all(torch.equal(without, with_) for without, with_ in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("kept", ["lora={dropout: 0.1}", "lora={use_dora: true}", "train.mixed_precision=no"])
+def test_the_copy_stays_where_something_is_computed_on_it(write_recipe: WriteRecipe, kept: str) -> None:
+    overrides = [
+        "model.dtype=bfloat16",
+        "train.mixed_precision=bf16",
+        *({"lora={}"} if kept.startswith("train") else ()),
+        kept,
+    ]
+    file = write_recipe()
+    adapted = loaded(file, *overrides)
+    model.settle_types(adapted, load.load(file, overrides).recipe)
+    assert all(part.cast_input_dtype_enabled for part in adapted.modules() if isinstance(part, LoraLayer))
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])

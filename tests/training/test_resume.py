@@ -16,6 +16,7 @@ from sft_recipes.recipe import load
 from sft_recipes.stopping import Stop, on_request
 from sft_recipes.training import checkpoints, model, trainer
 from tests.conftest import WriteRecipe, build, metrics
+from tests.kills import TIMES
 
 # 18 training rows: with these lengths 7 sequences packed at 128, 9 steps of 2 an epoch where each row is alone.
 LORA = {"lora": {"rank": 2, "dropout": 0.1}}
@@ -86,10 +87,7 @@ def test_stopped_again_and_again(write_recipe: WriteRecipe, tmp_path: Path, name
 
 
 def without_times(folder: Path) -> list[dict[str, Any]]:
-    return [
-        {key: value for key, value in line.items() if key not in ("tokens_per_second", "memory")}
-        for line in metrics(folder)
-    ]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in metrics(folder)]
 
 
 def test_a_run_that_ended_is_not_trained_further(write_recipe: WriteRecipe, tmp_path: Path) -> None:

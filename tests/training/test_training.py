@@ -2,11 +2,13 @@
 
 import math
 import shutil
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch.nn.functional import cross_entropy
 from transformers import (
     AutoTokenizer,
@@ -103,6 +105,25 @@ def test_the_rate_of_every_step_is_that_of_the_formula(write_recipe: WriteRecipe
     assert [line["learning_rate"] for line in metrics(folder)] == pytest.approx(
         [1e-3 * rate for rate in expected], rel=1e-6
     )
+
+
+def test_bf16_on_a_cpu_without_it_is_a_warning(
+    write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said, recipe = Console(file=StringIO()), write_recipe()
+    conftest.build(recipe, tmp_path / "has", "train.mixed_precision=bf16", console=said)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    conftest.build(recipe, tmp_path / "no", console=said)
+    assert said.file.getvalue() == ""
+    conftest.build(recipe, tmp_path / "imitates", "train.mixed_precision=bf16", console=said)
+    assert "train.mixed_precision: bf16 is imitated by this CPU" in said.file.getvalue()
+
+
+def test_answers_are_given_in_the_types_of_the_training(write_recipe: WriteRecipe) -> None:
+    recipe = write_recipe(lora={}, model={"dtype": "bfloat16"}, eval={"generate": ["Say it."], "max_new_tokens": 3})
+    sft = build(recipe, "train.mixed_precision=bf16")
+    assert sft.answers() == {}
+    assert (sft.run_dir / "samples.jsonl").read_text("utf-8")
 
 
 def test_the_validation_loss_does_not_depend_on_the_micro_batch(write_recipe: WriteRecipe, tmp_path: Path) -> None:
