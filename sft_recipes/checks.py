@@ -65,7 +65,7 @@ def preview(
     loaded, warnings = accepted(recipe_file, overrides)
     console = console or Console(highlight=False, soft_wrap=True)
     with loaded.placing_errors():
-        tokenizer, missing = _tokenizer(loaded.recipe.model)
+        tokenizer, missing = tokenizer_of(loaded.recipe.model)
         if tokenizer is None:
             raise ModelError(f"model.name: {missing}")
         if tokenizer.rebuilt:
@@ -89,7 +89,7 @@ def _examine_data(recipe: Recipe) -> Findings:
     if remote := _on_the_hub(recipe):
         line = f"data: {', '.join(remote)} is looked for on the hub when the run starts; rows and steps are not counted"
         return Findings([line], [])
-    tokenizer, missing = _tokenizer(recipe.model)
+    tokenizer, missing = tokenizer_of(recipe.model)
     if tokenizer is None:
         lines = []
         for source in reading.every_source(recipe.data):
@@ -169,7 +169,7 @@ def _on_the_hub(recipe: Recipe) -> list[str]:
     return remote
 
 
-def _tokenizer(model: Model) -> tuple[LightTokenizer | None, str]:
+def tokenizer_of(model: Model) -> tuple[LightTokenizer | None, str]:
     """The model's tokenizer, from its directory or the hub; or None and why."""
     folder = model_files.directory(model.name)
     if folder is None:

@@ -58,6 +58,9 @@ def run(
     force: Annotated[
         bool, typer.Option("--force", help="Resume with other versions, or other settings that do no harm.")
     ] = False,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Processes on this machine, one a device; as launch.processes.")
+    ] = None,
     stop_after: Annotated[
         str | None, typer.Option(metavar="TIME", help="Stop after 3h, 90m, 1h30m, with a checkpoint; exit code 75.")
     ] = None,
@@ -68,20 +71,33 @@ def run(
     from sft_recipes import stopping
     from sft_recipes.recipe import check as recipe_check
     from sft_recipes.recipe.model_files import read_ahead
+    from sft_recipes.scale import ranks
 
     if force and not resume:
         raise RecipeError("--force goes with --resume: it lets a run continue with other versions or settings")
     limit = None if stop_after is None else stopping.seconds(stop_after)
+    ranks.end_with_launcher()
+    if processes is not None:
+        overrides = [*overrides, f"launch.processes={processes}"]
     again = sys.argv[1:] if "--resume" in sys.argv else [*sys.argv[1:], "--resume"]
-    started = "torchrun ... -m sft_recipes.cli" if "WORLD_SIZE" in os.environ else "sft-recipe"
-    with stopping.on_request(limit, f"{started} {shlex.join(again)}") as stop:
+    started = "torchrun ... -m sft_recipes.cli" if "LOCAL_RANK" in os.environ else "sft-recipe"
+    command = None if ranks.BY_US in os.environ else f"{started} {shlex.join(again)}"
+    with stopping.on_request(limit, command) as stop:
         # A typo is said at once, not after the seconds that importing torch takes; in these the weights can be read.
-        model = recipe_check.accepted(recipe, overrides)[0].recipe.model
+        accepted = recipe_check.accepted(recipe, overrides)[0].recipe
         _quiet(debug)
-        Thread(target=read_ahead, args=(model.name, model.revision), daemon=True).start()
-        from sft_recipes.run import run as start
+        if ranks.is_local_main():
+            Thread(target=read_ahead, args=(accepted.model.name, accepted.model.revision), daemon=True).start()
+        if ranks.to_be_started(accepted.launch):
+            from sft_recipes import several
 
-        start(recipe, overrides, resume=resume, force=force, cached=not no_cache, stop=stop)
+            several.run(
+                recipe, overrides, resume=resume, force=force, cached=not no_cache, stop_after=stop_after, debug=debug
+            )
+        else:
+            from sft_recipes.run import run as start
+
+            start(recipe, overrides, resume=resume, force=force, cached=not no_cache, stop=stop)
 
 
 @app.command()
@@ -303,7 +319,10 @@ def main() -> NoReturn:
     try:
         code = app(standalone_mode=False)
     except SFTRecipeError as error:
-        _complain(traceback.format_exc().rstrip() if debug else str(error))
+        from sft_recipes.scale import ranks
+
+        if debug or not ranks.report(error):
+            _complain(traceback.format_exc().rstrip() if debug else str(error))
         code = error.exit_code
     except UsageError as error:
         command = error.ctx.command_path if error.ctx else "sft-recipe"
@@ -350,6 +369,7 @@ def _quiet(debug: bool) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     warnings.filterwarnings("ignore")
     for name in ("torchao", "bitsandbytes", "torch.utils._pytree", "trl", "accelerate", "datasets", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)

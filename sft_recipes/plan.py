@@ -91,7 +91,6 @@ class Plan:
                     "set": each.change,
                     "peak_gib": round(each.peak / GIB, 3),
                     "fits": each.fits,
-                    "in_this_version": each.runs,
                 }
                 for each in self.remedies
             ],

@@ -2,17 +2,19 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from sft_recipes import run_folder
+from sft_recipes import run_folder, several
 from sft_recipes.data import prepare, tokens
 from sft_recipes.export.outputs import export
 from sft_recipes.recipe import check
+from sft_recipes.recipe.schema import Recipe
 from sft_recipes.report import page, words
 from sft_recipes.scale import ranks
 from sft_recipes.stopping import Stop
-from sft_recipes.training import checkpoints, fitting, model, trainer
+from sft_recipes.training import checkpoints, fitting, model, sharded, trainer
 from sft_recipes.training.logging import peak_memory
 
 
@@ -33,11 +35,17 @@ def run(
     nothing of it kept. Raises InputError (a line a problem) where recipe, data, model or output directory are wrong, and
     then leaves nothing behind; RunError where training or export failed; Stopped where `stop` asked for that.
     """
-    console = console or words.Voice(quiet=not ranks.is_main())
     loaded, warnings = check.accepted(recipe_file, overrides)
     recipe = loaded.recipe
+    if ranks.to_be_started(recipe.launch):
+        return several.run(recipe_file, overrides, resume=resume, force=force, cached=cached)
+    console = console or words.Voice(quiet=not ranks.is_main())
     words.warn(console, warnings)
-    with loaded.placing_errors(), run_folder.opened(recipe.output_dir, resume=resume, main=ranks.is_main()) as folder:
+    with (
+        loaded.placing_errors(),
+        ranks.joined(recipe, lambda: _facts(recipe)),
+        run_folder.opened(recipe.output_dir, resume=resume, main=ranks.is_main()) as folder,
+    ):
         recipe = fitting.resolved(recipe, folder)
         checkpoint, changes = None, list[str]()
         if resume:
@@ -73,11 +81,20 @@ def run(
         trainer.train(sft, checkpoint)
 
         # What comes out
+        trained, weights = sharded.gathered(sft, recipe)
         if not ranks.is_main():
             return folder
-        words.say(console, export(recipe, sft.model, tokenizer, data, folder))
+        words.say(console, export(recipe, trained, tokenizer, data, folder, weights))
         with words.no_more_than_a_warning(console, "the report"):
             page.write(folder)
         run_folder.finish(folder, peak_memory())
     words.conclude(console, folder)
     return folder
+
+
+def _facts(recipe: Recipe) -> dict[str, Any]:
+    """What processes that train together need to have in common. Of a machine one reads the data."""
+    found = {"recipe": recipe.resolved(), "code": run_folder.code(), "versions": run_folder.versions()}
+    if recipe.launch.machines > 1 and ranks.is_local_main():
+        found["data"] = prepare.fingerprints(recipe)
+    return found

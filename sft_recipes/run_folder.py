@@ -1,5 +1,6 @@
 """The run directory: opened, described, and given back if a run could not begin."""
 
+import hashlib
 import importlib.metadata
 import json
 import platform
@@ -21,9 +22,11 @@ MANIFEST, RESOLVED = "manifest.json", "recipe.resolved.json"
 OURS = (MANIFEST, RESOLVED, f".{RESOLVED}.partial")  # a run that was begun holds one of these
 # Keys that change what is written and said of a training, and not the training.
 _HARMLESS = ("checkpoint.", "log.", "export.", "eval.", "train.on_nonfinite")
+# How the work is spread. DeepSpeed's checkpoints are for as many ranks as wrote them; others can be shared out anew.
+_SPREAD = ("launch.processes", "launch.machines", "launch.cpu_offload")
 LIBRARIES = (
     "sft-recipes", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "bitsandbytes",
-    "safetensors", "numpy", "torchao", "flash-attn",
+    "safetensors", "numpy", "torchao", "flash-attn", "deepspeed",
 )  # fmt: skip
 
 
@@ -98,10 +101,12 @@ def changes(folder: Path, recipe: Recipe, fingerprints: dict[str, str], *, force
     before, now = (_flat(values) for values in (_json(folder / RESOLVED), recipe.resolved()))
     manifest = _json(folder / MANIFEST)
     harmful, harmless = list[str](), list[str]()
+    same_step = now.get("train.global_batch_size") is not None  # and if it is another, that is said of itself
     for key in dict.fromkeys([*before, *now]):
         if before.get(key) != now.get(key) and key != "output_dir":
             line = f"{key}: {json.dumps(now.get(key))} now, and {json.dumps(before.get(key))} in the run that is to be resumed"
-            (harmless if key.startswith(_HARMLESS) else harmful).append(line)
+            spread = key in _SPREAD and recipe.launch.strategy in ("ddp", "fsdp2") and same_step
+            (harmless if key.startswith(_HARMLESS) or spread else harmful).append(line)
     for path, found in fingerprints.items():
         if found != manifest.get("data", {}).get(path, found):  # another path is another key
             asked = path == recipe.eval.generate
@@ -185,6 +190,14 @@ def is_finished(folder: Path) -> bool:
 def versions() -> dict[str, str | None]:
     """Of Python and the libraries that a run rests on; None: not installed."""
     return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+
+
+def code() -> str:
+    """SHA-256 of this package's own source."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def version(package: str) -> str | None:

@@ -49,10 +49,12 @@ class Stop:
 
 
 @contextmanager
-def on_request(after: float | None, command: str) -> Iterator[Stop]:
-    """Lets SIGTERM, SIGINT and the time end what is done within. Raises Stopped, with the `command` that continues it."""
+def on_request(after: float | None, command: str | None) -> Iterator[Stop]:
+    """Lets SIGTERM, SIGINT and the time end what is done within. Raises Stopped, with the `command` that continues it, if
+    there is one to be said."""
     stop = Stop(after)
     mine = os.getpid()
+    more = [f"continue with: {command}"] if command else []
 
     def receive(number: int, frame: FrameType | None) -> None:
         if os.getpid() == mine:
@@ -65,9 +67,9 @@ def on_request(after: float | None, command: str) -> Iterator[Stop]:
     try:
         yield stop
     except Interrupted:
-        raise Stopped(f"{stop.reason}; nothing that was trained is lost", f"continue with: {command}") from None
+        raise Stopped(f"{stop.reason}; nothing that was trained is lost", *more) from None
     except Stopped as stopped:
-        raise Stopped(*stopped.lines, f"continue with: {command}") from None
+        raise Stopped(*stopped.lines, *more) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

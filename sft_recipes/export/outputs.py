@@ -29,13 +29,16 @@ def export(
     tokenizer: PreTrainedTokenizerBase,
     data: Prepared,
     folder: Path,
+    weights: dict[str, torch.Tensor] | None = None,
 ) -> list[str]:
-    """Write adapter/ and model/ into the run directory; returns what is to be said of them.
+    """Write adapter/ and model/ into the run directory; returns what is to be said of them. `weights` are the trained ones by
+    name, where an adapted model that is spread over several ranks does not hold them.
 
     Raises RunError where the trained weights are not finite, the merge is impossible, the model is not the one that was
     trained, or the disk fails.
     """
-    if not all(bool(parameter.isfinite().all()) for parameter in model.parameters() if parameter.requires_grad):
+    trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    if not all(bool(tensor.isfinite().all()) for tensor in (trained if weights is None else weights.values())):
         raise RunError(
             f"{folder}: the trained weights are not finite, so nothing is exported: the training diverged; set a lower "
             "train.learning_rate"
@@ -53,7 +56,7 @@ def export(
         probe.save(folder)
         if recipe.lora is None:
             return _whole(recipe, model, tokenizer, data.stops, probe, folder / "model")
-        save_adapter(model, tokenizer, folder / "adapter", stops=data.stops)
+        save_adapter(model, tokenizer, folder / "adapter", stops=data.stops, weights=weights)
         if probe.quantization:
             probe.save_quantization(folder / "adapter")
         if not recipe.export.merge:

@@ -46,12 +46,19 @@ def save_around(
     save_tokenizer(tokenizer, folder)
 
 
-def save_adapter(model: peft.PeftModel, tokenizer: PreTrainedTokenizerBase, out: Path, *, stops: Sequence[int]) -> None:
-    """Write the adapter, with the tokenizer and generation config that belong to it."""
+def save_adapter(
+    model: peft.PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    *,
+    stops: Sequence[int],
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write the adapter, with the tokenizer and generation config that belong to it; `weights` in place of the model's own."""
     set_generation_config(model, tokenizer, stops)
     with complete_or_not_there(out) as folder:
         # Rows of new tokens are among the trained weights, so the embeddings need not be saved whole.
-        model.save_pretrained(folder, save_embedding_layers=False)
+        model.save_pretrained(folder, save_embedding_layers=False, state_dict=weights)
         model.generation_config.save_pretrained(folder)
         save_tokenizer(tokenizer, folder)
 

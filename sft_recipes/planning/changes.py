@@ -7,7 +7,6 @@ from typing import Any
 from sft_recipes.errors import ModelError
 from sft_recipes.planning import memory, sharding
 from sft_recipes.planning.memory import Footprint
-from sft_recipes.recipe import check
 from sft_recipes.recipe.schema import DEFAULT_GLOBAL_BATCH_SIZE, Recipe
 
 Change = dict[str, Any]  # dotted keys and their values, as --set takes them
@@ -24,11 +23,9 @@ class Remedy:
     change: Change
     peak: float  # bytes on a rank
     fits: bool
-    runs: bool  # in this version
 
     def in_words(self) -> str:
-        later = "" if self.runs else " (not in this version)"
-        return f"{_as_set(self.change)}: {memory.in_words(self.peak)}{later}"
+        return f"{_as_set(self.change)}: {memory.in_words(self.peak)}"
 
 
 def remedies(recipe: Recipe, predict: Predict, capacity: float, device: str, attention: str | None) -> list[Remedy]:
@@ -42,8 +39,7 @@ def remedies(recipe: Recipe, predict: Predict, capacity: float, device: str, att
         def tried(change: Change, kind: str = kind) -> Remedy:
             changed = applied(recipe, change)
             rank = sharding.on_rank(predict(changed), changed, device)
-            runs = not list(check.not_yet(changed))
-            return Remedy(kind, change, rank.peak_bytes, memory.fits(rank, capacity, device), runs)
+            return Remedy(kind, change, rank.peak_bytes, memory.fits(rank, capacity, device))
 
         try:
             best = tried(options[-1])

@@ -4,7 +4,6 @@ Judges and never edits: a recipe means what it says.
 """
 
 import difflib
-import os
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ COLUMNS = ("instruction", "input", "output", "prompt", "completion", "messages",
 _USUAL_RATES = {False: (5e-6, 5e-5), True: (5e-5, 1e-3)}  # with lora:
 _FAR = 4
 _SMALL = 100_000_000  # parameters; smaller models take larger rates, and so are left alone
+_BITSANDBYTES = re.compile(r"bnb|paged|ademamix|lion|^(?!.*torch).*_8bit$")  # optimizers of that package
 TORCHAO = (STOCHASTIC_ROUNDING, "adamw_torch_4bit", "adamw_torch_8bit")  # optimizers of that package
 
 
@@ -41,7 +41,7 @@ def judge(recipe: Recipe, *, to_run: bool = True) -> Verdict:
 
     Without `to_run`, for a plan: not what this machine lacks to run it.
     """
-    judgements = (_contradictions, _batch, _names, _secrets, *((_output, not_yet, _extras) if to_run else ()))
+    judgements = (_contradictions, _batch, _names, _secrets, *((_output, _extras) if to_run else ()))
     return Verdict([line for judgement in judgements for line in judgement(recipe)], list(_faults(recipe)))
 
 
@@ -110,8 +110,25 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         )
     if recipe.launch.cpu_offload and recipe.launch.strategy == "ddp":
         yield "launch.cpu_offload goes with launch.strategy: fsdp2, zero2 or zero3; ddp has nothing to offload"
+    yield from _strategy(recipe)
     if train.optimizer == STOCHASTIC_ROUNDING and "optim_args" in recipe.trl:
         yield f"trl.optim_args: {STOCHASTIC_ROUNDING} sets them itself; use adamw_torch_8bit"
+
+
+def _strategy(recipe: Recipe) -> Iterator[str]:
+    """What the engines that share weights out cannot do."""
+    strategy, quantization = recipe.launch.strategy, recipe.model.quantization
+    if strategy == "fsdp2" and _BITSANDBYTES.search(recipe.train.optimizer):
+        yield (
+            f"train.optimizer: {recipe.train.optimizer} is of bitsandbytes, which does not know the shares of "
+            f"launch.strategy: fsdp2; set {STOCHASTIC_ROUNDING} or adamw_torch_fused"
+        )
+    if (strategy == "fsdp2" and quantization == "int8") or (strategy == "zero3" and quantization):
+        yield f"model.quantization: {strategy} cannot share {quantization} weights out; set nf4 and launch.strategy: fsdp2"
+    if strategy in ("zero2", "zero3") and recipe.train.on_nonfinite == "skip":
+        yield "train.on_nonfinite: skip does not go with DeepSpeed, which has taken the step by then; set stop, or fsdp2"
+    if strategy in ("zero2", "zero3") and recipe.train.mixed_precision == "no" and recipe.model.dtype != "float32":
+        yield f"train.mixed_precision: no goes with model.dtype: float32 under launch.strategy: {strategy}; set bf16"
 
 
 def _batch(recipe: Recipe) -> Iterator[str]:
@@ -183,27 +200,13 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
         yield key, str(value)
 
 
-def not_yet(recipe: Recipe) -> Iterator[str]:
-    """Keys whose other values a later version will take. Refused, because ignoring them would be a lie."""
-    world, wanted = int(os.environ.get("WORLD_SIZE") or 1), recipe.launch.processes * recipe.launch.machines
-    if world == 1 and wanted > 1:
-        yield (
-            f"launch.processes: starting the {wanted} processes is not in this version; do so with: torchrun "
-            f"--nproc-per-node {recipe.launch.processes} -m sft_recipes.cli run RECIPE"
-        )
-    elif world != wanted:
-        yield f"launch.processes: {wanted} by the recipe, and {world} were started (WORLD_SIZE); let them be the same"
-    if recipe.launch.strategy != "ddp":
-        yield f"launch.strategy: {recipe.launch.strategy} is not in this version; set ddp"
-    if recipe.launch.cpu_offload:
-        yield "launch.cpu_offload is not in this version; set false"
-
-
 def _extras(recipe: Recipe) -> Iterator[str]:
     """Optional packages that the recipe needs and that are not installed."""
     attention, optimizer = recipe.model.attention, recipe.train.optimizer
     if optimizer in TORCHAO and not installed("torchao"):
         yield f"train.optimizer: {optimizer} needs torchao, which {_install('torchao')}"
+    if recipe.launch.strategy in ("zero2", "zero3") and not installed("deepspeed"):
+        yield f"launch.strategy: {recipe.launch.strategy} needs DeepSpeed, which {_install('deepspeed')}; or set fsdp2"
     for tracker in recipe.log.to:
         if not installed(tracker):
             yield f"log.to: {tracker} {_install(tracker)}"

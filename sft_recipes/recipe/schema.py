@@ -227,16 +227,18 @@ class Export(_Section):
 
 
 class Launch(_Section):
-    """Where it runs."""
+    """Where it runs. `run` starts the processes, unless torchrun, accelerate, srun or mpirun have."""
 
     processes: Positive = 1
-    """Processes per machine, one a device."""
+    """Processes per machine, one a device; also --processes. train.global_batch_size stays: each accumulates less."""
     machines: Positive = 1
-    """Machines."""
+    """Machines; `run` is started on each, with MASTER_ADDR, MASTER_PORT and its NODE_RANK (or by srun) in the environment, and
+    an output_dir that all of them see."""
     strategy: Literal["ddp", "fsdp2", "zero2", "zero3"] = "ddp"
-    """How several processes share the work."""
+    """How several processes share the work. ddp: each holds all. fsdp2, zero3: each holds a share of weights, gradients and
+    optimizer; zero2: of gradients and optimizer. zero2 and zero3 are DeepSpeed's. On CPUs too, to try a recipe on a laptop."""
     cpu_offload: bool = False
-    """Keep parameters and optimizer states in host memory."""
+    """Keep parameters and optimizer states (zero2: optimizer states) in host memory."""
 
 
 class Recipe(_Section):

@@ -10,6 +10,7 @@ from sft_recipes.planning import disk
 from sft_recipes.planning.steps import Steps
 from sft_recipes.recipe.check import STOCHASTIC_ROUNDING
 from sft_recipes.recipe.schema import Recipe
+from sft_recipes.training import sharded
 
 # transformers before 5.23 has only the older name.
 CHECKPOINTING = next(
@@ -71,7 +72,10 @@ def sft_config(recipe: Recipe, steps: Steps, run_dir: Path, *, validates: bool) 
         "project": "sft-recipes",
         "disable_tqdm": True,
     }
-    return config | recipe.trl
+    config |= sharded.arguments(recipe) | recipe.trl
+    if torch.distributed.is_initialized():  # as scale.ranks has set it up
+        config["accelerator_config"] = {**config.get("accelerator_config", {}), "use_configured_state": True}
+    return config
 
 
 def padding_free(recipe: Recipe) -> bool:

@@ -29,6 +29,7 @@ from sft_recipes.data.templates import BOS
 from sft_recipes.errors import ModelError, RunError
 from sft_recipes.recipe import model_files, schema
 from sft_recipes.recipe.schema import Recipe
+from sft_recipes.training import sharded
 from sft_recipes.training.attention import choose
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -124,7 +125,8 @@ def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrained
     wanted, name = recipe.model, model_files.location(recipe.model.name)
     config = load_config(recipe)
     transformers.set_seed(recipe.train.seed)  # new embeddings and adapters are drawn at random
-    with as_model_error(f"model.name: {wanted.name}", "weights"):
+    grows = len(tokenizer) > config.get_text_config().vocab_size
+    with as_model_error(f"model.name: {wanted.name}", "weights"), sharded.loading(recipe, new_rows=grows):
         model, loading = AutoModelForCausalLM.from_pretrained(
             name,
             output_loading_info=True,
@@ -146,12 +148,18 @@ def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrained
         # bfloat16 whatever the compute type, and only for widths that are a multiple of 32. Training goes without.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    known = model.get_input_embeddings().weight.shape[0]
+    embeddings = model.get_input_embeddings().weight
+    known = getattr(embeddings, "ds_shape", embeddings.shape)[0]  # ZeRO-3 leaves an empty tensor where it has a share
     if len(tokenizer) > known:  # never made smaller: many models have rows to spare
         model.resize_token_embeddings(len(tokenizer))
     if recipe.lora is None:
         return model
     new = {tokenizer.convert_tokens_to_ids(token) for token in wanted.new_tokens} | set(range(known, len(tokenizer)))
+    if new and recipe.launch.strategy in ("fsdp2", "zero3"):
+        raise ModelError(
+            f"launch.strategy: {recipe.launch.strategy} cannot train the rows of new tokens beside adapters (PEFT), and there "
+            f"are {len(new)}, a pad token among them where the tokenizer has none; set zero2 or ddp"
+        )
     return with_adapters(model, recipe.lora, recipe.model, sorted(new))
 
 
@@ -163,10 +171,12 @@ def attention(recipe: Recipe, config: PreTrainedConfig) -> str | None:
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
-    """All parameters and those that are trained; a 4-bit weight holds two parameters a byte."""
+    """All parameters and those that are trained, on all ranks together; a 4-bit weight holds two parameters a byte."""
     total = trained = 0
     for parameter in model.parameters():
-        count = parameter.numel() * (2 if type(parameter).__name__ == "Params4bit" else 1)
+        count = getattr(parameter, "ds_numel", parameter.numel())
+        if type(parameter).__name__ == "Params4bit":
+            count *= 2 * parameter.element_size()
         total += count
         trained += count if parameter.requires_grad else 0
     return total, trained
@@ -188,6 +198,8 @@ def _quantization(recipe: Recipe) -> dict[str, Any]:
             bnb_4bit_compute_dtype=compute,
             bnb_4bit_use_double_quant=True,
             llm_int8_skip_modules=keep,
+            # FSDP shares floating-point numbers out; bitsandbytes' own bytes would be whole on each rank.
+            bnb_4bit_quant_storage=DTYPES[recipe.model.dtype] if recipe.launch.strategy == "fsdp2" else torch.uint8,
         )
     device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
     return {"quantization_config": config, "device_map": {"": device}}

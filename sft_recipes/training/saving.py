@@ -112,6 +112,7 @@ class Saving(transformers.Trainer):
             "averages": dict(self._metrics["train"]),
             "tokens": self._total_train_tokens,
             "skipped_steps": self.skipped_steps,
+            "processes": self.args.world_size,
             "trained_tokens": int(self.trained_tokens),
         }
 
@@ -123,6 +124,8 @@ class Saving(transformers.Trainer):
         file = Path(checkpoint) / self._running_file
         if file.is_file():  # not where the number of processes is another
             running = json.loads(file.read_text(encoding="utf-8"))
+            if running["processes"] != self.args.world_size:
+                return  # averages of as many begin anew
             self._tr_loss.fill_(running["loss"])
             self._globalstep_last_logged = self.state.global_step - running["steps"]
             self._metrics["train"].update(running["averages"])

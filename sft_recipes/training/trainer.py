@@ -38,7 +38,7 @@ from sft_recipes.recipe.check import TORCHAO
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.recipe.upstream import imitates_bf16
 from sft_recipes.stopping import Stop
-from sft_recipes.training import attention, checkpoints, fitting, head, preflight
+from sft_recipes.training import attention, checkpoints, fitting, head, preflight, sharded
 from sft_recipes.training.arguments import padding_free, sft_config
 from sft_recipes.training.guards import Finite, Stops
 from sft_recipes.training.logging import Display, Metrics, trackers
@@ -53,11 +53,13 @@ from sft_recipes.training.model import (
 from sft_recipes.training.preflight import Preflight
 from sft_recipes.training.samples import Samples, SampleWithoutValidation, questions
 from sft_recipes.training.saving import Saving
+from sft_recipes.training.shares import Shares, filled
 
 _ROWS = 20  # that are named in an error
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # as configs of mixtures call them
 
 
-class Trainer(Saving, SFTTrainer):
+class Trainer(Saving, Shares, SFTTrainer):
     """SFTTrainer, but for what it leaves to chance: the weighting of the validation loss, the completeness of checkpoints
     (Saving), numbers that are not finite, and the end on request."""
 
@@ -145,7 +147,8 @@ class Trainer(Saving, SFTTrainer):
         loader.set_epoch(epoch)
         batches = list(islice(loader.batch_sampler, before * accumulation, (before + 1) * accumulation))
         chosen = batches if micro_batches is None else [batches[number] for number in micro_batches]
-        places = [place for source in self.rows.places(chain.from_iterable(chosen)) for place in source.values()]
+        numbers = (number for number in chain.from_iterable(chosen) if number < len(self.rows))  # no filling
+        places = [place for source in self.rows.places(numbers) for place in source.values()]
         more = f" and {len(places) - _ROWS:,} more" if len(places) > _ROWS else ""
         return f"it was at {', '.join(places[:_ROWS])}{more}"
 
@@ -187,9 +190,9 @@ class Trainer(Saving, SFTTrainer):
     ) -> tuple[Any, Any, Any]:
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         tokens = (inputs["labels"][:, 1:] != IGNORED).sum()
-        self._losses_and_counts.append(
-            torch.stack([loss.float(), tokens.float()])
-        )  # read at the end: no device is waited for
+        # Where rows only fill the last batch up, a mean is of nothing. Read at the end: no device is waited for.
+        loss_here = torch.where(tokens > 0, loss.float(), 0.0)
+        self._losses_and_counts.append(torch.stack([loss_here, tokens.float()]))
         return loss, logits, labels
 
     def _send_telemetry(self) -> None:
@@ -225,13 +228,17 @@ def build(
     }
     with _as_recipe_error(recipe, "trl: the training cannot be set up"):
         arguments = SFTConfig(**sft_config(recipe, steps, run_dir, validates=data.eval is not None))
+        sharded.finish(arguments, recipe)
         # One process trains on one device; the Trainer would take all it sees for nn.DataParallel, which TRL refuses.
         arguments._n_gpu = min(arguments.n_gpu, 1)
+        at_once = arguments.per_device_train_batch_size * arguments.world_size if arguments.world_size > 1 else 1
+        if arguments.ddp_find_unused_parameters is None:  # experts that no token was sent to get no gradient
+            arguments.ddp_find_unused_parameters = any(hasattr(text_config, name) for name in _EXPERTS)
         trainer = Trainer(
             model=model,
             args=arguments,
-            train_dataset=_dataset(data.train, keep_seq_lengths),
-            eval_dataset=_dataset(data.eval, keep_seq_lengths) if data.eval else None,
+            train_dataset=_dataset(data.train, keep_seq_lengths, at_once, tokenizer.pad_token_id),
+            eval_dataset=_dataset(data.eval, keep_seq_lengths, at_once, tokenizer.pad_token_id) if data.eval else None,
             processing_class=tokenizer,
             callbacks=[
                 metrics,
@@ -262,7 +269,7 @@ def build(
         warn(
             "train.mixed_precision: bf16 is imitated by this CPU, and slower than float32; set no, and model.dtype: float32"
         )
-    if recipe.train.preflight:
+    if recipe.train.preflight and recipe.launch.strategy not in sharded.SHARDED:
         with _as_recipe_error(recipe, f"model.name: {recipe.model.name}: it cannot run on the data"):
             trainer.preflight = preflight.examine(trainer, packed=keep_seq_lengths)
         trainer.preflight.figures["stop"] = preflight.where_answers_end(data, tokenizer)
@@ -445,6 +452,6 @@ class _SaveBest(TrainerCallback):
             control.should_save = True
 
 
-def _dataset(sequences: Sequences, keep_seq_lengths: bool) -> datasets.Dataset:
-    table = sequences.table()
+def _dataset(sequences: Sequences, keep_seq_lengths: bool, at_once: int, pad: int) -> datasets.Dataset:
+    table = filled(sequences, at_once, pad)
     return datasets.Dataset(InMemoryTable(table if keep_seq_lengths else table.drop_columns(["seq_lengths"])))

@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 
 import sft_recipes.run  # noqa: F401  # once, and not in each child
-from sft_recipes.recipe import check, load
 from sft_recipes.scale import ranks
 from tests.commands import forked
-from tests.conftest import WriteRecipe, metrics
+from tests.conftest import metrics
 from tests.scale import two
 
 
@@ -36,16 +35,21 @@ def test_two_processes_stop_at_the_same_step_and_resume_exactly(
     assert steps == sorted(set(steps))
 
 
-def test_as_many_processes_as_the_recipe_says(write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = load.load(write_recipe(), ["launch.processes=2"]).recipe
-    assert [line.split(":")[0] for line in check.judge(recipe).problems] == ["launch.processes"]
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert check.judge(recipe).problems == []
-    alone = load.load(write_recipe(), []).recipe
-    assert "1 by the recipe, and 2 were started" in check.judge(alone).problems[0]
-
-
 def test_one_speaks_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ranks.is_main()
     monkeypatch.setenv("RANK", "1")
     assert not ranks.is_main()
+
+
+def test_all_are_there_and_about_to_do_the_same(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    child = forked(two.meet)
+    child.join()
+    found = json.loads(capfd.readouterr().out.splitlines()[-1])
+
+    assert found["the same"] == ["done", "done"]
+    for said in found["other data"]:
+        assert said.startswith("RecipeError: launch: rank 1 on ")
+        assert " has another data than rank 0 on " in said
+    assert found["alone"][0].startswith(
+        "RunError: 1 of 2 processes came within 1 s; rank 1 did not; look at what it said"
+    )

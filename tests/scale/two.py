@@ -1,32 +1,29 @@
-"""Two processes that train together, forked from one that has the libraries loaded.
-
-A run of both, undisturbed; one that is stopped by a signal to one of them, resumed, and stopped again; what comes of it.
-"""
+"""Processes that train together, forked from one that has the libraries loaded."""
 
 import json
 import os
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.kills import forked, outcome, recipe, start
+from tests.kills import forked, in_a_child, outcome, recipe, start
 
 
-def both(act: Callable[[int], object]) -> list[str]:
+def both(act: Callable[[int], object], *, number: int = 2) -> list[str]:
     """Do it in two processes of one group; what each says: "done", or its error."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
 
     def one(rank: int) -> None:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(number)}
         act(rank)
 
-    pipes = [forked(partial(one, rank))[1] for rank in (0, 1)]
+    pipes = [forked(partial(one, rank))[1] for rank in range(number)]
     said = []
     for reader in pipes:
         with os.fdopen(reader, "rb") as stream:
@@ -53,14 +50,81 @@ def stopped(file: Path, rank: int, *, resume: bool, at: int) -> None:
         start(file, resume=resume, stop=stop)
 
 
-def main(folder: Path) -> None:
+def observed(file: Path, rank: int) -> None:
+    """Writes down how many numbers of its weights, and of what the optimizer holds for them, this process has at the end."""
+    from torch.distributed.tensor import DTensor
+
+    from sft_recipes.training import sharded
+
+    gathered = sharded.gathered
+
+    def here(weight: Any) -> int:
+        if isinstance(weight, DTensor):
+            return int(weight.to_local().numel())
+        return int(weight.ds_tensor.numel() if hasattr(weight, "ds_tensor") else weight.numel())
+
+    def look(trainer: Any, wanted: Any) -> Any:
+        weights = list(trainer.model.parameters())
+        states = [state for each in trainer.optimizer.state.values() for state in each.values() if state.dim()]
+        found = {
+            "whole": sum(getattr(weight, "ds_numel", weight.numel()) for weight in weights),
+            "weights": sum(map(here, weights)),
+            "kind": type(weights[0]).__name__,
+            "states": sum(map(here, states)),
+        }
+        (file.parent / f"rank_{rank}.json").write_text(json.dumps(found))
+        return gathered(trainer, wanted)
+
+    sharded.gathered = look
+    start(file, resume=False)
+
+
+def alone(folder: Path, method: str, sections: dict[str, Any]) -> None:
+    """The same run in one process."""
+    folder.mkdir()
+    file = recipe(folder, method, **sections)
+    said = in_a_child(lambda: start(file, resume=False), under=folder)
+    assert said == "done", said
+
+
+def main(
+    folder: Path,
+    method: str = "lora",
+    strategy: str = "ddp",
+    sections: dict[str, Any] | None = None,
+    stops: Sequence[int] = (3, 5),
+) -> None:
+    """A run of both, undisturbed; one that is stopped by a signal to one of them, and resumed; what comes of it."""
     made = {}
     for name in ("whole", "stopped"):
         (folder / name).mkdir()
-        made[name] = recipe(folder / name, "lora", launch={"processes": 2})
-    said = {"whole": both(lambda rank: start(made["whole"], resume=False))}
-    for step, resume in ((3, False), (5, True)):
-        said[f"stopped at {step}"] = both(lambda rank: stopped(made["stopped"], rank, resume=resume, at=step))  # noqa: B023
-    said["resumed"] = both(lambda rank: start(made["stopped"], resume=True))
-    same = outcome(folder / "whole" / "run") == outcome(folder / "stopped" / "run")
+        made[name] = recipe(folder / name, method, launch={"processes": 2, "strategy": strategy}, **(sections or {}))
+    said = {"whole": both(lambda rank: observed(made["whole"], rank))}
+    for number, step in enumerate(stops):
+        act = partial(stopped, made["stopped"], resume=bool(number), at=step)
+        said[f"stopped at {step}"] = both(act)
+    if stops:
+        said["resumed"] = both(lambda rank: start(made["stopped"], resume=True))
+    same = bool(stops) and outcome(folder / "whole" / "run") == outcome(folder / "stopped" / "run")
     print(json.dumps({"said": said, "same": same}))
+
+
+def meet() -> None:
+    """What two processes say that do the same, or have other data, and one that waits in vain for another."""
+    from sft_recipes.recipe.schema import Recipe
+    from sft_recipes.scale import ranks
+
+    wanted = {"model": {"name": "builtin:tiny"}, "data": {"train": "x.jsonl"}, "output_dir": "run"}
+    wanted |= {"launch": {"processes": 2}, "trl": {"ddp_timeout": 1}}
+
+    def join(rank: int, differ: bool, absent: bool) -> None:
+        if not (absent and rank == 1):
+            with ranks.joined(Recipe.model_validate(wanted), lambda: {"data": rank if differ else 0}):
+                pass
+
+    found = {
+        "the same": both(partial(join, differ=False, absent=False)),
+        "other data": both(partial(join, differ=True, absent=False)),
+        "alone": both(partial(join, differ=False, absent=True)),
+    }
+    print(json.dumps(found))

@@ -1,0 +1,43 @@
+"""A run in several processes: what is done once, and then the ranks, each of which runs `run.run`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sft_recipes import checks, run_folder
+from sft_recipes.data import prepare
+from sft_recipes.errors import OutputError
+from sft_recipes.recipe import check
+from sft_recipes.scale import launch, ranks
+
+
+def run(
+    recipe_file: str,
+    overrides: Sequence[str] = (),
+    *,
+    resume: bool = False,
+    force: bool = False,
+    cached: bool = True,
+    stop_after: str | None = None,
+    debug: bool = False,
+) -> Path:
+    """Check recipe, model files and data, tokenise the data into the cache, and run the recipe in as many processes as it
+    says. Returns the run directory; raises what the rank that failed first has raised."""
+    loaded, _ = check.accepted(recipe_file, overrides)  # warnings are the first rank's
+    recipe = loaded.recipe
+    with loaded.placing_errors():
+        first = ranks.machine(recipe.launch) == 0  # which may have begun
+        if first and (problem := run_folder.in_the_way(recipe.output_dir, resume=resume)):
+            raise OutputError(problem)
+        tokenizer, _ = checks.tokenizer_of(recipe.model)
+        if (
+            cached and tokenizer is not None and not tokenizer.rebuilt
+        ):  # else the first rank does so, with transformers' own
+            prepare.prepare(recipe, tokenizer)
+    options = [f"--set={override}" for override in overrides]
+    options += ["--resume"] if resume else []
+    options += ["--force"] if force else []
+    options += [] if cached else ["--no-cache"]
+    options += [f"--stop-after={stop_after}"] if stop_after else []
+    options += ["--debug"] if debug else []
+    launch.launch(recipe, ["run", recipe_file, *options], debug=debug)
+    return Path(recipe.output_dir).expanduser()

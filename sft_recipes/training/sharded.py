@@ -1,0 +1,115 @@
+"""FSDP2 and DeepSpeed ZeRO: their settings, and a whole model out of what they have spread over the ranks."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils import disable_fsdp_ram_efficient_loading, enable_fsdp_ram_efficient_loading
+
+from sft_recipes.recipe.schema import Recipe
+
+SHARDED = ("fsdp2", "zero2", "zero3")
+
+
+def arguments(recipe: Recipe) -> dict[str, Any]:
+    """The part of SFTConfig that makes the recipe's strategy."""
+    strategy = recipe.launch.strategy
+    if strategy == "fsdp2":
+        # Shards in checkpoints: no rank holds it all, and another number of ranks can read them. Checkpointing of activations
+        # is transformers' own: with FSDP's, which wraps each layer, PEFT finds no adapters to save.
+        offload = recipe.launch.cpu_offload and torch.accelerator.is_available()  # else all is in host memory as it is
+        return {
+            "fsdp": True,
+            "fsdp_config": {"version": 2, "cpu_offload": offload, "state_dict_type": "SHARDED_STATE_DICT"},
+        }
+    return {"deepspeed": _deepspeed(recipe)} if strategy in ("zero2", "zero3") else {}
+
+
+def _deepspeed(recipe: Recipe) -> dict[str, Any]:
+    train, stage = recipe.train, int(recipe.launch.strategy[-1])
+    zero: dict[str, Any] = {"stage": stage}
+    if stage == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True  # else shards are all that is saved, without a word
+    if recipe.launch.cpu_offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+        if stage == 3:
+            zero["offload_param"] = {"device": "cpu"}
+    assert train.micro_batch_size != "auto"
+    return {
+        "zero_optimization": zero,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": recipe.accumulation,
+        "train_batch_size": recipe.sequences_per_step,
+        "gradient_clipping": train.max_grad_norm,
+        "bf16": {"enabled": train.mixed_precision == "bf16"},
+        "fp16": {"enabled": train.mixed_precision == "fp16"},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # the recipe names the optimizer
+    }
+
+
+def finish(settings: Any, recipe: Recipe) -> None:
+    """What SFTConfig has no field for: how the model was loaded; sums of gradients over ranks are made in float32."""
+    if recipe.launch.strategy != "fsdp2":
+        return
+    settings.fsdp_plugin_args.pop("cpu_ram_efficient_loading")  # accelerate then takes what `loading` has set
+    if recipe.train.mixed_precision != "no":
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        half = torch.bfloat16 if recipe.train.mixed_precision == "bf16" else torch.float16
+        # Outputs stay as they are: among them is each token's loss, which accelerate's own policy would round.
+        policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
+        settings.fsdp_plugin_args["mixed_precision_policy"] = policy
+
+
+@contextmanager
+def loading(recipe: Recipe, *, new_rows: bool) -> Iterator[None]:
+    """Within, models are loaded as the strategy wants them: with ZeRO-3 each layer in shares as it is made, with FSDP2 by one
+    rank of a machine, which hands the weights on when they are shared out. `new_rows`: the vocabulary is to grow."""
+    if recipe.launch.strategy == "fsdp2":
+        # accelerate ties layers again that PEFT has wrapped, and hands no quantised weights on.
+        wrapped = recipe.lora is not None and bool(recipe.lora.modules_to_save or recipe.model.new_tokens)
+        if torch.distributed.is_initialized() and not (recipe.model.quantization or wrapped or new_rows):
+            enable_fsdp_ram_efficient_loading()
+        else:
+            disable_fsdp_ram_efficient_loading()
+        yield
+    elif recipe.launch.strategy == "zero3":
+        from transformers.integrations import HfDeepSpeedConfig
+
+        config = HfDeepSpeedConfig(_deepspeed(recipe))  # transformers looks at it as long as it lives
+        yield
+        del config
+    else:
+        yield
+
+
+def gathered(trainer: Any, recipe: Recipe) -> tuple[Any, dict[str, torch.Tensor] | None]:
+    """The trained model for the export, and its trained weights where the model itself holds only a share of them.
+
+    All ranks have to come here. The first gets the weights one by one, in host memory; of all weights that were trained it
+    makes a model of its own.
+    """
+    disable_fsdp_ram_efficient_loading()  # what is loaded from here on is for one process
+    model, adapters, strategy = (
+        trainer.accelerator.unwrap_model(trainer.model),
+        recipe.lora is not None,
+        recipe.launch.strategy,
+    )
+    if strategy == "fsdp2":
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapters)
+        weights = get_model_state_dict(model, options=options)
+    elif strategy == "zero3":
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        weights = trainer.deepspeed._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=adapters)
+        unset_hf_deepspeed_config()  # what is loaded from here on is not to be shared out
+    else:
+        return model, None
+    if adapters or not trainer.is_world_process_zero():
+        return model, weights
+    kept = {"config": model.config, "dtype": model.dtype, "attn_implementation": model.config._attn_implementation}
+    return type(model).from_pretrained(None, state_dict=weights, **kept), None

@@ -1,0 +1,103 @@
+"""DDP, FSDP2 and DeepSpeed ZeRO, on two processes over gloo: the run of one process, and a whole model out of it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+import sft_recipes.run  # noqa: F401  # once, and not in each child
+from sft_recipes.recipe.upstream import installed
+from tests.commands import forked
+from tests.conftest import metrics
+from tests.scale import two
+
+needs_deepspeed = pytest.mark.skipif(not installed("deepspeed"), reason="DeepSpeed is not installed")
+TRAINED = {"loss": 1e-5, "eval_loss": 1e-5, "grad_norm": 1e-4}  # and how far they may be off, relatively
+# Without dropout, which each process draws for itself; 9 sequences, so that the last step of an epoch is not full.
+SAME: dict[str, Any] = {
+    "lora": {"lora": {"rank": 2, "dropout": 0.0}},
+    "full": {},
+    "qlora": {"lora": {"rank": 2, "dropout": 0.0}},
+}
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("one")
+    for method, sections in SAME.items():
+        child = forked(two.alone, folder / method, method, sections)
+        child.join()
+        assert child.exitcode == 0
+    return {method: folder / method / "run" for method in SAME}
+
+
+def weights(run: Path) -> dict[str, Any]:
+    return {
+        f"{part}/{name}": tensor
+        for part in ("adapter", "model")
+        for file in sorted((run / part).glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("strategy", "method", "resumes"),
+    [
+        ("ddp", "full", False),
+        ("ddp", "lora", False),
+        ("fsdp2", "full", False),
+        ("fsdp2", "lora", True),
+        ("fsdp2", "qlora", False),
+        pytest.param("zero2", "full", True, marks=needs_deepspeed),
+        pytest.param("zero2", "lora", False, marks=needs_deepspeed),
+        pytest.param("zero3", "full", False, marks=needs_deepspeed),
+        pytest.param("zero3", "lora", True, marks=needs_deepspeed),
+    ],
+)
+def test_two_processes_do_what_one_does(
+    strategy: str,
+    method: str,
+    resumes: bool,
+    tmp_path: Path,
+    one_process: dict[str, Path],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    child = forked(two.main, tmp_path, method, strategy, SAME[method], (3,) if resumes else ())
+    child.join()
+    said = capfd.readouterr()
+    assert child.exitcode == 0, said
+    found = json.loads(said.out.splitlines()[-1])
+    assert found["said"]["whole"] == ["done", "done"], found
+
+    # Each step, within rounding.
+    run = tmp_path / "whole" / "run"
+    alone, together = metrics(one_process[method]), metrics(run)
+    assert [line["step"] for line in alone] == [line["step"] for line in together]
+    for mine, theirs in zip(alone, together, strict=True):
+        assert mine.get("tokens") == theirs.get("tokens")
+        for name in TRAINED.keys() & mine.keys():
+            assert theirs[name] == pytest.approx(mine[name], rel=TRAINED[name]), (name, mine["step"])
+
+    # Each process has its share, and no more.
+    for rank in (0, 1):
+        held = json.loads((tmp_path / "whole" / f"rank_{rank}.json").read_text("utf-8"))
+        if strategy in ("fsdp2", "zero3"):
+            assert 0.4 * held["whole"] < held["weights"] < 0.6 * held["whole"], held
+            assert held["kind"] == ("DTensor" if strategy == "fsdp2" else "Parameter")
+        else:
+            assert held["weights"] == held["whole"]
+
+    # What is exported is complete, and the same model.
+    wanted, exported = weights(one_process[method]), weights(run)
+    assert {name: tensor.shape for name, tensor in exported.items()} == {n: t.shape for n, t in wanted.items()}
+    for name, tensor in exported.items():
+        assert tensor.any(), name
+        assert (tensor - wanted[name]).abs().max() < 1e-4, name
+
+    # Stopped and resumed, it is the run that was never stopped.
+    if resumes:
+        assert all("after step 3 of 7" in each for each in found["said"]["stopped at 3"]), found
+        assert found["said"]["resumed"] == ["done", "done"]
+        assert found["same"]

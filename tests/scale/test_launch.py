@@ -1,0 +1,186 @@
+"""`sft-recipe run --processes N`: ranks that are started, stopped, and fail."""
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sft_recipes.errors import RecipeError
+from sft_recipes.recipe import load
+from sft_recipes.scale import launch, ranks
+from tests import commands
+from tests.conftest import WriteRecipe, metrics
+from tests.scale.ranks_in_forks import fork_ranks
+
+
+@pytest.fixture
+def in_ranks(tmp_path: Path) -> Callable[..., Any]:
+    """Runs the command; `first` is called in each rank before, with its number."""
+
+    def run(*arguments: str, first: Callable[[int], object] = int) -> Any:
+        return commands.sft_recipe("run", *arguments, first=partial(fork_ranks, tmp_path, first))
+
+    return run
+
+
+def in_step(number: int, of: int, act: Callable[[], object], rank: int) -> None:
+    """One of the ranks does something within a step."""
+    from sft_recipes.training import trainer
+
+    step = trainer.Trainer.training_step
+
+    def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if rank == of and self.state.global_step + 1 == number:
+            act()
+        return step(self, *args, **kwargs)
+
+    trainer.Trainer.training_step = training_step
+
+
+def stop_launcher() -> None:
+    os.kill(int(os.environ[ranks.BY_US]), signal.SIGTERM)
+
+
+def test_one_console_one_directory(write_recipe: WriteRecipe, tmp_path: Path, in_ranks: Callable[..., Any]) -> None:
+    done = in_ranks(str(write_recipe()), "--processes", "2")
+
+    assert (done.returncode, done.stderr) == (0, ""), done
+    said = (tmp_path / "out").read_text("utf-8")
+    assert said.count("steps: 3 of 4 sequences (2 x 1 accumulated x 2 processes)") == 1
+    assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == [1, 3]
+    assert not list(tmp_path.glob("run/**/.*"))
+
+
+def test_stopped_killed_and_resumed(write_recipe: WriteRecipe, tmp_path: Path, in_ranks: Callable[..., Any]) -> None:
+    recipe = str(write_recipe(train={"max_steps": 6}, checkpoint={"every": 2}))
+    stopped = in_ranks(recipe, "--processes", "2", first=partial(in_step, 3, 0, stop_launcher))
+    assert stopped.returncode == 75, stopped
+    run, again = tmp_path / "run", f"continue with: sft-recipe run {recipe} --processes 2 --resume"
+    checkpoint = run / "checkpoints" / "checkpoint-3"
+    assert stopped.stderr.splitlines() == [
+        "",
+        "SIGTERM: the ranks finish what they are at; another one ends all at once",
+        f"{run}: stopped by SIGTERM after step 3 of 6; the last checkpoint is {checkpoint}",
+        again,
+    ]
+
+    kill = partial(in_step, 5, 1, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    killed = in_ranks(recipe, "--processes", "2", "--resume", first=kill)
+    assert killed.returncode == 1, killed
+    assert killed.stderr.startswith("rank 1 was killed (SIGKILL)")
+    assert len(killed.stderr.splitlines()) == 1
+
+    resumed = in_ranks(recipe, "--processes", "2", "--resume")
+    assert (resumed.returncode, resumed.stderr) == (0, "")
+    assert "resumed from" in (tmp_path / "out").read_text("utf-8")
+
+
+def test_the_first_error_alone_is_shown(
+    write_recipe: WriteRecipe, tmp_path: Path, in_ranks: Callable[..., Any]
+) -> None:
+    def fail() -> None:
+        raise ValueError("no more")
+
+    recipe = str(write_recipe())
+    failed = in_ranks(recipe, "--processes", "2", first=partial(in_step, 2, 1, fail))
+    assert failed.returncode == 1, failed
+    assert re.fullmatch(
+        rf"rank 1: {tmp_path}/run: training failed after step 1: no more; it was at .*train.jsonl:\d+.*",
+        failed.stderr.strip(),
+    ), failed.stderr
+
+    wrong = in_ranks(recipe, "--processes", "3")
+    assert wrong.returncode == 2
+    assert len(wrong.stderr.splitlines()) == 1
+    assert "4 sequences a step do not come out of micro-batches of 2 on 3 processes" in wrong.stderr
+    data = in_ranks(recipe, "--processes", "2", "--set", "data.train=nowhere.jsonl", "--set", "output_dir=other")
+    assert data.returncode == 2
+    assert len(data.stderr.splitlines()) == 1
+
+
+def test_a_rank_that_hangs(write_recipe: WriteRecipe, tmp_path: Path, in_ranks: Callable[..., Any]) -> None:
+    recipe = str(write_recipe(trl={"ddp_timeout": 2}))
+    hung = in_ranks(recipe, "--processes", "2", first=partial(in_step, 2, 1, lambda: time.sleep(100)))
+    assert hung.returncode == 1, hung
+    assert hung.stderr.startswith(
+        f"rank 0: rank 1 does not answer: {tmp_path}/run: training failed after step 1: Timed out"
+    )
+    assert hung.stderr.endswith("continue with --resume (rank 1 was still running, and was ended)\n")
+
+
+# --- Who starts whom ---
+
+
+@pytest.fixture
+def wanted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., bool]:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK"):
+        monkeypatch.setenv(name, "")  # so that it is taken back
+        monkeypatch.delenv(name)
+
+    def ask(environment: dict[str, str], **launch: Any) -> bool:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        return ranks.to_be_started(load.Recipe.model_fields["launch"].annotation(**launch))
+
+    return ask
+
+
+def test_alone_or_to_be_started(wanted: Callable[..., bool]) -> None:
+    assert not wanted({})
+    assert wanted({}, processes=2)
+    assert wanted({}, strategy="fsdp2")
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"},
+        {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"},
+        {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
+        {"PMI_RANK": "1", "PMI_SIZE": "4"},
+    ],
+    ids=["torchrun", "Slurm", "Open MPI", "MPICH"],
+)
+def test_started_by_another(wanted: Callable[..., bool], environment: dict[str, str]) -> None:
+    assert not wanted({**environment, "MASTER_ADDR": "10.0.0.1"}, processes=2, machines=2)
+    assert [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")] == [
+        "1",
+        "4",
+        "1",
+        "2",
+    ]
+    with pytest.raises(RecipeError, match=r"launch.processes: 8 by the recipe \(4 x 2 machines\), and 4 were started"):
+        wanted({}, processes=4, machines=2)
+
+
+def test_one_process_a_machine_starts_the_ranks_there(wanted: Callable[..., bool]) -> None:
+    assert wanted({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"}, processes=8, machines=2)
+    assert os.environ["NODE_RANK"] == "1"
+
+
+def test_machines_that_do_not_know_each_other(write_recipe: WriteRecipe, wanted: Callable[..., bool]) -> None:
+    recipe = load.load(write_recipe(), ["launch.machines=2"]).recipe
+    with pytest.raises(RecipeError, match=r"launch.machines: 2 machines meet at MASTER_ADDR"):
+        launch.launch(recipe, [])
+    wanted({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"})
+    with pytest.raises(RecipeError, match=r"launch.processes: 1 by the recipe .*, and 2 were started"):
+        wanted({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"})
+
+
+def test_a_port_in_use(write_recipe: WriteRecipe, wanted: Callable[..., bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    import socket
+
+    recipe = load.load(write_recipe(), ["launch.machines=2"]).recipe
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        wanted({"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "1"}, machines=2)
+        with pytest.raises(RecipeError, match=f"MASTER_PORT: 127.0.0.1:{port} cannot be opened: the address is in use"):
+            launch.launch(recipe, [])
