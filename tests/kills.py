@@ -116,14 +116,14 @@ def at_each_operation(under: Path, act: Callable[[int], object]) -> None:
     sys.addaudithook(hook)
 
 
-def start(file: Path, *, resume: bool, stop: Any = None) -> None:
+def start(file: Path, *overrides: str, resume: bool, force: bool = False, stop: Any = None) -> None:
     from rich.console import Console
 
     from sft_recipes.export import verify
     from sft_recipes.run import run
 
     verify.elsewhere = verify.examine  # in this process, which has the libraries loaded
-    run(str(file), resume=resume, stop=stop, console=Console(quiet=True))
+    run(str(file), overrides, resume=resume, force=force, stop=stop, console=Console(quiet=True))
 
 
 def outcome(folder: Path) -> tuple[list[dict[str, Any]], dict[str, bytes]]:

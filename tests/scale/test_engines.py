@@ -33,6 +33,13 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {method: folder / method / "run" for method in SAME}
 
 
+def losses_are_the_same(alone: list[dict[str, Any]], together: list[dict[str, Any]]) -> None:
+    assert [line["step"] for line in alone] == [line["step"] for line in together]
+    for mine, theirs in zip(alone, together, strict=True):
+        for name in TRAINED.keys() & mine.keys():
+            assert theirs[name] == pytest.approx(mine[name], rel=TRAINED[name]), (name, mine["step"])
+
+
 def weights(run: Path) -> dict[str, Any]:
     return {
         f"{part}/{name}": tensor
@@ -74,11 +81,8 @@ def test_two_processes_do_what_one_does(
     # Each step, within rounding.
     run = tmp_path / "whole" / "run"
     alone, together = metrics(one_process[method]), metrics(run)
-    assert [line["step"] for line in alone] == [line["step"] for line in together]
-    for mine, theirs in zip(alone, together, strict=True):
-        assert mine.get("tokens") == theirs.get("tokens")
-        for name in TRAINED.keys() & mine.keys():
-            assert theirs[name] == pytest.approx(mine[name], rel=TRAINED[name]), (name, mine["step"])
+    losses_are_the_same(alone, together)
+    assert [line["tokens"] for line in alone] == [line["tokens"] for line in together]
 
     # Each process has its share, and no more.
     for rank in (0, 1):
@@ -101,3 +105,26 @@ def test_two_processes_do_what_one_does(
         assert all("after step 3 of 7" in each for each in found["said"]["stopped at 3"]), found
         assert found["said"]["resumed"] == ["done", "done"]
         assert found["same"]
+
+
+@pytest.mark.parametrize(
+    "strategy", ["ddp", "fsdp2", pytest.param("zero2", marks=needs_deepspeed)], ids=["ddp", "fsdp2", "zero2"]
+)
+def test_a_run_goes_on_with_fewer_processes(
+    strategy: str, tmp_path: Path, one_process: dict[str, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    child = forked(two.fewer, tmp_path / "run", "full", strategy, SAME["full"])
+    child.join()
+    said = json.loads(capfd.readouterr().out.splitlines()[-1])
+
+    assert all("after step 3 of 7" in each for each in said["two"])
+    assert said["False"][0].startswith(
+        "RecipeError: --set: launch.processes: 1 now, and 2 in the run that is to be resumed"
+    )
+    if strategy == "zero2":
+        assert said["True"][0].startswith(
+            "RecipeError: --set: launch.processes: 1 now, and 2 in the run that is to be resumed"
+        )
+    else:
+        assert said["True"] == ["done"]
+        losses_are_the_same(metrics(one_process["full"]), metrics(tmp_path / "run" / "run"))

@@ -109,6 +109,16 @@ def main(
     print(json.dumps({"said": said, "same": same}))
 
 
+def fewer(folder: Path, method: str, strategy: str, sections: dict[str, Any]) -> None:
+    """A run of two that is stopped, and goes on as a run of one: without and with --force."""
+    folder.mkdir()
+    file = recipe(folder, method, launch={"processes": 2, "strategy": strategy}, **sections)
+    said = {"two": both(partial(stopped, file, resume=False, at=3))}
+    for force in (False, True):
+        said[str(force)] = both(lambda _: start(file, "launch.processes=1", resume=True, force=force), number=1)  # noqa: B023
+    print(json.dumps(said))
+
+
 def meet() -> None:
     """What two processes say that do the same, or have other data, and one that waits in vain for another."""
     from sft_recipes.recipe.schema import Recipe
