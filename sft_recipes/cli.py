@@ -321,7 +321,7 @@ def main() -> NoReturn:
     except SFTRecipeError as error:
         from sft_recipes.scale import ranks
 
-        if debug or not ranks.report(error):
+        if debug or not (ranks.report(error) or ranks.leaves_it_to_another(error)):
             _complain(traceback.format_exc().rstrip() if debug else str(error))
         code = error.exit_code
     except UsageError as error:

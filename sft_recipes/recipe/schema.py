@@ -156,7 +156,8 @@ class Train(_Section):
     compile: bool = False
     """Compile the model's layers (torch.compile): a minute or more at the start, for runs that last."""
     preflight: bool = True
-    """Try the model on the data before the first step: isolation, the longest micro-batch, gradients, the base."""
+    """Try the model on the data before the first step: isolation, the longest micro-batch, gradients, the base. Not under
+    launch.strategy: fsdp2, zero2 or zero3, where weights are shared out later."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Of the split, the order of the data, new weights and dropout."""
 

@@ -275,11 +275,12 @@ def _is_distributed(error: Exception) -> bool:
 
 def report(error: SFTRecipeError) -> bool:
     """Leave an error for `launch`, which shows the first one; whether it is there to do so."""
+    lines = list(error.lines)
+    if isinstance(error, RunError) and world_size() > 1:
+        lines[0] = f"rank {rank()}: {lines[0]}"
+        error.args = ("\n".join(lines),)
     file = os.environ.get(_ERROR_FILE)
     if file:
-        lines = list(error.lines)
-        if isinstance(error, RunError) and world_size() > 1:
-            lines[0] = f"rank {rank()}: {lines[0]}"
         found = {"lines": lines, "exit_code": error.exit_code, "at": time.time(), "lost": isinstance(error, LostError)}
         # torchrun reads a message, too.
         with suppress(OSError):
@@ -287,6 +288,12 @@ def report(error: SFTRecipeError) -> bool:
                 json.dumps(found | {"message": "; ".join(lines), "timestamp": int(time.time())}), "utf-8"
             )
     return bool(file) and BY_US in os.environ
+
+
+def leaves_it_to_another(error: SFTRecipeError) -> bool:
+    """Whether another rank, where another launcher has started them, says the same: what is wrong with the recipe, or the
+    end on request."""
+    return not isinstance(error, RunError) and not is_local_main() and world_size() > 1
 
 
 class LostError(RunError):
