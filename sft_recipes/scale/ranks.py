@@ -282,11 +282,10 @@ def report(error: SFTRecipeError) -> bool:
     file = os.environ.get(_ERROR_FILE)
     if file:
         found = {"lines": lines, "exit_code": error.exit_code, "at": time.time(), "lost": isinstance(error, LostError)}
-        # torchrun reads a message, too.
+        # What torchrun reads, and shows in a box of its own.
+        message = {"message": "; ".join(lines), "extraInfo": {"py_callstack": "", "timestamp": str(int(time.time()))}}
         with suppress(OSError):
-            Path(file).write_text(
-                json.dumps(found | {"message": "; ".join(lines), "timestamp": int(time.time())}), "utf-8"
-            )
+            Path(file).write_text(json.dumps(found | {"message": message}), "utf-8")
     return bool(file) and BY_US in os.environ
 
 

@@ -79,8 +79,10 @@ class Finite(TrainerCallback):
 
     def _message(self, what: str) -> str:
         trainer = self.trainer
+        # DeepSpeed takes its step within the backward pass.
+        taken = "it was taken, and is not saved" if trainer.is_deepspeed_enabled else "the step was not taken"
         return (
-            f"{trainer.run_dir}: step {trainer.state.global_step + 1}: {what}; the step was not taken, and "
+            f"{trainer.run_dir}: step {trainer.state.global_step + 1}: {what}; {taken}, and "
             f"{trainer.last_checkpoint_in_words()}; look at these rows, skip such steps with --resume --force "
             "--set train.on_nonfinite=skip, or train anew with a lower train.learning_rate"
         )
