@@ -321,7 +321,8 @@ def main() -> NoReturn:
     except SFTRecipeError as error:
         from sft_recipes.scale import ranks
 
-        if debug or not (ranks.report(error) or ranks.leaves_it_to_another(error)):
+        elsewhere = ranks.report(error) or ranks.leaves_it_to_another(error)  # that is where it is shown
+        if debug or not elsewhere:
             _complain(traceback.format_exc().rstrip() if debug else str(error))
         code = error.exit_code
     except UsageError as error:
