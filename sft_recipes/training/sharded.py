@@ -28,7 +28,7 @@ def arguments(recipe: Recipe) -> dict[str, Any]:
 
 def accelerator(recipe: Recipe) -> dict[str, Any]:
     """The part of SFTConfig's accelerator_config that the strategy takes. FSDP2 sums gradients over ranks after each
-    micro-batch: left to the last, each rank keeps those of the whole model, and adapters under autocast fail in torch 2.13."""
+    micro-batch: left to the last, each rank keeps those of the whole model, and adapters under autocast have failed."""
     if recipe.launch.strategy != "fsdp2":
         return {}
     return {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
