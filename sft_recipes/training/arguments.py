@@ -34,7 +34,8 @@ def sft_config(recipe: Recipe, steps: Steps, run_dir: Path, *, validates: bool) 
         "padding_free": padding_free(recipe),
         "train_sampling_strategy": "random" if recipe.data.shuffle else "sequential",
         "dataloader_pin_memory": on_gpu,
-        "accelerator_config": {"non_blocking": on_gpu},  # the next micro-batch is copied while one is computed
+        "accelerator_config": sharded.accelerator(recipe)
+        | {"non_blocking": on_gpu},  # the next micro-batch is copied while one is computed
         # steps
         "max_steps": steps.total,
         "per_device_train_batch_size": train.micro_batch_size,

@@ -28,6 +28,14 @@ def arguments(recipe: Recipe) -> dict[str, Any]:
     return {"deepspeed": _deepspeed(recipe)} if strategy in ("zero2", "zero3") else {}
 
 
+def accelerator(recipe: Recipe) -> dict[str, Any]:
+    """The part of SFTConfig's accelerator_config that the strategy takes. FSDP2 sums gradients over ranks after each
+    micro-batch: left to the last, each rank keeps those of the whole model, and adapters under autocast have failed."""
+    if recipe.launch.strategy != "fsdp2":
+        return {}
+    return {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
+
+
 def _deepspeed(recipe: Recipe) -> dict[str, Any]:
     train, stage = recipe.train, int(recipe.launch.strategy[-1])
     zero: dict[str, Any] = {"stage": stage}

@@ -107,6 +107,14 @@ def test_two_processes_do_what_one_does(
         assert found["same"]
 
 
+def test_adapters_under_autocast_and_accumulation_with_fsdp2(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    half = {"lora": {"rank": 2}, "model": {"dtype": "bfloat16"}}
+    half["train"] = {"mixed_precision": "bf16", "global_batch_size": 8, "max_steps": 2, "gradient_checkpointing": True}
+    child = forked(two.main, tmp_path, "lora", "fsdp2", half, ())
+    child.join()
+    assert json.loads(capfd.readouterr().out.splitlines()[-1])["said"]["whole"] == ["done", "done"]
+
+
 @pytest.mark.parametrize(
     "strategy", ["ddp", "fsdp2", pytest.param("zero2", marks=needs_deepspeed)], ids=["ddp", "fsdp2", "zero2"]
 )
