@@ -22,8 +22,6 @@ def arguments(recipe: Recipe) -> dict[str, Any]:
         return {
             "fsdp": True,
             "fsdp_config": {"version": 2, "cpu_offload": offload, "state_dict_type": "SHARDED_STATE_DICT"},
-            # Gradients are reduced after each micro-batch. Accumulated unreduced, those of the whole model are on every rank.
-            "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}},
         }
     return {"deepspeed": _deepspeed(recipe)} if strategy in ("zero2", "zero3") else {}
 
