@@ -173,6 +173,27 @@ def test_machines_that_do_not_know_each_other(write_recipe: WriteRecipe, wanted:
         wanted({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"})
 
 
+def test_numbers_in_the_environment_that_are_none(write_recipe: WriteRecipe, wanted: Callable[..., bool]) -> None:
+    recipe = load.load(write_recipe(), ["launch.machines=2"]).recipe
+    with pytest.raises(RecipeError, match=r"^WORLD_SIZE is 2 in the environment, and RANK is not there"):
+        wanted({"WORLD_SIZE": "2"}, processes=2)
+    with pytest.raises(RecipeError, match=r"^WORLD_SIZE: 'two' in the environment is not a whole number"):
+        wanted({"WORLD_SIZE": "two"})
+    wanted({"WORLD_SIZE": "", "MASTER_ADDR": "127.0.0.1", "NODE_RANK": "first"}, machines=2)
+    with pytest.raises(RecipeError, match=r"^NODE_RANK: 'first' in the environment is not a whole number"):
+        launch.launch(recipe, [])
+    wanted({"NODE_RANK": "0", "MASTER_PORT": "http"}, machines=2)
+    with pytest.raises(RecipeError, match=r"^MASTER_PORT: 'http' in the environment is not a whole number"):
+        launch.launch(recipe, [])
+
+
+def test_more_processes_than_gpus(write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load.load(write_recipe(), ["launch.processes=4"]).recipe
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(RecipeError, match=r"^launch.processes: 4, and this machine shows 2 GPUs; .* --processes 2$"):
+        launch.launch(recipe, [])
+
+
 def test_a_port_in_use(write_recipe: WriteRecipe, wanted: Callable[..., bool], monkeypatch: pytest.MonkeyPatch) -> None:
     import socket
 
