@@ -25,10 +25,11 @@ from sft_recipes.recipe.schema import Launch, Recipe
 BY_US = "SFT_RECIPES_LAUNCHER"  # in the environment of ranks: the process that has started them with `launch`
 PORT = "29500"  # where ranks of another launcher meet, unless MASTER_PORT says otherwise; torch's own
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
-# What launchers other than torchrun call the four.
+# What launchers other than torchrun call the four. Under Slurm mpirun starts helpers by srun, one a machine, whose names its
+# processes have beside their own: those count that say of more.
 _THEIRS = (
-    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # MPICH, Intel MPI
 )
 _LOST = re.compile(  # what torch says of the network, and of processes that do not answer
@@ -102,8 +103,9 @@ def to_be_started(launch: Launch) -> bool:
     wanted = launch.processes * launch.machines
     environment = os.environ
     if "LOCAL_RANK" not in environment:
-        number, size, local, beside = next(
-            (names for names in _THEIRS if names[1] in environment), ("RANK", "WORLD_SIZE", "", "")
+        theirs = [names for names in _THEIRS if names[1] in environment]
+        number, size, local, beside = max(
+            theirs, key=lambda names: from_environment(names[1]) or 1, default=("RANK", "WORLD_SIZE", "", "")
         )
         started = from_environment(size) or 1
         if started > 1 and from_environment(number) is None:

@@ -1,4 +1,4 @@
-"""SFTTrainer, made ready and run. The only file that imports trl."""
+"""SFTTrainer, made ready and run. Beside it only its loss (head) and what predicts its memory import trl."""
 
 import math
 import signal

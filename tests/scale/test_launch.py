@@ -144,8 +144,9 @@ def test_alone_or_to_be_started(wanted: Callable[..., bool]) -> None:
         {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"},
         {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
         {"PMI_RANK": "1", "PMI_SIZE": "4"},
+        {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0", "PMI_RANK": "1", "PMI_SIZE": "4"},
     ],
-    ids=["torchrun", "Slurm", "Open MPI", "MPICH"],
+    ids=["torchrun", "Slurm", "Open MPI", "MPICH", "MPICH under Slurm"],
 )
 def test_started_by_another(wanted: Callable[..., bool], environment: dict[str, str]) -> None:
     assert not wanted({**environment, "MASTER_ADDR": "10.0.0.1"}, processes=2, machines=2)
