@@ -195,7 +195,7 @@ def trained(
     data = random_rows(recipe, config.vocab_size, documents)
     table = data.train.table()
     if plain:
-        sft = trl_alone(recipe, Dataset(trainer._dataset(data.train, keep_seq_lengths=True).data), folder)
+        sft = trl_alone(recipe, Dataset(data.train.table()), folder)
     else:
         network = model.load_model(recipe, tokenizer)
         sft = trainer.build(recipe, network, tokenizer, data, folder, Console(quiet=True))

@@ -105,7 +105,7 @@ def compare(given: argparse.Namespace, method: str, rows: int, length: int) -> l
     with ExitStack() as open_until_then:
         folder = Path(open_until_then.enter_context(tempfile.TemporaryDirectory(dir=Path.cwd())))
         sft, data = ours(recipe, folder)
-        table = Dataset(trainer._dataset(data.train, keep_seq_lengths=True).data).select(range(rows * given.steps))
+        table = Dataset(data.train.table()).select(range(rows * given.steps))
         settings = {"model_init_kwargs": {"dtype": recipe.model.dtype}, "gradient_checkpointing": False}
         ways = {
             DEFAULT: Way(in_turn(plain(recipe, table, folder, sft))),

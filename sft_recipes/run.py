@@ -32,8 +32,10 @@ def run(
 
     `overrides` are `key=value` as --set takes them. `resume` continues from the newest complete checkpoint, or starts where
     there is none; `force` lets it do so with changes that do no harm. Without `cached` the data is tokenised again, and
-    nothing of it kept. Raises InputError (a line a problem) where recipe, data, model or output directory are wrong, and
-    then leaves nothing behind; RunError where training or export failed; Stopped where `stop` asked for that.
+    nothing of it kept. Where the recipe wants several processes they are started here: `stop` and `console` are then not
+    used, as signals are handed on to them, and the first of them speaks. Raises InputError (a line a problem) where recipe,
+    data, model or output directory are wrong, and then leaves nothing behind; RunError where training or export failed;
+    Stopped where `stop` asked for that.
     """
     loaded, warnings = check.accepted(recipe_file, overrides)
     recipe = loaded.recipe

@@ -50,17 +50,20 @@ class Stop:
 
 @contextmanager
 def on_request(after: float | None, command: str | None) -> Iterator[Stop]:
-    """Lets SIGTERM, SIGINT and the time end what is done within. Raises Stopped, with the `command` that continues it, if
-    there is one to be said."""
+    """Lets SIGTERM, SIGINT and the time end what is done within. Raises Stopped, with the `command` that continues it.
+
+    None is for one of several ranks: its launcher says the command, and ends the ranks at a second signal. For the rank that
+    is the first once more, which systemd and the like send to every process, while the launcher hands its own on.
+    """
     stop = Stop(after)
     mine = os.getpid()
     more = [f"continue with: {command}"] if command else []
 
     def receive(number: int, frame: FrameType | None) -> None:
-        if os.getpid() == mine:
-            stop.receive(number, frame)
-        else:  # a process that was forked off
+        if os.getpid() != mine:  # a process that was forked off
             os._exit(128 + number)
+        if command is not None or stop.signal is None:
+            stop.receive(number, frame)
 
     in_main_thread = threading.current_thread() is threading.main_thread()  # no other may
     before = {number: signal.signal(number, receive) for number in _SIGNALS} if in_main_thread else {}

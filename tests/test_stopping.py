@@ -63,6 +63,16 @@ def test_a_signal_that_waits(capfd: pytest.CaptureFixture[str]) -> None:
     assert "SIGTERM: the step is finished first; another one ends it at once" in capfd.readouterr().err
 
 
+def test_a_rank_takes_the_same_signal_twice_for_one(capfd: pytest.CaptureFixture[str]) -> None:
+    with stopping.on_request(None, None) as stop:
+        stop.waits = "the step is finished first"
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # would end this process
+        assert stop.reason == "stopped by SIGTERM"
+
+    assert capfd.readouterr().err.count("SIGTERM") == 1
+
+
 def test_a_time_that_is_up() -> None:
     assert stopping.Stop(after=0).reason == "stopped after 0s"
     assert stopping.Stop(after=3600).reason is None

@@ -7,6 +7,7 @@ from typing import Any
 from sft_recipes.errors import ModelError
 from sft_recipes.planning import memory, sharding
 from sft_recipes.planning.memory import Footprint
+from sft_recipes.recipe.check import judge
 from sft_recipes.recipe.schema import DEFAULT_GLOBAL_BATCH_SIZE, Recipe
 
 Change = dict[str, Any]  # dotted keys and their values, as --set takes them
@@ -38,6 +39,8 @@ def remedies(recipe: Recipe, predict: Predict, capacity: float, device: str, att
 
         def tried(change: Change, kind: str = kind) -> Remedy:
             changed = applied(recipe, change)
+            if refused := judge(changed, to_run=False).problems:  # an optimizer that fsdp2 cannot take, say
+                raise ModelError(*refused)
             rank = sharding.on_rank(predict(changed), changed, device)
             return Remedy(kind, change, rank.peak_bytes, memory.fits(rank, capacity, device))
 
@@ -51,7 +54,7 @@ def remedies(recipe: Recipe, predict: Predict, capacity: float, device: str, att
                     best, high = milder, middle
                 else:
                     low = middle + 1
-        except ModelError:  # a layer that LoRA has no name for; nothing to recommend
+        except ModelError:  # or a layer that LoRA has no name for; nothing to recommend
             continue
         found.append(best)
     return found

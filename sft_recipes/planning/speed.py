@@ -94,10 +94,10 @@ def gpus_of(gigabytes: float) -> list[GPU]:
 
 
 def peak_rate(device: str) -> float | None:
-    """Operations a second of the GPU that a driver names so; None for one that is not in the table, or a board that is given
-    less power than those."""
+    """Operations a second of the GPU that a driver names so; None for one that is not in the table: another board of the name,
+    with less power or more units, or a part of a GPU."""
     words = re.split(r"[^a-z0-9]+", device.lower())
-    if not {"pcie", "nvl", "laptop", "max"}.isdisjoint(words):
+    if not {"pcie", "nvl", "laptop", "max", "ti", "d", "mig"}.isdisjoint(words):
         return None
     of_name = {gpu.name.lower().removeprefix("rtx-").split("-")[0]: gpu.teraflops * 1e12 for gpu in GPUS}
     return next((of_name[word] for word in words if word in of_name), None)

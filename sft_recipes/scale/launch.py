@@ -28,9 +28,15 @@ def launch(recipe: Recipe, arguments: Sequence[str], *, debug: bool = False) -> 
 
     A signal is handed on: the ranks stop at the same step. Raises what the rank that failed first has raised.
     """
+    import torch
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std, start_processes
 
     wanted = recipe.launch
+    if 0 < (gpus := torch.cuda.device_count()) < wanted.processes:
+        raise RecipeError(
+            f"launch.processes: {wanted.processes}, and this machine shows {gpus} GPU{'s' if gpus > 1 else ''}; each takes "
+            f"one of its own; say --processes {gpus}"
+        )
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it says is said here
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the others are handled here
     with tempfile.TemporaryDirectory(prefix="sft-recipes-") as folder:
@@ -64,7 +70,7 @@ def _meeting(wanted: Launch) -> tuple[int, dict[str, str]]:
     if wanted.machines > 1:
         if not environment.get("MASTER_ADDR"):
             raise RecipeError(ranks.no_address(wanted))
-        address, port = environment["MASTER_ADDR"], int(environment.get("MASTER_PORT") or ranks.PORT)
+        address, port = environment["MASTER_ADDR"], ranks.from_environment("MASTER_PORT") or int(ranks.PORT)
     global _place
     if machine == 0:
         try:

@@ -25,15 +25,16 @@ from sft_recipes.recipe.schema import Launch, Recipe
 BY_US = "SFT_RECIPES_LAUNCHER"  # in the environment of ranks: the process that has started them with `launch`
 PORT = "29500"  # where ranks of another launcher meet, unless MASTER_PORT says otherwise; torch's own
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
-# What launchers other than torchrun call the four.
+# What launchers other than torchrun call the four. Under Slurm mpirun starts helpers by srun, one a machine, whose names its
+# processes have beside their own: those count that say of more.
 _THEIRS = (
-    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # MPICH, Intel MPI
 )
 _LOST = re.compile(  # what torch says of the network, and of processes that do not answer
     r"closed by peer|reset by peer|[Tt]imed? ?out|timeout|Broken pipe|refused|unreachable|No route to host|"
-    r"NCCL|gloo/|recvValue failed|sendBytes failed|[Ss]ocket|[Ss]tore"
+    r"NCCL|gloo/|recvValue failed|sendBytes failed|[Ss]ocket|\b[Ss]tore\b|Store\b"
 )
 _NOISE = re.compile(r"\[\S*/gloo/\S+\] | This is typically caused by .*?GLHF! \S+")
 _ANSWERS = 3.0  # seconds in which ranks that have lost another say so
@@ -56,14 +57,24 @@ def is_main() -> bool:
 
 def machine(launch: Launch) -> int:
     """The number of this machine, as its launcher says; 0 where there is but one. Raises RecipeError where it is not said."""
-    number = os.environ.get("NODE_RANK") or os.environ.get("SLURM_NODEID")
     if launch.machines == 1:
         return 0
-    if not number:
+    number = from_environment("NODE_RANK", from_environment("SLURM_NODEID"))
+    if number is None:
         raise RecipeError(no_address(launch))
-    if not 0 <= int(number) < launch.machines:
+    if number >= launch.machines:
         raise RecipeError(f"launch.machines: NODE_RANK is {number}, and there are {launch.machines}, from 0 on")
-    return int(number)
+    return number
+
+
+def from_environment(name: str, otherwise: int | None = None) -> int | None:
+    """A number in the environment, or `otherwise` where there is none. Raises RecipeError where it is something else."""
+    text = os.environ.get(name)
+    if not text:
+        return otherwise
+    if not text.isdecimal():
+        raise RecipeError(f"{name}: '{text}' in the environment is not a whole number; set one, or unset it")
+    return int(text)
 
 
 def is_local_main() -> bool:
@@ -92,10 +103,13 @@ def to_be_started(launch: Launch) -> bool:
     wanted = launch.processes * launch.machines
     environment = os.environ
     if "LOCAL_RANK" not in environment:
-        number, size, local, beside = next(
-            (names for names in _THEIRS if names[1] in environment), ("RANK", "WORLD_SIZE", "", "")
+        theirs = [names for names in _THEIRS if names[1] in environment]
+        number, size, local, beside = max(
+            theirs, key=lambda names: from_environment(names[1]) or 1, default=("RANK", "WORLD_SIZE", "", "")
         )
-        started = int(environment.get(size) or 1)
+        started = from_environment(size) or 1
+        if started > 1 and from_environment(number) is None:
+            raise RecipeError(f"{size} is {started} in the environment, and {number} is not there; set both, or none")
         if launch.machines > 1 and launch.processes > 1 and started == launch.machines:
             environment.setdefault("NODE_RANK", environment[number])
             return True

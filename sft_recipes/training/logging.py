@@ -61,9 +61,11 @@ class Metrics(TrainerCallback):
         self.before = self.before or {"tokens": tokens, "trained_tokens": int(trained_tokens)}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.seconds += time.monotonic() - self.began
         if state.global_step >= state.max_steps:
             control.should_log = True  # the last step is logged, whatever log.every
+        if control.should_log and torch.cuda.is_available():
+            torch.cuda.synchronize()  # the log waits for the step's last work anyway; its time is the step's
+        self.seconds += time.monotonic() - self.began
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any

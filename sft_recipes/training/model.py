@@ -188,6 +188,8 @@ def _quantization(recipe: Recipe) -> dict[str, Any]:
         return {}
     assert recipe.lora is not None
     compute = torch.bfloat16 if recipe.train.mixed_precision == "bf16" else DTYPES[recipe.model.dtype]
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    computed = half.get(recipe.train.mixed_precision, DTYPES[recipe.model.dtype])  # as sharded.finish has FSDP do it
     keep = ["lm_head", *recipe.lora.modules_to_save]  # what is trained in full cannot be quantised
     if kind == "int8":
         config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=keep)
@@ -198,8 +200,9 @@ def _quantization(recipe: Recipe) -> dict[str, Any]:
             bnb_4bit_compute_dtype=compute,
             bnb_4bit_use_double_quant=True,
             llm_int8_skip_modules=keep,
-            # FSDP shares floating-point numbers out; bitsandbytes' own bytes would be whole on each rank.
-            bnb_4bit_quant_storage=DTYPES[recipe.model.dtype] if recipe.launch.strategy == "fsdp2" else torch.uint8,
+            # FSDP shares floating-point numbers out; bitsandbytes' own bytes would be whole on each rank. In another type than
+            # it computes in it would round them, as if they were weights.
+            bnb_4bit_quant_storage=computed if recipe.launch.strategy == "fsdp2" else torch.uint8,
         )
     device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
     return {"quantization_config": config, "device_map": {"": device}}

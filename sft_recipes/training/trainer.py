@@ -1,4 +1,4 @@
-"""SFTTrainer, made ready and run. The only file that imports trl."""
+"""SFTTrainer, made ready and run. Beside it only its loss (head) and what predicts its memory import trl."""
 
 import math
 import signal
@@ -97,7 +97,8 @@ class Trainer(Saving, Shares, SFTTrainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         self.metrics.begin(self.state.num_input_tokens_seen, self.trained_tokens)
         batches, trained_tokens = super().get_batch_samples(*args, **kwargs)
-        self.trained_tokens = self.trained_tokens + (trained_tokens or 0)
+        if trained_tokens is not None:
+            self.trained_tokens = self.trained_tokens + trained_tokens
         return batches, trained_tokens
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:

@@ -41,6 +41,16 @@ def test_a_smaller_micro_batch_is_accumulated_longer() -> None:
     assert {changes.applied(given, each).sequences_per_step for each in options} == {24}
 
 
+def test_what_an_engine_cannot_do_is_not_recommended() -> None:
+    given = recipe(lora={}, train={"optimizer": "paged_adamw_8bit"})
+
+    found = changes.remedies(given, lambda _: WHOLE, 1.0, "cpu", None)
+
+    assert "fsdp2" in kinds(given)
+    assert {each.kind for each in found}.isdisjoint({"fsdp2", "CPU offload"})
+    assert "fsdp2" in {each.kind for each in changes.remedies(recipe(lora={}), lambda _: WHOLE, 1.0, "cpu", None)}
+
+
 def test_sizes_for_auto() -> None:
     auto = {"micro_batch_size": "auto", "global_batch_size": 48}
 

@@ -61,6 +61,9 @@ def test_utilisation_counts_what_the_model_takes_once() -> None:
         ("Tesla T4", 65),
         ("NVIDIA H100 PCIe", None),  # less power
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
         ("NVIDIA A10G", None),
         ("NVIDIA GH200 480GB", None),
     ],

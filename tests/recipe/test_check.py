@@ -102,6 +102,8 @@ def test_global_batch_size_smaller_than_a_micro_batch(write_recipe: WriteRecipe)
         (["model.dtype=bfloat16", "train.mixed_precision=bf16"], True),
         (["model.dtype=bfloat16", "train.optimizer=adamw_8bit_sr"], False),
         (["model.dtype=bfloat16", "lora.rank=2"], False),
+        (["model.dtype=bfloat16", "train.mixed_precision=bf16", "launch.strategy=fsdp2"], False),  # trains in float32
+        (["model.dtype=bfloat16", "launch.strategy=fsdp2"], True),
         (["model.dtype=bfloat16", "train.optimizer=adamw_torch_8bit"], True),
         (
             ["model.dtype=bfloat16", "train.optimizer=adamw_torch_8bit", "trl.optim_args=bf16_stochastic_round=True"],

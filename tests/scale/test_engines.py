@@ -16,9 +16,10 @@ from tests.scale import two
 needs_deepspeed = pytest.mark.skipif(not installed("deepspeed"), reason="DeepSpeed is not installed")
 TRAINED = {"loss": 1e-5, "eval_loss": 1e-5, "grad_norm": 1e-4}  # and how far they may be off, relatively
 # Without dropout, which each process draws for itself; 9 sequences, so that the last step of an epoch is not full.
+ASKED = {"eval": {"generate": ["Say the word number 1."], "max_new_tokens": 3}}
 SAME: dict[str, Any] = {
-    "lora": {"lora": {"rank": 2, "dropout": 0.0}},
-    "full": {},
+    "lora": {"lora": {"rank": 2, "dropout": 0.0}, **ASKED},
+    "full": ASKED,
     "qlora": {"lora": {"rank": 2, "dropout": 0.0}},
 }
 
@@ -83,6 +84,12 @@ def test_two_processes_do_what_one_does(
     alone, together = metrics(one_process[method]), metrics(run)
     losses_are_the_same(alone, together)
     assert [line["tokens"] for line in alone] == [line["tokens"] for line in together]
+
+    # All of them answer together, and one writes it down.
+    if "eval" in SAME[method]:
+        answers = [(where / "samples.jsonl").read_text("utf-8") for where in (one_process[method], run)]
+        assert answers[0] == answers[1]
+        assert answers[0].count("\n") >= 3
 
     # Each process has its share, and no more.
     for rank in (0, 1):

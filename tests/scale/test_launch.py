@@ -144,8 +144,9 @@ def test_alone_or_to_be_started(wanted: Callable[..., bool]) -> None:
         {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"},
         {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
         {"PMI_RANK": "1", "PMI_SIZE": "4"},
+        {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0", "PMI_RANK": "1", "PMI_SIZE": "4"},
     ],
-    ids=["torchrun", "Slurm", "Open MPI", "MPICH"],
+    ids=["torchrun", "Slurm", "Open MPI", "MPICH", "MPICH under Slurm"],
 )
 def test_started_by_another(wanted: Callable[..., bool], environment: dict[str, str]) -> None:
     assert not wanted({**environment, "MASTER_ADDR": "10.0.0.1"}, processes=2, machines=2)
@@ -171,6 +172,27 @@ def test_machines_that_do_not_know_each_other(write_recipe: WriteRecipe, wanted:
     wanted({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"})
     with pytest.raises(RecipeError, match=r"launch.processes: 1 by the recipe .*, and 2 were started"):
         wanted({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"})
+
+
+def test_numbers_in_the_environment_that_are_none(write_recipe: WriteRecipe, wanted: Callable[..., bool]) -> None:
+    recipe = load.load(write_recipe(), ["launch.machines=2"]).recipe
+    with pytest.raises(RecipeError, match=r"^WORLD_SIZE is 2 in the environment, and RANK is not there"):
+        wanted({"WORLD_SIZE": "2"}, processes=2)
+    with pytest.raises(RecipeError, match=r"^WORLD_SIZE: 'two' in the environment is not a whole number"):
+        wanted({"WORLD_SIZE": "two"})
+    wanted({"WORLD_SIZE": "", "MASTER_ADDR": "127.0.0.1", "NODE_RANK": "first"}, machines=2)
+    with pytest.raises(RecipeError, match=r"^NODE_RANK: 'first' in the environment is not a whole number"):
+        launch.launch(recipe, [])
+    wanted({"NODE_RANK": "0", "MASTER_PORT": "http"}, machines=2)
+    with pytest.raises(RecipeError, match=r"^MASTER_PORT: 'http' in the environment is not a whole number"):
+        launch.launch(recipe, [])
+
+
+def test_more_processes_than_gpus(write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load.load(write_recipe(), ["launch.processes=4"]).recipe
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(RecipeError, match=r"^launch.processes: 4, and this machine shows 2 GPUs; .* --processes 2$"):
+        launch.launch(recipe, [])
 
 
 def test_a_port_in_use(write_recipe: WriteRecipe, wanted: Callable[..., bool], monkeypatch: pytest.MonkeyPatch) -> None:

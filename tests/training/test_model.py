@@ -176,6 +176,26 @@ def test_the_copy_stays_where_something_is_computed_on_it(write_recipe: WriteRec
     assert all(part.cast_input_dtype_enabled for part in adapted.modules() if isinstance(part, LoraLayer))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "mixed", "stored"),
+    [
+        ("bfloat16", "bf16", torch.bfloat16),
+        ("float32", "bf16", torch.bfloat16),
+        ("float32", "fp16", torch.float16),
+        ("float32", "no", torch.float32),
+    ],
+)
+def test_fsdp2_gets_4_bit_weights_in_the_type_that_it_casts_to(
+    write_recipe: WriteRecipe, dtype: str, mixed: str, stored: torch.dtype
+) -> None:
+    """In another it would cast the numbers that they are held in, and of the weights nothing would be left."""
+    overrides = ["model.quantization=nf4", "lora={}", "launch.strategy=fsdp2"]
+    overrides += [f"model.dtype={dtype}", f"train.mixed_precision={mixed}"]
+    recipe = load.load(write_recipe(), overrides).recipe
+
+    assert model._quantization(recipe)["quantization_config"].bnb_4bit_quant_storage == stored
+
+
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
 def test_quantised_layers_and_those_left_out(write_recipe: WriteRecipe, quantization: str) -> None:
     adapted = loaded(write_recipe(), f"model.quantization={quantization}", "lora={modules_to_save: [up_proj]}")

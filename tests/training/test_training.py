@@ -115,6 +115,7 @@ def test_compiled_layers_train_the_same_and_are_compiled_once(
 ) -> None:
     """Micro-batches of many lengths. Traced and differentiated as for any backend; inductor would take minutes here."""
     write_rows(tmp_path / "train.jsonl", UNEQUAL)
+    torch.compiler.set_stance("default")  # which another test's optimizer may have changed
     monkeypatch.setattr(trainer, "compile_layers", partial(model.compile_layers, backend="aot_eager"))
     recipe = write_recipe(**sections, log={"every": 1}, eval={"generate": ["Say it."], "max_new_tokens": 3})
     logged, graphs = [], []
