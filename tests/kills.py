@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState, GradientState
 
 from tests.conftest import minimal, write_rows
 
@@ -53,8 +54,10 @@ def recipe(folder: Path, method: str, **sections: Any) -> Path:
 
 def mend_torch() -> None:
     """In a forked process, before anything else: torch makes its pool of threads anew at the first use, and two threads at
-    once, as transformers loads weights with, would find it half made."""
+    once, as transformers loads weights with, would find it half made. accelerate forgets that it was one process, alone."""
     torch.set_num_threads(torch.get_num_threads())
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def forked(act: Callable[[], object]) -> tuple[int, int]:
