@@ -91,6 +91,9 @@ def settled(recipe: Recipe, predict: Predict, capacity: float, device: str) -> R
     the largest micro-batch. Raises RecipeError where a single sequence does not fit, and ModelError where nothing can be
     predicted."""
     sizes = recipe.train.micro_batch_size == "auto"
+    if recipe.train.gradient_checkpointing == "auto" and recipe.launch.strategy != "ddp":
+        # Shares are predicted by arithmetic that no GPU has been held against, and no preflight tries them.
+        recipe = changes.applied(recipe, {"train.gradient_checkpointing": True})
     if recipe.train.gradient_checkpointing != "auto":
         return largest(recipe, predict, capacity, device) if sizes else recipe
 

@@ -405,6 +405,13 @@ def test_auto_of_both_prefers_no_checkpointing_once_a_micro_batch_is_large_enoug
         chosen(peak(1, layers=True) - 1)
 
 
+def test_auto_checkpoints_every_layer_of_weights_that_are_shared_out() -> None:
+    shared = LEAST | {"launch": {"processes": 2, "strategy": "fsdp2"}}
+    predict = fitting.predictor(CONFIGS["llama"], "cpu")
+    settled = fitting.settled(Recipe.model_validate(shared), predict, 2**50, "cpu")
+    assert settled.train.gradient_checkpointing is True
+
+
 def test_where_nothing_can_be_predicted_auto_checkpoints_every_layer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
