@@ -29,9 +29,8 @@ def run(
         if first and (problem := run_folder.in_the_way(recipe.output_dir, resume=resume)):
             raise OutputError(problem)
         tokenizer, _ = checks.tokenizer_of(recipe.model)
-        if (
-            cached and tokenizer is not None and not tokenizer.rebuilt
-        ):  # else the first rank does so, with transformers' own
+        # Else the first rank does so, with transformers' own.
+        if cached and tokenizer is not None and not tokenizer.rebuilt:
             prepare.prepare(recipe, tokenizer)
     options = [f"--set={override}" for override in overrides]
     options += ["--resume"] if resume else []
