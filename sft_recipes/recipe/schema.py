@@ -212,8 +212,15 @@ class Log(_Section):
 
     every: Positive = 10
     """Steps between two lines of metrics.jsonl and the console."""
-    to: list[Literal["wandb", "tensorboard", "trackio"]] = []
+    to: list[Literal["wandb", "tensorboard", "trackio", "mlflow"]] = []
     """Experiment trackers to log to besides metrics.jsonl; each is an extra of the same name."""
+    project: Name | None = None
+    """Project of wandb and trackio, experiment of mlflow; null: as WANDB_PROJECT and MLFLOW_EXPERIMENT_NAME say, else
+    sft-recipes."""
+    name: Name | None = None
+    """What wandb, trackio and mlflow call the run; null: the last part of output_dir."""
+    group: Name | None = None
+    """Runs that belong together: the group of wandb and trackio, a tag of mlflow; null: none."""
 
 
 class Export(_Section):

@@ -1,7 +1,7 @@
 """Answers to the same prompts at each evaluation: samples.jsonl, and how many are exactly right."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,12 @@ class Question:
 
     messages: list[dict[str, Any]]
     expected: str | None
+
+    @property
+    def text(self) -> str:
+        """What is asked, for a table."""
+        last = self.messages[-1]
+        return "\n".join(filter(None, [last["content"], last.get("input")]))
 
 
 def questions(recipe: Recipe) -> list[Question]:
@@ -56,9 +62,12 @@ class Samples:
         data: Prepared,
         file: Path,
         warn: Callable[[str], None] | None,
+        shows: Sequence[Callable[[int, list[dict[str, Any]]], None]] = (),
     ) -> None:
-        """`warn` hears of answers that cannot be written; without it none are, as in all processes but one."""
+        """`warn` hears of answers that cannot be written; without it none are, as in all processes but one. `shows` take
+        the step and a row an answer: step, prompt, answer, expected."""
         self.questions, self.tokenizer, self.file, self.warn = questions, tokenizer, file, warn
+        self.shows = shows
         self.stops, self.max_new_tokens = data.stops, recipe.eval.max_new_tokens
         raw = data.chat_template is None  # plain text was trained on, so plain text is continued
         self.prompts = [prompt_ids(tokenizer, question.messages, raw=raw) for question in questions]
@@ -66,16 +75,17 @@ class Samples:
     def take(self, model: PreTrainedModel, step: int) -> dict[str, float]:
         """Answer all questions now; {"eval_exact_match": share} where answers are expected, else {}."""
         answers = answer(model, self.tokenizer, self.prompts, max_new_tokens=self.max_new_tokens, stops=self.stops)
-        lines = [
-            {"step": step, "messages": question.messages, "answer": given, "expected": question.expected}
-            for question, given in zip(self.questions, answers, strict=True)
-        ]
+        answered = list(zip(self.questions, answers, strict=True))
+        lines = [{"step": step, "messages": q.messages, "answer": a, "expected": q.expected} for q, a in answered]
         if self.warn is not None:
             try:
                 files.append(self.file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
             except OSError as error:
                 self.warn(f"{self.file}: the answers of step {step} are not recorded: {error}")
-        known = [(q.expected, a) for q, a in zip(self.questions, answers, strict=True) if q.expected is not None]
+        rows = [{"step": step, "prompt": q.text, "answer": a, "expected": q.expected} for q, a in answered]
+        for show in self.shows:
+            show(step, rows)
+        known = [(q.expected, a) for q, a in answered if q.expected is not None]
         if not known:
             return {}
         return {"eval_exact_match": sum(given.strip() == expected.strip() for expected, given in known) / len(known)}
