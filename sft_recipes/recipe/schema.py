@@ -213,7 +213,7 @@ class Log(_Section):
     every: Positive = 10
     """Steps between two lines of metrics.jsonl and the console."""
     to: list[Literal["wandb", "tensorboard", "trackio", "mlflow"]] = []
-    """Experiment trackers to log to besides metrics.jsonl; each is an extra of the same name."""
+    """Experiment trackers besides metrics.jsonl: wandb, tensorboard, trackio, mlflow; each is an extra of the same name."""
     project: Name | None = None
     """Project of wandb and trackio, experiment of mlflow; null: as WANDB_PROJECT and MLFLOW_EXPERIMENT_NAME say, else
     sft-recipes."""

@@ -107,7 +107,7 @@ class TensorBoard(Tracker, TensorBoardCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.logging_dir = self.logging_dir or str(self.run_dir / "tensorboard")  # TENSORBOARD_LOGGING_DIR
+        self.logging_dir: str = self.logging_dir or str(self.run_dir / "tensorboard")  # of TENSORBOARD_LOGGING_DIR
         super().on_train_begin(args, state, control, **kwargs)
         if not self.before:
             recipe = json.dumps(self.recipe.resolved(), indent=2, ensure_ascii=False)
@@ -115,8 +115,7 @@ class TensorBoard(Tracker, TensorBoardCallback):
         self.keep(self.logging_dir)
 
     def table(self, step: int, rows: list[dict[str, Any]]) -> None:
-        lines = [COLUMNS, ["---"] * len(COLUMNS), *([_cell(value) for value in row.values()] for row in rows)]
-        self.tb_writer.add_text("samples", "\n".join(f"| {' | '.join(cells)} |" for cells in lines), step)
+        self.tb_writer.add_text("samples", table_in_markdown(rows), step)
 
     def where(self) -> str:
         return f"tensorboard --logdir {shlex.quote(self.logging_dir)}"
@@ -313,7 +312,7 @@ def in_short(text: str) -> str:
 
 def _recorded(run_dir: Path) -> set[tuple[int, str | None]]:
     """Steps of metrics.jsonl and samples.jsonl, and what each line records."""
-    found = set()
+    found: set[tuple[int, str | None]] = set()
     for name in ("metrics.jsonl", "samples.jsonl"):
         for line in files.lines(run_dir / name) if (run_dir / name).is_file() else ():
             with suppress(ValueError, KeyError, TypeError):  # a power cut can leave anything
@@ -327,7 +326,12 @@ def _record(values: dict[str, Any]) -> str | None:
     return next((name for name in _RECORDS if name in values), None)
 
 
+def table_in_markdown(rows: list[dict[str, Any]]) -> str:
+    """Answers, a dict of COLUMNS each, as a table in which every text stays what it is."""
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *([_cell(value) for value in row.values()] for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
 def _cell(value: Any) -> str:
-    """A text as a cell of a Markdown table, in which it stays what it is."""
     text = html.escape("" if value is None else str(value), quote=False)
     return re.sub(r"([\\`*_\[\]|])", r"\\\1", text).replace("\n", "<br>")
