@@ -180,7 +180,7 @@ class Prompt(_Section):
     input: str = ""
     """The Alpaca input, if any."""
     expected: str | None = None
-    """The right answer; with it, the share of exact matches is logged."""
+    """The right answer; with it, the share of exact matches is logged (spaces around an answer aside)."""
 
 
 class Eval(_Section):
@@ -189,7 +189,8 @@ class Eval(_Section):
     every: Interval = 0.1
     """Fraction of the run, or a number of steps; null: only at the start and the end."""
     generate: Name | list[str | Prompt] = []
-    """Prompts to answer at each evaluation, or a file of rows: their answers are what is expected."""
+    """Prompts to answer at each evaluation, or a file of rows, whose answers are what is expected, or of {prompt, input,
+    expected}."""
     max_new_tokens: Positive = 128
     """Length at which an answer is cut off."""
 

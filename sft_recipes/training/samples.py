@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,45 +9,10 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sft_recipes import files
-from sft_recipes.data import reading
-from sft_recipes.data.formats import Example
 from sft_recipes.data.prepare import Prepared
-from sft_recipes.errors import DataError
-from sft_recipes.recipe.schema import Recipe, Source
+from sft_recipes.data.questions import Question
+from sft_recipes.recipe.schema import Recipe
 from sft_recipes.training.generate import answer, prompt_ids
-
-
-@dataclass(frozen=True)
-class Question:
-    """Messages up to the answer, and the right answer where it is known."""
-
-    messages: list[dict[str, Any]]
-    expected: str | None
-
-    @property
-    def text(self) -> str:
-        """What is asked, for a table."""
-        last = self.messages[-1]
-        return "\n".join(filter(None, [last["content"], last.get("input")]))
-
-
-def questions(recipe: Recipe) -> list[Question]:
-    """`eval.generate`, written in the recipe or read from a file of rows. Raises DataError as the data itself would."""
-    wanted = recipe.eval.generate
-    if isinstance(wanted, str):
-        return [_from_row(example) for example in reading.read(Source(path=wanted), recipe.data)]
-    return [
-        Question([{"role": "user", "content": prompt}], None)
-        if isinstance(prompt, str)
-        else Question([{"role": "user", "content": prompt.prompt, "input": prompt.input}], prompt.expected)
-        for prompt in wanted
-    ]
-
-
-def _from_row(example: Example) -> Question:
-    if not example.messages or example.messages[-1]["role"] != "assistant":
-        raise DataError(f"{example.place}: eval.generate needs rows with a prompt and an answer")
-    return Question(example.messages[:-1], example.messages[-1]["content"])
 
 
 class Samples:

@@ -29,6 +29,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
 from sft_recipes.data.prepare import Prepared
+from sft_recipes.data.questions import questions
 from sft_recipes.data.sequences import IGNORED, Sequences
 from sft_recipes.errors import RecipeError, RunError, SFTRecipeError, Stopped
 from sft_recipes.planning import disk
@@ -51,7 +52,7 @@ from sft_recipes.training.model import (
     tokenizer_bytes,
 )
 from sft_recipes.training.preflight import Preflight
-from sft_recipes.training.samples import Samples, SampleWithoutValidation, questions
+from sft_recipes.training.samples import Samples, SampleWithoutValidation
 from sft_recipes.training.saving import Saving
 from sft_recipes.training.shares import Shares, filled
 from sft_recipes.training.trackers import Guarded, trackers
