@@ -44,9 +44,10 @@ class Terminal(io.StringIO):
     ("columns", "figures"),
     [
         (140, "loss 1.5000  0:00:00 left  lr 1.00e-04  12,345 tokens/s  1.0 GiB"),
-        (80, "loss 1.5000  0:00:00 left  lr 1.00e-04  12,345 tokens/s"),
+        (80, "loss 1.5000  0:00:00 left  lr 1.00e-04  12,345 tokens/s  1.0 GiB"),
+        (72, "loss 1.5000  0:00:00 left  lr 1.00e-04  12,345 tokens/s"),
         (50, "loss 1.5000  0:00:00 left"),
-        (24, "loss 1.5000"),
+        (30, "loss 1.5000"),
     ],
 )
 def test_a_bar_on_a_terminal(columns: int, figures: str) -> None:
@@ -61,7 +62,7 @@ def test_a_bar_on_a_terminal(columns: int, figures: str) -> None:
     assert display.progress is not None
     display.progress.refresh()
     bar = lines_of(said)[-1]
-    assert bar.rstrip().endswith(f"━ 5/10 {figures}")
+    assert re.fullmatch(f"━+ + 5/10 {re.escape(figures)}", bar.rstrip())
     assert len(bar) <= columns
 
     for _ in range(2):
