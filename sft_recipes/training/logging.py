@@ -118,13 +118,13 @@ class Display(TrainerCallback):
         self.validation: TaskID | None = None
         self.figures: list[str] = []  # the latest; the last have no place on a narrow terminal
         self.total = 0
-        self.started = 0.0
+        self.started: float | None = None
         self.first_step = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.total, self.first_step, self.started = state.max_steps, state.global_step, time.monotonic()
+        self.total, self.first_step, self.started = state.max_steps, state.global_step, None
         if self.moves:
             self.progress = Progress(
                 BarColumn(self._bar()), MofNCompleteColumn(), TextColumn("{task.description}"),
@@ -133,6 +133,11 @@ class Display(TrainerCallback):
             self.progress.start()
             self.training = self.progress.add_task("", total=self.total)
             self._update(state.global_step)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.started = self.started or time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._update(state.global_step)
@@ -198,9 +203,9 @@ class Display(TrainerCallback):
         return min(40, max(8, self.console.width - 90))
 
     def _left(self, step: int) -> str | None:
-        """The time that is left, by what the steps so far have taken, validation and checkpoints included."""
+        """The time that is left, by what the steps so far have taken, validation and checkpoints between them included."""
         done = step - self.first_step
-        if not done:
+        if not done or self.started is None:
             return None
         return f"{_duration((time.monotonic() - self.started) / done * (self.total - step))} left"
 

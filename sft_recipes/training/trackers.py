@@ -75,7 +75,7 @@ class Wandb(Tracker, WandbCallback):
             config={"recipe": self.recipe.resolved()},
             dir=os.environ.get("WANDB_DIR") or self.run_dir,
             mode=mode,
-            settings=self._wandb.Settings(quiet=True),
+            settings=self._wandb.Settings(silent=True),
         )
         self.keep(run.id)
         super().setup(args, state, model, **kwargs)
@@ -178,6 +178,8 @@ class MLflow(Tracker, MLflowCallback):
 
     def __init__(self, recipe: Recipe, run_dir: Path) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         super().__init__(recipe, run_dir)
         self.ours = False  # whether it is kept in the run directory
 

@@ -56,6 +56,7 @@ def test_a_bar_on_a_terminal(columns: int, figures: str) -> None:
     display = logging.Display(Console(file=said, force_terminal=True, color_system=None, width=columns))
     state, control = TrainerState(max_steps=10, global_step=4), TrainerControl()
     display.on_train_begin(None, state, control)
+    display.on_step_begin(None, state, control)
     state.global_step = 5
     display.show({"step": 5, "loss": 1.5, "learning_rate": 1e-4, "tokens_per_second": 12345.0, "memory": 1.0})
     display.on_step_end(None, state, control)

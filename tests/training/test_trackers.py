@@ -64,6 +64,7 @@ def followed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     resumed = sft_recipe("run", str(file), "--resume", environment=environment, cwd=folder)
     assert resumed.returncode == 0, resumed.stderr
     assert "resumed from" in resumed.stdout
+    assert resumed.stderr == ""
     return folder / "run", failed.stdout + resumed.stdout
 
 
