@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -196,12 +197,14 @@ class MLflow(Tracker, MLflowCallback):
         mlflow.set_experiment(experiment)
         tags = {"group": log.group} if log.group else None
         self.keep(mlflow.start_run(run_id=self.before, run_name=self.title, tags=tags).info.run_id)
-        if not self.before:
+        if self.before:  # what was told then cannot be changed, and transformers would tell its arguments again
+            super().setup(SimpleNamespace(run_name=self.title, to_dict=dict), state, None)
+        else:
             longest, most = self._MAX_PARAM_VAL_LENGTH, self._MAX_PARAMS_TAGS_PER_BATCH
             parameters = [(key, str(value)[:longest]) for key, value in self.parameters().items()]
             for start in range(0, len(parameters), most):
                 mlflow.log_params(dict(parameters[start : start + most]))
-        super().setup(args, state, model)
+            super().setup(args, state, model)
 
     def table(self, step: int, rows: list[dict[str, Any]]) -> None:
         columns = {name: [row[name] for row in rows] for name in COLUMNS}

@@ -23,10 +23,8 @@ def without_settings(folder: Path) -> dict[str, str]:
     """The environment of somebody who has never used a tracker."""
     prefixes = ("WANDB_", "TENSORBOARD_", "TRACKIO_", "MLFLOW_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
-    nothing = {
-        name: str(folder / "none") for name in ("NETRC", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR")
-    }
-    return environment | nothing | {"HOME": str(folder)}
+    own = {f"WANDB_{name}_DIR": str(folder / "wandb") for name in ("CONFIG", "CACHE", "DATA")}
+    return environment | own | {"HOME": str(folder), "NETRC": str(folder / "netrc")}
 
 
 def fails_in_step_4() -> None:
@@ -184,7 +182,7 @@ def test_without_a_login_all_stays_here_and_it_is_said_how_to_look(followed: tup
         assert said.splitlines().count(line) == 2, line
     assert "Trackio" not in said  # its own words
     here = {file.name for file in folder.parent.iterdir()}
-    assert here <= {"run", "recipe.json", "train.jsonl", ".cache", ".config", ".local", "none"}
+    assert here <= {"run", "recipe.json", "train.jsonl", ".cache", ".config", ".local", "wandb"}
 
 
 def test_the_users_own_places(tmp_path: Path, write_recipe: WriteRecipe) -> None:
