@@ -88,7 +88,7 @@ class Wandb(Tracker, WandbCallback):
     def where(self) -> str:
         run = self._wandb.run
         if not run.offline:
-            return str(run.url)
+            return str(run.url or "disabled")
         folder = Path(run.dir).parent.parent  # a run that was resumed has several in there
         return f"offline; upload it with: wandb sync {shlex.quote(str(folder))}/offline-run-*-{run.id}"
 
@@ -148,7 +148,7 @@ class Trackio(Tracker, TrackioCallback):
                 embed=False,
                 space_id=args.trackio_space_id,
                 private=args.hub_private_repo,
-                bucket_id=args.trackio_bucket_id,
+                bucket_id=getattr(args, "trackio_bucket_id", None),  # a field of late
             )
         self._space_id = self._trackio.context_vars.current_space_id.get()
         self.keep(run.name)
