@@ -12,7 +12,7 @@ from jinja2 import Environment, StrictUndefined, UndefinedError
 from ruamel.yaml import YAML
 
 from sft_recipes import files
-from sft_recipes.errors import OutputError, RecipeError, one_line
+from sft_recipes.errors import OutputError, RecipeError, SFTRecipeError, one_line
 from sft_recipes.report import chart, facts
 from sft_recipes.report.curve import learning_curve, learning_curves
 from sft_recipes.report.facts import Run
@@ -39,7 +39,7 @@ def report(folders: Sequence[Path], out: Path | None = None, *, table: bool = Fa
     out = out or (folders[0] if len(folders) == 1 else COMPARISON)
     try:
         runs = [facts.read(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
-        html = _html(runs, live)
+        html, rows = _html(runs, live), _csv(runs) if table else None
         out.mkdir(parents=True, exist_ok=True)
         written = [out / "learning_curve.png", out / "report.html"]
         with files.replaced(written[0]) as partial:
@@ -48,14 +48,15 @@ def report(folders: Sequence[Path], out: Path | None = None, *, table: bool = Fa
             else:
                 learning_curves({run.name: run.metrics for run in runs}, partial)
         _write(written[1], html)
-        if table:
+        if rows is not None:
             written.append(out / "metrics.csv")
-            _write(written[2], _csv(runs))
+            _write(written[2], rows)
         return written
-    except OutputError:
+    except SFTRecipeError:
         raise
     except OSError as error:
-        raise OutputError(f"{error.filename or out}: cannot be written: {error.strerror}") from None
+        reason = f"cannot be written: {error.strerror}; choose another --out"
+        raise OutputError(f"{error.filename or out}: {reason}") from None
     except (LookupError, TypeError, ValueError, AttributeError, UndefinedError) as error:
         reason = f"{type(error).__name__}: {error}"
         of = ", ".join(map(str, folders))
