@@ -61,14 +61,15 @@ def test_quiet_offline_and_as_wide_as_the_window(
     assert browser.value("document.title") != "taken"
     assert browser.value("document.documentElement.scrollWidth") == width
     assert len(frames(browser)) == 5
-    assert all(0 < frame["left"] and frame["right"] <= width and frame["width"] > 200 for frame in frames(browser))
+    assert all(frame["left"] > 0 and frame["right"] <= width and frame["width"] > 200 for frame in frames(browser))
     browser.screenshot(tmp_path / f"{name}-{width}-{'dark' if dark else 'light'}.png")  # to be looked at
 
 
 _CONTRAST = """
 (() => {
   const light = colour => {
-    const [r, g, b] = colour.match(/[\\d.]+/g).map(part => { part /= 255; return part <= .03928 ? part / 12.92 : ((part + .055) / 1.055) ** 2.4; });
+    const linear = part => part <= .03928 ? part / 12.92 : ((part + .055) / 1.055) ** 2.4;
+    const [r, g, b] = colour.match(/[\\d.]+/g).map(part => linear(part / 255));
     return .2126 * r + .7152 * g + .0722 * b;
   };
   const behind = element => {
@@ -76,7 +77,7 @@ _CONTRAST = """
     return own.startsWith("rgba(0, 0, 0, 0") && element.parentElement ? behind(element.parentElement) : own;
   };
   const found = {};
-  for (const element of document.querySelectorAll("h1, h2, p, dt, dd, small, td, th, .tick, .key, .text, label, pre, summary")) {
+  for (const element of document.querySelectorAll("h1, h2, p, dt, dd, small, td, th, label, pre, summary, [class]")) {
     const pair = [light(getComputedStyle(element).color), light(behind(element))].sort((a, b) => a - b);
     const ratio = (pair[1] + .05) / (pair[0] + .05), name = element.tagName + "." + element.className;
     found[name] = Math.min(found[name] ?? 99, ratio);
