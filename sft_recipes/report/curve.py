@@ -128,32 +128,35 @@ def learning_curves(runs: Mapping[str, Metrics], out: Path) -> None:
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
-    lines = list[tuple[Any, str]]()
+    alone, lines = len(runs) == 1, list[tuple[str, Any]]()
+
+    def draw(axes: Any, points: Sequence[Point], label: str | None, **style: Any) -> None:
+        mark = {"marker": "o", "markersize": 4} if len(points) == 1 else {}
+        [line] = axes.plot(*_drawn(points), **mark | style)
+        if label and points:
+            lines.append((label, line))
+
     for number, (name, metrics) in enumerate(runs.items()):
-        colour = _COLOURS[number % len(_COLOURS)]
-        second = _COLOURS[1] if len(runs) == 1 else colour
-        where = positions(metrics)
-        trained, evaluated = curve(metrics, where, "loss"), curve(metrics, where, "eval_loss")
-        mark = {"marker": "o", "markersize": 3} if len(trained) < 2 else {}
+        where, colour = positions(metrics), _COLOURS[number % len(_COLOURS)]
+        trained, evaluated, rates = (curve(metrics, where, key) for key in ("loss", "eval_loss", "learning_rate"))
         smooth = len(trained) >= SMOOTHED_FROM
-        if len(runs) == 1 and smooth:
-            lines += [(*loss.plot(*_drawn(trained), color=colour, alpha=0.35, linewidth=0.8), "training")]
-        label = name if len(runs) > 1 else "training, smoothed" if lines else "training"
-        lines += [
-            (*loss.plot(*_drawn(smoothed(trained) if smooth else trained), color=colour, linewidth=1.5, **mark), label)
-        ]
-        points = loss.plot(*_drawn(evaluated), color=second, marker="o", markersize=4, linestyle="--", linewidth=1)
-        if evaluated and (len(runs) == 1 or number == 0):
-            lines += [(*points, "validation")]
-        rate.plot(*_drawn(curve(metrics, where, "learning_rate")), color=colour, linewidth=1, **mark)
+        if smooth and alone:
+            draw(loss, trained, "training", color=colour, alpha=0.35, linewidth=0.8)
+            draw(loss, smoothed(trained), "training, smoothed", color=colour)
+        else:
+            draw(loss, smoothed(trained) if smooth else trained, "training" if alone else name, color=colour)
+        other = _COLOURS[1] if alone else colour
+        validation = None if number else "validation"
+        draw(loss, evaluated, validation, color=other, linestyle="--", linewidth=1, marker="o", markersize=4)
+        draw(rate, rates, None, color=colour, linewidth=1)
     loss.set_ylabel("loss per token")
     rate.set_ylabel("learning rate")
     rate.set_xlabel("optimizer step")
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    title = loss.set_title(next(iter(runs)) if len(runs) == 1 else "")
-    legend = loss.legend([line for line, _ in lines], ["-"] * len(lines), fontsize="small")
-    for text, (_, label) in zip(legend.get_texts(), lines, strict=True):
-        text.set_text(label)
+    title = loss.set_title(next(iter(runs)) if alone else "")
+    legend = loss.legend([line for _, line in lines], ["-"] * len(lines), fontsize="small")
+    for text, (label, _) in zip(legend.get_texts(), lines, strict=True):
+        text.set_text(label)  # matplotlib would leave out one that begins with _
     for text in (title, *legend.get_texts()):
         text.set_parse_math(False)  # a directory may be called $x^
     for axes in (loss, rate):

@@ -252,8 +252,8 @@ def differing(runs: Sequence[Run]) -> list[Row]:
 def commands(run: Run) -> list[str]:
     """The command that was given, where it was one, and the one that runs what was resolved from it once more."""
     given = run.manifest.get("command", [])[1:]
-    again = ["sft-recipe", "run", str(run.folder / "recipe.resolved.json"), "--set", f"output_dir={run.folder}-again"]
-    return [shlex.join(words) for words in (["sft-recipe", *given] if given[:1] == ["run"] else [], again) if words]
+    again = ["run", str(run.folder / "recipe.resolved.json"), "--set", f"output_dir={run.folder}-again"]
+    return [f"sft-recipe {shlex.join(words)}" for words in (given, again) if words[:1] == ["run"]]
 
 
 # --- Data ------------------------------------------------------------------------------------------------------------

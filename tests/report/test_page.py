@@ -299,3 +299,16 @@ def test_ctrl_c_ends_the_following_and_not_the_page(finished: Path, tmp_path: Pa
 
     assert (child.exitcode, err.read_text()) == (0, "")
     assert "location.reload" not in html_of(finished)
+
+
+# --- For a figure of one's own ---------------------------------------------------------------------------------------
+
+
+def test_the_example_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "report.md").read_text("utf-8")
+    [code] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    page.report([runs.write(Path("runs", "mine"), runs.metrics(20))], table=True)
+    exec(code, {})
+
+    assert Path("mine.pdf").read_bytes().startswith(b"%PDF")
