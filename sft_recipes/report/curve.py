@@ -77,8 +77,10 @@ def curve(metrics: Metrics, where: Sequence[Position], name: str) -> list[Point]
 
 
 def smoothed(points: Sequence[Point]) -> list[Point]:
-    """The mean of two exponential moving averages, one from either end, so that the curve does not lag behind. Values that
-    are not finite stay where they are, and are in no mean."""
+    """The mean of two exponential moving averages, one from either end, so that the curve does not lag behind; points of which
+    there are fewer than SMOOTHED_FROM as they are. Values that are not finite stay where they are, and are in no mean."""
+    if len(points) < SMOOTHED_FROM:
+        return list(points)
     share = 2 / (max(_LEAST, len(points) * _PART) + 1)
     values = [point.value for point in points]
     ahead, back = _averages(values, share), _averages(values[::-1], share)[::-1]
@@ -139,12 +141,11 @@ def learning_curves(runs: Mapping[str, Metrics], out: Path) -> None:
     for number, (name, metrics) in enumerate(runs.items()):
         where, colour = positions(metrics), _COLOURS[number % len(_COLOURS)]
         trained, evaluated, rates = (curve(metrics, where, key) for key in ("loss", "eval_loss", "learning_rate"))
-        smooth = len(trained) >= SMOOTHED_FROM
-        if smooth and alone:
+        if alone and len(trained) >= SMOOTHED_FROM:
             draw(loss, trained, "training", color=colour, alpha=0.35, linewidth=0.8)
             draw(loss, smoothed(trained), "training, smoothed", color=colour)
         else:
-            draw(loss, smoothed(trained) if smooth else trained, "training" if alone else name, color=colour)
+            draw(loss, smoothed(trained), "training" if alone else name, color=colour)
         other = _COLOURS[1] if alone else colour
         validation = None if number else "validation"
         draw(loss, evaluated, validation, color=other, linestyle="--", linewidth=1, marker="o", markersize=4)

@@ -104,7 +104,7 @@ def state(run: Run) -> str:
     """Whether it has come to its end, in words."""
     step, steps = run.metrics[-1]["step"] if run.metrics else 0, run.data.get("steps")
     if "finished" in run.manifest:
-        return f"finished {run.manifest['finished']}"
+        return f"finished {run.manifest['finished'].replace('T', ' ').replace('+00:00', ' UTC')}"
     if step == steps and any((run.folder / name).is_dir() for name in ("adapter", "model")):
         return "trained and exported"
     at = f"step {step:,} of {steps:,}" if steps else f"step {step:,}"
@@ -158,17 +158,16 @@ def _before_and_after(run: Run, name: str, form: str, *, best: Any = None) -> st
     finite = [point for point in points if math.isfinite(point.value)]
     if best and finite:
         peak = best(finite, key=lambda point: point.value)
-        if peak.value != points[-1].value:
+        if form.format(peak.value) != form.format(points[-1].value):
             said += f"; best {form.format(peak.value)} at step {peak.step:,}"
     return said
 
 
-def final(runs: Sequence[Run]) -> tuple[list[str], list["Row"]]:
-    """The figures of several runs: their names, and a row a run."""
+def final(runs: Sequence[Run]) -> list["Row"]:
+    """The figures of several runs: a row a figure, a column a run."""
     each = [figures(run) | {"State": state(run)} for run in runs]
-    names = list(dict.fromkeys(name for found in each for name in found))
-    rows = [[found.get(name, NONE) for name in names] for found in each]
-    return names, [Row(run.name, values) for run, values in zip(runs, rows, strict=True)]
+    names = dict.fromkeys(name for found in each for name in found)
+    return [Row(name, [found.get(name, NONE) for found in each]) for name in names]
 
 
 # --- Curves ----------------------------------------------------------------------------------------------------------
@@ -378,7 +377,7 @@ def verification(run: Run) -> dict[str, str]:
 def made_with(run: Run) -> dict[str, str]:
     """Times, device, versions."""
     left_out = ("command", "preflight", "parameters", "resumed", "data", "versions")
-    found = {key: value for key, value in run.manifest.items() if key not in left_out and value is not None}
+    found = {key: value for key, value in run.manifest.items() if key not in left_out}
     resumed = [f"from {again['from']}, {again['started']}" for again in run.manifest.get("resumed", [])]
     return _readable(found) | ({"resumed": "; ".join(resumed)} if resumed else {})
 
@@ -393,4 +392,5 @@ def fingerprints(run: Run) -> dict[str, str]:
 
 
 def _readable(values: Mapping[str, Any]) -> dict[str, str]:
-    return {key.replace(".", ": ").replace("_", " "): value for key, value in flat(values).items()}
+    there = flat({key: value for key, value in values.items() if value is not None})
+    return {key.replace(".", ": ").replace("_", " ").replace("gib", "GiB"): value for key, value in there.items()}

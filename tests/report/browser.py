@@ -81,7 +81,14 @@ class Page:
 def opened(profile: Path) -> Iterator[Page]:
     """An empty page of a browser that starts with a profile of its own."""
     assert PROGRAM is not None
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--remote-debugging-port=0"]
+    options = [
+        "--headless",
+        "--hide-scrollbars",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--remote-debugging-port=0",
+    ]
     process = subprocess.Popen(
         [PROGRAM, *options, f"--user-data-dir={profile}", "about:blank"], stderr=subprocess.PIPE, text=True
     )

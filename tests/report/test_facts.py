@@ -28,7 +28,7 @@ def resolved(**sections: Any) -> dict[str, Any]:
 def test_finished(tmp_path: Path) -> None:
     run = read(tmp_path, runs.metrics(3), manifest={"finished": "2026-01-02T04:05:06+00:00"})
 
-    assert facts.state(run) == "finished 2026-01-02T04:05:06+00:00"
+    assert facts.state(run) == "finished 2026-01-02 04:05:06 UTC"
 
 
 def test_running_and_killed(tmp_path: Path) -> None:
@@ -79,6 +79,13 @@ def test_the_best_evaluation_is_named_where_it_is_not_the_last(tmp_path: Path) -
     run = read(tmp_path, lines)
 
     assert facts.figures(run)["Validation loss"] == "3.0000 before, 2.0000 after; best 1.0000 at step 50"
+
+
+def test_figures_of_several_runs(tmp_path: Path) -> None:
+    pair = [read(tmp_path / name, runs.metrics(steps)) for name, steps in (("a", 3), ("b", 6))]
+
+    assert ("Steps", ["3", "6"]) in facts.final(pair)
+    assert ("State", ["trained and exported"] * 2) in facts.final(pair)
 
 
 def test_nothing_but_a_log(tmp_path: Path) -> None:
