@@ -393,4 +393,4 @@ def fingerprints(run: Run) -> dict[str, str]:
 
 def _readable(values: Mapping[str, Any]) -> dict[str, str]:
     there = flat({key: value for key, value in values.items() if value is not None})
-    return {key.replace(".", ": ").replace("_", " ").replace("gib", "GiB"): value for key, value in there.items()}
+    return {key.replace(".", ": ").replace("_", " ").replace(" gib", " GiB"): value for key, value in there.items()}
