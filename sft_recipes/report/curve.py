@@ -159,7 +159,7 @@ def learning_curves(runs: Mapping[str, Metrics], out: Path) -> None:
     for text, (label, _) in zip(legend.get_texts(), lines, strict=True):
         text.set_text(label)  # matplotlib would leave out one that begins with _
     for text in (title, *legend.get_texts()):
-        text.set_parse_math(False)  # a directory may be called $x^
+        text.set_parse_math(False)  # a directory may be called $x^$
     for axes in (loss, rate):
         axes.grid(alpha=0.3)
     figure.savefig(out, dpi=200, format="png")

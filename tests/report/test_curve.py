@@ -66,12 +66,12 @@ def test_few_points_are_not_thinned_out() -> None:
 
 def test_thinning_keeps_ends_peaks_and_gaps_in_order() -> None:
     many = [1.0] * 100_000
-    many[31_415], many[27_182], many[50_000] = 9.0, -9.0, math.nan
+    many[31_415], many[27_182], many[54_321] = 9.0, -9.0, math.nan
     found = thinned(points(many))
 
     assert len(found) <= 1000
     assert (found[0].step, found[-1].step) == (0, 99_999)
-    assert {31_415, 27_182, 50_000} <= {point.step for point in found}
+    assert {31_415, 27_182, 54_321} <= {point.step for point in found}
     assert [point.step for point in found] == sorted({point.step for point in found})
 
 
@@ -94,8 +94,8 @@ def test_pictures_of_odd_runs(case: str, tmp_path: Path) -> None:
     assert imread(tmp_path / "curve.png").shape == (920, 1400, 4)
 
 
-def colours(file: Path) -> set[tuple[int, ...]]:
-    return {tuple(pixel) for pixel in (imread(file)[..., :3] * 255).round().astype(int).reshape(-1, 3)}
+def has(file: Path, *colour: int) -> bool:
+    return bool(((imread(file)[..., :3] * 255).round() == colour).all(axis=2).any())
 
 
 def test_the_picture_shows_training_and_validation(tmp_path: Path) -> None:
@@ -103,16 +103,17 @@ def test_the_picture_shows_training_and_validation(tmp_path: Path) -> None:
     learning_curve(runs.metrics(30), tmp_path / "both.png", "run")
     learning_curve(runs.metrics(30, evaluations=0), tmp_path / "training.png", "run")
 
-    assert {blue, red} <= colours(tmp_path / "both.png")
-    assert blue in colours(tmp_path / "training.png")
-    assert red not in colours(tmp_path / "training.png")
+    assert has(tmp_path / "both.png", *blue)
+    assert has(tmp_path / "both.png", *red)
+    assert has(tmp_path / "training.png", *blue)
+    assert not has(tmp_path / "training.png", *red)
 
 
 def test_names_are_no_formulas_and_may_begin_with_an_underscore(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    learning_curve(runs.metrics(3), tmp_path / "one.png", "$x^")
-    learning_curves({"$x^": runs.metrics(3), "_b": runs.metrics(30)}, tmp_path / "two.png")
+    learning_curve(runs.metrics(3), tmp_path / "one.png", "$x^$")
+    learning_curves({"$x^$": runs.metrics(3), "_b": runs.metrics(30)}, tmp_path / "two.png")
     shown: list[str] = []
     monkeypatch.setattr("matplotlib.text.Text.set_text", lambda self, text: shown.append(str(text)))
     learning_curves({"a": runs.metrics(3), "_b": runs.metrics(3)}, tmp_path / "three.png")

@@ -128,11 +128,11 @@ def test_what_is_not_finite_is_said(tmp_path: Path) -> None:
     assert not any(chart.note for chart in others)
 
 
-def test_a_hundred_thousand_lines_become_few_points(tmp_path: Path) -> None:
-    charts = facts.charts([read(tmp_path, runs.metrics(100_000))])
+def test_many_lines_become_few_points(tmp_path: Path) -> None:
+    charts = facts.charts([read(tmp_path, runs.metrics(20_000))])
 
     assert all(len(series.points) <= 1000 for chart in charts for series in chart.series)
-    assert {series.points[-1].step for chart in charts for series in chart.series} == {100_000}
+    assert {series.points[-1].step for chart in charts for series in chart.series} == {20_000}
 
 
 # --- Recipes ---------------------------------------------------------------------------------------------------------
