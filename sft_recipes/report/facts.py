@@ -165,7 +165,7 @@ def _before_and_after(run: Run, name: str, form: str, *, best: Any = None) -> st
 
 def final(runs: Sequence[Run]) -> list["Row"]:
     """The figures of several runs: a row a figure, a column a run."""
-    each = [figures(run) | {"State": state(run)} for run in runs]
+    each = [{"State": state(run)} | figures(run) for run in runs]
     names = dict.fromkeys(name for found in each for name in found)
     return [Row(name, [found.get(name, NONE) for found in each]) for name in names]
 

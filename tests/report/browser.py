@@ -30,12 +30,13 @@ class Page:
         """One command, and its result; events that come before it are noted."""
         number = next(self.numbers)
         self.socket.send(json.dumps({"id": number, "method": method, "params": parameters, "sessionId": self.session}))
-        while (found := self._next()).get("id") != number:
+        while (found := self.event()).get("id") != number:
             pass
         assert "error" not in found, found
         return dict(found["result"])
 
-    def _next(self) -> dict[str, Any]:
+    def event(self) -> dict[str, Any]:
+        """What the browser says next: an event, or the answer to a command."""
         found = dict(json.loads(self.socket.recv(timeout=60)))
         values = found.get("params", {})
         match found.get("method"):
@@ -55,10 +56,10 @@ class Page:
         self.said, self.asked = [], []
         self.call("Page.navigate", url="about:blank")
         self.call("Page.navigate", url=file.resolve().as_uri() + at)
-        while self._next().get("method") != "Page.loadEventFired":
+        while self.event().get("method") != "Page.loadEventFired":
             pass
         if self.value("location.protocol") == "about:":
-            while self._next().get("method") != "Page.loadEventFired":
+            while self.event().get("method") != "Page.loadEventFired":
                 pass
 
     def value(self, expression: str) -> Any:

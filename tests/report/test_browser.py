@@ -141,7 +141,7 @@ def test_a_value_under_the_pointer(browser: Page, reports: dict[str, Path]) -> N
 def test_a_run_that_is_followed_loads_itself_anew(browser: Page, reports: dict[str, Path]) -> None:
     browser.open(reports["live"])
     browser.value("window.seen = true")
-    while browser._next().get("method") != "Page.loadEventFired":
+    while browser.event().get("method") != "Page.loadEventFired":
         pass
 
     assert browser.value("window.seen") is None
