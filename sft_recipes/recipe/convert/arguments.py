@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from sft_recipes.recipe.convert.draft import Draft, Lacking, Needless, Rules, To, all_of, interval, number
+from sft_recipes.recipe.convert.draft import Draft, Entry, Lacking, Needless, Rules, To, all_of, interval, number
 from sft_recipes.recipe.load import schema_of
 from sft_recipes.recipe.upstream import OWNED, optimizers, schedulers, sft_config_fields
 
@@ -161,6 +161,19 @@ def metric(draft: Draft) -> None:
     if draft.get("metric_for_best_model", "loss") not in ("loss", "eval_loss"):
         draft.lack("metric_for_best_model", "checkpoint.export_best goes by the validation loss")
     draft.leave("metric_for_best_model", why="checkpoint.export_best goes by the validation loss")
+
+
+def held_out(draft: Draft, key: str) -> bool:
+    """Whether there are validation rows because of `key`, the share of the rows that is set aside, or their number."""
+    size = number(draft.get(key))
+    if isinstance(size, int) and size > 0:
+        draft.lack(key, "a number of rows; data.eval takes a fraction of them, and has 0.02 until you set another")
+        draft.entries["data.eval"] = Entry(0.02, f"{key} is a number of rows; set a fraction")
+    elif size:
+        draft.carry(key, "data.eval", size)
+    elif size is not None:
+        draft.carry(key, "data.eval", None)
+    return bool(size)
 
 
 def evaluation(draft: Draft, validates: bool) -> None:

@@ -9,6 +9,7 @@ from sft_recipes.recipe.convert.arguments import (
     PROJECT,
     an_epoch,
     evaluation,
+    held_out,
     launch,
     length,
     optimizer,
@@ -85,7 +86,8 @@ KEYS: Rules = {
     "trust_remote_code": To("model.trust_remote_code"),
     "tokens": To("model.new_tokens"),
     "added_tokens_overrides.*": Lacking("model.new_tokens adds tokens"),
-    "special_tokens.*": _SPECIAL,
+    **all_of("special_tokens.* tokens.*", _SPECIAL),
+    "model_config.*": Lacking("set it in the model's config.json"),
     "resize_token_embeddings_to_32x": Lacking("the vocabulary grows by model.new_tokens alone"),
     "eot_tokens": Needless("what the chat template writes to close an answer is trained on"),
     **all_of("device_map device", Needless("each process has its device")),
@@ -124,7 +126,8 @@ KEYS: Rules = {
         "unsloth_lora_mlp unsloth_lora_qkv unsloth_lora_o unsloth_rms_norm unsloth_rope use_kernels "
         "liger_rope liger_rms_norm liger_glu_activation liger_swiglu liger_layer_norm "
         "liger_fused_linear_cross_entropy liger_cross_entropy liger_rms_norm_gated cut_cross_entropy "
-        "chunked_cross_entropy chunked_cross_entropy_num_chunks flex_attn_compile_kwargs.*",
+        "chunked_cross_entropy chunked_cross_entropy_num_chunks flex_attn_compile_kwargs.* use_scattermoe use_sonicmoe "
+        "experts_implementation fused_attn_kernel tiled_mlp",
         _KERNELS,
     ),
     "lora_on_cpu": Needless("merging takes a tenth of a GiB"),
@@ -243,7 +246,7 @@ KEYS: Rules = {
 def refusal(draft: Draft) -> str | None:
     if rl := draft.get("rl"):
         return f"rl: {rl} is preference training"
-    for key in ("reward_model", "process_reward_model", "pretraining_dataset", "kd_trainer"):
+    for key in ("reward_model", "process_reward_model", "pretraining_dataset", "kd_trainer", "diffusion"):
         if draft.get(key):
             return f"{key} is no fine-tuning on answers"
     if draft.get("processor_type"):
@@ -287,16 +290,16 @@ def _weights(draft: Draft) -> None:
 def _adapters(draft: Draft) -> None:
     """adapter, lora_target_linear, lora_target_modules: lora (without an adapter all weights are trained)"""
     kind, modules = draft.get("adapter"), draft.get("lora_target_modules")
-    if kind in ("lora", "qlora"):
-        draft.carry("adapter", "lora", {})
+    if kind is not None:
+        draft.carry(
+            "adapter", "lora", {}, "" if kind in ("lora", "qlora") else f"{kind} is not here, LoRA is near to it"
+        )
         if draft.get("lora_target_linear"):
             draft.carry("lora_target_linear", "lora.target_modules", "all-linear")
         elif modules is not None:
             draft.carry("lora_target_modules", "lora.target_modules", modules)
         draft.leave("lora_target_linear", "lora_target_modules", why="as lora.target_modules says")
         return
-    if kind is not None:
-        draft.lack("adapter", "another way to train; full, LoRA and QLoRA are here")
     of_adapters = [key for key in draft.left() if key.startswith(("lora_", "peft_use")) and key != "lora_model_dir"]
     draft.leave(*of_adapters, why="there is no adapter")
 
@@ -372,12 +375,11 @@ def _source(draft: Draft, here: str, entry: Any, there: str) -> _Source:
     columns = {ours: name for ours, name in columns.items() if _is_name(name, ours, "conversations")}
     if columns:
         values["columns"] = columns
-    rules = _OF_DATASET | ({"data_files": _TAKEN} if isinstance(files, str) else {})
-    rules |= (
-        {}
-        if "format" in values
-        else {"type": Lacking(f"see the data: format and columns of {there}, and data.template")}
-    )
+    rules = {**_OF_DATASET, **all_of(_TAKEN, Needless(f"in {there}"))}
+    if "format" not in values:
+        rules["type"] = Lacking(f"see the data: format and columns of {there}, and data.template")
+    if isinstance(files, list):
+        rules["data_files"] = Lacking("give the files: data.train: a path, a glob, or a list of them")
     follow(draft, rules, here)
     return _Source(values, template, train_on)
 
@@ -386,14 +388,16 @@ def _is_name(value: Any, *usual: str) -> bool:
     return isinstance(value, str) and value not in usual
 
 
-_TAKEN = "path name split ds_type field field_messages type type.field_instruction type.field_input type.field_output"
+_TAKEN = "path name split data_files ds_type field field_messages type type.field_instruction type.field_input type.field_output"
 _PROMPT = Lacking("write the prompt as a .jinja chat template, and set data.template to its path")
-_FOUND = Needless("role and content, from and value, human and gpt, user and assistant are found")
+_FOUND = Needless("human and gpt, user and assistant are found")
+_NAMES = Lacking(
+    "role and content, or from and value: rename them in the data", off=("role", "from", "content", "value")
+)
 _TURNS = Lacking("data.train_on: assistant trains on every assistant message, with what closes it", off=("turn",))
 _OF_DATASET: dict[str, Rule] = {
-    **all_of(
-        "message_property_mappings.* message_field_role message_field_content field_human field_model roles.*", _FOUND
-    ),
+    **all_of("message_property_mappings.* message_field_role message_field_content", _NAMES),
+    **all_of("field_human field_model roles.*", _FOUND),
     "type.*": _PROMPT,
     "system_prompt": _PROMPT,
     "field_tools": Needless("the column tools is read"),
@@ -406,7 +410,6 @@ _OF_DATASET: dict[str, Rule] = {
     "drop_system_message": Lacking("take it out of the rows"),
     **all_of("shards shards_idx", Lacking("weight in data.train: 0.1 is a random tenth", off=(1,))),
     "preprocess_shards": Needless("tokenised rows are memory-mapped"),
-    **all_of("data_files data_files.*", Lacking("give the files: data.train: a path, a glob, or a list of them")),
     "trust_remote_code": Lacking("rows are data, not code"),
     "revision": Lacking("data sets are taken as they are now; keep a copy, and give its path"),
     **all_of("split_thinking field_thinking template_thinking_key", Lacking("as the chat template does it")),
@@ -449,7 +452,7 @@ def _rate(draft: Draft) -> None:
 
 def _validation(draft: Draft) -> bool:
     """val_set_size, test_datasets: data.eval"""
-    size, tests = number(draft.get("val_set_size")), draft.get("test_datasets")
+    tests = draft.get("test_datasets")
     if isinstance(tests, list) and (source := _source(draft, "test_datasets[0]", tests[0], "data.eval").values):
         draft.carry("test_datasets[0]", "data.eval", source, only=("path",))
         for leaf in draft.under("test_datasets"):
@@ -457,11 +460,7 @@ def _validation(draft: Draft) -> bool:
                 draft.lack(leaf, "data.eval is one source; put the rows into one file")
         draft.leave("val_set_size", why="test_datasets is what is validated on")
         return True
-    if isinstance(size, int) and size > 0:
-        draft.lack("val_set_size", "a number of rows; data.eval takes a fraction of them, such as 0.02")
-    elif size is not None:
-        draft.carry("val_set_size", "data.eval", size or None)
-    return draft.value("data.eval") is not None and bool(size)
+    return held_out(draft, "val_set_size")
 
 
 def _times(draft: Draft, validates: bool) -> None:

@@ -80,7 +80,7 @@ class Draft:
         else:
             self.entries[to] = Entry(value, f"{key}{'; ' + note if note else ''}")
             usual = to.partition(".")[0] != "trl" and value == default_of(to)
-            words = f"{to}: {in_words(value)}{'; ' + note if note else ''}"
+            words = f"in {to}" if only else f"{to}: {in_words(value)}{'; ' + note if note else ''}"
             self._say(key, "default" if usual else "becomes", words, only)
 
     def needless(self, key: str, why: str) -> None:

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sft_recipes.recipe.convert.arguments import ARGUMENTS, GROUPS_OF_ARGUMENTS, arguments
+from sft_recipes.recipe.convert.arguments import ARGUMENTS, GROUPS_OF_ARGUMENTS, arguments, held_out
 from sft_recipes.recipe.convert.draft import Draft, Lacking, Needless, Rules, To, all_of, listed, number
 
 NAME = "LLaMA-Factory"
@@ -138,6 +138,8 @@ def refusal(draft: Draft) -> str | None:
         return f"stage: {stage} is not sft"
     if draft.get("do_train") is False or not (draft.get("do_train") or draft.get("dataset")):
         return "it does not train (do_train)"
+    if key := next((key for key in _SEEING if draft.get(key)), None):
+        return f"{key} is of models that see or hear"
     return None
 
 
@@ -145,26 +147,27 @@ def convert(draft: Draft) -> None:
     _adapters(draft)
     _weights(draft)
     _quantization(draft)
-    validates = _data(draft)
-    _validation(draft)
+    _data(draft)
+    validates = _validation(draft)
     _template(draft)
     _trained_on(draft)
     _packing(draft)
-    arguments(draft, validates=validates or "data.eval" in draft.entries, epochs=3)
+    arguments(draft, validates=validates, epochs=3)
 
 
+_SEEING = ("image_max_pixels", "video_max_pixels", "image_min_pixels", "audio_sampling_rate")
 _OF_LORA = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "additional_target", "use_rslora", "use_dora")
 
 
 def _adapters(draft: Draft) -> None:
     """finetuning_type: lora (full trains all weights); lora_target: lora.target_modules; lora_alpha: lora.alpha"""
     kind = draft.get("finetuning_type", "lora")
-    if kind != "lora":
-        if kind != "full":
-            draft.lack("finetuning_type", "another way to train; full, LoRA and QLoRA are here")
+    if kind in ("full", "freeze"):
+        if kind == "freeze":
+            draft.lack("finetuning_type", "the recipe trains all weights; lora: {} would train adapters")
         draft.leave("finetuning_type", *_OF_LORA, why="all weights are trained")
         return
-    draft.carry("finetuning_type", "lora", {})
+    draft.carry("finetuning_type", "lora", {}, "" if kind == "lora" else f"{kind} is not here, LoRA is near to it")
     target, rank, alpha = listed(draft.get("lora_target")), draft.get("lora_rank"), draft.get("lora_alpha")
     if target is not None:
         draft.carry(
@@ -198,15 +201,17 @@ def _weights(draft: Draft) -> None:
 
 def _quantization(draft: Draft) -> None:
     """quantization_bit, quantization_type: model.quantization"""
-    kinds = {4: draft.get("quantization_type", "nf4"), 8: "int8"}
-    if (bits := draft.get("quantization_bit")) in kinds:
-        draft.carry("quantization_bit", "model.quantization", kinds[bits])
+    bits = draft.get("quantization_bit")
+    if bits in (4, 8):
+        draft.carry(
+            "quantization_bit", "model.quantization", "int8" if bits == 8 else draft.get("quantization_type", "nf4")
+        )
     elif bits is not None:
         draft.lack("quantization_bit", "model.quantization is nf4, fp4 or int8")
     draft.leave("quantization_type", why="as model.quantization says")
 
 
-def _data(draft: Draft) -> bool:
+def _data(draft: Draft) -> None:
     """dataset, dataset_dir: data.train; eval_dataset: data.eval; max_samples: data.max_train_samples"""
     folder = str(draft.get("dataset_dir", "data"))
     known = _described(folder)
@@ -221,7 +226,7 @@ def _data(draft: Draft) -> bool:
             draft.carry(key, to, sources[0])
         else:
             draft.lack(key, "data.eval is one source; put the rows into one file")
-        missing = [str(name) for name in names if name not in known]
+        missing = [str(name) for name in names if str(name) not in known]
         if missing and folder != "ONLINE":
             where = f"{folder}/dataset_info.json"
             draft.remarks.append(
@@ -234,7 +239,6 @@ def _data(draft: Draft) -> bool:
             "max_samples", "data.max_train_samples", most * several, "over all data sets" if several > 1 else ""
         )
     draft.leave("dataset_dir", why="in data.train")
-    return "data.eval" in draft.entries
 
 
 def _described(folder: str) -> Mapping[str, Any]:
@@ -278,14 +282,12 @@ def _source(draft: Draft, name: str, known: Mapping[str, Any], folder: str) -> A
     return {part: value for part, value in source.items() if value not in (None, {}, "train")}
 
 
-def _validation(draft: Draft) -> None:
+def _validation(draft: Draft) -> bool:
     """val_size: data.eval"""
-    size = number(draft.get("val_size"))
-    if isinstance(size, int) and size > 0:
-        draft.lack("val_size", "a number of rows; data.eval takes a fraction of them, such as 0.02")
-    elif size:
-        draft.carry("val_size", "data.eval", size)
-    draft.leave("val_size", why="there are no validation rows")
+    if "data.eval" in draft.entries:
+        draft.leave("val_size", why="eval_dataset is what is validated on")
+        return True
+    return held_out(draft, "val_size")
 
 
 def _template(draft: Draft) -> None:

@@ -297,7 +297,7 @@ def _data(draft: Draft) -> None:
         if isinstance(entry, dict):
             source, train_on = _source(draft, here, entry, "data.train")
             sources += [source] if source else []
-            trained.add(train_on)
+            trained |= {train_on} - {""}
     if sources:
         draft.carry("dataset", "data.train", sources, only=("_component_",))
     packed = next((here for here, entry in entries.items() if isinstance(entry, dict) and entry.get("packed")), None)

@@ -3,7 +3,7 @@ what the alignment-handbook has besides."""
 
 from typing import Any
 
-from sft_recipes.recipe.convert.arguments import ARGUMENTS, GROUPS_OF_ARGUMENTS, arguments
+from sft_recipes.recipe.convert.arguments import ARGUMENTS, GROUPS_OF_ARGUMENTS, arguments, held_out
 from sft_recipes.recipe.convert.draft import Draft, Entry, Lacking, Needless, Rules, To, all_of, number
 
 NAME = "trl sft"
@@ -173,14 +173,20 @@ def _mixture(draft: Draft, key: str) -> bool:
         files = entry.get("data_files")
         path = files if isinstance(files, str) else entry.get("path", entry.get("id"))
         parts = {"path": path, "name": entry.get("name", entry.get("config")), "split": entry.get("split")}
-        sources.append(
-            {name: part for name, part in parts.items() if isinstance(part, str) and (name, part) != ("split", "train")}
-        )
+        source = {
+            name: part for name, part in parts.items() if isinstance(part, str) and (name, part) != ("split", "train")
+        }
+        weight = number(
+            entry.get("weight")
+        )  # of the alignment-handbook: the share of the rows that is taken, at random
+        sources.append(source | ({"weight": weight} if isinstance(weight, float) else {}))
         for leaf in draft.under(f"{key}[{n}]"):
             name = leaf.removeprefix(f"{key}[{n}].")
-            if name in ("path", "id", "name", "config", "split") or (name == "data_files" and isinstance(files, str)):
+            if name in ("path", "id", "name", "config", "split", "weight") or (
+                name == "data_files" and isinstance(files, str)
+            ):
                 draft.leave(leaf, why="in data.train")
-            elif name in ("fraction", "weight"):
+            elif name == "fraction":
                 draft.lack(leaf, "set weight in data.train: 2 is each row twice, 0.5 a random half")
             elif name == "columns":
                 draft.leave(leaf, why="other columns are left alone")
@@ -190,13 +196,8 @@ def _mixture(draft: Draft, key: str) -> bool:
     draft.leave(
         "dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", why=f"{key} goes before it"
     )
-    share = next(
-        (name for name in ("test_split_size", "dataset_mixture.test_split_size") if draft.get(name) is not None), None
-    )
-    if share:
-        draft.carry(share, "data.eval", draft.get(share))
-    draft.leave("dataset_mixture.seed", why="train.seed")
-    return share is not None and "data.eval" in draft.entries
+    draft.leave("dataset_mixture.seed", why="train.seed is that of the data, too")
+    return held_out(draft, key.replace("datasets", "test_split_size"))
 
 
 def _mixer(draft: Draft, mixer: dict[Any, Any]) -> bool:
@@ -267,9 +268,9 @@ def _accelerate(draft: Draft) -> None:
     """accelerate_config: launch.strategy"""
     names = {"single_gpu": "ddp", "multi_gpu": "ddp", "zero1": "zero2", "zero2": "zero2", "zero3": "zero3"}
     names |= {"fsdp1": "fsdp2", "fsdp2": "fsdp2"}
-    if (name := draft.get("accelerate_config")) in names:
+    if (name := str(draft.get("accelerate_config"))) in names:
         draft.carry("accelerate_config", "launch.strategy", names[name])
-    elif name is not None:
+    elif draft.get("accelerate_config") is not None:
         draft.lack("accelerate_config", "set launch.strategy, processes and machines as it says")
 
 
