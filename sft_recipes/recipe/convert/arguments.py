@@ -38,6 +38,7 @@ ARGUMENTS: Rules = {
     ),
     "torch_compile": To("train.compile"),
     "use_liger_kernel": Needless("the loss here does not make all logits at once either"),
+    "train_sampling_strategy": To("data.shuffle", {"random": True, "sequential": False}),
     "group_by_length": Lacking("packing leaves no padding: data.packing: bfd"),
     "dataloader_pin_memory": Needless("set up by the device"),
     "remove_unused_columns": Needless("columns that are not asked for are left alone"),

@@ -17,7 +17,19 @@ from sft_recipes.recipe.convert.arguments import (
     scheduler,
     warmup,
 )
-from sft_recipes.recipe.convert.draft import Draft, Lacking, Needless, Rule, Rules, To, all_of, follow, number
+from sft_recipes.recipe.convert.draft import (
+    Draft,
+    Lacking,
+    Needless,
+    Rule,
+    Rules,
+    To,
+    all_of,
+    follow,
+    listed,
+    number,
+    part_of,
+)
 
 NAME = "Axolotl"
 SIGNS = {
@@ -60,7 +72,7 @@ DEFAULTS = {
 
 _KERNELS = Needless("model.attention: auto takes the fastest that is correct")
 _SHARDED = Lacking("long sequences and layers are not split over GPUs here", off=(0, 1, False))
-_SPECIAL = Lacking("set it in the model's tokenizer_config.json; padding is never the end token here")
+_SPECIAL = Lacking("set it in the model's tokenizer_config.json")
 _TUNING = Lacking("another way to train; full, LoRA and QLoRA are here")
 _DETECTED = Needless("transformers finds it in the model's config.json")
 _TRACKER = Lacking("log.to has other trackers")
@@ -87,6 +99,7 @@ KEYS: Rules = {
     "tokens": To("model.new_tokens"),
     "added_tokens_overrides.*": Lacking("model.new_tokens adds tokens"),
     **all_of("special_tokens.* tokens.*", _SPECIAL),
+    "special_tokens.pad_token": Needless("one is chosen that is not the end token"),
     "model_config.*": Lacking("set it in the model's config.json"),
     "resize_token_embeddings_to_32x": Lacking("the vocabulary grows by model.new_tokens alone"),
     "eot_tokens": Needless("what the chat template writes to close an answer is trained on"),
@@ -184,7 +197,6 @@ KEYS: Rules = {
     "activation_offloading": To("trl.activation_offloading", off=(False,)),
     "xformers_attention": Lacking("model.attention: auto takes the fastest that is correct"),
     **all_of("s2_attention sage_attention flash_optimum", Lacking("model.attention has no such")),
-    "plugins": Lacking("plugins of Axolotl; those for speed (Liger, Cut Cross Entropy) need no replacement"),
     "torch_compile_backend": To("trl.torch_compile_backend"),
     "torch_compile_mode": To("trl.torch_compile_mode"),
     "gc_steps": To("trl.torch_empty_cache_steps"),
@@ -264,6 +276,7 @@ def convert(draft: Draft) -> None:
     _times(draft, validates)
     _attention(draft)
     _speed(draft)
+    _plugins(draft)
     _trackers(draft)
     launch(draft)
 
@@ -357,7 +370,14 @@ def _source(draft: Draft, here: str, entry: Any, there: str) -> _Source:
         files = files[0]
     if isinstance(files, str):
         path = files if path in ("json", "csv", "parquet") else f"{path.rstrip('/')}/{files}"
-    values = {"path": path, **{key: entry[key] for key in ("name", "split") if _is_name(entry.get(key), "train")}}
+    split, share = part_of(entry.get("split"))
+    values = {
+        "path": path,
+        "name": entry.get("name"),
+        "split": split,
+        "weight": share if there == "data.train" else None,
+    }
+    values = {part: value for part, value in values.items() if value not in (None, "train")}
     base = re.split(r"[.:]", kind)[0] if isinstance(kind, str) else ""
     template = train_on = ""
     columns: dict[str, Any] = {}
@@ -378,6 +398,10 @@ def _source(draft: Draft, here: str, entry: Any, there: str) -> _Source:
     rules = {**_OF_DATASET, **all_of(_TAKEN, Needless(f"in {there}"))}
     if "format" not in values:
         rules["type"] = Lacking(f"see the data: format and columns of {there}, and data.template")
+    if share and there == "data.train":
+        rules["split"] = Needless("weight in data.train: as many rows, at random")
+    elif split is None or share:
+        rules["split"] = Lacking("no parts of splits: data.max_train_samples, data.max_eval_samples")
     if isinstance(files, list):
         rules["data_files"] = Lacking("give the files: data.train: a path, a glob, or a list of them")
     follow(draft, rules, here)
@@ -388,12 +412,13 @@ def _is_name(value: Any, *usual: str) -> bool:
     return isinstance(value, str) and value not in usual
 
 
-_TAKEN = "path name split data_files ds_type field field_messages type type.field_instruction type.field_input type.field_output"
+_TAKEN = "path name split data_files ds_type field field_messages type " + " ".join(
+    f"type.field_{name}" for name in ("instruction", "input", "output")
+)
 _PROMPT = Lacking("write the prompt as a .jinja chat template, and set data.template to its path")
 _FOUND = Needless("human and gpt, user and assistant are found")
-_NAMES = Lacking(
-    "role and content, or from and value: rename them in the data", off=("role", "from", "content", "value")
-)
+_AS_WRITTEN = ("role", "from", "content", "value")
+_NAMES = Lacking("messages have role and content, or from and value: rename them in the data", off=_AS_WRITTEN)
 _TURNS = Lacking("data.train_on: assistant trains on every assistant message, with what closes it", off=("turn",))
 _OF_DATASET: dict[str, Rule] = {
     **all_of("message_property_mappings.* message_field_role message_field_content", _NAMES),
@@ -508,6 +533,15 @@ def _speed(draft: Draft) -> None:
         draft.carry("torch_compile", "train.compile", False if compiles == "auto" else compiles)
 
 
+def _plugins(draft: Draft) -> None:
+    """plugins: none (of Liger and Cut Cross Entropy the loss is the same)"""
+    names = listed(draft.get("plugins"))
+    if isinstance(names, list) and all(re.search(r"liger|cut_cross_entropy|kernels", str(name)) for name in names):
+        draft.leave("plugins", why="faster kernels: the loss here does not make all logits at once either")
+    elif names:
+        draft.lack("plugins", "of Axolotl; those for speed (Liger, Cut Cross Entropy) need no replacement")
+
+
 def _trackers(draft: Draft) -> None:
     """wandb_project, use_wandb, use_tensorboard, use_trackio: log.to; wandb_name: trl.run_name"""
     wants = {name: bool(draft.get(f"use_{name}")) for name in ("wandb", "tensorboard", "trackio")}
@@ -523,4 +557,4 @@ def _trackers(draft: Draft) -> None:
 
 
 GROUPS = (_weights, _adapters, _datasets, _template, _packing, _steps, warmup, _rate, _validation, _times, evaluation, saving,
-          _attention, _speed, _trackers, launch)  # fmt: skip
+          _attention, _speed, _plugins, _trackers, launch)  # fmt: skip

@@ -264,12 +264,12 @@ def all_of(keys: str, rule: Rule) -> dict[str, Rule]:
 
 
 def follow(draft: Draft, rules: Rules, section: str = "") -> None:
-    """Apply the rules to the keys that are left, or to those of a section. `name.*` is a rule for every key in `name`."""
+    """Apply the rules to the keys that are left, or to those of a section. `name.*` is one for `name` and all in it."""
     for key in draft.left():
         inside = key.removeprefix(f"{section}.") if section else key
         if section and inside == key:
             continue
-        if rule := rules.get(inside) or _of_section(rules, inside):
+        if rule := rules.get(inside) or rules.get(f"{inside}.*") or _of_section(rules, inside):
             rule.apply(draft, key, draft.keys[key])
 
 
@@ -295,6 +295,18 @@ def number(value: Any) -> Any:
 def listed(value: Any) -> Any:
     """`a,b` is a list."""
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def part_of(split: Any) -> tuple[str | None, float | None]:
+    """A split's name, and which part of it is meant: ("train", 0.2) of `train[:20%]`, ("train", None) of `train`.
+
+    The name is None where it is no split, or a part that is not a percentage.
+    """
+    found = re.fullmatch(r"(\w+)(?:\[(?:(\d+)%)?:(?:(\d+)%)?\])?", split) if isinstance(split, str) else None
+    if found is None:
+        return None, None
+    share = (int(found[3] or 100) - int(found[2] or 0)) / 100
+    return found[1], share if 0 < share < 1 else None
 
 
 def interval(value: Any) -> Any:

@@ -234,7 +234,8 @@ def _data(draft: Draft) -> None:
             )
     most = draft.get("max_samples")
     if isinstance(most, int):
-        several = len(listed(draft.get("dataset")) or [""])
+        names = listed(draft.get("dataset"))
+        several = len(names) if isinstance(names, list) else 1
         draft.carry(
             "max_samples", "data.max_train_samples", most * several, "over all data sets" if several > 1 else ""
         )

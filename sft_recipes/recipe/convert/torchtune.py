@@ -5,7 +5,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from sft_recipes.recipe.convert.arguments import warmup_of
-from sft_recipes.recipe.convert.draft import Draft, Lacking, Needless, Rules, To, all_of, follow, interval, number
+from sft_recipes.recipe.convert.draft import (
+    Draft,
+    Lacking,
+    Needless,
+    Rules,
+    To,
+    all_of,
+    follow,
+    interval,
+    number,
+    part_of,
+)
 
 NAME = "torchtune"
 SIGNS: set[str] = set()  # told by its components
@@ -179,24 +190,25 @@ _OTHERS = {
 
 
 def resolved(config: Mapping[Any, Any]) -> dict[Any, Any]:
-    """The config with ${key} and ${section.key} replaced by what they stand for."""
+    """The config with ${key} and ${section.key} replaced by what they stand for, where that is no section."""
 
     def value(at: Any, depth: int = 0) -> Any:
         if isinstance(at, Mapping):
             return {key: value(inner, depth) for key, inner in at.items()}
         if isinstance(at, list):
             return [value(inner, depth) for inner in at]
-        if not isinstance(at, str) or depth > 10:
+        if not isinstance(at, str) or depth > 10:  # one that stands for itself is left as it is
             return at
         if whole := re.fullmatch(r"\$\{([\w.]+)\}", at):
-            return value(found, depth + 1) if (found := look(whole[1])) is not None else at
+            found = look(whole[1])
+            return at if found is None else value(found, depth + 1)
         return re.sub(r"\$\{([\w.]+)\}", lambda hit: str(value(look(hit[1]) or hit[0], depth + 1)), at)
 
     def look(name: str) -> Any:
         at: Any = config
         for part in name.split("."):
             at = at.get(part) if isinstance(at, Mapping) else None
-        return at
+        return None if isinstance(at, (Mapping, list)) else at
 
     return {key: value(inner) for key, inner in config.items()}
 
@@ -223,8 +235,8 @@ def convert(draft: Draft) -> None:
     _model(draft)
     _adapters(draft)
     _weights(draft)
-    _data(draft)
     _validation(draft)
+    _data(draft)
     _length(draft)
     _steps(draft)
     _rate(draft)
@@ -350,10 +362,11 @@ def _source(draft: Draft, here: str, entry: dict[Any, Any], there: str) -> tuple
     elif isinstance(entry.get("train_on_input"), bool) and kind != "text":
         train_on = "all" if entry["train_on_input"] else "assistant" if kind == "messages" else "completion"
     source = {"path": path, "name": entry.get("name"), "format": kind, "columns": columns}
-    if isinstance(split, str) and re.fullmatch(r"\w+", split):
-        source["split"] = split
-    elif split is not None:
-        draft.lack(f"{here}.split", "a part of a split: data.max_train_samples takes so many rows")
+    source["split"], share = part_of(split)
+    if f"{here}.split" in draft.left() and (source["split"] is None or share):
+        draft.lack(
+            f"{here}.split", "no parts of splits: data.eval takes a fraction, data.max_train_samples so many rows"
+        )
     if kind is None:
         draft.lack(f"{here}._component_", f"see the data: path, format and columns of {there}")
     follow(draft, _OF_DATASET, here)
@@ -364,12 +377,26 @@ def _source(draft: Draft, here: str, entry: dict[Any, Any], there: str) -> tuple
 def _validation(draft: Draft) -> None:
     """dataset_val: data.eval; run_val_every_n_steps: eval.every"""
     entry = draft.get("dataset_val")
+    share = _set_aside(draft)
+    if share:
+        draft.needless("dataset.split", f"data.eval is a fraction of it: {share:g}")
+        draft.carry("dataset_val", "data.eval", share, only=("_component_", "split"))
     source = _source(draft, "dataset_val", entry, "data.eval")[0] if isinstance(entry, dict) else {}
-    if source:
+    if source and not share:
         draft.carry("dataset_val", "data.eval", source, only=("_component_",))
-        if draft.get("run_val_every_n_steps") is not None:
-            draft.carry("run_val_every_n_steps", "eval.every", interval(draft.get("run_val_every_n_steps")))
+    if source and draft.get("run_val_every_n_steps") is not None:
+        draft.carry("run_val_every_n_steps", "eval.every", interval(draft.get("run_val_every_n_steps")))
     draft.leave("run_val_every_n_steps", "batch_size_val", why="there are no validation rows")
+
+
+def _set_aside(draft: Draft) -> float | None:
+    """The share of the rows that is validated on, where dataset and dataset_val are parts of one split."""
+    train, held_out = draft.get("dataset"), draft.get("dataset_val")
+    if not isinstance(train, dict) or not isinstance(held_out, dict):
+        return None
+    (split, most), (same, rest) = part_of(train.get("split")), part_of(held_out.get("split"))
+    alike = split == same and all(train.get(key) == held_out.get(key) for key in ("_component_", "source"))
+    return rest if alike and most and rest and round(most + rest, 6) == 1 else None
 
 
 def _length(draft: Draft) -> None:

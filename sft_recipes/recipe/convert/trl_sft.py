@@ -4,7 +4,7 @@ what the alignment-handbook has besides."""
 from typing import Any
 
 from sft_recipes.recipe.convert.arguments import ARGUMENTS, GROUPS_OF_ARGUMENTS, arguments, held_out
-from sft_recipes.recipe.convert.draft import Draft, Entry, Lacking, Needless, Rules, To, all_of, number
+from sft_recipes.recipe.convert.draft import Draft, Entry, Lacking, Needless, Rules, To, all_of, follow, number, part_of
 
 NAME = "trl sft"
 SIGNS = {
@@ -165,39 +165,44 @@ def _data(draft: Draft) -> bool:
 
 
 def _mixture(draft: Draft, key: str) -> bool:
-    sources = []
     datasets = draft.get(key)
-    for n, entry in enumerate(datasets if isinstance(datasets, list) else []):
-        if not isinstance(entry, dict):
-            continue
-        files = entry.get("data_files")
-        path = files if isinstance(files, str) else entry.get("path", entry.get("id"))
-        parts = {"path": path, "name": entry.get("name", entry.get("config")), "split": entry.get("split")}
-        source = {
-            name: part for name, part in parts.items() if isinstance(part, str) and (name, part) != ("split", "train")
-        }
-        weight = number(
-            entry.get("weight")
-        )  # of the alignment-handbook: the share of the rows that is taken, at random
-        sources.append(source | ({"weight": weight} if isinstance(weight, float) else {}))
-        for leaf in draft.under(f"{key}[{n}]"):
-            name = leaf.removeprefix(f"{key}[{n}].")
-            if name in ("path", "id", "name", "config", "split", "weight") or (
-                name == "data_files" and isinstance(files, str)
-            ):
-                draft.leave(leaf, why="in data.train")
-            elif name == "fraction":
-                draft.lack(leaf, "set weight in data.train: 2 is each row twice, 0.5 a random half")
-            elif name == "columns":
-                draft.leave(leaf, why="other columns are left alone")
-            else:
-                draft.lack(leaf, "give the files: data.train: a path, a glob, or a list of them")
-    draft.carry(key, "data.train", sources, only=("path", "id"))
+    sources = [
+        _source(draft, f"{key}[{n}]", entry) for n, entry in enumerate(datasets if isinstance(datasets, list) else [])
+    ]
+    draft.carry(key, "data.train", [source for source in sources if source], only=("path", "id"))
     draft.leave(
         "dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", why=f"{key} goes before it"
     )
     draft.leave("dataset_mixture.seed", why="train.seed is that of the data, too")
     return held_out(draft, key.replace("datasets", "test_split_size"))
+
+
+_TAKEN = Needless("in data.train")
+_OF_DATASET: Rules = {
+    **all_of("path id name config split weight data_files", _TAKEN),
+    "columns": Needless("other columns are left alone"),
+    "fraction": Lacking("set weight in data.train: 2 is each row twice, 0.5 a random half"),
+    **all_of("data_dir data_files.*", Lacking("give the files: data.train: a path, a glob, or a list of them")),
+}
+
+
+def _source(draft: Draft, here: str, entry: Any) -> dict[str, Any]:
+    if not isinstance(entry, dict):
+        return {}
+    files, (split, share) = entry.get("data_files"), part_of(entry.get("split"))
+    source = {
+        "path": files if isinstance(files, str) else entry.get("path", entry.get("id")),
+        "name": entry.get("name", entry.get("config")),
+        "split": split,
+        # weight is of the alignment-handbook: the share of the rows that is taken, at random
+        "weight": share or (number(entry["weight"]) if isinstance(entry.get("weight"), float) else None),
+    }
+    if isinstance(files, list):
+        draft.lack(f"{here}.data_files", "give them: data.train: a path, a glob, or a list of them")
+    if split is None:
+        draft.lack(f"{here}.split", "no parts of splits: data.max_train_samples takes so many rows")
+    follow(draft, _OF_DATASET, here)
+    return {part: value for part, value in source.items() if value not in (None, "train", 1)}
 
 
 def _mixer(draft: Draft, mixer: dict[Any, Any]) -> bool:
