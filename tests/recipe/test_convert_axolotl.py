@@ -197,6 +197,14 @@ def test_a_schedule_that_ends_above_zero(tmp_path: Path) -> None:
     assert said(tmp_path, BASE + ROWS + "lr_scheduler: rex\n", "lr_scheduler")[0] == "lacking"
 
 
+def test_settings_of_the_optimizer_are_text_to_transformers(tmp_path: Path) -> None:
+    recipe = convert(
+        tmp_path, BASE + ROWS + "optim_args: {rank: 128, scale: 0.25}\nlr_scheduler_kwargs: {num_cycles: 2}\n"
+    )[1]
+
+    assert recipe.trl == {"lr_scheduler_kwargs": {"num_cycles": 2}, "optim_args": "rank=128, scale=0.25"}
+
+
 def test_adapters(tmp_path: Path) -> None:
     keys = "adapter: lora\nload_in_8bit: true\nlora_target_linear: true\npeft_use_dora: true\nlora_modules_to_save: [head]\n"
     recipe = convert(tmp_path, BASE + ROWS + keys)[1]

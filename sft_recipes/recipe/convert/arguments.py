@@ -90,7 +90,7 @@ def arguments(draft: Draft, *, validates: bool, epochs: float) -> None:
 
 
 def length(draft: Draft, epochs_key: str, usual: float) -> None:
-    """max_steps: train.max_steps"""
+    """num_train_epochs: train.epochs; max_steps: train.max_steps"""
     epochs, steps = number(draft.get(epochs_key)), number(draft.get("max_steps"))
     if isinstance(steps, int) and steps < 0:
         draft.needless("max_steps", "as many as train.epochs takes")
@@ -133,7 +133,7 @@ def optimizer(draft: Draft, key: str) -> None:
 
 
 def warmup(draft: Draft) -> None:
-    """warmup_steps: train.warmup_ratio, of the steps that train.max_steps says"""
+    """warmup_steps: train.warmup_ratio (where train.max_steps says of how many steps it is a share)"""
     steps, ratio = number(draft.get("warmup_steps")), draft.get("warmup_ratio")
     if ratio is not None and isinstance(steps, (int, float)) and steps > 0:
         draft.needless("warmup_ratio", "warmup_steps goes before it")
@@ -158,7 +158,7 @@ def warmup_of(draft: Draft, key: str) -> None:
 
 
 def metric(draft: Draft) -> None:
-    """metric_for_best_model: checkpoint.export_best goes by the validation loss"""
+    """metric_for_best_model: checkpoint.export_best (by the validation loss)"""
     if draft.get("metric_for_best_model", "loss") not in ("loss", "eval_loss"):
         draft.lack("metric_for_best_model", "checkpoint.export_best goes by the validation loss")
     draft.leave("metric_for_best_model", why="checkpoint.export_best goes by the validation loss")

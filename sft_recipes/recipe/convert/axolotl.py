@@ -125,7 +125,7 @@ KEYS: Rules = {
     "lora_target_parameters": Lacking("adapters are on modules: lora.target_modules"),
     "peft_layers_to_transform": Lacking("lora.target_modules takes a regular expression: .*layers\\.(0|1)\\..*_proj"),
     "peft_layers_pattern": Lacking("lora.target_modules takes a regular expression"),
-    "peft_init_lora_weights": Lacking("adapters begin at zero"),
+    "peft_init_lora_weights": Lacking("adapters begin at zero", off=(True,)),
     "peft_trainable_token_indices": Lacking("model.new_tokens trains the rows of new tokens"),
     "peft.*": Lacking("lora has rank, alpha, dropout, target_modules, modules_to_save, use_dora, use_rslora"),
     **all_of(
@@ -181,12 +181,10 @@ KEYS: Rules = {
     "warmup_ratio": To("train.warmup_ratio", number),
     "weight_decay": To("train.weight_decay", number),
     "max_grad_norm": To("train.max_grad_norm", number),
-    "lr_scheduler_kwargs.*": Lacking("give them all: trl: {lr_scheduler_kwargs: {...}}"),
     "lr_quadratic_warmup": Lacking("the learning rate rises linearly"),
     "cosine_constant_lr_ratio": Lacking("train.lr_scheduler: warmup_stable_decay, with trl.lr_scheduler_kwargs"),
     **all_of("embedding_lr embedding_lr_scale lr_groups", Lacking("one learning rate for all weights")),
     **all_of("adam_epsilon2 adam_beta3", Lacking("of an optimizer that transformers does not have")),
-    "optim_args": To("trl.optim_args"),
     "seed": To("train.seed"),
     "noisy_embedding_alpha": To("trl.neftune_noise_alpha", number),
     "use_pose": Lacking("the context is not extended"),
@@ -448,7 +446,8 @@ def _packing(draft: Draft) -> None:
 
 
 def _steps(draft: Draft) -> None:
-    """num_epochs: train.epochs; gradient_accumulation_steps: the same of train; batch_size: train.global_batch_size"""
+    """num_epochs, max_steps, gradient_accumulation_steps: train.epochs, train.max_steps, train.gradient_accumulation_steps;
+    batch_size: train.global_batch_size"""
     length(draft, "num_epochs", 1)
     total, steps = draft.get("batch_size"), draft.get("gradient_accumulation_steps")
     if steps is not None:
@@ -465,6 +464,8 @@ def _steps(draft: Draft) -> None:
 def _rate(draft: Draft) -> None:
     """optimizer: train.optimizer; lr_scheduler, cosine_min_lr_ratio: train.lr_scheduler"""
     optimizer(draft, "optimizer")
+    if isinstance(settings := draft.get("optim_args"), dict):
+        draft.carry("optim_args", "trl.optim_args", ", ".join(f"{key}={value}" for key, value in settings.items()))
     floor = draft.get("cosine_min_lr_ratio")
     if floor is not None and draft.get("lr_scheduler", "cosine") == "cosine":
         draft.carry("cosine_min_lr_ratio", "train.lr_scheduler", "cosine_with_min_lr")

@@ -287,7 +287,7 @@ def _adapters(draft: Draft) -> None:
 
 
 def _weights(draft: Draft) -> None:
-    """dtype: model.dtype, with train.mixed_precision: no"""
+    """dtype: model.dtype, train.mixed_precision (no)"""
     names = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
     if (dtype := str(draft.get("dtype"))) in names:
         draft.carry("dtype", "model.dtype", names[dtype])
