@@ -76,7 +76,7 @@ def test_two_keys_that_say_different_things_are_not_both_carried() -> None:
 
     assert draft.entries["train.micro_batch_size"].value == 2
     assert [draft.fates[key].kind for key in "abc"] == ["default", "lacking", "default"]
-    assert "comes of a already" in draft.fates["b"].words
+    assert "is from a already" in draft.fates["b"].words
 
 
 def test_one_key_can_say_two_things() -> None:
@@ -146,6 +146,12 @@ def test_defaults_are_taken_by_recipes(tool: Any) -> None:
         ("a: [", "not valid YAML"),
         ("a: 1\na: 2", "not valid YAML: found duplicate key"),
         ("a: !!python/name:os.system", "not valid YAML"),
+        ("a: &a {b: *a}", "stands within"),
+        (
+            "a: &a {x: 1, y: 1}\n"
+            + "".join(f"b{n}: &b{n} {{x: *b{n - 1}, y: *b{n - 1}}}\n" for n in range(1, 25)).replace("*b0", "*a"),
+            "more than 10,000 keys",
+        ),
         ("compute_environment: LOCAL_MACHINE\nnum_processes: 8", r"by its keys \(compute_environment, num_processes\)"),
         ("model: {name: x}\ndata: {train: x}\noutput_dir: x", "is a recipe already"),
         ("base_model: x\nsequence_len: 1\nrl: dpo", "rl: dpo is preference training"),

@@ -5,6 +5,7 @@ import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,11 +17,12 @@ from sft_recipes.errors import RecipeError, one_line
 from sft_recipes.recipe import check, load, shipped
 from sft_recipes.recipe.convert import axolotl, llama_factory, torchtune, trl_sft
 from sft_recipes.recipe.convert.arguments import the_rest
-from sft_recipes.recipe.convert.draft import Draft, Fate, Kind, follow, shown_of
+from sft_recipes.recipe.convert.draft import Draft, Fate, Kind, follow, leaves, shown_of
 from sft_recipes.recipe.load import field_names
 
 Source = Literal["trl", "axolotl", "llama-factory", "torchtune"]
 TOOLS: dict[Source, Any] = {"trl": trl_sft, "axolotl": axolotl, "llama-factory": llama_factory, "torchtune": torchtune}
+_MOST = 10_000  # keys of a config
 _KNOWN = "a config of trl sft, Axolotl, LLaMA-Factory or torchtune"
 HEADINGS: dict[Kind, str] = {
     "becomes": "in the recipe",
@@ -115,6 +117,13 @@ def _read(file: Path) -> dict[Any, Any]:
         raise RecipeError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(config, dict):
         raise RecipeError(f"{file}: has no keys; expected {_KNOWN}")
+    try:
+        if sum(1 for _ in islice(leaves(config), _MOST + 1)) > _MOST:
+            raise RecipeError(
+                f"{file}: more than {_MOST:,} keys, with those that aliases (*) stand for; write them out"
+            )
+    except RecursionError:
+        raise RecipeError(f"{file}: an alias (*) stands within what it means (&); write it out") from None
     return config
 
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from pydantic import ValidationError
 
@@ -13,15 +13,8 @@ from sft_recipes.recipe.schema import Recipe
 from sft_recipes.recipe.upstream import OWNED, sft_config_fields
 
 FILL_IN = "FILL_IN"  # stands where a recipe needs a value that the config does not have
-Kind = Literal["lacking", "becomes", "default", "needless", "unknown", "empty"]
-KINDS: list[Kind] = [
-    "lacking",
-    "becomes",
-    "default",
-    "needless",
-    "unknown",
-    "empty",
-]  # what is said of a key, the worst first
+Kind = Literal["lacking", "becomes", "default", "needless", "unknown", "empty"]  # the worst first
+_KINDS: tuple[Kind, ...] = get_args(Kind)
 _SECRET = re.compile(r"(hub_token|api_key|secret|password)$")
 _MINIMAL = {"model": {"name": "x"}, "data": {"train": "x"}, "output_dir": "x"}
 
@@ -53,7 +46,7 @@ class Draft:
     remarks: list[str] = field(default_factory=list)  # about the recipe as a whole
 
     def __post_init__(self) -> None:
-        self.keys = dict(_leaves(self.config))
+        self.keys = dict(leaves(self.config))
         for key, value in self.keys.items():
             if value in (None, "", [], {}):
                 self.fates[key] = Fate("empty")
@@ -76,7 +69,7 @@ class Draft:
         if problem := _unfit(to, value):
             self.lack(key, problem)
         elif to in self.entries and self.entries[to].value != value:
-            self.lack(key, f"{to} comes of {self.entries[to].comment} already; look which of the two is meant")
+            self.lack(key, f"{to} is from {self.entries[to].comment} already; look which of the two is meant")
         else:
             self.entries[to] = Entry(value, f"{key}{'; ' + note if note else ''}")
             usual = to.partition(".")[0] != "trl" and value == default_of(to)
@@ -108,7 +101,7 @@ class Draft:
             elif "needless" in (before.kind, kind):
                 self.fates[leaf] = Fate(kind, words) if before.kind == "needless" else before
             elif before.words != words:  # one key that says two things
-                self.fates[leaf] = Fate(min(before.kind, kind, key=KINDS.index), f"{before.words}; {words}")
+                self.fates[leaf] = Fate(min(before.kind, kind, key=_KINDS.index), f"{before.words}; {words}")
 
     def under(self, key: str) -> list[str]:
         return [leaf for leaf in self.keys if leaf == key or leaf.startswith((f"{key}.", f"{key}["))]
@@ -131,7 +124,8 @@ class Draft:
         return self.entries[to].value if to in self.entries else default_of(to)
 
 
-def _leaves(section: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(section: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key with a value that is no section, dotted."""
     for key, value in section.items():
         plain = isinstance(key, str) and re.fullmatch(r"[A-Za-z_][\w-]*", key)
         yield from _leaf(f"{path}{key if plain else repr(key)}", value)
@@ -139,7 +133,7 @@ def _leaves(section: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, A
 
 def _leaf(path: str, value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, Mapping) and value:
-        yield from _leaves(value, f"{path}.")
+        yield from leaves(value, f"{path}.")
     elif isinstance(value, list) and any(isinstance(item, (Mapping, list)) for item in value):
         for number, item in enumerate(value):
             yield from _leaf(f"{path}[{number}]", item)
