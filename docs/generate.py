@@ -1,7 +1,6 @@
 #!/usr/bin/env python3
-"""Write the reference pages from the code: docs/recipe.md, commands.md and recipes.md. A test holds them against it."""
+"""Write the reference pages from the code: docs/recipe.md and docs/commands.md. A test holds them against it."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,7 @@ import typer
 from pydantic import BaseModel
 
 from sft_recipes import cli
-from sft_recipes.planning import memory, speed
-from sft_recipes.recipe import editors, load, shipped
+from sft_recipes.recipe import editors
 from sft_recipes.recipe.load import expectation, schema_of, section_class
 from sft_recipes.recipe.schema import Recipe, WeightedSource
 
@@ -103,81 +101,7 @@ def _help(command: Any, context: Any) -> str:
     return re.sub(r"[ \t]+$", "", command.get_help(context), flags=re.MULTILINE).strip()
 
 
-def recipes_page() -> str:
-    """The recipes that ship, from their headers, and what `python docs/recipes.py` has predicted of each."""
-    every, found = shipped.recipes(), json.loads((DOCS / "recipes.json").read_text(encoding="utf-8"))
-    sizes = sorted({size for each in found.values() for size in each["fits"]})
-    lines = [
-        "# The recipes that ship",
-        "",
-        "Made from the headers of `recipes/` and the predictions of `docs/recipes.py` by `docs/generate.py`.",
-        "`sft-recipe list` shows them, `sft-recipe new NAME` copies one with its comments, which say why each value is what it",
-        "is. Each is there for another reason: take the one whose data and hardware are nearest to yours.",
-        "",
-        "| recipe | for | method | hardware | result |",
-        "|---|---|---|---|---|",
-        *(
-            f"| [{each.name}](../recipes/{each.name}.yaml) | {each.purpose} | {each.method} | {each.hardware} | {each.result} |"
-            for each in every
-        ),
-        "",
-        "## Which fits which GPU",
-        "",
-        "By what `sft-recipe plan` predicts, in memory of one GPU (GB are 10^9 bytes); where a recipe takes several, of each. A",
-        "dot: it fits, with half a GiB set aside for CUDA and 5 % left free. None of it has been measured on a GPU.",
-        "",
-        "| recipe | GPUs | predicted | " + " | ".join(f"{size} GB" for size in sizes) + " |",
-        "|---|---|---|" + ":-:|" * len(sizes),
-    ]
-    for each in every:
-        launch = load.load(shipped.folder() / f"{each.name}.yaml").recipe.launch
-        dots = ["•" if size in found[each.name]["fits"] else "" for size in sizes]
-        peak = memory.in_words(found[each.name]["peak"])
-        lines.append(f"| {each.name} | {launch.processes * launch.machines} | {peak} | {' | '.join(dots)} |")
-    cards = "; ".join(f"{size} GB: {', '.join(gpu.name for gpu in speed.gpus_of(size))}" for size in sizes)
-    lines += [
-        "",
-        f"{cards}. A T4 has no bfloat16, which these recipes compute in.",
-        "",
-        "Predicted is the least that a recipe takes: with `gradient_checkpointing: auto` a run recomputes as few layers as the",
-        "memory of its GPU makes it, none where there is room, and takes more then. What would make another fit, `sft-recipe plan",
-        "RECIPE --gpu-memory 24GB` says. 4-bit weights that are shared out by fsdp2 are held whole by each GPU while the model is",
-        "loaded; the dots reckon with it.",
-        "",
-        "## Where the memory goes",
-        "",
-        "In GiB, at the largest moment of a step ([what the parts are](plan.md#how-it-is-found)).",
-        "",
-        f"| recipe | parameters | trained | {' | '.join(memory.PARTS)} |",
-        "|---|---|---|" + "---|" * len(memory.PARTS),
-    ]
-    for each in every:
-        of = found[each.name]
-        parts = " | ".join(f"{of['parts'][part] / memory.GIB:.2f}" for part in memory.PARTS)
-        lines.append(f"| {each.name} | {of['parameters']:,} | {of['trained']:,} | {parts} |")
-    return "\n".join(lines) + "\n" + _CHOOSING
-
-
-_CHOOSING = """
-## A model and its format
-
-| model | `data.template` | why |
-|---|---|---|
-| base | `alpaca`, or a Jinja file of yours | it has no format, and learns the one of your data |
-| instruct, chat | `chat`: its own | it keeps what it has learned; another format is learned against its own, which is a warning |
-
-What ends an answer is trained on either way, and written into `generation_config`: the end token with `alpaca`, with a chat
-template what closes a turn (`<|im_end|>`, `<|eot_id|>`, `<end_of_turn>`, ...), which often is another. Padding gets a token that
-is not the end token, where a tokenizer has none or the same (Llama 3, Qwen2.5). `sft-recipe preview RECIPE` shows it all.
-
-`train_on: assistant` needs a template that writes a turn the same wherever it stands, or marks with `{% generation %}` what the
-assistant says. Those of Qwen3 8B and other models that think leave the thoughts of earlier turns out: take `completion`, the last
-answer, or a model that does not think, such as Qwen3 4B Instruct 2507.
-
-Llama and Gemma are behind a licence that has to be accepted on the model's page; then `hf auth login` on the machine.
-"""
-
-PAGES = {"recipe.md": recipe_page, "commands.md": commands_page, "recipes.md": recipes_page}
+PAGES = {"recipe.md": recipe_page, "commands.md": commands_page}
 
 if __name__ == "__main__":
     for name, page in PAGES.items():
