@@ -128,8 +128,9 @@ def parts() -> Iterator[str]:
 def page(text: str) -> str:
     """The page with its tables made anew: each stands behind a comment that names it."""
     for table in (purposes, sizes, parts):
-        lines = "\n".join(table())
-        text = re.sub(rf"(<!-- {table.__name__} -->\n\n)(\|.*\n)*", lambda found, new=lines: f"{found[1]}{new}\n", text)  # type: ignore[misc]
+        before, after = text.split(f"<!-- {table.__name__} -->\n", 1)
+        after = re.sub(r"\A\n(\|.*\n)*\n?", "", after)
+        text = "\n".join([f"{before}<!-- {table.__name__} -->\n", *table(), "", after])
     return text
 
 

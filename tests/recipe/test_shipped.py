@@ -66,12 +66,10 @@ def test_no_two_are_alike() -> None:
 
 # --- Their check, with a model and data that are here ---
 
-CONVERSATION = [
+TURNS = [
     {"role": "system", "content": "You are short."},
     {"role": "user", "content": "Hello"},
     {"role": "assistant", "content": "Hi"},
-    {"role": "user", "content": "Say a word."},
-    {"role": "assistant", "content": "word"},
 ]
 SPECIAL = ("<|im_start|>", "<|im_end|>")
 
@@ -79,7 +77,8 @@ SPECIAL = ("<|im_start|>", "<|im_end|>")
 def rows_for(recipe: Recipe) -> list[dict[str, Any]]:
     """Rows as the recipe's own data has them."""
     if "smoltalk" in str(recipe.data.train):
-        return [{"messages": CONVERSATION}, {"messages": CONVERSATION[1:]}] * 12
+        asked = [[{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}."}] for n in range(24)]
+        return [{"messages": [*TURNS[n % 2 :], *more]} for n, more in enumerate(asked)]
     if recipe.data.columns:
         return [{"question": f"What is {n} and {n}?", "answer": f"{2 * n}"} for n in range(24)]
     return ROWS
