@@ -234,13 +234,31 @@ def merge(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")], debug: Debug = False) -> None:
-    """Write the learning curve and the run's facts as PNG and HTML."""
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="A run directory; several are compared.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Where to write it; by default to the run's directory, of several to comparison/."
+        ),
+    ] = None,
+    table: Annotated[bool, typer.Option("--csv", help="Write metrics.csv, too.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Follow a run that is training, until it ends, or Ctrl-C.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Write a run's curves, data, answers and facts as HTML and PNG; of several runs side by side."""
     _quiet(debug)
     from sft_recipes.report import page
 
-    page.write(run)
-    print(run / "learning_curve.png", run / "report.html", sep="\n")
+    def tell(written: list[Path]) -> None:
+        print(*written, sep="\n", flush=True)
+
+    if watch:
+        page.follow(runs, out, tell, table=table)
+    else:
+        tell(page.report(runs, out, table=table))
 
 
 @app.command("list")
@@ -303,6 +321,28 @@ def schema(
     print(editors.write(out))
     print("Editors complete a recipe beside it that begins with")
     print(editors.line(Path(out.name)))
+
+
+@app.command()
+def convert(
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="A config of trl sft, Axolotl, LLaMA-Factory or torchtune.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Where to write the recipe; by default it is shown.")] = None,
+    source: Annotated[
+        Literal["trl", "axolotl", "llama-factory", "torchtune"] | None,
+        typer.Option("--from", help="Whose config it is; by default found from its keys."),
+    ] = None,
+) -> None:
+    """Turn another tool's config into a recipe, and say of each of its keys what became of it (on stderr)."""
+    from sft_recipes.recipe.convert import conversion
+
+    converted = conversion.convert(file, source)
+    if out is None:
+        print(converted.text, end="")
+    else:
+        print(conversion.write(converted, out))
+    print(*converted.account(), sep="\n", file=sys.stderr)
 
 
 @app.command()

@@ -38,7 +38,7 @@ from sft_recipes.recipe.check import TORCHAO
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.recipe.upstream import imitates_bf16
 from sft_recipes.stopping import Stop
-from sft_recipes.training import attention, checkpoints, fitting, head, preflight, sharded
+from sft_recipes.training import checkpoints, fitting, head, preflight, sharded
 from sft_recipes.training.arguments import padding_free, sft_config
 from sft_recipes.training.guards import Finite, Stops
 from sft_recipes.training.logging import Display, Metrics, trackers
@@ -229,7 +229,7 @@ def build(
     }
     with _as_recipe_error(recipe, "trl: the training cannot be set up"):
         arguments = SFTConfig(**sft_config(recipe, steps, run_dir, validates=data.eval is not None))
-        sharded.finish(arguments, recipe)
+        sharded.finish(arguments, recipe, model)
         # One process trains on one device; the Trainer would take all it sees for nn.DataParallel, which TRL refuses.
         arguments._n_gpu = min(arguments.n_gpu, 1)
         at_once = arguments.per_device_train_batch_size * arguments.world_size if arguments.world_size > 1 else 1
@@ -270,7 +270,7 @@ def build(
         warn(
             "train.mixed_precision: bf16 is imitated by this CPU, and slower than float32; set no, and model.dtype: float32"
         )
-    if recipe.train.preflight and recipe.launch.strategy not in sharded.SHARDED:
+    if recipe.train.preflight:
         with _as_recipe_error(recipe, f"model.name: {recipe.model.name}: it cannot run on the data"):
             trainer.preflight = preflight.examine(trainer, packed=keep_seq_lengths)
         trainer.preflight.figures["stop"] = preflight.where_answers_end(data, tokenizer)
@@ -299,65 +299,6 @@ def _check_room_for_answers(recipe: Recipe, trainer: Trainer) -> None:
             f"eval.max_new_tokens: {most} tokens after a prompt of {longest} are more than the {limit} positions of "
             f"{recipe.model.name}; set at most {limit - longest}"
         )
-
-
-def facts(recipe: Recipe, trainer: Trainer) -> list[str]:
-    """What is about to run, in words."""
-    total, trained = count_parameters(trainer.model)
-    method = "full fine-tuning" if recipe.lora is None else "QLoRA" if recipe.model.quantization else "LoRA"
-    steps = trainer.args.max_steps
-    micro, accumulation, world = recipe.train.micro_batch_size, recipe.accumulation, trainer.args.world_size
-    processes = f" x {world} processes" if world > 1 else ""
-    _, why = attention.choose(recipe, trainer.model.config, "cuda" if torch.cuda.is_available() else "cpu")
-    lines = [
-        f"model: {recipe.model.name}, {method}, {trained:,} of {total:,} parameters trained ({trained / total:.2%}), "
-        f"weights in {recipe.model.quantization or recipe.model.dtype}, "
-        f"attention {trainer.model.config._attn_implementation}{f' ({why})' if why else ''}, on {device()['name']}",
-        f"steps: {steps:,} of {recipe.sequences_per_step} sequences ({micro} x {accumulation} accumulated{processes}), "
-        f"{int(trainer.args.warmup_steps):,} of them warmup, {recipe.train.lr_scheduler} to a learning rate of "
-        f"{recipe.train.learning_rate:g}, {recipe.train.optimizer}, mixed precision {recipe.train.mixed_precision}, "
-        f"gradient checkpointing {recipe.train.recomputed_in_words}",
-    ]
-    if trainer.preflight is not None:
-        found = trainer.preflight.figures
-        of = (
-            "" if torch.cuda.is_available() else " for tensors"
-        )  # what is measured is the process, and libraries are large
-        predicted = "" if found["predicted_gib"] is None else f" ({found['predicted_gib']:.1f}{of} were predicted)"
-        lines.append(
-            f"preflight: {found['seconds']} s; the longest micro-batch, of {found['longest']['tokens']:,} tokens, trains in "
-            f"{found['longest']['peak_gib']:.1f} GiB{predicted}; loss of the base {found['base']['loss']:.2f} a token, "
-            f"shuffled {found['base']['loss_of_shuffled_tokens']:.2f}"
-        )
-        if found.get("isolation"):
-            lines[-1] += "; packed documents do not see each other"
-    return lines
-
-
-def used(trainer: Trainer) -> dict[str, Any]:
-    """What is used, also where the recipe leaves that open, and what was found before the first step, for the manifest."""
-    (total, trained), recipe = count_parameters(trainer.model), trainer.recipe
-    return {
-        "device": device(),
-        "weights": recipe.model.quantization or recipe.model.dtype,
-        "mixed_precision": recipe.train.mixed_precision,
-        "optimizer": recipe.train.optimizer,
-        "gradient_checkpointing": recipe.train.gradient_checkpointing,
-        "micro_batch_size": recipe.train.micro_batch_size,
-        "gradient_accumulation_steps": recipe.accumulation,
-        "sequences_per_step": recipe.sequences_per_step,
-        "attention": trainer.model.config._attn_implementation,
-        "parameters": {"all": total, "trained": trained},
-        "preflight": trainer.preflight.figures if trainer.preflight else "skipped",
-    }
-
-
-def device() -> dict[str, Any]:
-    """What it runs on."""
-    if torch.cuda.is_available():
-        gpu = torch.cuda.get_device_properties(0)
-        return {"name": gpu.name, "memory_gib": round(gpu.total_memory / 2**30, 1), "cuda": torch.version.cuda}
-    return {"name": "mps" if torch.backends.mps.is_available() else "cpu", "threads": torch.get_num_threads()}
 
 
 def train(trainer: Trainer, checkpoint: Path | None) -> None:
