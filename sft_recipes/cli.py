@@ -270,9 +270,10 @@ def list_recipes() -> None:
     from sft_recipes.recipe import shipped
 
     table = Table("recipe", "method", "model", "hardware", "result", box=None, pad_edge=False, header_style="")
-    table.columns[0].no_wrap = True
+    table.columns[0].no_wrap, table.columns[2].overflow = True, "fold"
     for each in shipped.recipes():
-        table.add_row(each.name, each.method, each.model, each.hardware, each.result)
+        measured = each.result.partition(" (")[0]  # when and with which versions, its header says
+        table.add_row(each.name, each.method, each.model, each.hardware, measured)
     wide = None if sys.stdout.isatty() else 1000  # to a file or another program each recipe is one line
     Console(highlight=False, markup=False, width=wide).print(table)
 
