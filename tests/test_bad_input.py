@@ -824,8 +824,8 @@ COMMANDS = {
         "--row none:1: no training row stands there; expected a row's number, or a place such as",
     f"preview recipe.yaml --row {'9' * 5000}": "--row 999…: no training row stands there; expected a row's number, or a place",
     "preview recipe.yaml --set model.name=a/b": "--set: model.name: the tokenizer of a/b cannot be had: ",
-    "new nothing": "no recipe 'nothing' ships; there are llama70b_full_fsdp, ",
-    "new ../recipe": "no recipe '../recipe' ships; there are llama70b_full_fsdp, ",
+    "new nothing": "no recipe 'nothing' ships; there are gemma3_1b_full, ",
+    "new ../recipe": "no recipe '../recipe' ships; there are gemma3_1b_full, ",
     "new quickstart --out recipe.yaml": "recipe.yaml exists; choose another name with --out",
     "new quickstart --out .": ". exists; choose another name with --out",
     "new quickstart --out train.jsonl/a.yaml": "train.jsonl/a.yaml: cannot be written: …; choose another name with --out",
@@ -899,7 +899,7 @@ def test_reports_that_cannot_be_written(sft_recipe: Callable[..., Said]) -> None
     )  # fmt: skip
 
 
-FILES = {
+RUN_FILES = {
     "recipe.resolved.json": ("{", "mine/recipe.resolved.json: not an object in JSON: …; it is not as the run wrote it"),
     "data.json": ("[1, 2]", "mine/data.json: not an object in JSON: "),
     "manifest.json": ("no", "mine/manifest.json: not an object in JSON: "),
@@ -907,11 +907,11 @@ FILES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", RUN_FILES)
 def test_reports_of_files_that_are_not_a_run_s(name: str, sft_recipe: Callable[..., Said]) -> None:
     Path("mine").mkdir()
     Path("mine/metrics.jsonl").write_text("", encoding="utf-8")
-    text, expected = FILES[name]
+    text, expected = RUN_FILES[name]
     Path("mine", name).write_text(text, encoding="utf-8")
 
     check_refused(sft_recipe, ["report", "mine"], expected)
