@@ -44,9 +44,7 @@ def build(steps: int = -1) -> SFTTrainer:
 def exact_match(trainer: SFTTrainer, asked: Dataset) -> float:
     prompts = trainer.processing_class(asked["prompt"][:], return_tensors="pt", padding=True).to(trainer.model.device)
     output = trainer.model.eval().generate(**prompts, max_new_tokens=24, do_sample=False)
-    answers = trainer.processing_class.batch_decode(
-        output[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True
-    )
+    answers = trainer.processing_class.batch_decode(output[:, prompts.input_ids.shape[1] :], skip_special_tokens=True)
     return sum(a.strip() == b for a, b in zip(answers, asked["completion"], strict=True)) / len(answers)
 
 
