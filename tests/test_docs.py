@@ -126,7 +126,7 @@ def test_symptoms_have_the_lines_that_the_code_says() -> None:
 
 @cache
 def messages() -> list[re.Pattern[str]]:
-    """What the code can say, with anything in the place of a value; of each message, that which is not its beginning or end."""
+    """What the code can say, with anything in the place of a value."""
     found = []
     for file in (ROOT / "sft_recipes").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text("utf-8"))):
