@@ -121,7 +121,13 @@ def test_symptoms_have_the_lines_that_the_code_says() -> None:
     lines = [line for block in re.findall(r"```text\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
 
     assert len(lines) > 30
-    assert [line for line in lines if not any(message.search(line) for message in messages())] == []
+    assert [line for line in lines if not any(says(message, line) for message in messages())] == []
+
+
+def says(message: re.Pattern[str], line: str) -> bool:
+    """Whether a message is the better part of a line, beside its place, or a remedy that is a message of its own."""
+    found = message.search(line)
+    return found is not None and len(found[0]) > len(line) / 2
 
 
 @cache
@@ -131,9 +137,10 @@ def messages() -> list[re.Pattern[str]]:
     for file in (ROOT / "sft_recipes").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text("utf-8"))):
             parts = node.values if isinstance(node, ast.JoinedStr) else [node]
-            texts = [part.value if isinstance(part, ast.Constant) else None for part in parts]
-            if sum(len(text) for text in texts if isinstance(text, str)) >= 25:
-                found.append(re.compile("".join(re.escape(t) if isinstance(t, str) else ".*" for t in texts)))
+            texts = [part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+            if sum(map(len, texts)) > 10:
+                known = (re.escape(part.value) if isinstance(part, ast.Constant) else ".*" for part in parts)
+                found.append(re.compile(re.sub(r"\\{[^ ]*?\\}", ".*", "".join(known))))
     return found
 
 
