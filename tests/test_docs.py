@@ -137,10 +137,10 @@ def messages() -> list[re.Pattern[str]]:
     for file in (ROOT / "sft_recipes").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text("utf-8"))):
             parts = node.values if isinstance(node, ast.JoinedStr) else [node]
-            texts = [part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)]
-            if sum(map(len, texts)) > 10:
-                known = (re.escape(part.value) if isinstance(part, ast.Constant) else ".*" for part in parts)
-                found.append(re.compile(re.sub(r"\\{[^ ]*?\\}", ".*", "".join(known))))
+            texts = (part.value if isinstance(part, ast.Constant) else "{}" for part in parts)
+            known = re.sub(r"\\{[^ ]*?\\}", ".*", re.escape("".join(map(str, texts))))
+            if len(known.replace(".*", "")) > 10:
+                found.append(re.compile(known))
     return found
 
 
