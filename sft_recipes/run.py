@@ -51,12 +51,14 @@ def run(
         recipe = fitting.resolved(recipe, folder)
         checkpoint, changes = None, list[str]()
         if resume:
-            changes = run_folder.changes(folder, recipe, prepare.fingerprints(recipe), force=force)
+            changes = ranks.as_the_first(
+                lambda: run_folder.changes(folder, recipe, prepare.fingerprints(recipe), force=force)
+            )
             words.warn(console, changes)
-            if run_folder.is_finished(folder):
+            if ranks.as_the_first(lambda: run_folder.is_finished(folder)):
                 words.say(console, [f"{folder}: this run has finished"])
                 return folder
-            checkpoint, passed_over = checkpoints.newest(folder)
+            checkpoint, passed_over = ranks.as_the_first(lambda: checkpoints.newest(folder))
             words.warn(console, passed_over)
             words.say(
                 console, [f"resumed from {checkpoint}" if checkpoint else "no checkpoint yet: from the first step"]

@@ -21,9 +21,10 @@ from sft_recipes.recipe.schema import Recipe
 MANIFEST, RESOLVED = "manifest.json", "recipe.resolved.json"
 OURS = (MANIFEST, RESOLVED, f".{RESOLVED}.partial")  # a run that was begun holds one of these
 # Keys that change what is written and said of a training, and not the training.
-_HARMLESS = ("checkpoint.", "log.", "export.", "eval.", "train.on_nonfinite")
-# How the work is spread. DeepSpeed's checkpoints are for as many ranks as wrote them; others can be shared out anew.
-_SPREAD = ("launch.processes", "launch.machines", "launch.cpu_offload")
+_HARMLESS = ("checkpoint.", "log.", "export.", "eval.", "train.on_nonfinite", "train.gradient_checkpointing")
+# How a step's work is spread: its sums are rounded otherwise, and dropout falls elsewhere. DeepSpeed's checkpoints are for as
+# many ranks as wrote them; others can be shared out anew.
+_OVER_RANKS = ("launch.processes", "launch.machines", "launch.cpu_offload")
 LIBRARIES = (
     "sft-recipes", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "bitsandbytes",
     "safetensors", "numpy", "torchao", "flash-attn", "deepspeed",
@@ -105,8 +106,10 @@ def changes(folder: Path, recipe: Recipe, fingerprints: dict[str, str], *, force
     for key in dict.fromkeys([*before, *now]):
         if before.get(key) != now.get(key) and key != "output_dir":
             line = f"{key}: {json.dumps(now.get(key))} now, and {json.dumps(before.get(key))} in the run that is to be resumed"
-            spread = key in _SPREAD and recipe.launch.strategy in ("ddp", "fsdp2") and same_step
-            (harmless if key.startswith(_HARMLESS) or spread else harmful).append(line)
+            spread = key == "train.micro_batch_size" or (
+                key in _OVER_RANKS and recipe.launch.strategy in ("ddp", "fsdp2")
+            )
+            (harmless if key.startswith(_HARMLESS) or (spread and same_step) else harmful).append(line)
     for path, found in fingerprints.items():
         if found != manifest.get("data", {}).get(path, found):  # another path is another key
             asked = path == recipe.eval.generate

@@ -49,12 +49,12 @@ def test_what_does_no_harm_can_be_forced(begun: tuple[Path, Path]) -> None:
     recipe, folder = begun
     manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
     change(folder / "manifest.json", versions=manifest["versions"] | {"torch": "1.0"})
-    changes = ("export.dtype=float32", "checkpoint.keep=1")
+    changes = ("train.micro_batch_size=1", "export.dtype=float32", "checkpoint.keep=1")
     with pytest.raises(RecipeError) as caught:
         run(recipe, *changes, resume=True)
-    assert len(caught.value.lines) == 4
-    assert f"versions: torch {manifest['versions']['torch']} now, and 1.0 when the run began" in caught.value.lines[2]
-    assert "--force resumes it all the same" in caught.value.lines[3]
+    assert len(caught.value.lines) == 5
+    assert f"versions: torch {manifest['versions']['torch']} now, and 1.0 when the run began" in caught.value.lines[3]
+    assert "--force resumes it all the same" in caught.value.lines[4]
 
     _, said = run(recipe, *changes, resume=True, force=True)
     assert 'warning: export.dtype: "float32" now, and "bfloat16" in the run that is to be resumed' in said
@@ -62,7 +62,7 @@ def test_what_does_no_harm_can_be_forced(begun: tuple[Path, Path]) -> None:
     assert resumed["versions"] == manifest["versions"]
     assert resumed["started"] == manifest["started"]
     assert resumed["resumed"][0]["from"] == "checkpoint-3"
-    assert len(resumed["resumed"][0]["changes"]) == 3
+    assert len(resumed["resumed"][0]["changes"]) == 4
 
 
 def test_a_run_that_has_finished_is_left_alone(write_recipe: WriteRecipe) -> None:

@@ -4,7 +4,9 @@ Judges and never edits: a recipe means what it says.
 """
 
 import difflib
+import os
 import re
+import shutil
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -200,11 +202,19 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
         yield key, str(value)
 
 
+def _compilers() -> Iterator[str]:
+    """What inductor (of CPUs) and Triton (of GPUs) look for, by name."""
+    yield from (os.environ[name] for name in ("CXX", "CC") if os.environ.get(name))
+    yield from ("g++", "clang++", "c++", "gcc", "clang")
+
+
 def _extras(recipe: Recipe) -> Iterator[str]:
     """Optional packages that the recipe needs and that are not installed."""
     attention, optimizer = recipe.model.attention, recipe.train.optimizer
     if optimizer in TORCHAO and not installed("torchao"):
         yield f"train.optimizer: {optimizer} needs torchao, which {_install('torchao')}"
+    if recipe.train.compile and not any(map(shutil.which, _compilers())):
+        yield "train.compile: it needs a C++ compiler, and none is found (g++, clang++, or CXX); install one, or set false"
     if recipe.launch.strategy in ("zero2", "zero3") and not installed("deepspeed"):
         yield f"launch.strategy: {recipe.launch.strategy} needs DeepSpeed, which {_install('deepspeed')}; or set fsdp2"
     for tracker in recipe.log.to:

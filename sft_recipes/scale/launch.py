@@ -19,6 +19,7 @@ from sft_recipes.scale import ranks
 
 # Seconds that other ranks have for an error of their own, after one has failed: by itself, or for want of another.
 _PATIENCE = {False: 1.0, True: 4.5}
+_ELSEWHERE = "198.51.100.1"  # an address that is nobody's (RFC 5737)
 _STOPPED = Stopped.exit_code
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -95,15 +96,21 @@ def _reason(error: Exception) -> str:
 
 
 def _towards(address: str) -> str | None:
-    """The network interface by which an address is reached; gloo would take that of the host's name."""
+    """The network interface by which an address is reached; gloo would take that of the host's name. Many hosts know their own
+    name as 127.0.1.1, where no other machine finds them: then it is the way to everywhere else."""
+    named = not address.startswith("127.") and address != "localhost"
+    return _interface(address, loopback=not named) or _interface(_ELSEWHERE) or _interface(address, loopback=True)
+
+
+def _interface(towards: str, *, loopback: bool = False) -> str | None:
     import psutil
 
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((address, 9))  # sends nothing
+        probe.connect((towards, 9))  # sends nothing
         own = probe.getsockname()[0]
-        return next(
-            (n for n, found in psutil.net_if_addrs().items() if any(each.address == own for each in found)), None
-        )
+        if loopback or not own.startswith("127."):
+            here = psutil.net_if_addrs().items()
+            return next((name for name, found in here if any(each.address == own for each in found)), None)
     return None
 
 

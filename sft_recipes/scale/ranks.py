@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from sft_recipes.errors import RecipeError, RunError, SFTRecipeError
 from sft_recipes.recipe.schema import Launch, Recipe
@@ -37,6 +37,7 @@ _LOST = re.compile(  # what torch says of the network, and of processes that do 
     r"NCCL|gloo/|recvValue failed|sendBytes failed|[Ss]ocket|\b[Ss]tore\b|Store\b"
 )
 _NOISE = re.compile(r"\[\S*/gloo/\S+\] | This is typically caused by .*?GLHF! \S+")
+_T = TypeVar("_T")
 _ANSWERS = 3.0  # seconds in which ranks that have lost another say so
 
 
@@ -256,6 +257,24 @@ def main_first() -> Iterator[None]:
 
     with PartialState().main_process_first():
         yield
+
+
+def as_the_first(decide: Callable[[], _T]) -> _T:
+    """What the main process decides; all have to come here. What it raises for the user is raised in all."""
+    if world_size() == 1:
+        return decide()
+    from accelerate.utils import broadcast_object_list
+
+    decided: list[Any] = [None, None]
+    if is_main():
+        try:
+            decided[0] = decide()
+        except SFTRecipeError as error:
+            decided[1] = error
+    broadcast_object_list(decided)
+    if decided[1] is not None:
+        raise decided[1]
+    return cast(_T, decided[0])
 
 
 # --- When something goes wrong ---

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from json import JSONDecodeError
 from pickle import UnpicklingError
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import torch
 import transformers
+from accelerate import init_empty_weights
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import TrainableTokensWrapper
 from safetensors import SafetensorError
@@ -18,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -122,27 +124,11 @@ def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrained
 
     Raises ModelError for what the model's files or the recipe's choice of layers make impossible.
     """
-    wanted, name = recipe.model, model_files.location(recipe.model.name)
-    config = load_config(recipe)
+    wanted, config = recipe.model, load_config(recipe)
     transformers.set_seed(recipe.train.seed)  # new embeddings and adapters are drawn at random
-    grows = len(tokenizer) > config.get_text_config().vocab_size
-    with as_model_error(f"model.name: {wanted.name}", "weights"), sharded.loading(recipe, new_rows=grows):
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            name,
-            output_loading_info=True,
-            config=config,
-            revision=wanted.revision,
-            trust_remote_code=wanted.trust_remote_code,
-            dtype=DTYPES[wanted.dtype],
-            attn_implementation=attention(recipe, config),
-            use_safetensors=True,
-            **_quantization(recipe),
-        )
-    if missing := sorted(loading["missing_keys"]):
-        raise ModelError(
-            f"model.name: {wanted.name}: its files lack {len(missing)} of the weights that its config asks for, which "
-            f"would be random ({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}); get the files again"
-        )
+    with as_model_error(f"model.name: {wanted.name}", "weights"), sharded.loading(recipe):
+        handed = _to_be_handed_weights(recipe, config)
+        model = _read(recipe, config) if handed is None else handed
     for module in model.modules():
         # On CPUs with AVX512-BF16 bitsandbytes 0.50 repacks 4-bit weights for inference at the first evaluation: in
         # bfloat16 whatever the compute type, and only for widths that are a multiple of 32. Training goes without.
@@ -151,7 +137,7 @@ def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrained
     embeddings = model.get_input_embeddings().weight
     known = getattr(embeddings, "ds_shape", embeddings.shape)[0]  # ZeRO-3 leaves an empty tensor where it has a share
     if len(tokenizer) > known:  # never made smaller: many models have rows to spare
-        model.resize_token_embeddings(len(tokenizer))
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=handed is None)
     if recipe.lora is None:
         return model
     new = {tokenizer.convert_tokens_to_ids(token) for token in wanted.new_tokens} | set(range(known, len(tokenizer)))
@@ -161,6 +147,46 @@ def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrained
             f"are {len(new)}, a pad token among them where the tokenizer has none; set zero2 or ddp"
         )
     return with_adapters(model, recipe.lora, recipe.model, sorted(new))
+
+
+def _read(recipe: Recipe, config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a directory or of the hub."""
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        model_files.location(recipe.model.name),
+        output_loading_info=True,
+        config=config,
+        revision=recipe.model.revision,
+        use_safetensors=True,
+        **_shape(recipe, config),
+        **_quantization(recipe, config),
+    )
+    if missing := sorted(loading["missing_keys"]):
+        raise ModelError(
+            f"model.name: {recipe.model.name}: its files lack {len(missing)} of the weights that its config asks for, which "
+            f"would be random ({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}); get the files again"
+        )
+    return model
+
+
+def _to_be_handed_weights(recipe: Recipe, config: PreTrainedConfig) -> PreTrainedModel | None:
+    """The model without its weights, where another rank is to hand them to this one; else None."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0 or recipe.launch.strategy != "fsdp2":
+        return None
+    model = sharded.without_memory(lambda: AutoModelForCausalLM.from_config(config, **_shape(recipe, config)))
+    if not sharded.handed_on(recipe, model):
+        return None
+    with suppress(OSError):  # not every model has one
+        name = model_files.location(recipe.model.name)
+        model.generation_config = GenerationConfig.from_pretrained(name, revision=recipe.model.revision)
+    return model
+
+
+def _shape(recipe: Recipe, config: PreTrainedConfig) -> dict[str, Any]:
+    return {
+        "trust_remote_code": recipe.model.trust_remote_code,
+        "dtype": DTYPES[recipe.model.dtype],
+        "attn_implementation": attention(recipe, config),
+    }
 
 
 def attention(recipe: Recipe, config: PreTrainedConfig) -> str | None:
@@ -182,7 +208,7 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     return total, trained
 
 
-def _quantization(recipe: Recipe) -> dict[str, Any]:
+def _quantization(recipe: Recipe, config: PreTrainedConfig) -> dict[str, Any]:
     kind = recipe.model.quantization
     if kind is None:
         return {}
@@ -192,9 +218,9 @@ def _quantization(recipe: Recipe) -> dict[str, Any]:
     computed = half.get(recipe.train.mixed_precision, DTYPES[recipe.model.dtype])  # as sharded.finish has FSDP do it
     keep = ["lm_head", *recipe.lora.modules_to_save]  # what is trained in full cannot be quantised
     if kind == "int8":
-        config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=keep)
+        settings = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=keep)
     else:
-        config = BitsAndBytesConfig(
+        settings = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=kind,
             bnb_4bit_compute_dtype=compute,
@@ -205,7 +231,20 @@ def _quantization(recipe: Recipe) -> dict[str, Any]:
             bnb_4bit_quant_storage=computed if recipe.launch.strategy == "fsdp2" else torch.uint8,
         )
     device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
-    return {"quantization_config": config, "device_map": {"": device}}
+    if device != "cpu" and recipe.launch.strategy == "fsdp2" and not _has_room_for_all(recipe, config):
+        device = "cpu"  # slower; FSDP takes each layer from there as it is shared out
+    return {"quantization_config": settings, "device_map": {"": device}}
+
+
+def _has_room_for_all(recipe: Recipe, config: PreTrainedConfig) -> bool:
+    """Whether this rank's GPU takes the whole model in 4 bits, with the embeddings and the head as they are."""
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config, **_shape(recipe, config))
+    ends = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+    whole = sum(weight.numel() for weight in ends)
+    quantized = sum(weight.numel() for weight in model.parameters()) - whole
+    needed = whole * model.dtype.itemsize + 0.55 * quantized  # with scales, and the layer that is being read
+    return bool(needed < 0.95 * torch.cuda.mem_get_info()[0])
 
 
 def with_adapters(

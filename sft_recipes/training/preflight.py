@@ -18,6 +18,7 @@ from sft_recipes.planning.memory import GIB
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.training import fitting
 from sft_recipes.training.logging import peak_memory
+from sft_recipes.training.sharded import SHARDED
 
 _TOKENS = 64  # of each of the two documents that are compared
 # Relative difference of a document's logits packed and alone. It is computed in other shapes, which in half precision
@@ -44,9 +45,13 @@ def examine(trainer: Any, *, packed: bool) -> Preflight:
     """Run the model on documents of the data as the training will, and leave everything as it was.
 
     Raises ModelError where packed documents see each other or nothing is trained, RunError where memory does not suffice
-    or a number is not finite. `packed`: documents share a row of the model's input.
+    or a number is not finite. `packed`: documents share a row of the model's input. Where weights are yet to be shared
+    out, as the training begins, there is no model to run: its figures are predictions.
     """
     found, began = Preflight(), time.perf_counter()
+    if trainer.recipe.launch.strategy in SHARDED:
+        found.figures = _predicted(trainer.recipe, trainer.rows.mean_document())
+        return found
     with _untouched(trainer):
         found.figures["base"] = _know_the_language(trainer, found.warnings)
         if packed:
@@ -57,7 +62,7 @@ def examine(trainer: Any, *, packed: bool) -> Preflight:
     return found
 
 
-def _predicted(recipe: Recipe, document: float) -> dict[str, float | None]:
+def _predicted(recipe: Recipe, document: float) -> dict[str, Any]:
     """Peak memory of full sequences in GiB, and the model's operations a token; None for a model that cannot be predicted."""
     try:
         peak, flops = fitting.here(recipe).peak_bytes, fitting.model_flops_per_token(recipe, document)

@@ -1,11 +1,13 @@
 """FSDP2 and DeepSpeed ZeRO: their settings, and a whole model out of what they have spread over the ranks."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils import disable_fsdp_ram_efficient_loading, enable_fsdp_ram_efficient_loading
+from accelerate import init_empty_weights
+from accelerate.utils import disable_fsdp_ram_efficient_loading
+from transformers import PreTrainedModel
 
 from sft_recipes.recipe.schema import Recipe
 
@@ -57,11 +59,11 @@ def _deepspeed(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def finish(settings: Any, recipe: Recipe) -> None:
+def finish(settings: Any, recipe: Recipe, model: Any) -> None:
     """What SFTConfig has no field for: how the model was loaded; sums of gradients over ranks are made in float32."""
     if recipe.launch.strategy != "fsdp2":
         return
-    settings.fsdp_plugin_args.pop("cpu_ram_efficient_loading")  # accelerate then takes what `loading` has set
+    settings.fsdp_plugin_args["cpu_ram_efficient_loading"] = handed_on(recipe, model)
     if recipe.train.mixed_precision != "no":
         from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -71,19 +73,35 @@ def finish(settings: Any, recipe: Recipe) -> None:
         settings.fsdp_plugin_args["mixed_precision_policy"] = policy
 
 
+def handed_on(recipe: Recipe, model: Any) -> bool:
+    """Whether the first rank alone reads the weights, and hands them to the others when they are shared out: with FSDP2, but
+    for what accelerate cannot hand on (quantised weights, buffers that are saved), would tie again (layers that PEFT has
+    wrapped), or would take for another type than it is read in."""
+    if recipe.launch.strategy != "fsdp2" or recipe.model.quantization:
+        return False
+    wrapped = recipe.lora is not None and bool(recipe.lora.modules_to_save or recipe.model.new_tokens)
+    buffers = {name for name, _ in model.named_buffers()} & model.state_dict().keys()
+    kept = getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None)
+    return not (wrapped or buffers or kept)
+
+
+def without_memory(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """A model that is to be handed its weights: until they are written to, they take no memory of the host."""
+    with init_empty_weights(include_buffers=False):
+        model = make()
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            # Not on `meta`, where all have one address: accelerate knows a weight by that.
+            empty = torch.empty_like(weight, device="cpu")
+            module.register_parameter(name, torch.nn.Parameter(empty, requires_grad=weight.requires_grad))
+    model.tie_weights()
+    return model
+
+
 @contextmanager
-def loading(recipe: Recipe, *, new_rows: bool) -> Iterator[None]:
-    """Within, models are loaded as the strategy wants them: with ZeRO-3 each layer in shares as it is made, with FSDP2 by one
-    rank of a machine, which hands the weights on when they are shared out. `new_rows`: the vocabulary is to grow."""
-    if recipe.launch.strategy == "fsdp2":
-        # accelerate ties layers again that PEFT has wrapped, and hands no quantised weights on.
-        wrapped = recipe.lora is not None and bool(recipe.lora.modules_to_save or recipe.model.new_tokens)
-        if torch.distributed.is_initialized() and not (recipe.model.quantization or wrapped or new_rows):
-            enable_fsdp_ram_efficient_loading()
-        else:
-            disable_fsdp_ram_efficient_loading()
-        yield
-    elif recipe.launch.strategy == "zero3":
+def loading(recipe: Recipe) -> Iterator[None]:
+    """Within, models are loaded as the strategy wants them: with ZeRO-3 each layer in shares as it is made."""
+    if recipe.launch.strategy == "zero3":
         from transformers.integrations import HfDeepSpeedConfig
 
         config = HfDeepSpeedConfig(_deepspeed(recipe))  # transformers looks at it as long as it lives

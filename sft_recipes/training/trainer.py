@@ -229,7 +229,7 @@ def build(
     }
     with _as_recipe_error(recipe, "trl: the training cannot be set up"):
         arguments = SFTConfig(**sft_config(recipe, steps, run_dir, validates=data.eval is not None))
-        sharded.finish(arguments, recipe)
+        sharded.finish(arguments, recipe, model)
         # One process trains on one device; the Trainer would take all it sees for nn.DataParallel, which TRL refuses.
         arguments._n_gpu = min(arguments.n_gpu, 1)
         at_once = arguments.per_device_train_batch_size * arguments.world_size if arguments.world_size > 1 else 1
@@ -270,7 +270,7 @@ def build(
         warn(
             "train.mixed_precision: bf16 is imitated by this CPU, and slower than float32; set no, and model.dtype: float32"
         )
-    if recipe.train.preflight and recipe.launch.strategy not in sharded.SHARDED:
+    if recipe.train.preflight:
         with _as_recipe_error(recipe, f"model.name: {recipe.model.name}: it cannot run on the data"):
             trainer.preflight = preflight.examine(trainer, packed=keep_seq_lengths)
         trainer.preflight.figures["stop"] = preflight.where_answers_end(data, tokenizer)
@@ -319,19 +319,23 @@ def facts(recipe: Recipe, trainer: Trainer) -> list[str]:
         f"gradient checkpointing {recipe.train.recomputed_in_words}",
     ]
     if trainer.preflight is not None:
-        found = trainer.preflight.figures
-        of = (
-            "" if torch.cuda.is_available() else " for tensors"
-        )  # what is measured is the process, and libraries are large
-        predicted = "" if found["predicted_gib"] is None else f" ({found['predicted_gib']:.1f}{of} were predicted)"
-        lines.append(
-            f"preflight: {found['seconds']} s; the longest micro-batch, of {found['longest']['tokens']:,} tokens, trains in "
-            f"{found['longest']['peak_gib']:.1f} GiB{predicted}; loss of the base {found['base']['loss']:.2f} a token, "
-            f"shuffled {found['base']['loss_of_shuffled_tokens']:.2f}"
-        )
-        if found.get("isolation"):
-            lines[-1] += "; packed documents do not see each other"
+        lines += _found(trainer.preflight.figures)
     return lines
+
+
+def _found(figures: dict[str, Any]) -> list[str]:
+    """What the preflight found."""
+    predicted = figures["predicted_gib"]
+    if "longest" not in figures:
+        return [] if predicted is None else [f"memory: {predicted:.1f} GiB a process are predicted"]
+    # What is measured on a CPU is the process, and libraries are large.
+    of = "" if torch.cuda.is_available() else " for tensors"
+    line = (
+        f"preflight: {figures['seconds']} s; the longest micro-batch, of {figures['longest']['tokens']:,} tokens, trains in "
+        f"{figures['longest']['peak_gib']:.1f} GiB{'' if predicted is None else f' ({predicted:.1f}{of} were predicted)'}; "
+        f"loss of the base {figures['base']['loss']:.2f} a token, shuffled {figures['base']['loss_of_shuffled_tokens']:.2f}"
+    )
+    return [line + ("; packed documents do not see each other" if figures.get("isolation") else "")]
 
 
 def used(trainer: Trainer) -> dict[str, Any]:

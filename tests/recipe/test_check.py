@@ -161,6 +161,16 @@ def test_a_missing_package_names_its_extra(
     assert f"pip install 'sft-recipes[{extra}]'" in problem
 
 
+def test_compile_without_a_compiler(write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CXX", str(tmp_path / "compiler"))
+    [problem] = problems(write_recipe(), "train.compile=true")
+    assert "train.compile: it needs a C++ compiler, and none is found" in problem
+
+    (tmp_path / "compiler").touch(mode=0o755)
+    check.accepted(str(write_recipe()), ["train.compile=true"])
+
+
 def test_recipe_and_model_problems_come_together(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     (tmp_path / "broken").mkdir()
     recipe = write_recipe(model={"name": str(tmp_path / "broken")}, train={"sed": 1, "lr_scheduler": "x"})

@@ -94,6 +94,8 @@ def test_two_processes_do_what_one_does(
     # Each process has its share, and no more.
     for rank in (0, 1):
         held = json.loads((tmp_path / "whole" / f"rank_{rank}.json").read_text("utf-8"))
+        handed = strategy == "fsdp2" and method != "qlora"
+        assert len(held["read"]) == (0 if handed and rank else 1)
         if strategy in ("fsdp2", "zero3"):
             assert 0.4 * held["whole"] < held["weights"] < 0.6 * held["whole"], held
             assert held["kind"] == ("DTensor" if strategy == "fsdp2" else "Parameter")
@@ -117,9 +119,15 @@ def test_two_processes_do_what_one_does(
 def test_adapters_under_autocast_and_accumulation_with_fsdp2(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     half = {"lora": {"rank": 2}, "model": {"dtype": "bfloat16"}}
     half["train"] = {"mixed_precision": "bf16", "global_batch_size": 8, "max_steps": 2, "gradient_checkpointing": True}
+    half["train"]["preflight"] = True
     child = forked(two.main, tmp_path, "lora", "fsdp2", half, ())
     child.join()
     assert json.loads(capfd.readouterr().out.splitlines()[-1])["said"]["whole"] == ["done", "done"]
+
+    run = tmp_path / "whole" / "run"
+    found = json.loads((run / "manifest.json").read_text("utf-8"))["preflight"]
+    assert found["predicted_gib"] > 0
+    assert metrics(run)[-2]["tflops"] > 0
 
 
 @pytest.mark.parametrize(

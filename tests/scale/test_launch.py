@@ -206,3 +206,10 @@ def test_a_port_in_use(write_recipe: WriteRecipe, wanted: Callable[..., bool], m
         wanted({"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "1"}, machines=2)
         with pytest.raises(RecipeError, match=f"MASTER_PORT: 127.0.0.1:{port} cannot be opened: the address is in use"):
             launch.launch(recipe, [])
+
+
+def test_a_host_that_is_known_as_loopback_is_looked_for_elsewhere() -> None:
+    here = launch._interface("127.0.1.1", loopback=True)
+    assert here is not None
+    assert launch._interface("127.0.1.1") is None
+    assert launch._towards("127.0.0.1") == launch._towards("localhost") == here

@@ -51,12 +51,20 @@ def stopped(file: Path, rank: int, *, resume: bool, at: int) -> None:
 
 
 def observed(file: Path, rank: int) -> None:
-    """Writes down how many numbers of its weights, and of what the optimizer holds for them, this process has at the end."""
+    """Writes down what this process has read, and how many numbers of its weights, and of what the optimizer holds for them,
+    it has at the end."""
     from torch.distributed.tensor import DTensor
+    from transformers import AutoModelForCausalLM
 
     from sft_recipes.training import sharded
 
-    gathered = sharded.gathered
+    gathered, from_pretrained, read = sharded.gathered, AutoModelForCausalLM.from_pretrained, []
+
+    def reads(*args: Any, **kwargs: Any) -> Any:
+        read.append(str(args[0]))
+        return from_pretrained(*args, **kwargs)
+
+    AutoModelForCausalLM.from_pretrained = reads
 
     def here(weight: Any) -> int:
         if isinstance(weight, DTensor):
@@ -71,6 +79,7 @@ def observed(file: Path, rank: int) -> None:
             "weights": sum(map(here, weights)),
             "kind": type(weights[0]).__name__,
             "states": sum(map(here, states)),
+            "read": read,
         }
         (file.parent / f"rank_{rank}.json").write_text(json.dumps(found))
         return gathered(trainer, wanted)

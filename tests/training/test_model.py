@@ -193,7 +193,19 @@ def test_fsdp2_gets_4_bit_weights_in_the_type_that_it_casts_to(
     overrides += [f"model.dtype={dtype}", f"train.mixed_precision={mixed}"]
     recipe = load.load(write_recipe(), overrides).recipe
 
-    assert model._quantization(recipe)["quantization_config"].bnb_4bit_quant_storage == stored
+    assert (
+        model._quantization(recipe, model.load_config(recipe))["quantization_config"].bnb_4bit_quant_storage == stored
+    )
+
+
+@pytest.mark.parametrize(("free", "fits"), [(2**20, True), (2**19, False)])
+def test_where_4_bit_weights_are_read(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, free: int, fits: bool
+) -> None:
+    """0.9 million parameters, those of the embeddings in bfloat16: less than a MiB."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, free))
+    recipe = load.load(write_recipe(), ["model.quantization=nf4", "lora={}", "model.dtype=bfloat16"]).recipe
+    assert model._has_room_for_all(recipe, model.load_config(recipe)) == fits
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])

@@ -90,6 +90,23 @@ def without_times(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key not in TIMES} for line in metrics(folder)]
 
 
+def test_less_at_once_is_the_same_run(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """After memory ran out, smaller micro-batches and recomputed layers change a run by rounding."""
+    recipe = write_recipe(
+        data={"packing": "none"}, log={"every": 1}, checkpoint={"every": 2}, lora=None,
+        train={"micro_batch_size": 2, "global_batch_size": 4, "max_steps": 7},
+    )  # fmt: skip
+    train(recipe, tmp_path / "whole", [])
+    with pytest.raises(Stopped):
+        train(recipe, tmp_path / "stopped", [], stop_at=3)
+    train(recipe, tmp_path / "stopped", ["train.micro_batch_size=1", "train.gradient_checkpointing=true"])
+
+    whole, resumed = (
+        [line["loss"] for line in metrics(tmp_path / name) if "loss" in line] for name in ("whole", "stopped")
+    )
+    assert resumed == pytest.approx(whole, rel=1e-5)
+
+
 def test_a_run_that_ended_is_not_trained_further(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     """In the middle of an epoch, where transformers 5.23 trains one step more."""
     recipe = write_recipe(checkpoint={"every": 2}, train={"max_steps": 2})
