@@ -148,7 +148,10 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON: memory in GiB, time in hours.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Predict memory, steps and time from the recipe and the model's config; without a GPU, and without weights."""
+    """Predict memory, steps and time, without a GPU and without weights.
+
+    From the recipe, the model's config, and the data where it is there.
+    """
     _quiet(debug)
     from sft_recipes.plan import plan as start
 
@@ -212,7 +215,10 @@ def merge(
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Merge LoRA weights into the base model, and prove that the result is the model that was trained."""
+    """Merge LoRA weights into the base model, and prove the result.
+
+    It gets its name when a fresh process has found that it is the model that was trained.
+    """
     from sft_recipes.recipe.load import expectation, schema_of
 
     for option, value in (("dtype", dtype), ("max_shard_size", max_shard_size)):
