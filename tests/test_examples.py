@@ -5,6 +5,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -73,14 +74,24 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pair = re.findall(r'^{"prompt": \[.*\n', (ROOT / "docs" / "assignment.md").read_text("utf-8"), re.MULTILINE)
     (folder / "pairs.jsonl").write_text("".join(pair * 8), "utf-8")
     do(Step(("sft-recipe", "run", "recipes/quickstart.yaml")), folder)
+    do(Step(("sft-recipe", "run", "recipe.yaml")), folder)  # runs/mine
     return folder
 
 
+@pytest.fixture
+def place(checkout: Path) -> Iterator[Path]:
+    """The checkout, to which a page adds no files but runs."""
+    before = set(checkout.iterdir())
+    yield checkout
+    for added in set(checkout.iterdir()) - before:
+        shutil.rmtree(added) if added.is_dir() else added.unlink()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_a_page_does_what_it_says(page: Path, checkout: Path) -> None:
+def test_a_page_does_what_it_says(page: Path, place: Path) -> None:
     edits = edits_of(page) if page.name == "assignment.md" else []
     for step in steps(page):
-        said = iter(do(step, checkout, edits))
+        said = iter(do(step, place, edits))
         for line in step.shown if "generate" not in step.words else ():  # two steps teach no answer
             assert line == "..." or masked(line) in said, f"{step.words} does not say, or not there: {line}"
 
@@ -103,17 +114,20 @@ def do(step: Step, folder: Path, edits: Sequence[str] = ()) -> list[str]:
         return in_python(folder, _exec, step.code)
     if "sft-recipe" not in step.words:
         at = next(number for number, word in enumerate(step.words) if word in SCRIPTS)
-        return in_python(folder, _script, [*step.words[at:], *SCRIPTS[step.words[at]]])
+        return script((*step.words[at:], *SCRIPTS[step.words[at]]), folder)
     arguments = step.words[step.words.index("sft-recipe") + 1 :]
-    return command(tuple(stand_in(arguments, edits, folder)), folder)
+    act = once if arguments[0] == "run" else command
+    return act(tuple(stand_in(arguments, edits, folder)), folder)
 
 
-@cache  # the same run on two pages is one
 def command(arguments: tuple[str, ...], folder: Path) -> list[str]:
     done = sft_recipe(*arguments, cwd=folder)
     good = (0, 1) if arguments[0] == "doctor" else (2,) if "did you mean" in done.stderr else (0,)
     assert done.returncode in good, (arguments, done.stderr)
     return [masked(line) for line in (done.stdout + done.stderr).splitlines()]
+
+
+once = cache(command)  # the same run on two pages is one
 
 
 def stand_in(arguments: Sequence[str], edits: Sequence[str], folder: Path) -> list[str]:
@@ -139,6 +153,11 @@ def as_options(settings: Iterable[str]) -> list[str]:
     return [word for setting in settings for word in ("--set", setting)]
 
 
+@cache
+def script(words: tuple[str, ...], folder: Path) -> list[str]:
+    return in_python(folder, _script, words)
+
+
 def in_python(folder: Path, act: Callable[[Any], object], what: object) -> list[str]:
     child = forked(_inside, folder, act, what)
     child.join()
@@ -161,8 +180,8 @@ def _exec(code: str) -> None:
     exec(code, {"__name__": "example"})
 
 
-def _script(words: list[str]) -> None:
-    sys.argv = words
+def _script(words: Sequence[str]) -> None:
+    sys.argv = [*words]
     runpy.run_path(words[0], run_name="__main__")
 
 
