@@ -240,13 +240,31 @@ def merge(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")], debug: Debug = False) -> None:
-    """Write the learning curve and the run's facts as PNG and HTML."""
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="A run directory; several are compared.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Where to write it; by default to the run's directory, of several to comparison/."
+        ),
+    ] = None,
+    table: Annotated[bool, typer.Option("--csv", help="Write metrics.csv, too.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Follow a run that is training, until it ends, or Ctrl-C.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Write a run's curves, data, answers and facts as HTML and PNG; of several runs side by side."""
     _quiet(debug)
     from sft_recipes.report import page
 
-    page.write(run)
-    print(run / "learning_curve.png", run / "report.html", sep="\n")
+    def tell(written: list[Path]) -> None:
+        print(*written, sep="\n", flush=True)
+
+    if watch:
+        page.follow(runs, out, tell, table=table)
+    else:
+        tell(page.report(runs, out, table=table))
 
 
 @app.command("list")

@@ -182,6 +182,14 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(held)
 
 
+def is_held(folder: Path) -> bool:
+    """Whether a process works in a directory, as `locked` has it. Not known on network file systems without locks: False."""
+    held = _hold(folder)
+    if held is not None:
+        os.close(held)
+    return held is None
+
+
 def _hold(folder: Path) -> int | None:
     """A handle that holds a directory until it is closed or this process ends; None where another process holds it."""
     held = os.open(folder, os.O_RDONLY)

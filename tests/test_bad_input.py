@@ -828,6 +828,8 @@ COMMANDS = {
     f"new quickstart --out {'a' * 300}": "aaa…: cannot be written: File name too long; choose another name with --out",
     "report none": "none: no run here (metrics.jsonl is missing)",
     "report recipe.yaml": "recipe.yaml: no run here (metrics.jsonl is missing)",
+    "report none --watch": "none: no run here (metrics.jsonl is missing)",
+    "report none ./none": "none: given twice; a run is compared with others",
     "generate builtin:tiny": "sft-recipe generate: Missing option '--prompt'. (see sft-recipe generate --help)",
     "generate none --prompt x": "none: no model here; expected a model or adapter directory, or a run that has finished",
     "generate recipe.yaml --prompt x": "recipe.yaml: no model here; expected a model or adapter directory",
@@ -881,6 +883,34 @@ def test_reports(metrics: str, sft_recipe: Callable[..., Said]) -> None:
     Path("mine/metrics.jsonl").write_text(metrics, encoding="utf-8")
 
     check_refused(sft_recipe, ["report", "mine"], REPORTS[metrics])
+
+
+def test_reports_that_cannot_be_written(sft_recipe: Callable[..., Said]) -> None:
+    Path("mine").mkdir()
+    Path("mine/metrics.jsonl").write_text("", encoding="utf-8")
+
+    check_refused(
+        sft_recipe, ["report", "mine", "--out", "recipe.yaml"],
+        "recipe.yaml: cannot be written: File exists; choose another --out",
+    )  # fmt: skip
+
+
+FILES = {
+    "recipe.resolved.json": ("{", "mine/recipe.resolved.json: not an object in JSON: …; it is not as the run wrote it"),
+    "data.json": ("[1, 2]", "mine/data.json: not an object in JSON: "),
+    "manifest.json": ("no", "mine/manifest.json: not an object in JSON: "),
+    "samples.jsonl": ('{"step": 1}\n', "mine: its files are not as a run wrote them, so there is no report (KeyError: "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_reports_of_files_that_are_not_a_run_s(name: str, sft_recipe: Callable[..., Said]) -> None:
+    Path("mine").mkdir()
+    Path("mine/metrics.jsonl").write_text("", encoding="utf-8")
+    text, expected = FILES[name]
+    Path("mine", name).write_text(text, encoding="utf-8")
+
+    check_refused(sft_recipe, ["report", "mine"], expected)
 
 
 # --- The environment -------------------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ PAGES = [page for page in MARKDOWN if page.name not in ELSEWHERE and any(steps(p
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the pages take to be there: the repository, a recipe, rows, pairs, and the run of the quickstart."""
+    """What the pages take to be there: the repository, a recipe, rows, pairs, and runs."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("recipes", "docs", "examples", "sft_recipes"):
         (folder / name).symlink_to(ROOT / name)
@@ -75,6 +75,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "pairs.jsonl").write_text("".join(pair * 8), "utf-8")
     do(Step(("sft-recipe", "run", "recipes/quickstart.yaml")), folder)
     do(Step(("sft-recipe", "run", "recipe.yaml")), folder)  # runs/mine
+    for other in "abc":
+        shutil.copytree(folder / "runs" / "mine", folder / "runs" / other)
     return folder
 
 

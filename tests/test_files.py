@@ -212,3 +212,12 @@ def test_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         os.wait()
     with files.locked(tmp_path):
         pass
+
+
+def test_whether_somebody_works_in_a_directory(tmp_path: Path) -> None:
+    assert not files.is_held(tmp_path)
+    with files.locked(tmp_path):
+        assert files.is_held(tmp_path)
+    assert not files.is_held(tmp_path)
+    with files.locked(tmp_path):  # asking has left nothing behind
+        pass

@@ -473,7 +473,7 @@ def test_no_connection_is_opened(write_recipe: WriteRecipe, tmp_path: Path, comm
 
     assert found == []
     report = (folder / "report.html").read_text("utf-8")
-    assert "src=" in report
+    assert "href=" in report
     assert not any(f"{attribute}={quote}http" in report for attribute in ("src", "href") for quote in ("", "'", '"'))
 
 

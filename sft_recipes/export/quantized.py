@@ -34,7 +34,7 @@ class Dequantized(Stored):
     def _there_and_back(self, weight: torch.Tensor) -> torch.Tensor:
         from bitsandbytes import functional
 
-        weight = weight.to(self.loaded).float()
+        weight = weight.to(self.loaded)
         weight = weight.T.contiguous() if self.transposed else weight
         if self.config.load_in_8bit:
             few, scale, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))
@@ -45,7 +45,8 @@ class Dequantized(Stored):
                 compress_statistics=self.config.bnb_4bit_use_double_quant,
                 quant_type=self.config.bnb_4bit_quant_type,
             )
-            weight = functional.dequantize_4bit(few, state)
+            weight = functional.dequantize_4bit(few, state)  # in the type that it was held in
+        weight = weight.float()
         return weight.T.contiguous() if self.transposed else weight
 
 

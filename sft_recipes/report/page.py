@@ -1,110 +1,143 @@
-"""The report of a run: learning_curve.png and report.html, one file that opens offline."""
+"""The report of a run, or of several side by side: report.html, one file that opens offline, and learning_curve.png."""
 
-import base64
-import json
+import csv
+import io
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from importlib import resources
 from pathlib import Path
-from typing import Any
 
-from jinja2 import Environment
+from jinja2 import Environment, StrictUndefined, UndefinedError
+from ruamel.yaml import YAML
 
 from sft_recipes import files
-from sft_recipes.errors import OutputError
-from sft_recipes.report.curve import learning_curve, read_metrics
-from sft_recipes.report.words import samples
+from sft_recipes.errors import OutputError, RecipeError, SFTRecipeError, one_line
+from sft_recipes.report import chart, facts
+from sft_recipes.report.curve import learning_curve, learning_curves
+from sft_recipes.report.facts import Run
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>
-  :root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; }
-  body { max-width: 52rem; margin: 2rem auto; padding: 0 1rem; }
-  img { max-width: 100%; background: white; border-radius: 6px; }
-  table { border-collapse: collapse; width: 100%; }
-  th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #8884; }
-  td { white-space: pre-wrap; overflow-wrap: anywhere; }
-  pre { overflow-x: auto; background: #8882; padding: .8rem; border-radius: 6px; }
-</style>
-<h1>{{ title }}</h1>
-<table>{% for name, value in facts.items() %}<tr><th>{{ name }}</th><td>{{ value }}</td></tr>{% endfor %}</table>
-<h2>Learning curve</h2>
-<img alt="Training and validation loss over the optimizer steps" src="data:image/png;base64,{{ curve }}">
-{% if samples %}
-<h2>Answers before and after</h2>
-<table>
-<tr><th>prompt</th><th>before</th><th>after</th></tr>
-{% for before, after in samples %}{% set question = before.messages[-1] %}
-<tr><td>{{ question.content }}{{ '\n' + question.input if question.input }}</td>
-<td>{{ before.answer }}</td><td>{{ after.answer }}</td></tr>
-{% endfor %}</table>
-{% endif %}
-<h2>Data</h2>
-<pre>{{ data }}</pre>
-<h2>Recipe</h2>
-<pre>{{ recipe }}</pre>
-<h2>Made with</h2>
-<pre>{{ manifest }}</pre>
-</html>
-"""
-_SAMPLES = 20
+COMPARISON = Path("comparison")  # where several runs are compared, if nothing else is said
+_PROMPTS = 20  # whose answers are on the page
+_LONGEST = 4000  # characters of a prompt or an answer there
+_PAUSE = 2.0  # seconds between two looks at a run that is followed; the page is loaded anew as often
+_REST = 5  # times as long as writing took: a run on the same cores comes first
 
 
 def write(folder: Path) -> None:
-    """Write learning_curve.png and report.html from the run's own files. Raises OutputError where there is no run."""
+    """Write learning_curve.png and report.html of a run into its directory. Raises OutputError where there is no run."""
+    report([folder])
+
+
+def report(folders: Sequence[Path], out: Path | None = None, *, table: bool = False, live: bool = False) -> list[Path]:
+    """Write report.html and learning_curve.png of a run, or of several in comparison; returns the files.
+
+    They are written to `out`, by default to the run's directory, of several to COMPARISON. `table`: metrics.csv too. `live`:
+    the page loads itself anew. Raises OutputError where there is no run, its files are not as it wrote them, or `out` cannot
+    be written, RecipeError where a run is given twice.
+    """
+    out = out or (folders[0] if len(folders) == 1 else COMPARISON)
     try:
-        _write(folder)
-    except OutputError:
+        runs = [facts.read(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
+        html, rows = _html(runs, live), _csv(runs) if table else None
+        out.mkdir(parents=True, exist_ok=True)
+        written = [out / "learning_curve.png", out / "report.html"]
+        with files.replaced(written[0]) as partial:
+            if len(runs) == 1:
+                learning_curve(runs[0].metrics, partial, runs[0].name)
+            else:
+                learning_curves({run.name: run.metrics for run in runs}, partial)
+        _write(written[1], html)
+        if rows is not None:
+            written.append(out / "metrics.csv")
+            _write(written[2], rows)
+        return written
+    except SFTRecipeError:
         raise
     except OSError as error:
-        raise OutputError(f"{error.filename or folder}: cannot be written: {error.strerror}") from None
-    except (LookupError, TypeError, ValueError) as error:
+        reason = f"cannot be written: {error.strerror}; choose another --out"
+        raise OutputError(f"{error.filename or out}: {reason}") from None
+    except (LookupError, TypeError, ValueError, AttributeError, UndefinedError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise OutputError(
-            f"{folder}: its files are not as a run wrote them, so there is no report ({reason})"
-        ) from None
+        of = ", ".join(map(str, folders))
+        raise OutputError(f"{of}: its files are not as a run wrote them, so there is no report ({reason})") from None
 
 
-def _write(folder: Path) -> None:
-    metrics = read_metrics(folder)
-    written = {name: _json(folder / f"{name}.json") for name in ("recipe.resolved", "data", "manifest")}
-    facts, answers = _facts(metrics, written), samples(folder)[:_SAMPLES]
-    with files.replaced(folder / "learning_curve.png") as partial:
-        learning_curve(metrics, partial, folder.name)
-    html = (
-        Environment(autoescape=True)
-        .from_string(_PAGE)
-        .render(
-            title=folder.name,
-            facts=facts,
-            curve=base64.b64encode((folder / "learning_curve.png").read_bytes()).decode(),
-            samples=answers,
-            data=json.dumps(written["data"], indent=2, ensure_ascii=False),
-            recipe=json.dumps(written["recipe.resolved"], indent=2, ensure_ascii=False),
-            manifest=json.dumps(written["manifest"], indent=2, ensure_ascii=False),
-        )
+def follow(
+    folders: Sequence[Path], out: Path | None, tell: Callable[[list[Path]], None], *, table: bool = False
+) -> None:
+    """Write the report anew whenever its runs have logged something, until none of them is running, or Ctrl-C. `tell`
+    hears once where it is. Raises as `report` does."""
+    seen, told = list[int](), False
+    with suppress(KeyboardInterrupt):
+        while any(folder.is_dir() and files.is_held(folder) for folder in folders):
+            began, found = time.monotonic(), _changes(folders)
+            if found != seen and all((folder / "metrics.jsonl").is_file() for folder in folders):
+                written, seen = report(folders, out, table=table, live=True), found
+                if not told:
+                    tell(written)
+                told = True
+            time.sleep(max(_PAUSE, _REST * (time.monotonic() - began)))
+    written = report(folders, out, table=table)
+    if not told:
+        tell(written)
+
+
+def _changes(folders: Sequence[Path]) -> list[int]:
+    """When what a report shows of runs was last written, in nanoseconds."""
+    logs = [folder / name for folder in folders for name in ("metrics.jsonl", "samples.jsonl")]
+    return [log.stat().st_mtime_ns for log in logs if log.is_file()]
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The directories' names; whole paths where these are the same."""
+    places = [folder.resolve() for folder in folders]
+    if twice := [folder for folder, place in zip(folders, places, strict=True) if places.count(place) > 1]:
+        raise RecipeError(f"{twice[0]}: given twice; a run is compared with others")
+    names = [one_line(place.name) for place in places]
+    return names if len(set(names)) == len(names) else [one_line(str(folder)) for folder in folders]
+
+
+def _html(runs: Sequence[Run], live: bool) -> str:
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment.filters |= {"clipped": _clipped, "yaml": _yaml}
+    template = resources.files("sft_recipes.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
+    charts, asked = facts.charts(runs), facts.answers(runs)
+    return environment.from_string(template).render(
+        title=", ".join(run.name for run in runs),
+        runs=runs,
+        one=runs[0] if len(runs) == 1 else None,
+        axes=chart.AXES,
+        charts=charts,
+        values=[each.values() for each in charts],
+        asked=asked[:_PROMPTS],
+        not_shown=max(0, len(asked) - _PROMPTS),
+        facts=facts,
+        refresh=_PAUSE if live else None,
     )
-    files.write_text(folder / "report.html", html)
 
 
-def _facts(metrics: list[dict[str, Any]], files: dict[str, Any]) -> dict[str, str]:
-    recipe = files["recipe.resolved"]
-    evaluations = [line for line in metrics if "eval_loss" in line]
-    exact = [line["eval_exact_match"] for line in metrics if "eval_exact_match" in line]
-    trained = [line for line in metrics if "loss" in line]
-    found = {
-        "Model": recipe.get("model", {}).get("name"),
-        "Method": "LoRA" if recipe.get("lora") else "full fine-tuning",
-        "Steps": f"{metrics[-1]['step']:,}" if metrics else None,
-        "Tokens seen": f"{trained[-1]['tokens']:,.0f}" if trained else None,
-        "Validation loss": f"{evaluations[0]['eval_loss']:.4f} before, {evaluations[-1]['eval_loss']:.4f} after"
-        if evaluations
-        else None,
-        "Exact match": f"{exact[0]:.1%} before, {exact[-1]:.1%} after" if exact else None,
-        "Peak memory": f"{max(line['memory'] for line in metrics):.2f} GiB" if metrics else None,
-    }
-    return {name: value for name, value in found.items() if value is not None}
+def _clipped(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} … ({len(text) - _LONGEST:,} more characters)"
 
 
-def _json(file: Path) -> dict[str, Any]:
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+def _yaml(recipe: object) -> str:
+    """A recipe as one writes it: the resolved one, in the form that it can be run in."""
+    stream = io.StringIO()
+    YAML().dump(recipe, stream)
+    return stream.getvalue()
+
+
+def _csv(runs: Sequence[Run]) -> str:
+    """All of metrics.jsonl, a line a row; of several runs one after the other, their names in front."""
+    rows = [({"run": run.name} if len(runs) > 1 else {}) | line for run in runs for line in run.metrics]
+    stream = io.StringIO()
+    table = csv.DictWriter(stream, dict.fromkeys(name for row in rows for name in row), lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    return stream.getvalue()
+
+
+def _write(file: Path, text: str) -> None:
+    # JSON can hold halves of characters, which a file cannot.
+    files.write_text(file, text.encode("utf-8", "backslashreplace").decode("utf-8"))

@@ -3,6 +3,8 @@
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -213,3 +215,15 @@ def test_a_host_that_is_known_as_loopback_is_looked_for_elsewhere() -> None:
     assert here is not None
     assert launch._interface("127.0.1.1") is None
     assert launch._towards("127.0.0.1") == launch._towards("localhost") == here
+
+
+def test_two_processes_as_users_start_them(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """Everything from new: other tests fork."""
+    recipe = write_recipe(lora={"rank": 2}, export={"merge": False}, data={"eval": None}, train={"max_steps": 2})
+    command = [sys.executable, "-P", "-m", "sft_recipes.cli", "run", str(recipe), "--processes", "2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+    assert "(2 x 1 accumulated x 2 processes)" in done.stdout
+    assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == [1, 2]
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").stat().st_size > 1000

@@ -1,0 +1,144 @@
+"""Charts for a page: where each point, line and label of a curve goes, by steps, tokens and time."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from sft_recipes.report.curve import Point
+
+AXES = {"steps": "optimizer step", "tokens": "tokens seen", "time": "time in training steps"}
+COLOURS = 8  # that the page has
+_SIZE = 1000  # of a drawing, in both directions; the page stretches it to its place
+_TICKS = 4
+_MARGIN = 0.05  # of the height, above and below the curves
+_SIZES = (
+    (1e12, 1e12, "T"),
+    (1e9, 1e9, "B"),
+    (1e6, 1e6, "M"),
+    (1e4, 1e3, "k"),
+    (0, 1, ""),
+)  # of a number: from so many on
+_UNITS = ((2 * 3600, 3600, "h"), (120, 60, "min"), (0, 1, "s"))  # of a time axis: from so many seconds on
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve: `solid`, `faint` (what was logged, behind its smoothed line), or `dots` with a line between them."""
+
+    name: str
+    style: str
+    colour: int
+    points: Sequence[Point]
+
+
+class Tick(NamedTuple):
+    """A label on an axis, at so many percent of its length."""
+
+    at: float
+    text: str
+
+
+class Path(NamedTuple):
+    """A line of an SVG: class names, and the attribute `d`."""
+
+    css: str
+    d: str
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A chart by one of AXES, from 0 to `end` (steps, tokens or seconds)."""
+
+    axis: str
+    end: float
+    across: list[Tick]
+    up: list[Tick]
+    paths: list[Path]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Curves in one picture. `note` is what is to be said below it."""
+
+    title: str
+    series: Sequence[Series]
+    from_zero: bool = False
+    note: str = ""
+
+    def frames(self) -> list[Frame]:
+        return [self._frame(number, axis) for number, axis in enumerate(AXES)]
+
+    def values(self) -> list[dict[str, Any]]:
+        """Name and points of each curve, for what is shown under the pointer: [step, tokens, seconds, value or null]."""
+        return [{"name": series.name, "points": [_shown(point) for point in series.points]} for series in self.series]
+
+    def in_words(self) -> str:
+        """For those who hear the page: where each curve begins and ends."""
+        said = [self.title]
+        for series in self.series:
+            finite = [point.value for point in series.points if math.isfinite(point.value)]
+            if finite and series.style != "faint":
+                said.append(f"{series.name} from {finite[0]:.4g} to {finite[-1]:.4g}")
+        return "; ".join(said)
+
+    def _frame(self, number: int, axis: str) -> Frame:
+        end = max((point[number] for series in self.series for point in series.points), default=0) or 1
+        low, high = self._range()
+
+        def place(point: Point) -> str:
+            return f"{point[number] / end * _SIZE:.1f} {(high - point.value) / (high - low) * _SIZE:.1f}"
+
+        across = [Tick(round(100 * tick / end, 2), text) for tick, text in _labelled(axis, end)]
+        up = [Tick(round(100 * (tick - low) / (high - low), 2), _counted(tick)) for tick in _ticks(low, high)]
+        paths = [Path("grid", "".join(f"M0 {_SIZE - 10 * tick.at:.1f}h{_SIZE}" for tick in up))]
+        for series in self.series:
+            colour = f"c{series.colour % COLOURS}"
+            if series.style == "dots":
+                dots = "".join(f"M{place(point)}h0" for point in series.points if math.isfinite(point.value))
+                paths.append(Path(f"dots {colour}", dots))
+            paths.append(Path(f"{series.style} line {colour}", _line(series.points, place)))
+        return Frame(axis, end, across, up, paths)
+
+    def _range(self) -> tuple[float, float]:
+        values = [point.value for series in self.series for point in series.points if math.isfinite(point.value)]
+        low, high = min(values, default=0.0), max(values, default=1.0)
+        if self.from_zero:
+            low = min(low, 0.0)
+        span = high - low or abs(high) or 1.0
+        return low if self.from_zero else low - _MARGIN * span, high + _MARGIN * span
+
+
+def _line(points: Sequence[Point], place: Any) -> str:
+    """With gaps where a value is not finite; a point that stands alone is a dot."""
+    parts, gap = list[str](), True
+    for point in points:
+        if math.isfinite(point.value):
+            parts.append(f"M{place(point)}h0" if gap else f"L{place(point)}")
+        gap = not math.isfinite(point.value)
+    return "".join(parts)
+
+
+def _labelled(axis: str, end: float) -> list[tuple[float, str]]:
+    if axis == "time":
+        size, unit = next((size, unit) for least, size, unit in _UNITS if end >= least)
+        return [(tick * size, f"{tick:g} {unit}") for tick in _ticks(0, end / size)]
+    return [(tick, _counted(tick)) for tick in _ticks(0, end, whole=True)]
+
+
+def _counted(number: float) -> str:
+    size, unit = next((size, unit) for least, size, unit in _SIZES if abs(number) >= least)
+    return f"{number / size:g}{unit}"
+
+
+def _ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
+    from matplotlib.ticker import MaxNLocator
+
+    locator = MaxNLocator(_TICKS, integer=whole, steps=[1, 2, 2.5, 5, 10])
+    # Sums of steps: 0.30000000000000004 is 0.3, and what is next to nothing is 0.
+    return [float(f"{tick:.6g}") for tick in locator.tick_values(low, high) if low <= tick <= high]
+
+
+def _shown(point: Point) -> list[float | None]:
+    value = float(f"{point.value:.6g}") if math.isfinite(point.value) else None
+    return [point.step, round(point.tokens), round(point.seconds, 1), value]
