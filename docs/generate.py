@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the reference pages from the code: docs/recipe.md and docs/commands.md. A test holds them against it."""
+"""Write the reference pages from the code: docs/recipe.md, commands.md and convert.md. A test holds them against it."""
 
 import re
 from pathlib import Path
@@ -9,6 +9,8 @@ import typer
 from pydantic import BaseModel
 
 from sft_recipes import cli
+from sft_recipes.recipe.convert.conversion import HEADINGS, TOOLS
+from sft_recipes.recipe.convert.draft import FILL_IN, Lacking, To
 from sft_recipes.recipe.load import expectation, schema_of, section_class
 from sft_recipes.recipe.schema import Recipe, WeightedSource
 
@@ -91,7 +93,64 @@ def _help(command: Any, context: Any) -> str:
     return re.sub(r"[ \t]+$", "", command.get_help(context), flags=re.MULTILINE).strip()
 
 
-PAGES = {"recipe.md": recipe_page, "commands.md": commands_page}
+def convert_page() -> str:
+    """What becomes of the keys of other tools."""
+    lines = [
+        "# Moving in from another tool",
+        "",
+        "Made from the tables in `sft_recipes/recipe/convert/` by `docs/generate.py`.",
+        "",
+        "```sh",
+        "sft-recipe convert axolotl.yml --out recipe.yaml   # which tool it is of is told by its keys; --from says so",
+        "sft-recipe check recipe.yaml                       # the recipe and its data",
+        "sft-recipe preview recipe.yaml                     # the very tokens: is it the text that you trained on there?",
+        "```",
+        "",
+        "The recipe has a comment beside each value: the key that it comes of, or the tool's default where the config says",
+        "nothing and a recipe would do otherwise. How often checkpoints and logs are written, and the seed, are a recipe's",
+        "own where the config says nothing. What the other tool was told on its command line is not in the file: a model or",
+        f"data set that is missing is `{FILL_IN}`, and processes are `--processes`.",
+        "",
+        "On stderr, and never without a word, there is each key of the config under one of these headings:",
+        "",
+        *(f"- *{heading}*" for heading in HEADINGS.values()),
+        "",
+        "and after them what there is to say about the recipe, with what `check` would find in it. Keys that were not carried",
+        "over stand at the end of the recipe, too. A config of anything else than supervised fine-tuning is refused.",
+        "LLaMA-Factory's data sets are looked up in its `dataset_info.json`, from the working directory.",
+    ]
+    for tool in TOOLS.values():
+        lines += ["", f"## {tool.NAME}", "", "| key there | in a recipe |", "|---|---|", *_where_to(tool)]
+        lines += ["", "Where nothing is said:", ""]
+        lines.append(", ".join(f"`{key}: {_yaml(value)}`" for key, value in tool.DEFAULTS.items()) + ".")
+        lines += ["", "| without a counterpart | |", "|---|---|", *_lacking(tool)]
+    return "\n".join(lines) + "\n"
+
+
+def _where_to(tool: Any) -> list[str]:
+    groups = [
+        part.partition(": ") for group in tool.GROUPS for part in " ".join(str(group.__doc__).split()).split("; ")
+    ]
+    rules = [(key, rule.key) for key, rule in tool.KEYS.items() if isinstance(rule, To)]
+    lines = [f"| {_code(theirs)} | {_code(ours)} |" for theirs, _, ours in groups]
+    return lines + [f"| `{theirs}` | `{ours}` |" for theirs, ours in rules]
+
+
+def _lacking(tool: Any) -> list[str]:
+    keys: dict[str, list[str]] = {}
+    for key, rule in tool.KEYS.items():
+        if isinstance(rule, Lacking):
+            keys.setdefault(rule.todo, []).append(f"`{key}`")
+    return [f"| {', '.join(those)} | {todo} |".replace("(0|1)", "(0\\|1)") for todo, those in keys.items()]
+
+
+def _code(words: str) -> str:
+    """Names of keys, and what is in brackets as it is."""
+    names, bracket, said = words.partition(" (")
+    return ", ".join(f"`{name}`" for name in names.split(", ")) + bracket + said
+
+
+PAGES = {"recipe.md": recipe_page, "commands.md": commands_page, "convert.md": convert_page}
 
 if __name__ == "__main__":
     for name, page in PAGES.items():

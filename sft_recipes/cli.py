@@ -314,6 +314,28 @@ def schema() -> None:
 
 
 @app.command()
+def convert(
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="A config of trl sft, Axolotl, LLaMA-Factory or torchtune.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Where to write the recipe; by default it is shown.")] = None,
+    source: Annotated[
+        Literal["trl", "axolotl", "llama-factory", "torchtune"] | None,
+        typer.Option("--from", help="Whose config it is; by default found from its keys."),
+    ] = None,
+) -> None:
+    """Turn another tool's config into a recipe, and say of each of its keys what became of it (on stderr)."""
+    from sft_recipes.recipe.convert import conversion
+
+    converted = conversion.convert(file, source)
+    if out is None:
+        print(converted.text, end="")
+    else:
+        print(conversion.write(converted, out))
+    print(*converted.account(), sep="\n", file=sys.stderr)
+
+
+@app.command()
 def doctor(
     hub: Annotated[bool, typer.Option("--hub", help="Ask the hub for an answer, too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,

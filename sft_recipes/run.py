@@ -14,7 +14,7 @@ from sft_recipes.recipe.schema import Recipe
 from sft_recipes.report import page, words
 from sft_recipes.scale import ranks
 from sft_recipes.stopping import Stop
-from sft_recipes.training import checkpoints, fitting, model, sharded, trainer
+from sft_recipes.training import checkpoints, facts, fitting, model, sharded, trainer
 from sft_recipes.training.logging import peak_memory
 
 
@@ -75,10 +75,10 @@ def run(
         # What is trained
         network = model.load_model(recipe, tokenizer)
         sft = trainer.build(recipe, network, tokenizer, data, folder, console, stop)
-        words.say(console, trainer.facts(recipe, sft))
+        words.say(console, facts.in_words(recipe, sft))
         counted = data.as_dict() | {"steps": sft.args.max_steps, "sequences_per_step": recipe.sequences_per_step}
         if ranks.is_main():
-            used = trainer.used(sft) | {"data": prepare.fingerprints(recipe)}
+            used = facts.used(sft) | {"data": prepare.fingerprints(recipe)}
             run_folder.describe(folder, recipe_file, recipe, counted, used, checkpoint, changes)
 
         # The training itself

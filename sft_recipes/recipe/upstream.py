@@ -145,5 +145,5 @@ def _enum_values(node: ast.ClassDef) -> frozenset[str]:
 def imitates_bf16(torch: Any) -> bool:
     """Whether the CPU has no instructions for bfloat16. Products in it then take several times as long as in float32
     (benchmarks/bf16.py)."""
-    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # which torch 2.11 has not
+    found: dict[str, Any] = torch.cpu.get_capabilities()
     return bool(found) and not any(found.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))

@@ -1,0 +1,231 @@
+"""Axolotl's keys. The configs are written for these tests, in the manner of Axolotl's own examples."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sft_recipes.recipe.check import judge
+from tests.recipe.test_convert import convert
+
+QLORA = """\
+base_model: NousResearch/Llama-3.2-1B
+model_type: AutoModelForCausalLM
+load_in_8bit: false
+load_in_4bit: true
+datasets:
+  - path: teknium/GPT4-LLM-Cleaned
+    type: alpaca
+dataset_prepared_path: last_run_prepared
+val_set_size: 0.1
+output_dir: ./outputs/qlora-out
+adapter: qlora
+lora_model_dir:
+sequence_len: 2048
+sample_packing: true
+eval_sample_packing: true
+lora_r: 32
+lora_alpha: 16
+lora_dropout: 0.05
+lora_target_modules: [gate_proj, down_proj, up_proj, q_proj, v_proj, k_proj, o_proj]
+wandb_project: trials
+wandb_name: first
+gradient_accumulation_steps: 4
+micro_batch_size: 2
+num_epochs: 2
+optimizer: adamw_bnb_8bit
+lr_scheduler: cosine
+learning_rate: 0.0002
+train_on_inputs: false
+bf16: auto
+tf32: false
+gradient_checkpointing: true
+resume_from_checkpoint:
+logging_steps: 1
+flash_attention: true
+warmup_ratio: 0.1
+evals_per_epoch: 4
+saves_per_epoch: 1
+weight_decay: 0.01
+special_tokens:
+  pad_token: "<|end_of_text|>"
+"""
+BASE = "base_model: org/model\nsequence_len: 1024\nmicro_batch_size: 1\nlearning_rate: 1e-4\n"
+ROWS = "datasets:\n  - {path: org/data, type: alpaca}\n"
+
+
+def said(folder: Path, text: str, key: str) -> tuple[str, str]:
+    """What became of a key."""
+    fate = convert(folder, text)[0].fates[key]
+    return fate.kind, fate.words
+
+
+def test_a_whole_config(tmp_path: Path) -> None:
+    converted, recipe = convert(tmp_path, QLORA)
+
+    assert recipe.model.model_dump(exclude_defaults=True) == {
+        "name": "NousResearch/Llama-3.2-1B", "attention": "flash_attention_2", "quantization": "nf4",
+    }  # fmt: skip
+    assert recipe.data.model_dump(exclude_defaults=True, exclude={"train"}) == {
+        "eval": 0.1, "template": "alpaca", "max_length": 2048, "overlong": "drop",
+    }  # fmt: skip
+    assert not isinstance(recipe.data.train, str)
+    assert recipe.data.train[0].model_dump(exclude_defaults=True) == {  # type: ignore[union-attr]
+        "path": "teknium/GPT4-LLM-Cleaned", "format": "alpaca",
+    }  # fmt: skip
+    assert recipe.lora is not None
+    assert (recipe.lora.rank, recipe.lora.alpha, recipe.lora.dropout) == (32, 16, 0.05)
+    assert recipe.lora.target_modules == ["gate_proj", "down_proj", "up_proj", "q_proj", "v_proj", "k_proj", "o_proj"]
+    assert (recipe.train.micro_batch_size, recipe.accumulation, recipe.sequences_per_step) == (2, 4, 8)
+    assert (recipe.train.epochs, recipe.train.learning_rate, recipe.train.warmup_ratio) == (2, 2e-4, 0.1)
+    assert (recipe.train.weight_decay, recipe.train.optimizer, recipe.train.mixed_precision) == (
+        0.01,
+        "adamw_bnb_8bit",
+        "bf16",
+    )
+    assert (recipe.eval.every, recipe.checkpoint.every, recipe.log.every, recipe.log.to) == (0.125, 0.5, 1, ["wandb"])
+    assert recipe.trl == {"run_name": "first"}
+    assert judge(recipe, to_run=False).problems == []
+    assert {key for key, fate in converted.fates.items() if fate.kind == "lacking"} == {"wandb_project"}
+    assert "unknown" not in {fate.kind for fate in converted.fates.values()}
+
+
+@pytest.mark.parametrize(
+    ("entry", "source", "template", "train_on"),
+    [
+        ("{path: d, type: alpaca}", {"format": "alpaca"}, "alpaca", "completion"),
+        ("{path: d, type: chat_template}", {"format": "messages"}, "chat", "assistant"),
+        ("{path: d, type: sharegpt, field_messages: talk}", {"format": "messages", "columns": {"messages": "talk"}}, "chat",
+         "assistant"),
+        ("{path: d, type: completion, field: body}", {"format": "text", "columns": {"text": "body"}}, None, "all"),
+        ("{path: d, type: alpaca, split: train, name: en}", {"format": "alpaca", "name": "en"}, "alpaca", "completion"),
+        ("{path: d, type: alpaca, split: 'train[:20%]'}", {"format": "alpaca", "weight": 0.2}, "alpaca", "completion"),
+        ("{path: d, type: {field_instruction: q, field_output: a, format: 'Q: {instruction}'}}",
+         {"format": "alpaca", "columns": {"instruction": "q", "output": "a"}}, None, "completion"),
+        ("{path: d, type: oasst}", {}, None, "completion"),
+    ],
+)  # fmt: skip
+def test_data(tmp_path: Path, entry: str, source: dict[str, Any], template: str | None, train_on: str) -> None:
+    converted, recipe = convert(tmp_path, f"{BASE}datasets:\n  - {entry}\n")
+
+    assert recipe.data.train[0].model_dump(exclude_defaults=True) == {"path": "d", **source}  # type: ignore[union-attr]
+    assert recipe.data.template == template
+    assert recipe.data.train_on == train_on
+    assert all(fate.kind != "unknown" for fate in converted.fates.values())
+
+
+def test_local_files_and_several_sources(tmp_path: Path) -> None:
+    rows = "datasets:\n  - {path: json, data_files: a.jsonl, type: alpaca}\n  - {path: org/b, type: chat_template}\n"
+    converted, recipe = convert(tmp_path, BASE + rows)
+
+    assert [source.path for source in recipe.data.train] == ["a.jsonl", "org/b"]  # type: ignore[union-attr]
+    assert recipe.data.train_on == "assistant"
+    assert any("one for all data here" in remark for remark in converted.remarks)
+
+
+def test_training_on_everything(tmp_path: Path) -> None:
+    assert convert(tmp_path, BASE + ROWS + "train_on_inputs: true\n")[1].data.train_on == "all"
+
+
+@pytest.mark.parametrize(
+    ("keys", "dtype", "precision"),
+    [
+        ("", "bfloat16", "bf16"),
+        ("bf16: true\nfp16: false", "bfloat16", "bf16"),
+        ("bf16: false\nfp16: true", "float32", "fp16"),
+        ("bf16: false\nfp16: true\nadapter: lora", "float16", "fp16"),
+        ("bf16: false\nfp16: false", "float32", "no"),
+    ],
+)
+def test_numbers(tmp_path: Path, keys: str, dtype: str, precision: str) -> None:
+    recipe = convert(tmp_path, BASE + ROWS + keys)[1]
+
+    assert (recipe.model.dtype, recipe.train.mixed_precision) == (dtype, precision)
+    assert judge(recipe, to_run=False).problems == []
+
+
+def test_what_no_key_says_is_as_axolotl_does_it(tmp_path: Path) -> None:
+    recipe = convert(tmp_path, BASE + ROWS)[1]
+
+    assert (recipe.data.eval, recipe.data.packing, recipe.data.overlong) == (None, "none", "drop")
+    assert (recipe.train.epochs, recipe.sequences_per_step, recipe.output_dir) == (1, 1, "./model-out")
+    assert recipe.lora is None
+
+
+def test_batch_size_of_a_whole_step(tmp_path: Path) -> None:
+    assert convert(tmp_path, BASE + ROWS + "batch_size: 16\n")[1].sequences_per_step == 16
+
+
+def test_warmup_is_a_share_where_the_steps_are_known(tmp_path: Path) -> None:
+    assert convert(tmp_path, BASE + ROWS + "warmup_steps: 10\nmax_steps: 200\n")[1].train.warmup_ratio == 0.05
+    assert said(tmp_path, BASE + ROWS + "warmup_steps: 10\n", "warmup_steps")[0] == "lacking"
+    assert said(tmp_path, BASE + ROWS + "saves_per_epoch: 2\nmax_steps: 200\n", "saves_per_epoch")[0] == "lacking"
+
+
+def test_validation(tmp_path: Path) -> None:
+    tests = "test_datasets:\n  - {path: org/test, type: alpaca, split: test}\n  - {path: org/more, type: alpaca}\n"
+    converted, recipe = convert(tmp_path, BASE + ROWS + tests + "eval_steps: 50\n")
+
+    assert recipe.data.eval.model_dump(exclude_defaults=True) == {  # type: ignore[union-attr]
+        "path": "org/test", "split": "test", "format": "alpaca",
+    }  # fmt: skip
+    assert recipe.eval.every == 50
+    assert converted.fates["test_datasets[1].path"].kind == "lacking"
+    number = convert(tmp_path, BASE + ROWS + "val_set_size: 500\n")
+    assert number[1].data.eval == 0.02
+    assert number[0].fates["val_set_size"].kind == "lacking"
+    none = convert(tmp_path, BASE + ROWS + "val_set_size: 0\neval_steps: 50\nevals_per_epoch: 1\n")
+    assert none[1].data.eval is None
+    assert none[0].fates["eval_steps"].kind == none[0].fates["evals_per_epoch"].kind == "needless"
+
+
+def test_where_it_runs(tmp_path: Path) -> None:
+    sharded = "fsdp_version: 2\nfsdp_config: {offload_params: true, reshard_after_forward: true}\n"
+    recipe = convert(tmp_path, BASE + ROWS + sharded)[1]
+    assert (recipe.launch.strategy, recipe.launch.cpu_offload) == ("fsdp2", True)
+    recipe = convert(tmp_path, BASE + ROWS + "deepspeed: deepspeed_configs/zero3_bf16_cpuoffload_all.json\n")[1]
+    assert (recipe.launch.strategy, recipe.launch.cpu_offload) == ("zero3", True)
+    recipe = convert(tmp_path, BASE + ROWS + "fsdp:\nfsdp_config:\ndeepspeed:\n")[1]
+    assert recipe.launch.strategy == "ddp"
+
+
+def test_a_schedule_that_ends_above_zero(tmp_path: Path) -> None:
+    recipe = convert(tmp_path, BASE + ROWS + "lr_scheduler: cosine\ncosine_min_lr_ratio: 0.1\n")[1]
+
+    assert recipe.train.lr_scheduler == "cosine_with_min_lr"
+    assert recipe.trl == {"lr_scheduler_kwargs": {"min_lr_rate": 0.1}}
+    assert said(tmp_path, BASE + ROWS + "lr_scheduler: rex\n", "lr_scheduler")[0] == "lacking"
+
+
+def test_settings_of_the_optimizer_are_text_to_transformers(tmp_path: Path) -> None:
+    recipe = convert(
+        tmp_path, BASE + ROWS + "optim_args: {rank: 128, scale: 0.25}\nlr_scheduler_kwargs: {num_cycles: 2}\n"
+    )[1]
+
+    assert recipe.trl == {"lr_scheduler_kwargs": {"num_cycles": 2}, "optim_args": "rank=128, scale=0.25"}
+
+
+def test_adapters(tmp_path: Path) -> None:
+    keys = "adapter: lora\nload_in_8bit: true\nlora_target_linear: true\npeft_use_dora: true\nlora_modules_to_save: [head]\n"
+    recipe = convert(tmp_path, BASE + ROWS + keys)[1]
+
+    assert recipe.model.quantization == "int8"
+    assert recipe.lora is not None
+    assert (recipe.lora.target_modules, recipe.lora.use_dora, recipe.lora.modules_to_save) == (
+        "all-linear",
+        True,
+        ["head"],
+    )
+    full = convert(tmp_path, BASE + ROWS + "lora_r: 8\nadapter:\n")
+    assert full[1].lora is None
+    assert full[0].fates["lora_r"].words == "there is no adapter"
+
+
+def test_plugins_for_speed_are_not_missed(tmp_path: Path) -> None:
+    assert (
+        said(tmp_path, BASE + ROWS + "plugins: [axolotl.integrations.liger.LigerPlugin]\n", "plugins")[0] == "needless"
+    )
+    assert (
+        said(tmp_path, BASE + ROWS + "plugins: [axolotl.integrations.spectrum.SpectrumPlugin]\n", "plugins")[0]
+        == "lacking"
+    )
