@@ -9,6 +9,7 @@ import typer
 from pydantic import BaseModel
 
 from sft_recipes import cli
+from sft_recipes.recipe import editors
 from sft_recipes.recipe.convert.conversion import HEADINGS, TOOLS
 from sft_recipes.recipe.convert.draft import FILL_IN, Lacking, To
 from sft_recipes.recipe.load import expectation, schema_of, section_class
@@ -28,7 +29,17 @@ def recipe_page() -> str:
         "means full fine-tuning, `lora: {}` adapters with the defaults. A key that does not exist, stands twice or",
         "contradicts another is an error. YAML is read as YAML 1.2: `1e-5` is a number, `no` and `off` are words.",
         "`sft-recipe run RECIPE --set key=value` replaces a key. Paths are relative to the working directory.",
-        "`sft-recipe schema > recipe.schema.json` gives editors the same as a JSON schema.",
+        "",
+        "`sft-recipe schema --out .sft-recipe.schema.json` writes the same as a JSON schema. Editors with the YAML language",
+        "server (VS Code: the extension redhat.vscode-yaml) then complete keys, show what they mean and mark what is wrong in",
+        "a recipe that begins with",
+        "",
+        "```yaml",
+        editors.line(Path(editors.FILE)),
+        "```",
+        "",
+        "as the copies of `sft-recipe new` do from then on, in that directory and below. For all recipes of a workspace VS",
+        'Code has a setting, too: `"yaml.schemas": {".sft-recipe.schema.json": "recipes/*.yaml"}`.',
     ]
     top: dict[str, Any] = {}
     for name, field in Recipe.model_fields.items():

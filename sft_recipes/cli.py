@@ -269,11 +269,19 @@ def report(
 
 @app.command("list")
 def list_recipes() -> None:
-    """The recipes that ship."""
+    """The recipes that ship: method, model, hardware, measured result."""
+    from rich.console import Console
+    from rich.table import Table
+
     from sft_recipes.recipe import shipped
 
-    for name, purpose in shipped.recipes():
-        print(f"{name:24} {purpose}")
+    table = Table("recipe", "method", "model", "hardware", "result", box=None, pad_edge=False, header_style="")
+    table.columns[0].no_wrap, table.columns[2].overflow = True, "fold"
+    for each in shipped.recipes():
+        measured = each.result.partition(" (")[0]  # when and with which versions, its header says
+        table.add_row(each.name, each.method, each.model, each.hardware, measured)
+    wide = None if sys.stdout.isatty() else 1000  # to a file or another program each recipe is one line
+    Console(highlight=False, markup=False, width=wide).print(table)
 
 
 @app.command()
@@ -281,10 +289,10 @@ def new(
     name: Annotated[str, typer.Argument(help="Name of a shipped recipe.")],
     out: Annotated[Path | None, typer.Option(help="Where to write it; by default NAME.yaml.")] = None,
 ) -> None:
-    """Copy a recipe that ships, to edit it."""
+    """Copy a recipe that ships, to edit it; with the line for editors where a schema is beside it or above (see schema)."""
     from sft_recipes.recipe import shipped
 
-    print(shipped.copy(name, out or Path(f"{name}.yaml")))
+    print(shipped.copy(name, out))
 
 
 @app.command()
@@ -306,11 +314,20 @@ def job(
 
 
 @app.command()
-def schema() -> None:
-    """The recipe's JSON schema, for editors."""
-    from sft_recipes.recipe.schema import Recipe
+def schema(
+    out: Annotated[
+        Path | None, typer.Option(help="Write it to a file, .sft-recipe.schema.json for one that `new` finds.")
+    ] = None,
+) -> None:
+    """The recipe's JSON schema, by which editors complete keys and show what they mean."""
+    from sft_recipes.recipe import editors
 
-    print(json.dumps(Recipe.model_json_schema(), indent=2))
+    if out is None:
+        print(editors.schema())
+        return
+    print(editors.write(out))
+    print("Editors complete a recipe beside it that begins with")
+    print(editors.line(Path(out.name)))
 
 
 @app.command()

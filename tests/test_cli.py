@@ -167,11 +167,32 @@ def test_check_of_data_on_the_hub_looks_at_the_rest(write_recipe: WriteRecipe) -
 
 def test_list_and_new(tmp_path: Path) -> None:
     listed = sft_recipe("list").stdout.splitlines()
-    assert any(line.startswith("quickstart ") for line in listed)
+    assert listed[0].split() == ["recipe", "method", "model", "hardware", "result"]
+    assert len(listed) == 17  # to a pipe a recipe is a line
+    [line] = [line for line in listed if line.startswith("llama8b_qlora ")]
+    assert line.split(maxsplit=3)[:3] == ["llama8b_qlora", "QLoRA", "meta-llama/Llama-3.1-8B"]
+    assert line.rstrip().endswith(" not measured")
+    assert any("LoRA" in line and "from 0.0 % to 94.0 %" in line for line in listed)
 
     done = sft_recipe("new", "quickstart", "--out", "mine.yaml", cwd=tmp_path)
     assert done.stdout == "mine.yaml\n"
     assert sft_recipe("check", "mine.yaml", cwd=tmp_path).returncode == 0
+
+
+def test_schema_for_editors(tmp_path: Path) -> None:
+    done = sft_recipe("schema", "--out", ".sft-recipe.schema.json", cwd=tmp_path)
+    path, said, line = done.stdout.splitlines()
+    assert path == ".sft-recipe.schema.json"
+    assert said == "Editors complete a recipe beside it that begins with"
+    assert (tmp_path / path).read_text("utf-8") == sft_recipe("schema").stdout
+
+    sft_recipe("new", "quickstart", cwd=tmp_path)
+    assert (tmp_path / "quickstart.yaml").read_text("utf-8").splitlines()[0] == line
+    assert sft_recipe("check", "quickstart.yaml", cwd=tmp_path).returncode == 0
+
+    wrong = sft_recipe("schema", "--out", "quickstart.yaml", cwd=tmp_path)
+    assert wrong.returncode == 2
+    assert wrong.stderr == "quickstart.yaml exists, and is no schema of a recipe; choose another name with --out\n"
 
 
 def test_schema_is_a_schema_of_the_shipped_recipes() -> None:

@@ -114,13 +114,15 @@ log: {to: []}
 trl: {adam_beta2: 0.99}
 output_dir: run
 """
-ELSEWHERE = re.compile(r"tatsu-lab/alpaca|builtin:tasks/\w+.jsonl|(?<=name: )\w+/\S+")
+ELSEWHERE = re.compile(
+    r"(tatsu-lab/alpaca|openai/gsm8k|HuggingFaceTB/smoltalk|builtin:tasks/\w+.jsonl)|(?<=name: )[\w-]+/\S+"
+)
 # Those that ship with data and models that are here, so that a check of them looks at these too.
 TEXTS = [
     FULL,
     "model: {name: 'builtin:tiny'}\ndata: {train: train.jsonl}\noutput_dir: run\n",
     *(
-        ELSEWHERE.sub(lambda found: "builtin:tiny" if found[0][0].isupper() else "train.jsonl", file.read_text("utf-8"))
+        ELSEWHERE.sub(lambda found: "train.jsonl" if found[1] else "builtin:tiny", file.read_text("utf-8"))
         for file in sorted(shipped().glob("*.yaml"))
     ),
 ]

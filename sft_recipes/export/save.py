@@ -24,11 +24,24 @@ def save_model(
     stops: Sequence[int],
 ) -> None:
     """Write the model with its weights rounded to `dtype`. The model is changed: it has `dtype` afterwards."""
-    model.to(DTYPES[dtype])
+    round_weights(model, DTYPES[dtype])
     tie_if_equal(model)
     set_generation_config(model, tokenizer, stops)  # else it cannot be saved
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     save_around(model, tokenizer, folder, dtype=dtype, stops=stops)
+
+
+def round_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Take to `dtype` what is saved. What a model computes when it is made, such as rotary frequencies and Gemma's scale of
+    embeddings, stays as a model that is loaded has it."""
+    computed = [
+        (module, name, module._buffers[name])
+        for module in model.modules()
+        for name in module._non_persistent_buffers_set
+    ]
+    model.to(dtype)
+    for module, name, buffer in computed:
+        module._buffers[name] = buffer
 
 
 def save_around(

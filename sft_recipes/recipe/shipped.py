@@ -1,9 +1,41 @@
-"""The recipes that ship with the project."""
+"""The recipes that ship with the project, and what their headers say of them.
 
+A header is a comment: its first line is the purpose, and then come lines of a name, a colon and a text, which may go on in
+lines that are indented.
+
+    # Full fine-tuning of ... .
+    #
+    # Method:   full
+    # Model:    meta-llama/Llama-3.1-8B
+"""
+
+import os
+import re
+import shlex
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 from sft_recipes.errors import OutputError, RecipeError
+from sft_recipes.recipe import editors
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """What a header says. `memory` is what `sft-recipe plan` predicts of a GPU, `result` what was measured."""
+
+    name: str
+    purpose: str
+    method: str
+    model: str
+    hardware: str
+    memory: str
+    launch: str
+    result: str
+    needs: str = ""
+
+
+FIELDS = ("method", "model", "hardware", "memory", "needs", "launch", "result")  # in the order of a header
 
 
 def folder() -> Path:
@@ -12,20 +44,41 @@ def folder() -> Path:
     return inside if inside.is_dir() else inside.parent.parent / "recipes"
 
 
-def recipes() -> list[tuple[str, str]]:
-    """Name and purpose (the file's first line) of each."""
-    return [
-        (file.stem, file.read_text(encoding="utf-8").split("\n")[0].lstrip("# "))
-        for file in sorted(folder().glob("*.yaml"))
-    ]
+def recipes() -> list[Shipped]:
+    """All of them, by name."""
+    return [of_header(file.stem, file.read_text(encoding="utf-8")) for file in sorted(folder().glob("*.yaml"))]
 
 
-def copy(name: str, out: Path) -> Path:
-    """Copy a recipe with its comments to `out`, which must not exist yet."""
-    file = folder() / f"{name.removesuffix('.yaml')}.yaml"
+def of_header(name: str, text: str) -> Shipped:
+    """What a recipe's text says of itself. Raises ValueError where a field is missing, unknown or given twice."""
+    lines = re.match(r"(#.*\n)*", text)[0].splitlines()  # type: ignore[index]  # which always matches
+    purpose, fields, last = lines[0].lstrip("# ") if lines else "", dict[str, str](), ""
+    for line in lines[1:]:
+        if said := re.fullmatch(r"# ([A-Z][a-z]+): +(.+)", line):
+            last = said[1].lower()
+            if last not in FIELDS or last in fields:
+                raise ValueError(f"{name}: '{said[1]}' is given twice, or is none of {', '.join(FIELDS)}")
+            fields[last] = said[2]
+        elif last and line.startswith("#  "):
+            fields[last] += f" {line.lstrip('# ')}"
+    if missing := [field for field in FIELDS if field not in fields and field != "needs"]:
+        raise ValueError(f"{name}: its header lacks {', '.join(missing)}")
+    return Shipped(name, purpose, **fields)
+
+
+def copy(name: str, out: Path | None = None) -> Path:
+    """Copy a recipe with its comments to `out` (NAME.yaml), which must not exist yet, and name the copy in its header.
+
+    Where a schema for editors is beside it or above, the copy begins with the line that leads to it. Raises RecipeError or
+    OutputError.
+    """
+    name = name.removesuffix(".yaml")
+    file = folder() / f"{name}.yaml"
     if not file.is_file():
-        raise RecipeError(f"no recipe '{name}' ships; there are {', '.join(known for known, _ in recipes())}")
-    return write_new(out, file.read_text(encoding="utf-8"))
+        raise RecipeError(f"no recipe '{name}' ships; there are {', '.join(each.name for each in recipes())}")
+    out = out or Path(f"{name}.yaml")
+    text = file.read_text(encoding="utf-8").replace(f"recipes/{name}.yaml", shlex.quote(os.fspath(out)))
+    return write_new(out, editors.line_for(out) + text)
 
 
 def write_new(out: Path, text: str) -> Path:

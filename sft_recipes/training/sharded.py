@@ -118,11 +118,9 @@ def gathered(trainer: Any, recipe: Recipe) -> tuple[Any, dict[str, torch.Tensor]
     makes a model of its own.
     """
     disable_fsdp_ram_efficient_loading()  # what is loaded from here on is for one process
-    model, adapters, strategy = (
-        trainer.accelerator.unwrap_model(trainer.model),
-        recipe.lora is not None,
-        recipe.launch.strategy,
-    )
+    # Without accelerate's autocast around it, with which a model of float32 weights would be compared to itself without.
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    adapters, strategy = recipe.lora is not None, recipe.launch.strategy
     if strategy == "fsdp2":
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 

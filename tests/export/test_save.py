@@ -36,6 +36,21 @@ def test_dtype_and_shards(tmp_path: Path) -> None:
         assert torch.equal(own, original.half()), name
 
 
+def test_what_a_model_computes_when_it_is_made_is_not_rounded(tmp_path: Path) -> None:
+    """Rotary frequencies in bfloat16 would be another model than the one that loads."""
+    model, ids = tiny(), torch.arange(300)[None] % 900 + 3
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    assert before
+
+    folder = saved(model, tmp_path / "m", dtype="bfloat16")
+
+    assert model.dtype == torch.bfloat16
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model.float()(ids).logits)
+
+
 def test_stops_come_before_those_of_the_base(tmp_path: Path) -> None:
     model, tokenizer = tiny(), AutoTokenizer.from_pretrained(TINY)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|other end|>"]})

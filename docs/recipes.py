@@ -1,0 +1,151 @@
+#!/usr/bin/env python3
+"""What `sft-recipe plan` predicts of the recipes that ship, and where that stands: docs/recipes.json, the tables of
+docs/recipes.md, the line `Memory:` of each recipe.
+
+`python docs/recipes.py` predicts the recipes that have changed, `python docs/recipes.py NAME ...` those that are named: all of
+them (`python docs/recipes.py all`) where the prediction itself has changed. Of a model its config is enough: tests/models/.
+"""
+
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from sft_recipes.planning import memory, speed
+from sft_recipes.recipe import load, model_files, shipped
+from sft_recipes.recipe.schema import Recipe
+
+DOCS = Path(__file__).parent
+FOUND, PAGE = DOCS / "recipes.json", DOCS / "recipes.md"
+SIZES = (16, 24, 40, 48, 80, 141)  # of GPUs, in 10^9 bytes
+# What the memory of a step does not depend on.
+_APART: dict[str, Any] = {
+    "model": {"name"}, "data": {"train", "eval", "columns"},
+    "eval": True, "checkpoint": True, "log": True, "export": True, "output_dir": True,
+}  # fmt: skip
+
+
+# --- Predictions -----------------------------------------------------------------------------------------------------
+
+
+def directory(model: str) -> Path:
+    """A directory with the config of a model, and perhaps nothing else."""
+    return model_files.directory(model) or DOCS.parent / "tests" / "models" / model.replace("/", "--")
+
+
+def fingerprint(name: str) -> str:
+    """Of all of a recipe that its prediction depends on: its settings, and the model's config."""
+    recipe = _recipe(name)
+    settings = recipe.model_dump(mode="json", exclude=_APART)
+    config = (directory(recipe.model.name) / "config.json").read_text(encoding="utf-8")
+    return hashlib.sha256(json.dumps([settings, config], sort_keys=True).encode()).hexdigest()
+
+
+def predict(name: str) -> dict[str, Any]:
+    """Bytes of a GPU, by part, with as many layers recomputed as the recipe allows. `loading`: those of 4-bit weights, which
+    each GPU holds before they are shared out. `fits`: which of SIZES have room for both."""
+    from sft_recipes.plan import plan
+
+    recipe = _recipe(name)
+    with TemporaryDirectory() as folder:
+        rows = Path(folder, "rows.jsonl")
+        rows.write_text('{"instruction": "Say it.", "output": "It."}\n' * 2, encoding="utf-8")
+        here = [f"model.name={directory(recipe.model.name)}", f"data.train={rows}", "data.eval=0.5", "data.columns={}"]
+
+        def found(*more: str) -> memory.Footprint:
+            return plan(str(_file(name)), [*here, *more]).found
+
+        rank, loading = found(), 0.0
+        if recipe.model.quantization and recipe.launch.strategy == "fsdp2":
+            loading = found("launch.strategy=ddp", "launch.processes=1", "launch.machines=1").peak["weights"]
+    return {
+        "of": fingerprint(name),
+        "parameters": rank.parameters,
+        "trained": rank.trained,
+        "peak": round(rank.peak_bytes),
+        "loading": round(loading),
+        "parts": {part: round(size) for part, size in rank.peak.items()},
+        "fits": [
+            size for size in SIZES if memory.fits(rank, size * 1e9, "cuda") and loading < memory.SHARE * size * 1e9
+        ],
+    }
+
+
+def known() -> dict[str, Any]:
+    """What has been predicted, by recipe."""
+    return dict(json.loads(FOUND.read_text(encoding="utf-8"))) if FOUND.is_file() else {}
+
+
+def in_words(found: dict[str, Any]) -> str:
+    """A prediction as a header says it."""
+    loading = f"; {memory.in_words(found['loading'])} while it is loaded" if found["loading"] > found["peak"] else ""
+    return f"{memory.in_words(found['peak'])} a GPU, predicted{loading}"
+
+
+def _file(name: str) -> Path:
+    return shipped.folder() / f"{name}.yaml"
+
+
+def _recipe(name: str) -> Recipe:
+    return load.load(_file(name)).recipe
+
+
+# --- The page --------------------------------------------------------------------------------------------------------
+
+
+def purposes() -> Iterator[str]:
+    yield "| recipe | is | method | hardware | result |"
+    yield "|---|---|---|---|---|"
+    for each in shipped.recipes():
+        link = f"[{each.name}](../recipes/{each.name}.yaml)"
+        yield f"| {link} | {each.purpose} | {each.method} | {each.hardware} | {each.result} |"
+
+
+def sizes() -> Iterator[str]:
+    found = known()
+    yield f"| recipe | GPUs | predicted | {' | '.join(f'{size} GB' for size in SIZES)} |"
+    yield "|---|---|---|" + ":-:|" * len(SIZES)
+    for name, of in found.items():
+        launch = _recipe(name).launch
+        dots = " | ".join("•" if size in of["fits"] else " " for size in SIZES)
+        yield f"| {name} | {launch.processes * launch.machines} | {memory.in_words(of['peak'])} | {dots} |"
+    cards = [", ".join(gpu.name for gpu in speed.gpus_of(size)) for size in SIZES]
+    yield f"| *such as* | | | {' | '.join(cards)} |"
+
+
+def parts() -> Iterator[str]:
+    yield f"| recipe | parameters | trained | {' | '.join(memory.PARTS)} |"
+    yield "|---|---|---|" + "---|" * len(memory.PARTS)
+    for name, of in known().items():
+        gib = " | ".join(f"{of['parts'][part] / memory.GIB:.2f}" for part in memory.PARTS)
+        yield f"| {name} | {of['parameters']:,} | {of['trained']:,} | {gib} |"
+
+
+def page(text: str) -> str:
+    """The page with its tables made anew: each stands behind a comment that names it."""
+    for table in (purposes, sizes, parts):
+        before, after = text.split(f"<!-- {table.__name__} -->\n", 1)
+        after = re.sub(r"\A\n(\|.*\n)*\n?", "", after)
+        text = "\n".join([f"{before}<!-- {table.__name__} -->\n", *table(), "", after])
+    return text
+
+
+def main(names: list[str]) -> None:
+    found, every = known(), [each.name for each in shipped.recipes()]
+    for name in every:
+        if name in names or names == ["all"] or found.get(name, {}).get("of") != fingerprint(name):
+            found[name] = predict(name)
+            print(f"{name}: {in_words(found[name])}", flush=True)
+        text = _file(name).read_text(encoding="utf-8")
+        text = re.sub(r"(?m)^# Memory: .*$", f"# Memory:   {in_words(found[name])}", text, count=1)
+        _file(name).write_text(text, encoding="utf-8")
+    FOUND.write_text(json.dumps({name: found[name] for name in every}, indent=1) + "\n", encoding="utf-8")
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
