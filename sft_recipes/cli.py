@@ -254,7 +254,10 @@ def report(
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Write a run's curves, data, answers and facts as HTML and PNG; of several runs side by side."""
+    """Write the report of a run, or of several side by side.
+
+    Curves, data, answers and facts as HTML and PNG.
+    """
     _quiet(debug)
     from sft_recipes.report import page
 
@@ -289,7 +292,10 @@ def new(
     name: Annotated[str, typer.Argument(help="Name of a shipped recipe.")],
     out: Annotated[Path | None, typer.Option(help="Where to write it; by default NAME.yaml.")] = None,
 ) -> None:
-    """Copy a recipe that ships, to edit it; with the line for editors where a schema is beside it or above (see schema)."""
+    """Copy a recipe that ships, to edit it.
+
+    With the line for editors, where a schema is beside it or above (see schema).
+    """
     from sft_recipes.recipe import shipped
 
     print(shipped.copy(name, out))
@@ -341,7 +347,10 @@ def convert(
         typer.Option("--from", help="Whose config it is; by default found from its keys."),
     ] = None,
 ) -> None:
-    """Turn another tool's config into a recipe, and say of each of its keys what became of it (on stderr)."""
+    """Turn another tool's config into a recipe.
+
+    What became of each of its keys is said on stderr.
+    """
     from sft_recipes.recipe.convert import conversion
 
     converted = conversion.convert(file, source)
