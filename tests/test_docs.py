@@ -34,6 +34,13 @@ def test_every_key_is_in_the_reference() -> None:
     assert all(f"`{name.split('.')[-1]}`" in page or f"## {name}" in page for name in field_names())
 
 
+def test_the_list_of_commands_says_each_in_whole() -> None:
+    listed = PAGES["commands.md"]().split("Commands:\n")[1].split("```")[0].strip().splitlines()
+
+    assert len(listed) > 10
+    assert [line for line in listed if line.endswith("...")] == []
+
+
 def test_the_recipe_of_the_readme_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [text] = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
     monkeypatch.chdir(tmp_path)
