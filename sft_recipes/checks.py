@@ -10,13 +10,14 @@ from rich.console import Console
 from sft_recipes import run_folder
 from sft_recipes.data import prepare, reading, sources, tokens
 from sft_recipes.data import preview as showing
+from sft_recipes.data.questions import questions
 from sft_recipes.data.tokens import LightTokenizer
 from sft_recipes.errors import DataError, InputError, ModelError, OutputError, RecipeError, one_line
 from sft_recipes.planning import disk
 from sft_recipes.planning.steps import count
 from sft_recipes.recipe import model_files
 from sft_recipes.recipe.check import accepted, verdict_on
-from sft_recipes.recipe.schema import Model, Recipe, Source
+from sft_recipes.recipe.schema import Model, Recipe
 
 _SECONDS = 2.0  # of tokenising a source; what is found then is found in its first rows
 
@@ -133,7 +134,7 @@ def _examine_prompts(recipe: Recipe) -> Findings:
     """Looks at prompts that are to be answered at each evaluation, where they are in a file. Raises DataError."""
     path = recipe.eval.generate
     if isinstance(path, str) and sources.files(path) is not None:
-        reading.look_through(Source(path=path), recipe.data, _SECONDS)
+        questions(recipe)
     return Findings([], [])
 
 

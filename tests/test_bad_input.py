@@ -184,6 +184,10 @@ SETS: dict[str, tuple[list[str], str]] = {
         "--set: model.dtype: got 'bf16'; expected one of bfloat16, float16, float32"),
     "a size without a unit": (["export.max_shard_size=5"], "--set: export.max_shard_size: got 5; …such as 5GB or 500MB"),
     "a tracker that is none": (["log.to=[excel]"], "--set: log.to[0]: got 'excel'; expected one of wandb, tensorboard"),
+    "a tracker twice": (["log.to=[wandb, tensorboard, wandb]"], "--set: log.to: wandb is there 2 times; name it once"),
+    "a project without a tracker": (["log.to=[tensorboard]", "log.project=mine"],
+        "--set: log.project is for wandb, trackio and mlflow, and log.to names none of them; add one, or leave it out"),
+    "a name that is the recipe's": (["trl.run_name=mine"], "--set: trl.run_name: a recipe says this with log.name"),
     "an unknown optimizer": (["train.optimizer=adamm"], "--set: train.optimizer: 'adamm' is no name…; did you mean 'ada"),
     "an unknown schedule": (["train.lr_scheduler=cosin"],
         "--set: train.lr_scheduler: 'cosin' is no name…did you mean 'cosine'?"),
@@ -921,6 +925,7 @@ PACKAGES = {
     "tensorboard": ("log.to=[tensorboard]",
         "--set: log.to: tensorboard is not installed: pip install 'sft-recipes[tensorboard]'"),
     "trackio": ("log.to=[trackio]", "--set: log.to: trackio is not installed: pip install 'sft-recipes[trackio]'"),
+    "mlflow": ("log.to=[mlflow]", "--set: log.to: mlflow is not installed: pip install 'sft-recipes[mlflow]'"),
     "flash_attn": ("model.attention=flash_attention_2", "--set: model.attention: …pip install 'sft-recipes[flash]'"),
     "flash_attn_3": ("model.attention=flash_attention_3", "--set: model.attention: …not installed; it is built from source"),
 }  # fmt: skip

@@ -113,6 +113,7 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     if recipe.launch.cpu_offload and recipe.launch.strategy == "ddp":
         yield "launch.cpu_offload goes with launch.strategy: fsdp2, zero2 or zero3; ddp has nothing to offload"
     yield from _strategy(recipe)
+    yield from _trackers(recipe)
     if train.optimizer == STOCHASTIC_ROUNDING and "optim_args" in recipe.trl:
         yield f"trl.optim_args: {STOCHASTIC_ROUNDING} sets them itself; use adamw_torch_8bit"
 
@@ -131,6 +132,15 @@ def _strategy(recipe: Recipe) -> Iterator[str]:
         yield "train.on_nonfinite: skip does not go with DeepSpeed, which has taken the step by then; set stop, or fsdp2"
     if strategy in ("zero2", "zero3") and recipe.train.mixed_precision == "no" and recipe.model.dtype != "float32":
         yield f"train.mixed_precision: no goes with model.dtype: float32 under launch.strategy: {strategy}; set bf16"
+
+
+def _trackers(recipe: Recipe) -> Iterator[str]:
+    to = recipe.log.to
+    for name in dict.fromkeys(name for name in to if to.count(name) > 1):
+        yield f"log.to: {name} is there {to.count(name)} times; name it once"
+    for key in ("project", "name", "group"):
+        if _given(recipe, "log", key) and not set(to) - {"tensorboard"}:
+            yield f"log.{key} is for wandb, trackio and mlflow, and log.to names none of them; add one, or leave it out"
 
 
 def _batch(recipe: Recipe) -> Iterator[str]:

@@ -180,7 +180,7 @@ class Prompt(_Section):
     input: str = ""
     """The Alpaca input, if any."""
     expected: str | None = None
-    """The right answer; with it, the share of exact matches is logged."""
+    """The right answer; with it, the share of exact matches is logged (spaces around an answer aside)."""
 
 
 class Eval(_Section):
@@ -189,7 +189,8 @@ class Eval(_Section):
     every: Interval = 0.1
     """Fraction of the run, or a number of steps; null: only at the start and the end."""
     generate: Name | list[str | Prompt] = []
-    """Prompts to answer at each evaluation, or a file of rows: their answers are what is expected."""
+    """Prompts to answer at each evaluation, or a file of rows, whose answers are what is expected, or of {prompt, input,
+    expected}."""
     max_new_tokens: Positive = 128
     """Length at which an answer is cut off."""
 
@@ -212,8 +213,15 @@ class Log(_Section):
 
     every: Positive = 10
     """Steps between two lines of metrics.jsonl and the console."""
-    to: list[Literal["wandb", "tensorboard", "trackio"]] = []
-    """Experiment trackers to log to besides metrics.jsonl; each is an extra of the same name."""
+    to: list[Literal["wandb", "tensorboard", "trackio", "mlflow"]] = []
+    """Experiment trackers besides metrics.jsonl: wandb, tensorboard, trackio, mlflow; each is an extra of the same name."""
+    project: Name | None = None
+    """Project of wandb and trackio, experiment of mlflow; null: as WANDB_PROJECT and MLFLOW_EXPERIMENT_NAME say, else
+    sft-recipes."""
+    name: Name | None = None
+    """What wandb, trackio and mlflow call the run; null: the last part of output_dir."""
+    group: Name | None = None
+    """Runs that belong together: the group of wandb and trackio, a tag of mlflow; null: none."""
 
 
 class Export(_Section):

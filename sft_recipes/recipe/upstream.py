@@ -59,6 +59,8 @@ OWNED = {
     "logging_strategy": "log.every",
     "logging_steps": "log.every",
     "report_to": "log.to",
+    "project": "log.project",
+    "run_name": "log.name",
     "fsdp": "launch.strategy",
     "fsdp_config": "launch.strategy",
     "deepspeed": "launch.strategy",

@@ -1,5 +1,6 @@
 """What a run says on the console before and after the training."""
 
+import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,15 +41,16 @@ def warn(console: Console, warnings: Iterable[str]) -> None:
 
 
 def conclude(console: Console, folder: Path) -> None:
-    """What has become better, where everything is, and how to talk to the model."""
-    say(console, ["", *_answers(folder), *_before_and_after(folder), ""])
+    """What has become better, what it took, where everything is, and what can be done with it next."""
+    metrics = read_metrics(folder)
+    say(console, ["", *_answers(folder), *_before_and_after(metrics), *_cost(metrics), ""])
     outputs = {
         "model": "the model: loads with AutoModelForCausalLM.from_pretrained",
         "adapter": "the adapter",
         "report.html": "the report, with the learning curve",
     }
     say(console, [f"{folder / name}  {what}" for name, what in outputs.items() if (folder / name).exists()])
-    say(console, ["", f'Talk to it: sft-recipe generate {folder} --prompt "..."'])
+    say(console, ["", *_next(folder)])
 
 
 def samples(folder: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
@@ -73,13 +75,35 @@ def _answers(folder: Path) -> Iterable[str]:
         yield "  after:    " + _one_line(after["answer"])
 
 
-def _before_and_after(folder: Path) -> Iterable[str]:
-    metrics = read_metrics(folder)
+def _before_and_after(metrics: list[dict[str, Any]]) -> Iterable[str]:
     names = {"eval_exact_match": ("exact match", "{:.1%}"), "eval_loss": ("validation loss", "{:.4f}")}
     for key, (name, form) in names.items():
         values = [line[key] for line in metrics if key in line]
         if values:
             yield f"{name}: {form.format(values[0])} before, {form.format(values[-1])} after"
+
+
+def _cost(metrics: list[dict[str, Any]]) -> Iterable[str]:
+    """What it was trained on, how fast (validation, answers and checkpoints aside), and the most memory."""
+    seen, timed, seconds = 0, 0, 0.0
+    for line in metrics:
+        if "loss" in line:
+            tokens, seen = line["tokens"] - seen, line["tokens"]
+            if rate := line.get("tokens_per_second"):
+                timed, seconds = timed + tokens, seconds + tokens / rate
+    if metrics:
+        speed = f" at {timed / seconds:,.0f} a second" if seconds else ""
+        yield f"trained on {seen:,.0f} tokens{speed}, peak memory {max(line['memory'] for line in metrics):.2f} GiB"
+
+
+def _next(folder: Path) -> Iterable[str]:
+    """Commands that go on with what the run has left."""
+    run, merged = shlex.quote(str(folder)), (folder / "model").exists()
+    yield f'Talk to it: sft-recipe generate {run} --prompt "..."'
+    if not merged:
+        yield f"Merge it: sft-recipe merge {run} --out {shlex.quote(str(folder / 'model'))}"
+    trained = shlex.quote(str(folder / ("model" if merged else "adapter")))
+    yield f"Train it on preferences (DPO, docs/dpo.md): python docs/dpo.py {trained} pairs.jsonl --out {run}-dpo"
 
 
 def _one_line(text: str) -> str:

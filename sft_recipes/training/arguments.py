@@ -11,6 +11,7 @@ from sft_recipes.planning.steps import Steps
 from sft_recipes.recipe.check import STOCHASTIC_ROUNDING
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.training import sharded
+from sft_recipes.training.trackers import PROJECT
 
 # transformers before 5.23 has only the older name.
 CHECKPOINTING = next(
@@ -69,8 +70,8 @@ def sft_config(recipe: Recipe, steps: Steps, run_dir: Path, *, validates: bool) 
         "logging_nan_inf_filter": False,  # a loss that is not a number is to be seen, not replaced by the last good one
         "include_num_input_tokens_seen": "non_padding",  # kept in the checkpoint, unlike TRL's own count
         "report_to": "none",  # log.to: the trackers come as guarded callbacks
-        "run_name": run_dir.name,
-        "project": "sft-recipes",
+        "run_name": recipe.log.name or run_dir.name,
+        "project": recipe.log.project or PROJECT,
         "disable_tqdm": True,
     }
     config |= sharded.arguments(recipe) | recipe.trl

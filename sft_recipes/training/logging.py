@@ -1,22 +1,21 @@
-"""What is said and recorded while training: metrics.jsonl, samples.jsonl, the console, experiment trackers."""
+"""What is recorded and said while training: metrics.jsonl, and the console."""
 
 import json
-import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import get_reporting_integration_callbacks
 
 from sft_recipes import files
 from sft_recipes.planning import speed
+from sft_recipes.training.trackers import in_short
 
 # Names of the Trainer's log, and of metrics.jsonl.
 _NAMES = {
@@ -33,6 +32,8 @@ _NAMES = {
     "eval_exact_match": "eval_exact_match",
     "skipped_steps": "skipped_steps",
 }
+# What is found out here, and trackers are told too.
+_FIGURES = ("tokens_per_second", "trained_tokens_per_second", "tflops", "mfu", "memory")
 
 
 def peak_memory() -> float:
@@ -77,12 +78,14 @@ class Metrics(TrainerCallback):
         if "loss" in logs:
             line |= self._speed(line, args.world_size)
         line["memory"] = round(peak_memory(), 3)
+        if "loss" in logs:  # of which the trackers hear next
+            logs.update({name: line[name] for name in _FIGURES if line.get(name) is not None})
         try:
             files.append(self.file, json.dumps(line) + "\n")
             for show in self.shows:
                 show(line)
         except Exception as error:
-            self.warn(_first_line(f"{self.file}: step {state.global_step} is not recorded: {error!r}"))
+            self.warn(in_short(f"{self.file}: step {state.global_step} is not recorded: {error!r}"))
 
     def _speed(self, line: dict[str, Any], devices: int) -> dict[str, float | None]:
         """Tokens a second, of all and of those trained on, over all devices. Per device the model's operations, in 10^12 a
@@ -105,31 +108,57 @@ class Metrics(TrainerCallback):
 
 
 class Display(TrainerCallback):
-    """The console: a progress bar on a terminal, a sober line a record elsewhere."""
+    """The console: a progress bar with the latest figures on a terminal, a sober line a record elsewhere."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
+        # Not a file, also where colours are forced into it (FORCE_COLOR); no notebook, no terminal that cannot move back.
+        self.moves = console.is_interactive and console.file.isatty() and not console.quiet
         self.progress: Progress | None = None
+        self.validation: TaskID | None = None
+        self.figures: list[str] = []  # the latest; the last have no place on a narrow terminal
         self.total = 0
-        self.started = 0.0
+        self.started: float | None = None
         self.first_step = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.total, self.first_step, self.started = state.max_steps, state.global_step, time.monotonic()
-        if self.console.is_terminal:
+        self.total, self.first_step, self.started = state.max_steps, state.global_step, None
+        if self.moves:
             self.progress = Progress(
-                TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                TextColumn("{task.description}"),
-                console=self.console, transient=True,
+                BarColumn(self._bar()), MofNCompleteColumn(), TextColumn("{task.description}"),
+                console=self.console, transient=True, refresh_per_second=4,
             )  # fmt: skip
             self.progress.start()
-            self.task = self.progress.add_task("", total=state.max_steps, completed=state.global_step)
+            self.training = self.progress.add_task("", total=self.total)
+            self._update(state.global_step)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.started = self.started or time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.progress:
-            self.progress.update(self.task, completed=state.global_step)
+        self._update(state.global_step)
+
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.progress and self.validation is None:
+            self.validation = self.progress.add_task("validation", total=len(eval_dataloader))
+        if self.progress and self.validation is not None:
+            self.progress.advance(self.validation)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.progress and self.validation is not None:
+            self.progress.remove_task(self.validation)
+        self.validation = None
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -142,88 +171,46 @@ class Display(TrainerCallback):
             self.progress = None
 
     def show(self, line: dict[str, Any]) -> None:
-        parts = [f"step {line['step']}/{self.total}"]
+        evaluated = "eval_loss" in line or "eval_exact_match" in line
+        parts = []
         if "loss" in line:
             parts += [f"loss {line['loss']:.4f}", f"lr {line['learning_rate']:.2e}"]
             if line["tokens_per_second"]:
                 parts.append(f"{line['tokens_per_second']:,.0f} tokens/s")
             parts.append(f"{line['memory']:.1f} GiB")
-            if done := line["step"] - self.first_step:
-                left = (time.monotonic() - self.started) / done * (self.total - line["step"])
-                parts.append(f"{_duration(left)} left")
         if "eval_loss" in line:
             parts += [f"eval loss {line['eval_loss']:.4f}", f"perplexity {line['eval_perplexity']:.2f}"]
         if "eval_exact_match" in line:
             parts.append(f"exact match {line['eval_exact_match']:.1%}")
-        if self.progress and "eval_loss" not in line and "eval_exact_match" not in line:
-            self.progress.update(self.task, description="  ".join(parts[1:]))
-        else:
-            self.console.print("  ".join(parts), highlight=False, soft_wrap=True)
+        if self.progress and not evaluated:
+            self.figures = parts
+            self._update(line["step"])
+            return
+        if not evaluated and (left := self._left(line["step"])):
+            parts.append(left)
+        self.console.print("  ".join([f"step {line['step']}/{self.total}", *parts]), highlight=False, soft_wrap=True)
 
+    def _update(self, step: int) -> None:
+        if self.progress:
+            figures = [*self.figures[:1], *filter(None, [self._left(step)]), *self.figures[1:]]
+            room = self.console.width - self._bar() - len(f"  {self.total}/{self.total}")
+            while figures and len("  ".join(figures)) > room:
+                figures.pop()
+            self.progress.update(self.training, completed=step, description="  ".join(figures))
 
-class Guarded:
-    """A tracker's callback that can fail without stopping the run: it is then left alone, with one warning."""
+    def _bar(self) -> int:
+        """Columns of the bar, which leaves room for the figures."""
+        return min(40, max(8, self.console.width - 90))
 
-    def __init__(self, name: str, callback: TrainerCallback, warn: Callable[[str], None]) -> None:
-        self._name, self._callback, self._warn = name, callback, warn
-        self._failed = False
-
-    def __getattr__(self, event: str) -> Callable[..., None]:
-        if not event.startswith("on_"):
-            raise AttributeError(event)
-
-        def call(*args: Any, **kwargs: Any) -> None:
-            if self._failed:
-                return
-            try:
-                getattr(self._callback, event)(*args, **kwargs)
-            except Exception as error:
-                self._failed = True
-                self._warn(_first_line(f"log.to: {self._name} failed and is left out from here on: {error!r}"))
-
-        return call
-
-
-class _FinishWandb(TrainerCallback):
-    """Closes the run at the end, where transformers leaves it open for the life of the process."""
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        import wandb
-
-        wandb.finish()
-
-
-def trackers(names: Sequence[str], run_dir: Path, warn: Callable[[str], None]) -> list[Guarded]:
-    """Callbacks of the experiment trackers. What they write locally goes into the run directory, unless the user said
-    otherwise by the tracker's own variables."""
-    os.environ.setdefault("WANDB_DIR", str(run_dir))
-    os.environ.setdefault("WANDB_PROJECT", "sft-recipes")
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run_dir / "tensorboard"))
-    os.environ.setdefault("TRACKIO_DIR", str(run_dir / "trackio"))
-    guarded = []
-    for name in names:
-        try:
-            if name == "trackio":
-                import trackio.run
-
-                # It asks the hub for the name behind the token, where there is one, also for runs that stay here.
-                setattr(trackio.run.Run, "_get_username", lambda _: None)  # noqa: B010
-            [callback] = get_reporting_integration_callbacks([name])
-            guarded.append(Guarded(name, callback(), warn))
-            if name == "wandb":
-                guarded.append(Guarded(name, _FinishWandb(), warn))
-        except Exception as error:
-            warn(_first_line(f"log.to: {name} cannot be started and is left out: {error!r}"))
-    return guarded
+    def _left(self, step: int) -> str | None:
+        """The time that is left, by what the steps so far have taken, validation and checkpoints between them included."""
+        done = step - self.first_step
+        if not done or self.started is None:
+            return None
+        return f"{_duration((time.monotonic() - self.started) / done * (self.total - step))} left"
 
 
 def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}"
-
-
-def _first_line(text: str) -> str:
-    return " ".join(text.split())[:300]

@@ -1,8 +1,7 @@
 """Answers to the same prompts at each evaluation: samples.jsonl, and how many are exactly right."""
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,39 +9,10 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sft_recipes import files
-from sft_recipes.data import reading
-from sft_recipes.data.formats import Example
 from sft_recipes.data.prepare import Prepared
-from sft_recipes.errors import DataError
-from sft_recipes.recipe.schema import Recipe, Source
+from sft_recipes.data.questions import Question
+from sft_recipes.recipe.schema import Recipe
 from sft_recipes.training.generate import answer, prompt_ids
-
-
-@dataclass(frozen=True)
-class Question:
-    """Messages up to the answer, and the right answer where it is known."""
-
-    messages: list[dict[str, Any]]
-    expected: str | None
-
-
-def questions(recipe: Recipe) -> list[Question]:
-    """`eval.generate`, written in the recipe or read from a file of rows. Raises DataError as the data itself would."""
-    wanted = recipe.eval.generate
-    if isinstance(wanted, str):
-        return [_from_row(example) for example in reading.read(Source(path=wanted), recipe.data)]
-    return [
-        Question([{"role": "user", "content": prompt}], None)
-        if isinstance(prompt, str)
-        else Question([{"role": "user", "content": prompt.prompt, "input": prompt.input}], prompt.expected)
-        for prompt in wanted
-    ]
-
-
-def _from_row(example: Example) -> Question:
-    if not example.messages or example.messages[-1]["role"] != "assistant":
-        raise DataError(f"{example.place}: eval.generate needs rows with a prompt and an answer")
-    return Question(example.messages[:-1], example.messages[-1]["content"])
 
 
 class Samples:
@@ -56,9 +26,12 @@ class Samples:
         data: Prepared,
         file: Path,
         warn: Callable[[str], None] | None,
+        shows: Sequence[Callable[[int, list[dict[str, Any]]], None]] = (),
     ) -> None:
-        """`warn` hears of answers that cannot be written; without it none are, as in all processes but one."""
+        """`warn` hears of answers that cannot be written; without it none are, as in all processes but one. `shows` take
+        the step and a row an answer: step, prompt, answer, expected."""
         self.questions, self.tokenizer, self.file, self.warn = questions, tokenizer, file, warn
+        self.shows = shows
         self.stops, self.max_new_tokens = data.stops, recipe.eval.max_new_tokens
         raw = data.chat_template is None  # plain text was trained on, so plain text is continued
         self.prompts = [prompt_ids(tokenizer, question.messages, raw=raw) for question in questions]
@@ -66,16 +39,17 @@ class Samples:
     def take(self, model: PreTrainedModel, step: int) -> dict[str, float]:
         """Answer all questions now; {"eval_exact_match": share} where answers are expected, else {}."""
         answers = answer(model, self.tokenizer, self.prompts, max_new_tokens=self.max_new_tokens, stops=self.stops)
-        lines = [
-            {"step": step, "messages": question.messages, "answer": given, "expected": question.expected}
-            for question, given in zip(self.questions, answers, strict=True)
-        ]
+        answered = list(zip(self.questions, answers, strict=True))
+        lines = [{"step": step, "messages": q.messages, "answer": a, "expected": q.expected} for q, a in answered]
         if self.warn is not None:
             try:
                 files.append(self.file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
             except OSError as error:
                 self.warn(f"{self.file}: the answers of step {step} are not recorded: {error}")
-        known = [(q.expected, a) for q, a in zip(self.questions, answers, strict=True) if q.expected is not None]
+        rows = [{"step": step, "prompt": q.text, "answer": a, "expected": q.expected} for q, a in answered]
+        for show in self.shows:
+            show(step, rows)
+        known = [(q.expected, a) for q, a in answered if q.expected is not None]
         if not known:
             return {}
         return {"eval_exact_match": sum(given.strip() == expected.strip() for expected, given in known) / len(known)}

@@ -29,6 +29,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
 from sft_recipes.data.prepare import Prepared
+from sft_recipes.data.questions import questions
 from sft_recipes.data.sequences import IGNORED, Sequences
 from sft_recipes.errors import RecipeError, RunError, SFTRecipeError, Stopped
 from sft_recipes.planning import disk
@@ -41,7 +42,7 @@ from sft_recipes.stopping import Stop
 from sft_recipes.training import checkpoints, fitting, head, preflight, sharded
 from sft_recipes.training.arguments import padding_free, sft_config
 from sft_recipes.training.guards import Finite, Stops
-from sft_recipes.training.logging import Display, Metrics, trackers
+from sft_recipes.training.logging import Display, Metrics
 from sft_recipes.training.model import (
     compile_layers,
     count_parameters,
@@ -51,9 +52,10 @@ from sft_recipes.training.model import (
     tokenizer_bytes,
 )
 from sft_recipes.training.preflight import Preflight
-from sft_recipes.training.samples import Samples, SampleWithoutValidation, questions
+from sft_recipes.training.samples import Samples, SampleWithoutValidation
 from sft_recipes.training.saving import Saving
 from sft_recipes.training.shares import Shares, filled
+from sft_recipes.training.trackers import Guarded, trackers
 
 _ROWS = 20  # that are named in an error
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # as configs of mixtures call them
@@ -218,8 +220,11 @@ def build(
     steps = count(recipe, len(data.train))
     keep_seq_lengths = padding_free(recipe)
 
+    def say(text: str, style: str | None = None) -> None:
+        console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
     def warn(text: str) -> None:
-        console.print(f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        say(f"warning: {text}", "yellow")
 
     display = Display(console)
     metrics = Metrics(run_dir / "metrics.jsonl", warn, display.show)
@@ -235,17 +240,14 @@ def build(
         at_once = arguments.per_device_train_batch_size * arguments.world_size if arguments.world_size > 1 else 1
         if arguments.ddp_find_unused_parameters is None:  # experts that no token was sent to get no gradient
             arguments.ddp_find_unused_parameters = any(hasattr(text_config, name) for name in _EXPERTS)
+        told = trackers(recipe, run_dir, say, warn) if arguments.process_index == 0 else []
         trainer = Trainer(
             model=model,
             args=arguments,
             train_dataset=_dataset(data.train, keep_seq_lengths, at_once, tokenizer.pad_token_id),
             eval_dataset=_dataset(data.eval, keep_seq_lengths, at_once, tokenizer.pad_token_id) if data.eval else None,
             processing_class=tokenizer,
-            callbacks=[
-                metrics,
-                display,
-                *trackers(recipe.log.to, run_dir, warn),
-            ],
+            callbacks=[metrics, display, *told],
         )
     trainer.set_up(recipe, run_dir, data.train, metrics, warn, stop or Stop())
     text_config.update(routing)  # SFTTrainer asks for what it needs; the exported model is not to
@@ -283,7 +285,8 @@ def build(
         trainer.add_callback(_SaveBest())
     if asked := questions(recipe):
         heard = warn if trainer.is_world_process_zero() else None
-        trainer.samples = Samples(asked, tokenizer, recipe, data, run_dir / "samples.jsonl", heard)
+        tables = [tracker.table for tracker in told]
+        trainer.samples = Samples(asked, tokenizer, recipe, data, run_dir / "samples.jsonl", heard, tables)
         _check_room_for_answers(recipe, trainer)
         if data.eval is None:
             trainer.add_callback(SampleWithoutValidation(trainer, steps.every(recipe.eval.every)))
@@ -325,7 +328,7 @@ def train(trainer: Trainer, checkpoint: Path | None) -> None:
         ) from error
     finally:
         for callback in trainer.callback_handler.callbacks:
-            if isinstance(callback, Display):
+            if isinstance(callback, Display | Guarded):
                 callback.close()
     state = trainer.state
     saved = trainer.saved == checkpoints.place(run_dir, state.global_step)

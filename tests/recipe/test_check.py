@@ -42,6 +42,8 @@ def test_a_good_recipe_has_neither_problems_nor_warnings(write_recipe: WriteReci
         (["train.lr_scheduler=cosin"], "did you mean 'cosine'?"),
         (["train.optimizer=adamw"], "is no name that is known here"),
         (["trl.learning_rate=1"], "trl.learning_rate: a recipe says this with train.learning_rate"),
+        (["log.group=mine"], "log.group is for wandb, trackio and mlflow, and log.to names none of them"),
+        (["log.to=[trackio, trackio]"], "log.to: trackio is there 2 times"),
         (["trl.adam_beta3=1"], "did you mean 'adam_beta2'?"),
         (["launch.strategy=fsdp2", "train.optimizer=paged_adamw_32bit"], "which does not know the shares"),
         (["launch.strategy=fsdp2", "model.quantization=int8", "lora.rank=2"], "fsdp2 cannot share int8 weights out"),

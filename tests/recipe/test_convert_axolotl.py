@@ -84,9 +84,9 @@ def test_a_whole_config(tmp_path: Path) -> None:
         "bf16",
     )
     assert (recipe.eval.every, recipe.checkpoint.every, recipe.log.every, recipe.log.to) == (0.125, 0.5, 1, ["wandb"])
-    assert recipe.trl == {"run_name": "first"}
+    assert (recipe.log.project, recipe.log.name, recipe.trl) == ("trials", "first", {})
     assert judge(recipe, to_run=False).problems == []
-    assert {key for key, fate in converted.fates.items() if fate.kind == "lacking"} == {"wandb_project"}
+    assert {key for key, fate in converted.fates.items() if fate.kind == "lacking"} == set()
     assert "unknown" not in {fate.kind for fate in converted.fates.values()}
 
 

@@ -101,7 +101,8 @@ def test_a_whole_config(tmp_path: Path) -> None:
     assert (recipe.train.mixed_precision, recipe.train.gradient_checkpointing) == ("no", False)
     assert (recipe.log.to, recipe.output_dir) == (["wandb"], "/tmp/torchtune/one")
     assert judge(recipe, to_run=False).problems == []
-    assert {key for key, fate in converted.fates.items() if fate.kind == "lacking"} == {"metric_logger.project"}
+    assert {key for key, fate in converted.fates.items() if fate.kind == "lacking"} == set()
+    assert recipe.log.project == "trials"
     assert "unknown" not in {fate.kind for fate in converted.fates.values()}
 
 

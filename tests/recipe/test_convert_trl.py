@@ -69,8 +69,8 @@ def test_a_whole_config(tmp_path: Path) -> None:
         "rank": 32, "alpha": 16, "dropout": 0.05, "target_modules": ["q_proj", "v_proj"], "use_rslora": True,
     }  # fmt: skip
     assert (recipe.eval.every, recipe.checkpoint.every, recipe.checkpoint.keep, recipe.log.every) == (100, 0.5, 3, 5)
-    assert recipe.log.to == ["wandb"]
-    assert recipe.trl == {"adam_beta2": 0.95, "lr_scheduler_kwargs": {"min_lr_rate": 0.1}, "run_name": "first"}
+    assert (recipe.log.to, recipe.log.name) == (["wandb"], "first")
+    assert recipe.trl == {"adam_beta2": 0.95, "lr_scheduler_kwargs": {"min_lr_rate": 0.1}}
     assert judge(recipe, to_run=False).problems == []
     assert {key for key, fate in converted.fates.items() if fate.kind in ("lacking", "unknown")} == {"push_to_hub"}
 
@@ -97,6 +97,17 @@ def test_trl_comes_to_the_same_arguments(tmp_path: Path, text: str) -> None:
     assert recipe.train.max_steps or recipe.train.epochs == theirs.num_train_epochs
     for name, value in recipe.trl.items():
         assert getattr(theirs, name) == value, name
+
+
+@pytest.mark.parametrize(
+    ("to", "name", "kind"),
+    [("trackio", "first", "becomes"), ("tensorboard", None, "needless"), ("none", None, "needless")],
+)
+def test_a_run_has_a_name_where_a_tracker_shows_it(tmp_path: Path, to: str, name: str | None, kind: str) -> None:
+    converted, recipe = convert(tmp_path, BASE + f"report_to: {to}\nrun_name: first\n")
+
+    assert (recipe.log.name, converted.fates["run_name"].kind) == (name, kind)
+    assert judge(recipe, to_run=False).problems == []
 
 
 def test_every_field_of_trl_has_a_place(tmp_path: Path) -> None:

@@ -1,99 +1,26 @@
+import fcntl
 import io
 import json
 import os
+import pty
+import re
+import select
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+import termios
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from transformers import TrainerControl, TrainerState
 
 from sft_recipes import files, run_folder
 from sft_recipes.report import page
 from sft_recipes.training import logging
-from tests.commands import sft_recipe
+from tests.commands import sft_recipe, start
 from tests.conftest import WriteRecipe, metrics, run
 from tests.test_files import no_file_over
-
-
-@pytest.fixture
-def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The trackers' own variables as a user has them: none but wandb's offline mode."""
-    for name in ("WANDB_DIR", "WANDB_PROJECT", "TENSORBOARD_LOGGING_DIR", "TRACKIO_DIR"):
-        monkeypatch.setenv(name, "x")  # so that what the run sets is taken back afterwards
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-
-
-@pytest.mark.usefixtures("clean_environment")
-def test_trackers_write_into_the_run_directory(write_recipe: WriteRecipe) -> None:
-    """Weights & Biases really run, offline; TensorBoard and trackio too. What they hold is what metrics.jsonl holds."""
-    folder, said = run(write_recipe(log={"to": ["wandb", "tensorboard", "trackio"], "every": 1}), "train.max_steps=4")
-    losses = [line["loss"] for line in metrics(folder) if "loss" in line]
-
-    assert "warning: log.to" not in said
-    [record] = (folder / "wandb").glob("offline-run-*/run-*.wandb")
-    assert wandb_history(record, "train/loss") == pytest.approx(losses)
-
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder / "tensorboard")).Reload()
-    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(losses)
-    assert [event.step for event in events.Scalars("eval/loss")] == [0, 1, 2, 3, 4]
-
-    assert any(file.stat().st_size > 1000 for file in (folder / "trackio").rglob("*") if file.is_file())
-
-
-def wandb_history(record: Path, key: str) -> list[float]:
-    """The values of a metric in the file of an offline run."""
-    from wandb.proto import wandb_internal_pb2
-
-    values = []
-    for data in leveldb_records(record.read_bytes()):
-        message = wandb_internal_pb2.Record()
-        message.ParseFromString(data)
-        for item in message.history.item:
-            if key in (item.key, "/".join(item.nested_key)):
-                values.append(json.loads(item.value_json))
-    return values
-
-
-def leveldb_records(content: bytes) -> Iterator[bytes]:
-    """Records of a LevelDB log: blocks of 32 KiB, parts with checksum, length and kind. Seven bytes of wandb's precede."""
-    at, record = 7, b""
-    while at < len(content):
-        if 32768 - at % 32768 < 7:  # no room for another header in this block
-            at += 32768 - at % 32768
-            continue
-        _, length, kind = struct.unpack("<IHB", content[at : at + 7])
-        record += content[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            yield record
-            record = b""
-
-
-def test_a_tracker_that_fails_never_stops_a_run(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    """With a key that cannot be one, wandb refuses to start."""
-    environment = os.environ | {"WANDB_MODE": "online", "WANDB_API_KEY": "too-short"}
-    done = sft_recipe("run", str(write_recipe(log={"to": ["wandb"]})), environment=environment)
-
-    assert done.returncode == 0, done.stderr
-    [warning] = [line for line in done.stdout.splitlines() if line.startswith("warning: log.to")]
-    assert "wandb failed and is left out from here on" in warning
-    assert "too-short" not in done.stdout
-    assert (tmp_path / "run" / "model").is_dir()
-
-
-def test_a_tracker_that_cannot_be_made_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    warnings: list[str] = []
-    monkeypatch.setattr(logging, "get_reporting_integration_callbacks", lambda names: [lambda: 1 / 0])
-
-    assert logging.trackers(["wandb"], tmp_path, warnings.append) == []
-    assert "cannot be started and is left out: ZeroDivisionError" in warnings[0]
 
 
 def test_lines_where_there_is_no_terminal(write_recipe: WriteRecipe) -> None:
@@ -108,24 +35,93 @@ def test_lines_where_there_is_no_terminal(write_recipe: WriteRecipe) -> None:
     assert "\x1b" not in said
 
 
-def test_a_bar_on_a_terminal() -> None:
-    from transformers import TrainerControl, TrainerState
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
-    said = io.StringIO()
-    display = logging.Display(Console(file=said, force_terminal=True, width=120))
-    state = TrainerState(max_steps=10, global_step=4)
-    display.on_train_begin(None, state, TrainerControl())
-    display.show({"step": 4, "loss": 1.5, "learning_rate": 1e-4, "tokens_per_second": 100.0, "memory": 1.0})
-    display.on_step_end(None, state, TrainerControl())
+
+@pytest.mark.parametrize(
+    ("columns", "figures"),
+    [
+        (140, "loss 1.5000  0:00:00 left  lr 1.00e-04  12,345 tokens/s  1.0 GiB"),
+        (80, "loss 1.5000  0:00:00 left  lr 1.00e-04  12,345 tokens/s  1.0 GiB"),
+        (72, "loss 1.5000  0:00:00 left  lr 1.00e-04  12,345 tokens/s"),
+        (50, "loss 1.5000  0:00:00 left"),
+        (30, "loss 1.5000"),
+    ],
+)
+def test_a_bar_on_a_terminal(columns: int, figures: str) -> None:
+    """One line, with as much as has a place on it; below it how far validation has come."""
+    said = Terminal()
+    display = logging.Display(Console(file=said, force_terminal=True, color_system=None, width=columns))
+    state, control = TrainerState(max_steps=10, global_step=4), TrainerControl()
+    display.on_train_begin(None, state, control)
+    display.on_step_begin(None, state, control)
+    state.global_step = 5
+    display.show({"step": 5, "loss": 1.5, "learning_rate": 1e-4, "tokens_per_second": 12345.0, "memory": 1.0})
+    display.on_step_end(None, state, control)
     assert display.progress is not None
     display.progress.refresh()
-    display.show({"step": 4, "eval_loss": 2.0, "eval_perplexity": 7.4})
-    display.on_train_end(None, state, TrainerControl())
+    bar = lines_of(said)[-1]
+    assert re.fullmatch(f"━+ + 5/10 {re.escape(figures)}", bar.rstrip())
+    assert len(bar) <= columns
 
-    assert "4/10" in said.getvalue()
-    assert "loss 1.5000" in said.getvalue()
-    assert "eval loss 2.0000" in said.getvalue()
+    for _ in range(2):
+        display.on_prediction_step(None, state, control, eval_dataloader=[0, 0, 0])
+    display.progress.refresh()
+    assert "2/3" in lines_of(said)[-1]
+    display.show({"step": 5, "eval_loss": 2.0, "eval_perplexity": 7.4})
+    display.on_evaluate(None, state, control)
+    display.on_train_end(None, state, control)
+
+    assert "step 5/10  eval loss 2.0000  perplexity 7.40" in lines_of(said)
     assert display.progress is None
+
+
+def lines_of(said: io.StringIO) -> list[str]:
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said.getvalue())
+    return [line for line in re.split(r"[\r\n]+", plain) if line]
+
+
+@pytest.mark.parametrize("no_color", [{}, {"NO_COLOR": "1"}])
+def test_a_run_on_a_terminal(write_recipe: WriteRecipe, tmp_path: Path, no_color: dict[str, str]) -> None:
+    """A real one, of 60 columns."""
+    main, other = pty.openpty()
+    fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if "COLOR" not in name and name != "COLUMNS"}
+    recipe = write_recipe(log={"every": 1}, model={"dtype": "bfloat16"})
+    child = start(
+        "run", str(recipe), out=Path(os.ttyname(other)), err=tmp_path / "err",
+        environment=environment | {"TERM": "xterm-256color"} | no_color,
+    )  # fmt: skip
+    said = Terminal()
+    while child.is_alive() or select.select([main], [], [], 0)[0]:
+        if select.select([main], [], [], 0.2)[0]:
+            said.write(os.read(main, 65536).decode(errors="replace"))
+    for end in (main, other):
+        os.close(end)
+
+    assert child.exitcode == 0, (tmp_path / "err").read_text("utf-8")
+    lines = lines_of(said)
+    bars = [line for line in lines if "━" in line]
+    assert any("3/3 loss" in line for line in bars)
+    assert any(line.startswith("step 3/3  eval loss") for line in lines)
+    assert not any(line.startswith("step 3/3  loss") for line in lines)  # is on the bar
+    assert max(map(len, bars)) <= 60
+    coloured = re.search(r"\x1b\[(\d+;)*(3\d|38;[0-9;]+)m", said.getvalue())
+    assert bool(coloured) == (not no_color)
+
+
+def test_a_file_into_which_colours_are_forced_gets_lines(write_recipe: WriteRecipe) -> None:
+    done = sft_recipe("run", str(write_recipe(log={"every": 1})), environment=os.environ | {"FORCE_COLOR": "1"})
+
+    assert done.returncode == 0, done.stderr
+    assert "━" not in done.stdout
+    assert len([line for line in done.stdout.splitlines() if re.match(r"step \d/3  loss", line)]) == 3
+
+
+def test_a_notebook_gets_lines() -> None:
+    assert not logging.Display(Console(file=Terminal(), force_jupyter=True)).moves
 
 
 def test_every_so_many_steps_and_the_last(write_recipe: WriteRecipe) -> None:

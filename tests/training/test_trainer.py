@@ -18,8 +18,8 @@ from tests.conftest import WriteRecipe
 
 SEQUENCES = 400
 # Names we send without a recipe key that decides them; `trl:` may set them otherwise.
-UNOWNED = {"dataloader_pin_memory", "prediction_loss_only", "logging_first_step", "logging_nan_inf_filter", "run_name"}
-UNOWNED |= {"disable_tqdm", "use_cpu", "project", "include_num_input_tokens_seen", "accelerator_config"}
+UNOWNED = {"dataloader_pin_memory", "prediction_loss_only", "logging_first_step", "logging_nan_inf_filter"}
+UNOWNED |= {"disable_tqdm", "use_cpu", "include_num_input_tokens_seen", "accelerator_config"}
 
 
 def config(recipe: Path, *overrides: str, validates: bool = True) -> SFTConfig:
@@ -68,7 +68,8 @@ def test_the_names_we_send_are_fields_of_sft_config_and_owned(write_recipe: Writ
         ("checkpoint.export_best=true", {"metric_for_best_model": "eval_loss", "greater_is_better": False}),
         ("log.every=3", {"logging_steps": 3}),
         ("trl.neftune_noise_alpha=5", {"neftune_noise_alpha": 5}),
-        ("trl.project=mine", {"project": "mine"}),
+        ("log.project=mine", {"project": "mine"}),
+        ("log.name=mine", {"run_name": "mine"}),
     ],
 )
 def test_a_field_moves_what_it_means(write_recipe: WriteRecipe, override: str, moved: dict[str, Any]) -> None:

@@ -8,7 +8,6 @@ from sft_recipes.recipe.load import schema_of
 from sft_recipes.recipe.upstream import OWNED, optimizers, schedulers, sft_config_fields
 
 HUB = Lacking("upload the verified model yourself: hf upload NAME RUN/model", off=(False, "every_save"))
-PROJECT = Lacking("set WANDB_PROJECT in the environment")
 # Optimizers by other names for the same computation; transformers no longer has the first.
 OPTIMIZERS = {
     "adamw_hf": "adamw_torch_fused",
@@ -216,7 +215,7 @@ def an_epoch(draft: Draft, key: str, to: str, times: Any) -> None:
 
 
 def trackers(draft: Draft) -> None:
-    """report_to: log.to"""
+    """report_to: log.to; run_name: log.name; project, wandb_project: log.project"""
     wanted = draft.get("report_to")
     names = [name for name in (wanted if isinstance(wanted, list) else [wanted]) if name not in (None, "none")]
     known = schema_of(("log", "to"))["items"]["enum"]
@@ -224,6 +223,17 @@ def trackers(draft: Draft) -> None:
         draft.carry("report_to", "log.to", names)
     elif wanted is not None:
         draft.lack("report_to", f"log.to knows {', '.join(known)}")
+    in_trackers(draft, name=("run_name",), project=("project", "wandb_project"))
+
+
+def in_trackers(draft: Draft, **theirs: tuple[str, ...]) -> None:
+    """Their keys for log.project, log.name, log.group, which are for trackers that have such: those of log.to."""
+    named = set(draft.value("log.to")) - {"tensorboard"}
+    for to, keys in theirs.items():
+        for key in keys:
+            if draft.get(key) and named:
+                draft.carry(key, f"log.{to}", draft.get(key))
+            draft.leave(key, why=f"for trackers that have a {to}, of which log.to names none")
 
 
 def launch(draft: Draft) -> None:

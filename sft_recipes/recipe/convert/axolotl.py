@@ -6,10 +6,10 @@ from typing import Any
 
 from sft_recipes.recipe.convert.arguments import (
     ARGUMENTS,
-    PROJECT,
     an_epoch,
     evaluation,
     held_out,
+    in_trackers,
     launch,
     length,
     optimizer,
@@ -225,13 +225,13 @@ KEYS: Rules = {
     "logging_steps": To("log.every", number),
     **all_of("hub_model_id hub_strategy hub_revision", ARGUMENTS["hub_model_id"]),
     "wandb_entity": Lacking("set WANDB_ENTITY in the environment"),
+    "mlflow_tracking_uri": Lacking("set MLFLOW_TRACKING_URI in the environment"),
     "wandb_watch": Lacking("set WANDB_WATCH in the environment", off=(False, "false")),
     "wandb_log_model": Lacking("set WANDB_LOG_MODEL in the environment", off=(False, "false")),
     "wandb_mode": Lacking("set WANDB_MODE in the environment"),
     "wandb_run_id": Lacking("set WANDB_RUN_ID in the environment"),
     **all_of(
-        "use_mlflow mlflow_tracking_uri mlflow_experiment_name mlflow_run_name hf_mlflow_log_artifacts "
-        "use_comet comet_project_name comet_api_key comet_workspace use_swanlab use_otel_metrics",
+        "hf_mlflow_log_artifacts use_comet comet_project_name comet_api_key comet_workspace use_swanlab use_otel_metrics",
         _TRACKER,
     ),
     **all_of(
@@ -544,17 +544,20 @@ def _plugins(draft: Draft) -> None:
 
 
 def _trackers(draft: Draft) -> None:
-    """wandb_project, use_wandb, use_tensorboard, use_trackio: log.to; wandb_name: trl.run_name"""
-    wants = {name: bool(draft.get(f"use_{name}")) for name in ("wandb", "tensorboard", "trackio")}
+    """use_wandb, use_tensorboard, use_trackio, use_mlflow: log.to; wandb_project, mlflow_experiment_name: log.project;
+    wandb_name, mlflow_run_name: log.name"""
+    wants = {name: bool(draft.get(f"use_{name}")) for name in ("wandb", "tensorboard", "trackio", "mlflow")}
     wants["wandb"] |= bool(draft.get("wandb_project")) and draft.get("use_wandb") is not False
     if to := [name for name, wanted in wants.items() if wanted]:
-        key = next(key for key in ("use_wandb", "wandb_project", "use_tensorboard", "use_trackio") if draft.get(key))
+        keys = ("use_wandb", "wandb_project", "use_tensorboard", "use_trackio", "use_mlflow")
+        key = next(key for key in keys if draft.get(key))
         draft.carry(key, "log.to", to)
-    if draft.get("wandb_project"):
-        PROJECT.apply(draft, "wandb_project", draft.get("wandb_project"))
-    if name := next((key for key in ("wandb_name", "wandb_run_name") if draft.get(key)), None):
-        draft.carry(name, "trl.run_name", draft.get(name))
-    draft.leave("use_wandb", "use_tensorboard", "use_trackio", why="as log.to says")
+    in_trackers(
+        draft,
+        project=("wandb_project", "mlflow_experiment_name"),
+        name=("wandb_name", "wandb_run_name", "mlflow_run_name"),
+    )
+    draft.leave("use_wandb", "use_tensorboard", "use_trackio", "use_mlflow", why="as log.to says")
 
 
 GROUPS = (_weights, _adapters, _datasets, _template, _packing, _steps, warmup, _rate, _validation, _times, evaluation, saving,

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from sft_recipes.recipe.convert.arguments import warmup_of
+from sft_recipes.recipe.convert.arguments import in_trackers, warmup_of
 from sft_recipes.recipe.convert.draft import (
     Draft,
     Lacking,
@@ -122,10 +122,7 @@ KEYS: Rules = {
         Needless("trackers write into the run directory"),
     ),
     "metric_logger.filename": Needless("metrics.jsonl is always written"),
-    "metric_logger.project": Lacking("set WANDB_PROJECT in the environment"),
     "metric_logger.entity": Lacking("set WANDB_ENTITY in the environment"),
-    "metric_logger.group": Lacking("set WANDB_RUN_GROUP in the environment"),
-    "metric_logger.name": To("trl.run_name"),
     "profiler.*": Needless("of a profiler that is off"),
 }
 
@@ -454,12 +451,14 @@ def _memory(draft: Draft) -> None:
 
 
 def _logs(draft: Draft) -> None:
-    """metric_logger._component_: log.to"""
+    """metric_logger._component_: log.to; metric_logger.project: log.project; metric_logger.name: log.name;
+    metric_logger.group: log.group"""
     trackers = {"WandBLogger": ["wandb"], "TensorBoardLogger": ["tensorboard"], "DiskLogger": [], "StdoutLogger": []}
     if (name := _component(draft, "metric_logger")) in trackers:
         draft.carry("metric_logger._component_", "log.to", trackers[name])
     elif name:
         draft.lack("metric_logger._component_", "log.to has other trackers")
+    in_trackers(draft, project=("metric_logger.project",), name=("metric_logger.name",), group=("metric_logger.group",))
     if draft.get("profiler.enabled"):
         draft.lack("profiler", "of a profiler")
 

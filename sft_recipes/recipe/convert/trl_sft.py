@@ -80,7 +80,6 @@ KEYS: Rules = {
     "num_machines": To("launch.machines"),
     "env.*": Lacking("set it in the environment"),
     # trackers
-    "wandb_project": Lacking("set WANDB_PROJECT in the environment"),
     "wandb_entity": Lacking("set WANDB_ENTITY in the environment"),
     **ARGUMENTS,
 }
