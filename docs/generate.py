@@ -86,8 +86,9 @@ def commands_page() -> str:
     """The help of every command."""
     lines = ["# The commands", "", "Made from `sft-recipe --help` by `docs/generate.py`.", ""]
     lines += [
-        "Exit codes: 0 done; 1 the run failed; 2 the recipe, the data or the command line is wrong. Errors go to stderr,",
-        "one line a problem; `--debug` shows the traceback.",
+        "Exit codes: 0 done; 1 the run failed; 2 the recipe, the data or the command line is wrong; 75 stopped on request,",
+        "with a checkpoint from which `--resume` continues. Errors go to stderr, one line a problem; `--debug` shows the",
+        "traceback.",
     ]
     group = typer.main.get_command(cli.app)
     context = group.make_context("sft-recipe", [], resilient_parsing=True)

@@ -148,7 +148,10 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON: memory in GiB, time in hours.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Predict memory, steps and time from the recipe and the model's config; without a GPU, and without weights."""
+    """Predict memory, steps and time, without a GPU and without weights.
+
+    From the recipe, the model's config, and the data where it is there.
+    """
     _quiet(debug)
     from sft_recipes.plan import plan as start
 
@@ -212,7 +215,10 @@ def merge(
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Merge LoRA weights into the base model, and prove that the result is the model that was trained."""
+    """Merge LoRA weights into the base model, and prove the result.
+
+    It gets its name when a fresh process has found that it is the model that was trained.
+    """
     from sft_recipes.recipe.load import expectation, schema_of
 
     for option, value in (("dtype", dtype), ("max_shard_size", max_shard_size)):
@@ -248,7 +254,10 @@ def report(
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Write a run's curves, data, answers and facts as HTML and PNG; of several runs side by side."""
+    """Write the report of a run, or of several side by side.
+
+    Curves, data, answers and facts as HTML and PNG.
+    """
     _quiet(debug)
     from sft_recipes.report import page
 
@@ -283,7 +292,10 @@ def new(
     name: Annotated[str, typer.Argument(help="Name of a shipped recipe.")],
     out: Annotated[Path | None, typer.Option(help="Where to write it; by default NAME.yaml.")] = None,
 ) -> None:
-    """Copy a recipe that ships, to edit it; with the line for editors where a schema is beside it or above (see schema)."""
+    """Copy a recipe that ships, to edit it.
+
+    With the line for editors, where a schema is beside it or above (see schema).
+    """
     from sft_recipes.recipe import shipped
 
     print(shipped.copy(name, out))
@@ -335,7 +347,10 @@ def convert(
         typer.Option("--from", help="Whose config it is; by default found from its keys."),
     ] = None,
 ) -> None:
-    """Turn another tool's config into a recipe, and say of each of its keys what became of it (on stderr)."""
+    """Turn another tool's config into a recipe.
+
+    What became of each of its keys is said on stderr.
+    """
     from sft_recipes.recipe.convert import conversion
 
     converted = conversion.convert(file, source)

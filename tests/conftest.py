@@ -41,6 +41,7 @@ LONGEST = [
     "test_make",
     "test_preflight",
     "test_dpo",
+    "test_examples",
 ]
 
 

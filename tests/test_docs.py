@@ -1,14 +1,21 @@
 """The documentation is that of the code."""
 
+import ast
 import re
 import runpy
+import subprocess
+import sys
+import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
-from sft_recipes.recipe import check, shipped
+from sft_recipes.recipe import check, load, shipped
 from sft_recipes.recipe.load import field_names
-from tests.conftest import write_rows
+from sft_recipes.recipe.schema import Recipe
+from tests.conftest import minimal, write_rows
 
 ROOT = Path(__file__).parents[1]
 PAGES = runpy.run_path(str(ROOT / "docs" / "generate.py"))["PAGES"]
@@ -25,6 +32,13 @@ def test_every_key_is_in_the_reference() -> None:
     page = (ROOT / "docs" / "recipe.md").read_text("utf-8")
 
     assert all(f"`{name.split('.')[-1]}`" in page or f"## {name}" in page for name in field_names())
+
+
+def test_the_list_of_commands_says_each_in_whole() -> None:
+    listed = PAGES["commands.md"]().split("Commands:\n")[1].split("```")[0].strip().splitlines()
+
+    assert len(listed) > 10
+    assert [line for line in listed if line.endswith("...")] == []
 
 
 def test_the_recipe_of_the_readme_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,6 +65,24 @@ def test_the_readme_and_ci_test_alike() -> None:
     assert f"\n{test}\n" in ci
 
 
+def recipes_of(page: Path) -> list[str]:
+    """The recipes that a page shows, and parts of recipes."""
+    blocks = re.findall(r"```yaml\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+    read = ((text, YAML(typ="safe", pure=True).load(text)) for text in blocks)
+    return [text for text, keys in read if keys and set(keys) <= set(Recipe.model_fields)]
+
+
+@pytest.mark.parametrize("page", filter(recipes_of, MARKDOWN), ids=lambda page: page.name)
+def test_recipes_of_the_pages_are_read(page: Path, tmp_path: Path) -> None:
+    for text in recipes_of(page):
+        whole = minimal(tmp_path)
+        for name, value in YAML(typ="safe", pure=True).load(text).items():
+            whole[name] = {**whole.get(name, {}), **value} if isinstance(value, dict) else value
+        file = tmp_path / "recipe.yaml"
+        YAML(typ="safe", pure=True).dump(whole, file)
+        load.load(file)
+
+
 @pytest.mark.parametrize("page", MARKDOWN, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text("utf-8")):
@@ -58,12 +90,78 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_extras_of_the_readme_are_those_of_the_project() -> None:
-    import tomllib
-
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
     table = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
 
     assert {name for row in table for name in re.findall(r"\w+", row)} == set(extras)
+
+
+def test_files_that_the_contributor_is_sent_to_are_there() -> None:
+    named = re.findall(r"`((?:\w+/)+[\w.]+\.\w+|\w+\.(?:cff|toml|txt))`", (ROOT / "CONTRIBUTING.md").read_text("utf-8"))
+
+    assert len(named) > 20
+    assert [name for name in named if "NAME" not in name and not (ROOT / name).is_file()] == []
+
+
+def test_contributing_tests_as_ci_does() -> None:
+    page, ci = (ROOT / "CONTRIBUTING.md").read_text("utf-8"), (ROOT / ".ci" / "run").read_text("utf-8")
+    hooks = YAML(typ="safe", pure=True).load((ROOT / ".pre-commit-config.yaml").read_text("utf-8"))["repos"][0]["hooks"]
+
+    assert "pip install -c constraints.txt -e '.[test]' && pre-commit install\n" in page
+    for hook in hooks[:3]:
+        assert f"\n{hook['entry']}\n" in ci
+    assert hooks[3]["entry"] == "python docs/generate.py"
+
+
+def test_the_citation_is_of_this_version() -> None:
+    from sft_recipes import __version__
+
+    citation = YAML(typ="safe", pure=True).load((ROOT / "CITATION.cff").read_text("utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+
+    assert citation["version"] == __version__
+    assert (citation["title"], citation["license"]) == (project["name"], project["license"])
+    assert citation["abstract"] == project["description"]
+
+
+def test_symptoms_have_the_lines_that_the_code_says() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
+    lines = [line for block in re.findall(r"```text\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
+
+    assert len(lines) > 30
+    assert [line for line in lines if not any(says(message, line) for message in messages())] == []
+
+
+def says(message: re.Pattern[str], line: str) -> bool:
+    """Whether a message is the better part of a line, beside its place, or a remedy that is a message of its own."""
+    found = message.search(line)
+    return found is not None and len(found[0]) > len(line) / 2
+
+
+@cache
+def messages() -> list[re.Pattern[str]]:
+    """What the code can say, with anything in the place of a value."""
+    found = []
+    for file in (ROOT / "sft_recipes").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            texts = (part.value if isinstance(part, ast.Constant) else "{}" for part in parts)
+            known = re.sub(r"\\{[^ ]*?\\}", ".*", re.escape("".join(map(str, texts))))
+            if len(known.replace(".*", "")) > 10:
+                found.append(re.compile(known))
+    return found
+
+
+def test_the_site_is_built_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path / "site"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+    pages = list((tmp_path / "site").rglob("*.html"))
+    assert {"index.html", "tutorial.html", "recipe.html", "CONTRIBUTING.html"} <= {page.name for page in pages}
+    loads = re.compile(r"<(?:script|img|iframe)[^>]+src=[\"']?https?:|<link[^>]+href=[\"']?https?:")
+    assert [page.name for page in pages if loads.search(page.read_text("utf-8"))] == []
+    assert "adamw_8bit_sr" in (tmp_path / "site" / "search" / "search_index.js").read_text("utf-8")
 
 
 def test_results_have_a_command_beside_them() -> None:
