@@ -446,6 +446,8 @@ def _quiet(debug: bool) -> None:
     warnings.filterwarnings("ignore")
     for name in ("torchao", "bitsandbytes", "torch.utils._pytree", "trl", "accelerate", "datasets", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # It writes to stdout, at a level that it sets itself when it is imported.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
 if __name__ == "__main__":
