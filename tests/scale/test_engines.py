@@ -1,6 +1,7 @@
 """DDP, FSDP2 and DeepSpeed ZeRO, on two processes over gloo: the run of one process, and a whole model out of it."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,14 @@ SAME: dict[str, Any] = {
     "full": ASKED,
     "qlora": {"lora": {"rank": 2, "dropout": 0.0}},
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def deepspeed() -> None:
+    """Imported once, and not in each child."""
+    if installed("deepspeed"):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        import deepspeed  # noqa: F401
 
 
 @pytest.fixture(scope="module")
