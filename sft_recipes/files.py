@@ -68,8 +68,8 @@ def complete_or_not_there(out: Path) -> Iterator[Path]:
 @contextmanager
 def replaced(file: Path) -> Iterator[Path]:
     """A file to write to, which takes the place of `file` once all is written; until then, and if that fails, the earlier
-    one stays."""
-    partial = file.with_name(f".{file.name}.partial")
+    one stays. Of processes that write it at once each has its own, and the last one stays."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
         yield partial
         _to_disk(partial)
@@ -183,8 +183,12 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a process works in a directory, as `locked` has it. Not known on network file systems without locks: False."""
-    held = _hold(folder)
+    """Whether a process works in a directory, as `locked` has it. Not known on network file systems without locks: False.
+    Raises OutputError where it cannot be read."""
+    try:
+        held = _hold(folder)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be read: {error.strerror}; make it readable for this user") from None
     if held is not None:
         os.close(held)
     return held is None

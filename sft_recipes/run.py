@@ -92,7 +92,8 @@ def run(
         with words.no_more_than_a_warning(console, "the report"):
             page.write(folder)
         run_folder.finish(folder, peak_memory())
-    words.conclude(console, folder)
+    with words.no_more_than_a_warning(console, "the summary"):
+        words.conclude(console, folder)
     return folder
 
 

@@ -19,7 +19,6 @@ from sft_recipes.recipe import secrets
 from sft_recipes.recipe.schema import Recipe
 
 MANIFEST, RESOLVED = "manifest.json", "recipe.resolved.json"
-OURS = (MANIFEST, RESOLVED, f".{RESOLVED}.partial")  # a run that was begun holds one of these
 # Keys that change what is written and said of a training, and not the training.
 _HARMLESS = ("checkpoint.", "log.", "export.", "eval.", "train.on_nonfinite", "train.gradient_checkpointing")
 # How a step's work is spread: its sums are rounded otherwise, and dropout falls elsewhere. DeepSpeed's checkpoints are for as
@@ -37,7 +36,7 @@ def in_the_way(output_dir: str, *, resume: bool = False) -> str | None:
     if folder.exists() and not folder.is_dir():
         return f"output_dir: {folder} is a file; choose another with --set output_dir=DIR"
     held = _held(folder)
-    if resume and held and not any(name in OURS for name in held):
+    if resume and held and not any(name == MANIFEST or RESOLVED in name for name in held):  # or a part of it
         return (
             f"output_dir: {folder} holds no run to resume, but {', '.join(held[:4])}{', ...' if len(held) > 4 else ''}; "
             "choose another directory with --set output_dir=DIR"

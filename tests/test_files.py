@@ -125,6 +125,18 @@ def test_a_directory_that_is_being_removed_has_no_name(tmp_path: Path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_two_processes_that_write_a_file_do_not_share_it(tmp_path: Path) -> None:
+    with files.replaced(tmp_path / "page") as mine:
+        mine.write_text("mine", "utf-8")
+        if os.fork() == 0:
+            files.write_text(tmp_path / "page", "another's")
+            os._exit(0)
+        os.wait()
+        assert (tmp_path / "page").read_text("utf-8") == "another's"
+    assert (tmp_path / "page").read_text("utf-8") == "mine"
+    assert [file.name for file in tmp_path.iterdir()] == ["page"]
+
+
 def sealed(folder: Path) -> Path:
     folder.mkdir()
     (folder / "weights").write_bytes(bytes(1000))

@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from sft_recipes import run_folder
 from sft_recipes.data.templates import alpaca_prompt
-from tests.conftest import ROWS, minimal, run, write_rows
+from tests.conftest import ROWS, WriteRecipe, minimal, run, write_rows
 
 # Loads each model/ as anyone would, and says what it does with a prompt.
 FRESH = """
@@ -319,3 +320,17 @@ def test_shards(trained: Trained) -> None:
     folder, _ = trained("shards")
 
     assert len(list((folder / "model").glob("model-0000*-of-0000*.safetensors"))) > 2
+
+
+def test_what_is_said_at_the_end_fails_no_run(write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    finish = run_folder.finish
+
+    def and_lose_the_log(folder: Path, memory: float) -> None:
+        finish(folder, memory)
+        (folder / "metrics.jsonl").unlink()
+
+    monkeypatch.setattr(run_folder, "finish", and_lose_the_log)
+    folder, said = run(write_recipe(train={"max_steps": 1}))
+
+    assert f"warning: the summary could not be made: {folder}: no run here (metrics.jsonl is missing)" in said
+    assert (folder / "model").is_dir()

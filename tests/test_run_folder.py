@@ -153,6 +153,15 @@ def test_prompts_that_changed_do_no_harm(write_recipe: WriteRecipe, tmp_path: Pa
     assert "content has changed" not in said
 
 
+def test_killed_while_its_first_file_was_written(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".recipe.resolved.json.4711.partial").write_text("{", "utf-8")
+    folder, said = run(write_recipe(train={"max_steps": 1}), resume=True)
+
+    assert "no checkpoint yet: from the first step" in said
+    assert not list(folder.glob(".*"))
+
+
 def test_a_directory_that_holds_something_else_is_not_resumed(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").touch()

@@ -19,7 +19,7 @@ BELOW = {
     "builtin": {"data", "export", "recipe", "errors"},
     "data": {"recipe", "errors"},
     "planning": {"recipe", "errors"},
-    "report": {"recipe", "errors", "files"},
+    "report": {"recipe", "errors", "files", "stopping"},
     "export": {"data", "recipe", "errors", "files"},
     "scale": {"recipe", "errors"},
     "training": {"planning", "data", "recipe", "errors", "files", "stopping"},

@@ -11,8 +11,8 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined, UndefinedError
 from ruamel.yaml import YAML
 
-from sft_recipes import files
-from sft_recipes.errors import OutputError, RecipeError, SFTRecipeError, one_line
+from sft_recipes import files, stopping
+from sft_recipes.errors import OutputError, RecipeError, SFTRecipeError, Stopped, one_line
 from sft_recipes.report import chart, facts
 from sft_recipes.report.curve import learning_curve, learning_curves
 from sft_recipes.report.facts import Run
@@ -38,7 +38,7 @@ def report(folders: Sequence[Path], out: Path | None = None, *, table: bool = Fa
     """
     out = out or (folders[0] if len(folders) == 1 else COMPARISON)
     try:
-        runs = [facts.read(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
+        runs = _read(folders)
         html, rows = _html(runs, live), _csv(runs) if table else None
         out.mkdir(parents=True, exist_ok=True)
         written = [out / "learning_curve.png", out / "report.html"]
@@ -57,19 +57,29 @@ def report(folders: Sequence[Path], out: Path | None = None, *, table: bool = Fa
     except OSError as error:
         reason = f"cannot be written: {error.strerror}; choose another --out"
         raise OutputError(f"{error.filename or out}: {reason}") from None
-    except (LookupError, TypeError, ValueError, AttributeError, UndefinedError) as error:
+    except (LookupError, TypeError, ArithmeticError, ValueError, AttributeError, UndefinedError) as error:
         reason = f"{type(error).__name__}: {error}"
         of = ", ".join(map(str, folders))
         raise OutputError(f"{of}: its files are not as a run wrote them, so there is no report ({reason})") from None
 
 
+def _read(folders: Sequence[Path]) -> list[Run]:
+    try:
+        return [facts.read(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
+    except SFTRecipeError:
+        raise
+    except OSError as error:
+        reason = f"cannot be read: {error.strerror}; make it readable for this user"
+        raise OutputError(f"{error.filename}: {reason}") from None
+
+
 def follow(
     folders: Sequence[Path], out: Path | None, tell: Callable[[list[Path]], None], *, table: bool = False
 ) -> None:
-    """Write the report anew whenever its runs have logged something, until none of them is running, or Ctrl-C. `tell`
-    hears once where it is. Raises as `report` does."""
+    """Write the report anew whenever its runs have logged something, until none of them is running, or Ctrl-C, or SIGTERM.
+    `tell` hears once where it is. Raises as `report` does."""
     seen, told = list[int](), False
-    with suppress(KeyboardInterrupt):
+    with suppress(Stopped), stopping.on_request(None, None):
         while any(folder.is_dir() and files.is_held(folder) for folder in folders):
             began, found = time.monotonic(), _changes(folders)
             if found != seen and all((folder / "metrics.jsonl").is_file() for folder in folders):

@@ -56,6 +56,8 @@ def rewind(run_dir: Path, checkpoint: Path | None) -> None:
     for pattern in ("checkpoints/.checkpoint-*", ".model.*", ".adapter.*"):
         for left in run_dir.glob(pattern):
             shutil.rmtree(left, ignore_errors=True)
+    for file in run_dir.glob(".*.json*.partial"):  # what `report` writes may be another process's
+        file.unlink()
     last = -1 if checkpoint is None else step_of(checkpoint)
     for name in ("metrics.jsonl", "samples.jsonl"):
         file = run_dir / name

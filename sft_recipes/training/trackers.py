@@ -8,7 +8,7 @@ import os
 import re
 import shlex
 from collections.abc import Callable
-from contextlib import redirect_stdout, suppress
+from contextlib import ExitStack, redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +31,7 @@ class Tracker(TrainerCallback):
     """What all have in common. Making one imports its library."""
 
     name: ClassVar[str]
+    caveat: str | None = None  # what is otherwise than one expects
 
     def __init__(self, recipe: Recipe, run_dir: Path) -> None:
         super().__init__()
@@ -129,12 +130,19 @@ class Trackio(Tracker, TrackioCallback):
     name = "trackio"
 
     def __init__(self, recipe: Recipe, run_dir: Path) -> None:
-        os.environ.setdefault("TRACKIO_DIR", str(run_dir / "trackio"))  # is read once, when it is imported
+        own = os.environ.get("TRACKIO_DIR")
+        folder = Path(own or run_dir / "trackio")
+        os.environ["TRACKIO_DIR"] = str(folder)  # is read once, when it is imported
         import trackio.run
+
+        if not own:  # or the next run of this process would take it for the user's
+            del os.environ["TRACKIO_DIR"]
 
         # It asks the hub for the name behind the token, where there is one, also for runs that stay here.
         setattr(trackio.run.Run, "_get_username", lambda _: None)  # noqa: B010
         super().__init__(recipe, run_dir)
+        if folder != (used := self._trackio.TRACKIO_DIR):
+            self.caveat = f"logs into {used}, not {folder}: it has one directory a process; start each run in its own"
 
     def setup(self, args: TrainingArguments, state: TrainerState, model: Any, **kwargs: Any) -> None:
         """In place of transformers' own, which knows no groups, and takes another run of the same name for this one."""
@@ -224,10 +232,11 @@ class MLflow(Tracker, MLflowCallback):
         self._end("FAILED")
 
     def _end(self, status: str) -> None:
-        self._ml_flow.flush_async_logging()
-        self._ml_flow.end_run(status)
-        if self.ours:  # the next run of this process has its own
-            self._ml_flow.set_tracking_uri(None)
+        with ExitStack() as last:  # done from below, each also where another fails
+            if self.ours:  # the next run of this process has its own
+                last.callback(self._ml_flow.set_tracking_uri, None)
+            last.callback(self._ml_flow.end_run, status)
+            last.callback(self._ml_flow.flush_async_logging)
 
 
 class Guarded:
@@ -265,8 +274,8 @@ class Guarded:
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._open = False
         self._attempt(self._tracker.on_train_end, args, state, control, **kwargs)
+        self._open = self._open and self._failed
 
     def table(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Show the answers of a step, a dict of COLUMNS each."""
@@ -274,10 +283,14 @@ class Guarded:
             self._attempt(self._tracker.table, step, rows)
 
     def close(self) -> None:
-        """What is still open was left by a training that has failed."""
+        """What is still open was left by a training, or a tracker, that has failed. Of the latter no more is said."""
         if self._open:
             self._open = False
-            self._attempt(self._tracker.fail)
+            if self._failed:
+                with suppress(Exception):
+                    self._tracker.fail()
+            else:
+                self._attempt(self._tracker.fail)
 
     def _attempt(self, act: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         if self._failed:
@@ -298,7 +311,10 @@ def trackers(recipe: Recipe, run_dir: Path, say: Callable[[str], None], warn: Ca
     guarded = []
     for name in recipe.log.to:
         try:
-            guarded.append(Guarded(KINDS[name](recipe, run_dir), say, warn))
+            tracker = KINDS[name](recipe, run_dir)
+            if tracker.caveat:
+                warn(f"log.to: {name} {tracker.caveat}")
+            guarded.append(Guarded(tracker, say, warn))
         except Exception as error:
             warn(in_short(f"log.to: {name} cannot be started and is left out: {error!r}"))
     return guarded

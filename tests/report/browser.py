@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ class Page:
 
     def __init__(self, socket: ClientConnection, session: str) -> None:
         self.socket, self.session, self.numbers = socket, session, itertools.count(100)
+        self.place = ""  # the address of the page
         self.said: list[str] = []
         self.asked: list[str] = []
         for domain in ("Page", "Runtime", "Log", "Network"):
@@ -44,6 +46,8 @@ class Page:
                 self.said.append(json.dumps(values))
             case "Network.requestWillBeSent":
                 self.asked.append(values["request"]["url"])
+            case "Page.frameNavigated":
+                self.place = values["frame"]["url"]
         return found
 
     def open(self, file: Path, *, width: int = 1280, dark: bool = False, scripts: bool = True, at: str = "") -> None:
@@ -56,11 +60,14 @@ class Page:
         self.said, self.asked = [], []
         self.call("Page.navigate", url="about:blank")
         self.call("Page.navigate", url=file.resolve().as_uri() + at)
+        self.loaded()
+        if self.place == "about:blank":
+            self.loaded()
+
+    def loaded(self) -> None:
+        """Wait for a page to have loaded, or to have loaded itself anew."""
         while self.event().get("method") != "Page.loadEventFired":
             pass
-        if self.value("location.protocol") == "about:":
-            while self.event().get("method") != "Page.loadEventFired":
-                pass
 
     def value(self, expression: str) -> Any:
         """What an expression of JavaScript is."""
@@ -90,12 +97,16 @@ def opened(profile: Path) -> Iterator[Page]:
         "--no-first-run",
         "--remote-debugging-port=0",
     ]
-    process = subprocess.Popen(
-        [PROGRAM, *options, f"--user-data-dir={profile}", "about:blank"], stderr=subprocess.PIPE, text=True
-    )
+    said = profile.with_name(f"{profile.name}.log")  # not a pipe, which stops who writes to it once it is full
+    with said.open("wb") as log:
+        process = subprocess.Popen([PROGRAM, *options, f"--user-data-dir={profile}", "about:blank"], stderr=log)
     try:
-        assert process.stderr is not None
-        address = next(found[1] for line in process.stderr if (found := re.search(r"listening on (ws://\S+)", line)))
+        patience = time.monotonic() + 60
+        while (found := re.search(r"listening on (ws://\S+)\s", said.read_text("utf-8", "replace"))) is None:
+            assert process.poll() is None, said.read_text("utf-8", "replace")
+            assert time.monotonic() < patience, said.read_text("utf-8", "replace")
+            time.sleep(0.05)
+        address = found[1]
         with connect(address, max_size=None) as socket:
 
             def call(number: int, method: str, **parameters: Any) -> dict[str, Any]:

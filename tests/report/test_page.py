@@ -157,6 +157,30 @@ def test_first_and_last_answers(finished: Path) -> None:
     assert (before["answer"], after["answer"]) == ("early", "late")
 
 
+def test_a_number_without_an_end_is_not_the_runs(tmp_path: Path) -> None:
+    lines = [line | {"tokens": float("inf")} for line in runs.metrics(2)]
+    with pytest.raises(OutputError, match="its files are not as a run wrote them"):
+        page.write(runs.write(tmp_path / "run", lines))
+
+
+def test_a_run_that_may_not_be_read(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another --out would not help."""
+
+    def refuse(path: Path, *_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(files, "_hold", refuse)
+    remedy = "run: cannot be read: Permission denied; make it readable for this user"
+    with pytest.raises(OutputError, match=remedy):
+        page.follow([finished], None, print)
+    begun = runs.write(finished.parent / "begun" / "run", runs.metrics(2), manifest=None, proof=None)
+    with pytest.raises(OutputError, match=remedy):  # it is asked whether it is running
+        page.write(begun)
+    monkeypatch.setattr(page.facts, "read", refuse)
+    with pytest.raises(OutputError, match=remedy):
+        page.write(finished)
+
+
 # --- The table -------------------------------------------------------------------------------------------------------
 
 
@@ -285,7 +309,8 @@ def test_following_a_run_that_has_ended_writes_it_once(finished: Path) -> None:
     assert done.stdout.split() == [str(finished / "learning_curve.png"), str(finished / "report.html")]
 
 
-def test_ctrl_c_ends_the_following_and_not_the_page(finished: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_following_and_not_the_page(finished: Path, tmp_path: Path, number: int) -> None:
     out, err = tmp_path / "out", tmp_path / "err"
     with files.locked(finished):
         child = start("report", str(finished), "--watch", out=out, err=err)
@@ -294,7 +319,7 @@ def test_ctrl_c_ends_the_following_and_not_the_page(finished: Path, tmp_path: Pa
             time.sleep(0.05)
         assert "location.reload" in html_of(finished)
         assert child.pid is not None
-        os.kill(child.pid, signal.SIGINT)
+        os.kill(child.pid, number)
         child.join()
 
     assert (child.exitcode, err.read_text()) == (0, "")

@@ -13,6 +13,7 @@ import pytest
 from sft_recipes.training import trackers
 from tests.commands import sft_recipe
 from tests.conftest import WriteRecipe, metrics, minimal, write_rows
+from tests.conftest import run as run_here
 
 ALL = ["wandb", "tensorboard", "trackio", "mlflow"]
 ODD = "What *is* <b>a|b</b>,\nand `c`?"
@@ -253,6 +254,37 @@ def test_nothing_is_told_to_one_that_failed(tmp_path: Path) -> None:
 
     assert warnings == ["log.to: broken failed and is left out from here on: OSError('no\\nnetwork')"]
     assert broken.calls == 1
+
+
+def test_two_runs_of_one_process(tmp_path: Path) -> None:
+    """The first loses mlflow half way, which is closed all the same. trackio cannot change its directory, and says so."""
+    recipes = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        write_rows(tmp_path / name / "train.jsonl")
+        recipe = minimal(tmp_path / name) | {"log": {"to": ["trackio", "mlflow"]}, "eval": {"generate": ASKED}}
+        recipe["train"] |= {"max_steps": 1}
+        recipes.append(tmp_path / name / "recipe.json")
+        recipes[-1].write_text(json.dumps(recipe), encoding="utf-8")
+
+    def fail(*_: object) -> None:
+        raise OSError("no network")
+
+    def first() -> None:
+        table = trackers.MLflow.table
+        setattr(trackers.MLflow, "table", fail)  # noqa: B010
+        run_here(recipes[0])
+        setattr(trackers.MLflow, "table", table)  # noqa: B010
+
+    done = sft_recipe("run", str(recipes[1]), environment=without_settings(tmp_path), cwd=tmp_path, first=first)
+
+    assert done.returncode == 0, done.stderr
+    folders = [recipe.parent / "run" for recipe in recipes]
+    stores = [of_mlflow_store(f"sqlite:///{folder}/mlflow/mlflow.db", "sft-recipes") for folder in folders]
+    assert [[one.info.status for one in store] for store in stores] == [["FAILED"], ["FINISHED"]]
+    [warning] = [line for line in done.stdout.splitlines() if line.startswith("warning: log.to")]
+    assert f"trackio logs into {folders[0]}/trackio, not {folders[1]}/trackio" in warning
+    assert f"trackio: TRACKIO_DIR={folders[0]}/trackio trackio show" in done.stdout
 
 
 # --- Weights & Biases ------------------------------------------------------------------------------------------------
