@@ -160,7 +160,11 @@ def test_metrics_that_cannot_be_written_are_a_warning(write_recipe: WriteRecipe,
 
 def test_a_console_that_nobody_reads_ends_no_run(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     """`sft-recipe run r.yaml | head -1`"""
-    command = [Path(sys.executable).with_name("sft-recipe"), "run", write_recipe(log={"every": 1}, lora={}, export={"merge": False})]
+    command = [
+        Path(sys.executable).with_name("sft-recipe"),
+        "run",
+        write_recipe(log={"every": 1}, lora={}, export={"merge": False}),
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         process.stdout.readline()
