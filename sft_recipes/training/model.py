@@ -170,7 +170,9 @@ def _read(recipe: Recipe, config: PreTrainedConfig) -> PreTrainedModel:
 
 def _to_be_handed_weights(recipe: Recipe, config: PreTrainedConfig) -> PreTrainedModel | None:
     """The model without its weights, where another rank is to hand them to this one; else None."""
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0 or recipe.launch.strategy != "fsdp2":
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        return None
+    if recipe.launch.strategy != "fsdp2" or recipe.model.quantization:
         return None
     model = sharded.without_memory(lambda: AutoModelForCausalLM.from_config(config, **_shape(recipe, config)))
     if not sharded.handed_on(recipe, model):

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from accelerate.utils import disable_fsdp_ram_efficient_loading
+from accelerate.utils import disable_fsdp_ram_efficient_loading, gather_object
 from transformers import PreTrainedModel
 
+from sft_recipes.errors import ModelError
 from sft_recipes.recipe.schema import Recipe
 
 SHARDED = ("fsdp2", "zero2", "zero3")
@@ -63,7 +64,14 @@ def finish(settings: Any, recipe: Recipe, model: Any) -> None:
     """What SFTConfig has no field for: how the model was loaded; sums of gradients over ranks are made in float32."""
     if recipe.launch.strategy != "fsdp2":
         return
-    settings.fsdp_plugin_args["cpu_ram_efficient_loading"] = handed_on(recipe, model)
+    handed = handed_on(recipe, model)
+    layout = [handed, *((name, weight.shape, weight.dtype) for name, weight in model.state_dict().items())]
+    if any(other != layout for other in gather_object([layout])):  # else they would wait for each other in vain
+        raise ModelError(
+            f"launch.strategy: fsdp2 cannot hand on the weights of {recipe.model.name}, as loaded they are others than its "
+            "config makes; set ddp, or zero3"
+        )
+    settings.fsdp_plugin_args["cpu_ram_efficient_loading"] = handed
     if recipe.train.mixed_precision != "no":
         from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -77,7 +85,7 @@ def handed_on(recipe: Recipe, model: Any) -> bool:
     """Whether the first rank alone reads the weights, and hands them to the others when they are shared out: with FSDP2, but
     for what accelerate cannot hand on (quantised weights, buffers that are saved), would tie again (layers that PEFT has
     wrapped), or would take for another type than it is read in."""
-    if recipe.launch.strategy != "fsdp2" or recipe.model.quantization:
+    if recipe.launch.strategy != "fsdp2" or getattr(model.config, "quantization_config", None):
         return False
     wrapped = recipe.lora is not None and bool(recipe.lora.modules_to_save or recipe.model.new_tokens)
     buffers = {name for name, _ in model.named_buffers()} & model.state_dict().keys()

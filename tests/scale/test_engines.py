@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import sft_recipes.run  # noqa: F401  # once, and not in each child
 from sft_recipes.recipe.upstream import installed
@@ -14,6 +15,7 @@ from tests.commands import forked
 from tests.conftest import metrics
 from tests.scale import two
 
+TINY = Path(__file__).parents[2] / "sft_recipes" / "builtin" / "tiny"
 needs_deepspeed = pytest.mark.skipif(not installed("deepspeed"), reason="DeepSpeed is not installed")
 TRAINED = {"loss": 1e-5, "eval_loss": 1e-5, "grad_norm": 1e-4}  # and how far they may be off, relatively
 # Without dropout, which each process draws for itself; 9 sequences, so that the last step of an epoch is not full.
@@ -137,6 +139,22 @@ def test_adapters_under_autocast_and_accumulation_with_fsdp2(tmp_path: Path, cap
     found = json.loads((run / "manifest.json").read_text("utf-8"))["preflight"]
     assert found["predicted_gib"] > 0
     assert "tflops" in metrics(run)[-2]
+
+
+def test_a_base_that_is_in_4_bits_already_is_read_by_each_rank(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    base = AutoModelForCausalLM.from_pretrained(TINY, quantization_config=config, device_map={"": "cpu"})
+    base.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(TINY).save_pretrained(tmp_path / "base")
+    sections = {"model": {"name": str(tmp_path / "base")}, "lora": {"rank": 2}, "export": {"merge": False}}
+    child = forked(two.main, tmp_path, "lora", "fsdp2", sections | {"train": {"max_steps": 2}}, ())
+    child.join()
+    assert json.loads(capfd.readouterr().out.splitlines()[-1])["said"]["whole"] == ["done", "done"]
+
+    held = json.loads((tmp_path / "whole" / "rank_1.json").read_text("utf-8"))
+    assert len(held["read"]) == 1
 
 
 @pytest.mark.parametrize(
