@@ -52,8 +52,9 @@ class Stop:
 def on_request(after: float | None, command: str | None) -> Iterator[Stop]:
     """Lets SIGTERM, SIGINT and the time end what is done within. Raises Stopped, with the `command` that continues it.
 
-    None is for what needs none, and for one of several ranks: its launcher says the command, and ends the ranks at a second signal. For the rank that
-    is the first once more, which systemd and the like send to every process, while the launcher hands its own on.
+    None is for what is not continued, and for one of several ranks: its launcher says the command, and ends the ranks at a
+    second signal. For the rank that is the first once more, which systemd and the like send to every process, while the
+    launcher hands its own on.
     """
     stop = Stop(after)
     mine = os.getpid()
