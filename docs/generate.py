@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from sft_recipes import cli
 from sft_recipes.recipe import editors
+from sft_recipes.recipe.convert import trl_sft
 from sft_recipes.recipe.convert.conversion import HEADINGS, TOOLS
 from sft_recipes.recipe.convert.draft import FILL_IN, Lacking, To
 from sft_recipes.recipe.load import expectation, schema_of, section_class
@@ -127,8 +128,16 @@ def convert_page() -> str:
         *(f"- *{heading}*" for heading in HEADINGS.values()),
         "",
         "and after them what there is to say about the recipe, with what `check` would find in it. Keys that were not carried",
-        "over stand at the end of the recipe, too. A config of anything else than supervised fine-tuning is refused.",
-        "LLaMA-Factory's data sets are looked up in its `dataset_info.json`, from the working directory.",
+        "over stand at the end of the recipe, too, with what there is to say about it that `check` does not find. A config",
+        "of anything else than supervised fine-tuning is refused. LLaMA-Factory's data sets are looked up in its",
+        "`dataset_info.json`, from the working directory.",
+        "",
+        "TRL joins a prompt and a completion that are text as they are; a recipe without `data.template` puts them into the",
+        "Alpaca template. Where your rows are such, save this to a .jinja file, and set `data.template` to its path:",
+        "",
+        "```jinja",
+        trl_sft.RAW,
+        "```",
     ]
     for tool in TOOLS.values():
         lines += ["", f"## {tool.NAME}", "", "| key there | in a recipe |", "|---|---|", *_where_to(tool)]

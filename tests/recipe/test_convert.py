@@ -159,6 +159,15 @@ def test_defaults_are_taken_by_recipes(tool: Any) -> None:
         ("model_name_or_path: x\nstage: dpo\nfinetuning_type: lora", "stage: dpo is not sft"),
         ("model_name_or_path: x\nfinetuning_type: lora\ntemplate: llama3\nexport_dir: x", "does not train"),
         ("model_name_or_path: x\ndataset_name: y\nbeta: 0.1", "beta is of DPO, KTO or GRPO"),
+        (
+            "model: {_component_: a.b}\noptimizer: {}\ndataset: {}\na0: aaaa\n"
+            + "".join(f"a{n}: {f'${{a{n - 1}}}' * 10}\n" for n in range(1, 10)),
+            "longer than 100,000 characters",
+        ),
+        (
+            "base_model: x\nsequence_len: 8\nlr_scheduler_kwargs: {x: !!binary aGk=}",
+            ": trl.lr_scheduler_kwargs.x: the tag",
+        ),
         ("model: {_component_: a.b}\nquantizer: {_component_: a.c}", "quantizer is of quantisation"),
         ("model: {_component_: a.b}\nloss: {_component_: a.DPOLoss}\noptimizer: {}\ndataset: {}", "DPOLoss"),
     ],
@@ -171,7 +180,7 @@ def test_what_cannot_be_converted_is_one_line(tmp_path: Path, text: str, wanted:
         conversion.convert(file)
 
     assert len(caught.value.lines) == 1
-    assert caught.value.lines[0].startswith(str(file))
+    assert caught.value.lines[0].startswith(f"{file}:")
     assert re.search(wanted, caught.value.lines[0]), caught.value.lines[0]
 
 
@@ -206,6 +215,12 @@ def test_every_key_is_in_the_account(tmp_path: Path) -> None:
     assert "\nthe default of a recipe (2)\n  micro_batch_size: 2 -> train.micro_batch_size: 2\n" in account
     assert "\nempty (1)\n  wandb_project\n" in account
     assert "\nunknown: no key that is known here (1)\n  no_such_key.inner: 1" in account
+
+
+def test_the_recipe_keeps_what_there_is_to_say_about_it(tmp_path: Path) -> None:
+    text = convert(tmp_path, AXOLOTL.partition("datasets")[0])[0].text
+
+    assert text.endswith("\n\n# About this recipe:\n#   data.train: fill it in: datasets is not in the file\n")
 
 
 def test_what_check_would_say_is_said(tmp_path: Path) -> None:

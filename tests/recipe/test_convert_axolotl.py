@@ -185,8 +185,26 @@ def test_where_it_runs(tmp_path: Path) -> None:
     assert (recipe.launch.strategy, recipe.launch.cpu_offload) == ("fsdp2", True)
     recipe = convert(tmp_path, BASE + ROWS + "deepspeed: deepspeed_configs/zero3_bf16_cpuoffload_all.json\n")[1]
     assert (recipe.launch.strategy, recipe.launch.cpu_offload) == ("zero3", True)
+    recipe = convert(tmp_path, BASE + ROWS + "deepspeed: zero3_offload/ds_config.json\n")[1]
+    assert (recipe.launch.strategy, recipe.launch.cpu_offload) == ("ddp", False)
+    assert said(tmp_path, BASE + ROWS + "deepspeed: zero3_offload/ds_config.json\n", "deepspeed")[0] == "lacking"
     recipe = convert(tmp_path, BASE + ROWS + "fsdp:\nfsdp_config:\ndeepspeed:\n")[1]
     assert recipe.launch.strategy == "ddp"
+
+
+def test_of_deepspeed_s_own_settings_the_stage_and_the_offload_are_carried(tmp_path: Path) -> None:
+    zero = "zero_optimization: {stage: 3, overlap_comm: false, offload_optimizer: {device: cpu, pin_memory: true}}"
+    converted, recipe = convert(tmp_path, f"{BASE}{ROWS}deepspeed: {{{zero}, gradient_clipping: 0.5}}\n")
+    inside = {key.removeprefix("deepspeed."): fate.kind for key, fate in converted.fates.items() if "deepspeed" in key}
+
+    assert (recipe.launch.strategy, recipe.launch.cpu_offload) == ("zero3", True)
+    assert inside == {
+        "zero_optimization.stage": "becomes",
+        "zero_optimization.overlap_comm": "lacking",
+        "zero_optimization.offload_optimizer.device": "becomes",
+        "zero_optimization.offload_optimizer.pin_memory": "lacking",
+        "gradient_clipping": "lacking",
+    }
 
 
 def test_a_schedule_that_ends_above_zero(tmp_path: Path) -> None:
@@ -219,6 +237,34 @@ def test_adapters(tmp_path: Path) -> None:
     full = convert(tmp_path, BASE + ROWS + "lora_r: 8\nadapter:\n")
     assert full[1].lora is None
     assert full[0].fates["lora_r"].words == "there is no adapter"
+
+
+def test_long_texts_are_cut_into_pieces_where_all_are_of_type_completion(tmp_path: Path) -> None:
+    one, two = "datasets:\n  - {path: a, type: completion}\n", "  - {path: b, type: alpaca}\n"
+    alone, recipe = convert(tmp_path, BASE + one + "excess_length_strategy: raise\n")
+    mixed, other = convert(tmp_path, BASE + one + two)
+
+    assert (recipe.data.overlong, other.data.overlong) == ("split", "drop")
+    assert alone.fates["excess_length_strategy"].kind == "needless"
+    assert not any(remark.startswith("data.overlong: one for all") for remark in alone.remarks)
+    assert any(remark.startswith("data.overlong: one for all") for remark in mixed.remarks)
+    assert convert(tmp_path, BASE + ROWS)[1].data.overlong == "drop"
+
+
+def test_the_template_is_of_the_source_that_has_it(tmp_path: Path) -> None:
+    rows = "datasets:\n  - {path: a, type: completion}\n  - {path: b, type: alpaca}\n"
+    fates = convert(tmp_path, BASE + rows)[0].fates
+
+    assert "data.template: alpaca" in fates["datasets[1].type"].words
+    assert "data.template" not in fates["datasets[0].type"].words
+
+
+def test_layers_beyond_linear_ones_are_not_lost(tmp_path: Path) -> None:
+    keys = "adapter: lora\nlora_target_linear: true\nlora_target_modules: "
+
+    kind, words = said(tmp_path, BASE + ROWS + keys + "[q_proj, embed_tokens, lm_head]\n", "lora_target_modules")
+    assert (kind, words.partition(";")[0]) == ("lacking", "all-linear leaves out embed_tokens, lm_head")
+    assert said(tmp_path, BASE + ROWS + keys + "[q_proj]\n", "lora_target_modules")[0] == "needless"
 
 
 def test_plugins_for_speed_are_not_missed(tmp_path: Path) -> None:

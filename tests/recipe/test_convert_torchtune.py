@@ -109,7 +109,7 @@ def test_a_whole_config(tmp_path: Path) -> None:
 def test_references_are_resolved() -> None:
     config = {"a": "${b.c}/x", "b": {"c": "${d}", "n": "${e}"}, "d": "deep", "e": 3, "self": "${self}", "none": "${z}"}
 
-    resolved = torchtune.resolved(config)
+    resolved = torchtune.resolved(config, "config.yaml")
 
     assert (resolved["a"], resolved["b"]) == ("deep/x", {"c": "deep", "n": 3})
     assert (resolved["self"], resolved["none"]) == ("${self}", "${z}")
@@ -162,6 +162,13 @@ def test_what_no_key_says_is_as_torchtune_does_it(tmp_path: Path) -> None:
     assert recipe.lora is None
     assert (recipe.train.lr_scheduler, recipe.train.warmup_ratio, recipe.train.weight_decay) == ("constant", 0, 0.01)
     assert (recipe.data.eval, recipe.data.packing, recipe.data.overlong) == (None, "none", "error")
+
+
+def test_sgd_has_no_weight_decay_by_default(tmp_path: Path) -> None:
+    sgd = (FULL + ROWS).replace("AdamW,", "SGD,")
+
+    assert convert(tmp_path, sgd)[1].train.weight_decay == 0
+    assert convert(tmp_path, sgd.replace("lr: 2e-5", "lr: 2e-5, weight_decay: 0.1"))[1].train.weight_decay == 0.1
 
 
 def test_the_adapter_on_the_head_is_not_dropped_silently(tmp_path: Path) -> None:

@@ -1,10 +1,18 @@
 """The YAML of `trl sft`. TRL itself reads the same files, and has to come to the same arguments."""
 
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from datasets import Dataset
 
+from sft_recipes.data.accounting import SourceAccount
+from sft_recipes.data.formats import to_example
+from sft_recipes.data.sequences import Chosen, lay_out
+from sft_recipes.data.templates import Chat
+from sft_recipes.data.tokens import Documents
 from sft_recipes.recipe.check import judge
 from sft_recipes.recipe.convert import trl_sft
 from sft_recipes.recipe.upstream import sft_config_fields
@@ -126,7 +134,9 @@ def test_every_field_of_trl_has_a_place(tmp_path: Path) -> None:
     [
         ("", {"packing": "none", "max_length": 1024, "overlong": "truncate", "train_on": "completion"}),
         ("packing: true\npacking_strategy: wrapped",
-         {"packing": "wrapped", "cross_document_attention": True, "max_length": 1024, "overlong": "truncate"}),
+         {"packing": "wrapped", "cross_document_attention": True, "max_length": 1024, "overlong": "split"}),
+        ("packing: true", {"packing": "bfd", "overlong": "truncate"}),
+        ("packing_strategy: wrapped", {"packing": "none", "overlong": "truncate"}),
         ("max_length: null", {"packing": "none", "max_length": 4096, "overlong": "error"}),
         ("dataset_text_field: body", {"format": "text", "columns": {"text": "body"}}),
         ("completion_only_loss: false", {"train_on": "all"}),
@@ -137,6 +147,43 @@ def test_data(tmp_path: Path, keys: str, expected: dict[str, Any]) -> None:
     data = convert(tmp_path, BASE + keys)[1].data
 
     assert {key: getattr(data, key) for key in expected} == expected
+
+
+def test_wrapped_texts_lose_no_token_as_in_trl(tmp_path: Path) -> None:
+    from trl import pack_dataset
+
+    texts = [list(range(1, 6)), list(range(6, 18)), list(range(18, 21))]
+    data = convert(tmp_path, BASE + "packing: true\npacking_strategy: wrapped\nmax_length: 4\n")[1].data
+    theirs = pack_dataset(Dataset.from_dict({"input_ids": texts}), data.max_length, "wrapped")
+    ends, one_each = np.cumsum([0, *map(len, texts)]), np.zeros(len(texts), dtype=np.int64)
+    ids = np.concatenate(texts).astype(np.int32)
+    documents = Documents(ids, ids > 0, ends, *[one_each] * 4, np.arange(len(texts)), one_each)
+    rows = Chosen(documents, np.arange(len(texts)), SourceAccount("rows", "text", ""), lambda _: {})
+    ours = lay_out([rows], data, None)
+
+    assert [ours[number]["input_ids"] for number in range(len(ours))] == list(theirs["input_ids"])
+
+
+def test_the_end_that_is_kept_is_not_missed_where_nothing_is_truncated(tmp_path: Path) -> None:
+    ends = BASE + "truncation_mode: keep_end\n"
+
+    assert convert(tmp_path, ends)[0].fates["truncation_mode"].kind == "lacking"
+    assert convert(tmp_path, ends + "packing: true\n")[0].fates["truncation_mode"].kind == "needless"
+
+
+def test_a_prompt_and_a_completion_are_joined_by_the_template_that_is_named(tmp_path: Path) -> None:
+    converted, _ = convert(tmp_path, BASE)
+    [remark] = [remark for remark in converted.remarks if remark.startswith("data.template: TRL joins")]
+    source = re.search(r"save (.*) to a \.jinja file", remark)
+    assert source
+    row = to_example({"prompt": " Two and\n", "completion": "two. "}, "prompt_completion", {}, "rows:1")
+
+    rendered = Chat(source[1], "completion", {"eos_token": "</s>"}, ["</s>"])(row)
+
+    assert rendered.text == " Two and\ntwo. </s>"
+    assert [rendered.text[start:end] for start, end in rendered.trained] == ["two. </s>"]
+    for keys in ("dataset_text_field: text", "chat_template_path: mine.jinja", "assistant_only_loss: true"):
+        assert not any("TRL joins" in each for each in convert(tmp_path, BASE + keys)[0].remarks)
 
 
 def test_mixtures(tmp_path: Path) -> None:

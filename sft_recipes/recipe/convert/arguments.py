@@ -1,6 +1,7 @@
 """Keys that are fields of transformers' TrainingArguments, which `trl sft` and LLaMA-Factory take by their own names."""
 
 import re
+from pathlib import PurePath
 from typing import Any
 
 from sft_recipes.recipe.convert.draft import Draft, Entry, Lacking, Needless, Rules, To, all_of, interval, number
@@ -238,28 +239,39 @@ def in_trackers(draft: Draft, **theirs: tuple[str, ...]) -> None:
 
 def launch(draft: Draft) -> None:
     """deepspeed, fsdp, fsdp_config: launch.strategy, launch.cpu_offload"""
-    if (engine := draft.get("deepspeed")) not in (None, False):
-        stage, offload = _zero(engine)
-        if stage == 0:
-            draft.needless("deepspeed", "ZeRO 0 shares nothing out, as launch.strategy: ddp")
-        elif stage is None:
-            draft.lack("deepspeed", "set launch.strategy: zero2 or zero3, as the file says")
-        else:
-            note = "zero2 shares out gradients, too" if stage == 1 else ""
-            draft.carry("deepspeed", "launch.strategy", "zero3" if stage == 3 else "zero2", note)
-            if offload:
-                draft.carry("deepspeed", "launch.cpu_offload", True)
+    engine = draft.get("deepspeed")
+    if isinstance(engine, dict):
+        _deepspeed(draft)
+    elif engine not in (None, False):
+        name = PurePath(str(engine)).name.lower()  # of a file, as these are usually called
+        found = re.search(r"(?:zero|zero_stage|z)[-_]?([0-3])", name)
+        _zero(draft, "deepspeed", int(found[1]) if found else None, ["deepspeed"] if "offload" in name else [])
     _fsdp(draft)
 
 
-def _zero(engine: Any) -> tuple[int | None, bool]:
-    """DeepSpeed's stage and whether it offloads, from its settings or the usual names of their files."""
-    if isinstance(engine, dict):
-        zero = engine.get("zero_optimization")
-        stage = zero.get("stage") if isinstance(zero, dict) else None
-        return stage if stage in (0, 1, 2, 3) else None, "'cpu'" in str(zero)
-    found = re.search(r"(?:zero|zero_stage|z)[-_]?([0-3])", str(engine).lower())
-    return int(found[1]) if found else None, "offload" in str(engine).lower()
+def _deepspeed(draft: Draft) -> None:
+    """DeepSpeed's own settings, of which a recipe has the stage and whether it offloads."""
+    zero = "deepspeed.zero_optimization"
+    on_host = [leaf for leaf in draft.under(zero) if leaf.endswith(".device") and draft.keys[leaf] == "cpu"]
+    _zero(draft, f"{zero}.stage", draft.get(f"{zero}.stage"), on_host)
+    for leaf in draft.left():
+        if leaf in draft.under("deepspeed"):
+            draft.lack(
+                leaf, "of DeepSpeed's settings a recipe has launch.strategy (zero2, zero3) and launch.cpu_offload"
+            )
+
+
+def _zero(draft: Draft, key: str, stage: Any, on_host: list[str]) -> None:
+    """The stage that `key` says; `on_host` are keys that say that it offloads."""
+    if stage == 0:
+        draft.needless(key, "ZeRO 0 shares nothing out, as launch.strategy: ddp")
+    elif stage in (1, 2, 3):
+        note = "zero2 shares out gradients, too" if stage == 1 else ""
+        draft.carry(key, "launch.strategy", "zero3" if stage == 3 else "zero2", note)
+        for each in on_host:
+            draft.carry(each, "launch.cpu_offload", True)
+    else:
+        draft.lack(key, "set launch.strategy: zero2 or zero3, as DeepSpeed's settings say")
 
 
 def _fsdp(draft: Draft) -> None:

@@ -32,35 +32,11 @@ from sft_recipes.recipe.convert.draft import (
 )
 
 NAME = "Axolotl"
-SIGNS = {
-    *(
-        "base_model",
-        "sequence_len",
-        "micro_batch_size",
-        "num_epochs",
-        "adapter",
-        "sample_packing",
-        "val_set_size",
-        "rl",
-    ),
-    *(
-        "train_on_inputs",
-        "dataset_prepared_path",
-        "load_in_4bit",
-        "load_in_8bit",
-        "datasets",
-        "flash_attention",
-        "strict",
-    ),
-    *(
-        "evals_per_epoch",
-        "saves_per_epoch",
-        "lora_target_linear",
-        "model_type",
-        "tokenizer_type",
-        "pretraining_dataset",
-    ),
-}
+SIGNS = (
+    "base_model sequence_len micro_batch_size num_epochs adapter sample_packing val_set_size rl train_on_inputs "
+    "dataset_prepared_path load_in_4bit load_in_8bit datasets flash_attention strict evals_per_epoch "
+    "saves_per_epoch lora_target_linear model_type tokenizer_type pretraining_dataset"
+)
 NEEDS = {"model.name": "base_model", "data.train": "datasets"}
 DEFAULTS = {
     "train.micro_batch_size": 1,
@@ -298,6 +274,9 @@ def _weights(draft: Draft) -> None:
     draft.leave("load_in_4bit", "load_in_8bit", "bf16", "bfloat16", "fp16", "float16", "float32", why="off")
 
 
+_NOT_LINEAR = re.compile(r"embed|\bw[tp]e\b|lm_head|norm")  # layers that all-linear leaves out
+
+
 def _adapters(draft: Draft) -> None:
     """adapter, lora_target_linear, lora_target_modules: lora (without an adapter all weights are trained)"""
     kind, modules = draft.get("adapter"), draft.get("lora_target_modules")
@@ -307,6 +286,12 @@ def _adapters(draft: Draft) -> None:
         )
         if draft.get("lora_target_linear"):
             draft.carry("lora_target_linear", "lora.target_modules", "all-linear")
+            names = listed(modules) if isinstance(modules, (str, list)) else []
+            if beyond := [str(name) for name in names if _NOT_LINEAR.search(str(name))]:
+                draft.lack(
+                    "lora_target_modules",
+                    f"all-linear leaves out {', '.join(beyond)}; lora.modules_to_save trains such layers in full",
+                )
         elif modules is not None:
             draft.carry("lora_target_modules", "lora.target_modules", modules)
         draft.leave("lora_target_linear", "lora_target_modules", why="as lora.target_modules says")
@@ -324,7 +309,8 @@ def _datasets(draft: Draft) -> None:
     sources = [source for source in found if source.values]
     if sources:
         draft.carry("datasets", "data.train", [source.values for source in sources], only=("path",))
-    _template(draft, {source.template for source in sources} - {""})
+    _template(draft, {source.template: f"datasets[{n}].type" for n, source in enumerate(found) if source.template})
+    _pieces(draft, found)
     trained = {source.train_on for source in sources} - {""}
     if draft.get("train_on_inputs"):
         draft.carry("train_on_inputs", "data.train_on", "all")
@@ -335,7 +321,19 @@ def _datasets(draft: Draft) -> None:
     draft.leave("train_on_inputs", why="as data.train_on says")
 
 
-def _template(draft: Draft, templates: set[str]) -> None:
+def _pieces(draft: Draft, found: "list[_Source]") -> None:
+    """datasets (all of type completion): data.overlong (split)"""
+    cut = [n for n, source in enumerate(found) if source.cut]
+    if cut and all(source.cut for source in found if source.values):
+        draft.carry(f"datasets[{cut[0]}].type", "data.overlong", "split")
+        draft.leave("excess_length_strategy", why="Axolotl has cut texts of type completion into pieces by then")
+    elif cut:
+        draft.remarks.append(
+            "data.overlong: one for all data here; Axolotl cuts long texts of type completion into pieces, as split does"
+        )
+
+
+def _template(draft: Draft, templates: dict[str, str]) -> None:
     """chat_template, chat_template_jinja: data.template"""
     name, jinja = draft.get("chat_template"), draft.get("chat_template_jinja")
     if isinstance(jinja, str) and jinja.endswith((".jinja", ".jinja2", ".j2")):
@@ -343,7 +341,8 @@ def _template(draft: Draft, templates: set[str]) -> None:
     elif jinja is not None:
         draft.lack("chat_template_jinja", "save it to a .jinja file, and set data.template to its path")
     elif len(templates) == 1:
-        draft.carry("datasets[0].type", "data.template", templates.pop())
+        [(template, key)] = templates.items()
+        draft.carry(key, "data.template", template)
     elif templates:
         draft.remarks.append("data.template: one for all data here, and these have two: set it, and look at preview")
     if name not in (None, "tokenizer_default", "jinja") and draft.value("data.template") == "chat":
@@ -353,11 +352,13 @@ def _template(draft: Draft, templates: set[str]) -> None:
 
 @dataclass(frozen=True)
 class _Source:
-    """A source of a recipe, with the template and what is trained on that go with its type in Axolotl."""
+    """A source of a recipe, with the template, what is trained on, and whether long texts are cut into pieces, all of which go
+    with its type in Axolotl."""
 
     values: dict[str, Any]
     template: str = ""
     train_on: str = ""
+    cut: bool = False
 
 
 def _source(draft: Draft, here: str, entry: Any, there: str) -> _Source:
@@ -403,7 +404,7 @@ def _source(draft: Draft, here: str, entry: Any, there: str) -> _Source:
     if isinstance(files, list):
         rules["data_files"] = Lacking("give the files: data.train: a path, a glob, or a list of them")
     follow(draft, rules, here)
-    return _Source(values, template, train_on)
+    return _Source(values, template, train_on, cut=base == "completion")
 
 
 def _is_name(value: Any, *usual: str) -> bool:
@@ -560,5 +561,5 @@ def _trackers(draft: Draft) -> None:
     draft.leave("use_wandb", "use_tensorboard", "use_trackio", "use_mlflow", why="as log.to says")
 
 
-GROUPS = (_weights, _adapters, _datasets, _template, _packing, _steps, warmup, _rate, _validation, _times, evaluation, saving,
-          _attention, _speed, _plugins, _trackers, launch)  # fmt: skip
+GROUPS = (_weights, _adapters, _datasets, _pieces, _template, _packing, _steps, warmup, _rate, _validation, _times,
+          evaluation, saving, _attention, _speed, _plugins, _trackers, launch)  # fmt: skip

@@ -1,6 +1,7 @@
 """Another tool's config as a recipe, with an account of every key."""
 
 import io
+import re
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -71,7 +72,7 @@ def convert(file: str | Path, source: Source | None = None) -> Converted:
     config = _read(Path(file))
     tool = TOOLS[source] if source else _recognised(config, file)
     if tool is torchtune:
-        config = torchtune.resolved(config)
+        config = torchtune.resolved(config, file)
     draft = Draft(tool.NAME, config)
     if reason := tool.refusal(draft):
         raise RecipeError(f"{file}: {reason}; only supervised fine-tuning can be converted")
@@ -91,7 +92,7 @@ def convert(file: str | Path, source: Source | None = None) -> Converted:
         text,
         draft.keys,
         {key: draft.fates[key] for key in draft.keys},
-        draft.remarks + _judged(text),
+        draft.remarks + _judged(text, str(file)),
     )
 
 
@@ -132,7 +133,7 @@ def _recognised(config: Mapping[Any, Any], file: str | Path) -> Any:
         return torchtune
     if isinstance(config.get("model"), Mapping) and isinstance(config.get("data"), Mapping):
         raise RecipeError(f"{file}: is a recipe already: sft-recipe check {file}")
-    signs = {tool: sum(sign in config for sign in tool.SIGNS) for tool in TOOLS.values()}
+    signs = {tool: sum(sign in config for sign in tool.SIGNS.split()) for tool in TOOLS.values()}
     best = max(signs, key=lambda tool: signs[tool])
     if signs[best] < 2:
         some = ", ".join(str(key) for key in list(config)[:5])
@@ -142,12 +143,16 @@ def _recognised(config: Mapping[Any, Any], file: str | Path) -> Any:
     return best
 
 
-def _judged(text: str) -> list[str]:
-    """What `check` will say of the recipe that can be said without its data."""
+def _judged(text: str, name: str) -> list[str]:
+    """What `check` will say of the recipe that can be said without its data. Errors are of the config, `name`."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "recipe.yaml"
         file.write_text(text, encoding="utf-8")
-        loaded = load.load(file)
+        try:
+            loaded = load.load(file)
+        except RecipeError as error:
+            place = re.compile(re.escape(str(file)) + r"(:\d+)?")  # lines of the recipe are not the config's
+            raise RecipeError(*(place.sub(lambda _: name, line) for line in error.lines)) from None
     verdict = check.judge(loaded.recipe, to_run=False)
     return verdict.problems + verdict.warnings
 
@@ -181,6 +186,7 @@ def _written(draft: Draft, file: str) -> str:
     open_ = [(key, fate) for key, fate in draft.fates.items() if fate.kind in ("lacking", "unknown")]
     left = ["", "# Not in this recipe:"] if open_ else []
     left += [f"#   {key}: {shown_of(key, draft.keys[key])} -> {fate.words}" for key, fate in open_]
+    left += ["", "# About this recipe:", *(f"#   {remark}" for remark in draft.remarks)] if draft.remarks else []
     header = (
         f"# From {one_line(file)} ({draft.tool}), by sft-recipe convert. Beside each value: the key that it is from."
     )

@@ -10,28 +10,10 @@ from sft_recipes.recipe.convert.arguments import ARGUMENTS, GROUPS_OF_ARGUMENTS,
 from sft_recipes.recipe.convert.draft import Draft, Lacking, Needless, Rules, To, all_of, listed, number
 
 NAME = "LLaMA-Factory"
-SIGNS = {
-    *(
-        "stage",
-        "finetuning_type",
-        "cutoff_len",
-        "template",
-        "lora_target",
-        "dataset_dir",
-        "quantization_bit",
-        "do_train",
-    ),
-    *(
-        "overwrite_cache",
-        "plot_loss",
-        "lora_rank",
-        "dataset",
-        "val_size",
-        "flash_attn",
-        "adapter_name_or_path",
-        "export_dir",
-    ),
-}
+SIGNS = (
+    "stage finetuning_type cutoff_len template lora_target dataset_dir quantization_bit do_train overwrite_cache "
+    "plot_loss lora_rank dataset val_size flash_attn adapter_name_or_path export_dir"
+)
 NEEDS = {"model.name": "model_name_or_path", "data.train": "dataset", "output_dir": "output_dir"}
 DEFAULTS = {
     "data.eval": None,

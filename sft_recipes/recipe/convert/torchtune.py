@@ -2,11 +2,14 @@
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from sft_recipes.errors import RecipeError
 from sft_recipes.recipe.convert.arguments import in_trackers, warmup_of
 from sft_recipes.recipe.convert.draft import (
     Draft,
+    Entry,
     Lacking,
     Needless,
     Rules,
@@ -19,7 +22,7 @@ from sft_recipes.recipe.convert.draft import (
 )
 
 NAME = "torchtune"
-SIGNS: set[str] = set()  # told by its components
+SIGNS = ""  # told by its components
 NEEDS = {"model.name": "checkpointer.checkpoint_dir", "data.train": "dataset", "output_dir": "output_dir"}
 DEFAULTS = {
     "data.eval": None,
@@ -166,6 +169,7 @@ _SCHEDULES = {
     "get_linear_schedule_with_warmup": "linear",
     "get_constant_schedule_with_warmup": "constant_with_warmup",
 }
+_MOST = 100_000  # characters that references stand for
 # Layers as transformers calls them; of Phi-3 and 4 it has some fused.
 _LAYERS = {"output_proj": "o_proj", "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"} | dict.fromkeys(
@@ -186,8 +190,12 @@ _OTHERS = {
 }
 
 
-def resolved(config: Mapping[Any, Any]) -> dict[Any, Any]:
-    """The config with ${key} and ${section.key} replaced by what they stand for, where that is no section."""
+def resolved(config: Mapping[Any, Any], file: str | Path) -> dict[Any, Any]:
+    """The config with ${key} and ${section.key} replaced by what they stand for, where that is no section.
+
+    Raises RecipeError, of `file`, where that is without end, or nearly so.
+    """
+    left = _MOST
 
     def value(at: Any, depth: int = 0) -> Any:
         if isinstance(at, Mapping):
@@ -199,7 +207,14 @@ def resolved(config: Mapping[Any, Any]) -> dict[Any, Any]:
         if whole := re.fullmatch(r"\$\{([\w.]+)\}", at):
             found = look(whole[1])
             return at if found is None else value(found, depth + 1)
-        return re.sub(r"\$\{([\w.]+)\}", lambda hit: str(value(look(hit[1]) or hit[0], depth + 1)), at)
+        return re.sub(r"\$\{([\w.]+)\}", lambda hit: counted(str(value(look(hit[1]) or hit[0], depth + 1))), at)
+
+    def counted(text: str) -> str:
+        nonlocal left
+        left -= len(text)
+        if left < 0:
+            raise RecipeError(f"{file}: what ${{...}} stand for is longer than {_MOST:,} characters; write it out")
+        return text
 
     def look(name: str) -> Any:
         at: Any = config
@@ -427,6 +442,8 @@ def _rate(draft: Draft) -> None:
         draft.carry("optimizer._component_", "train.optimizer", _OPTIMIZERS[name])
     elif name:
         draft.lack("optimizer._component_", "set train.optimizer to one of transformers' names")
+    if name == "torch.optim.SGD" and draft.get("optimizer.weight_decay") is None:
+        draft.entries["train.weight_decay"] = Entry(0.0, "torch's SGD has none by default")
     betas = draft.get("optimizer.betas")
     if isinstance(betas, list) and len(betas) == 2:
         draft.carry("optimizer.betas", "trl.adam_beta1", number(betas[0]))

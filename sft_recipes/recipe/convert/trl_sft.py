@@ -7,11 +7,11 @@ from sft_recipes.recipe.convert.arguments import ARGUMENTS, GROUPS_OF_ARGUMENTS,
 from sft_recipes.recipe.convert.draft import Draft, Entry, Lacking, Needless, Rules, To, all_of, follow, number, part_of
 
 NAME = "trl sft"
-SIGNS = {
-    *("dataset_name", "datasets", "dataset_mixer", "dataset_mixture", "use_peft", "model_name_or_path", "max_length"),
-    *("dataset_text_field", "dataset_train_split", "attn_implementation", "torch_dtype", "max_seq_length", "packing"),
-    *("per_device_train_batch_size", "num_train_epochs", "dataset_test_split", "assistant_only_loss"),
-}
+SIGNS = (
+    "dataset_name datasets dataset_mixer dataset_mixture use_peft model_name_or_path max_length "
+    "dataset_text_field dataset_train_split attn_implementation torch_dtype max_seq_length packing "
+    "per_device_train_batch_size num_train_epochs dataset_test_split assistant_only_loss"
+)
 NEEDS = {"model.name": "model_name_or_path", "data.train": "dataset_name"}
 DEFAULTS = {
     "model.dtype": "float32",
@@ -25,6 +25,11 @@ DEFAULTS = {
     "train.warmup_ratio": 0.0,
     "output_dir": "trainer_output",
 }
+# A prompt and a completion with nothing between them, as a chat template.
+RAW = (
+    "{% for message in messages %}{{ message.content }}{% endfor %}"
+    "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+)
 # Keys of TRL's other trainers.
 _OTHERS = {
     "beta": "DPO, KTO or GRPO",
@@ -213,7 +218,8 @@ def _mixer(draft: Draft, mixer: dict[Any, Any]) -> bool:
 
 
 def _lengths(draft: Draft) -> None:
-    """max_length, max_seq_length: data.max_length; packing, packing_strategy: data.packing; truncation_mode: data.overlong"""
+    """max_length, max_seq_length: data.max_length; packing, packing_strategy: data.packing,
+    data.cross_document_attention, data.overlong; truncation_mode: data.overlong"""
     for key in ("max_length", "max_seq_length"):
         if key in draft.config and draft.config[key] is None:
             draft.lack(
@@ -228,12 +234,13 @@ def _lengths(draft: Draft) -> None:
         draft.carry("packing", "data.packing", "wrapped" if strategy == "wrapped" else "bfd")
         if strategy == "wrapped":
             draft.carry("packing_strategy", "data.cross_document_attention", True)
+            draft.carry("packing_strategy", "data.overlong", "split")  # TRL truncates no text that it wraps
         elif strategy in ("bfd_split", "bfd-requeue"):
             draft.carry("packing_strategy", "data.overlong", "split")
     elif draft.get("packing") is not None:
         draft.carry("packing", "data.packing", "none")
     draft.leave("packing_strategy", why="as data.packing says")
-    if draft.get("truncation_mode") == "keep_end":
+    if draft.get("truncation_mode") == "keep_end" and not draft.get("packing"):
         draft.lack("truncation_mode", "data.overlong: truncate keeps the beginning")
     draft.leave("truncation_mode", why="data.overlong: truncate keeps the beginning")
 
@@ -250,6 +257,11 @@ def _text(draft: Draft) -> None:
             draft.carry(key, "data.template", template)
         elif template is not None:
             draft.lack(key, "save the template to a .jinja file, and set data.template to its path")
+    if field is None and not draft.get("assistant_only_loss") and "data.template" not in draft.entries:
+        draft.remarks.append(
+            "data.template: TRL joins a prompt and a completion that are text as they are, and here they get the Alpaca "
+            f"template: for such rows save {RAW} to a .jinja file, and set data.template to its path"
+        )
 
 
 def _trained_on(draft: Draft) -> None:
