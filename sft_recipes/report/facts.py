@@ -105,7 +105,8 @@ def state(run: Run) -> str:
     step, steps = run.metrics[-1]["step"] if run.metrics else 0, run.data.get("steps")
     if "finished" in run.manifest:
         return f"finished {run.manifest['finished'].replace('T', ' ').replace('+00:00', ' UTC')}"
-    if step == steps and any((run.folder / name).is_dir() for name in ("adapter", "model")):
+    merges = run.recipe.get("lora") is None or run.recipe.get("export", {}).get("merge", True)
+    if step == steps and (run.folder / ("model" if merges else "adapter")).is_dir():
         return "trained and exported"
     at = f"step {step:,} of {steps:,}" if steps else f"step {step:,}"
     if files.is_held(run.folder):

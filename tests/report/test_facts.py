@@ -1,4 +1,5 @@
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,16 @@ def test_running_and_killed(tmp_path: Path) -> None:
         assert facts.state(run) == "running: step 3 of 10"
 
     assert facts.state(run) == "not finished: it ended after step 3 of 10, as far as was logged; --resume continues"
+
+
+def test_trained_and_its_merge_refused(tmp_path: Path) -> None:
+    run = read(tmp_path, runs.metrics(3))
+    for name in ("model", "adapter"):
+        (tmp_path / name).mkdir(exist_ok=True)
+    run.recipe["lora"] = {"rank": 2}
+    assert facts.state(run) == "trained and exported"
+    shutil.rmtree(tmp_path / "model")
+    assert facts.state(run).startswith("not finished: it ended after step 3 of 3")
 
 
 def test_exported_while_the_run_still_writes_its_report(tmp_path: Path) -> None:
