@@ -29,10 +29,13 @@ SAME: dict[str, Any] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def deepspeed() -> None:
-    """Imported once, and not in each child."""
+    """Imported once, and not in each child; without its collectives in shared memory, which it would compile for half a
+    minute, and keep in the user's cache."""
     if installed("deepspeed"):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        import deepspeed  # noqa: F401
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 @pytest.fixture(scope="module")

@@ -109,15 +109,17 @@ def test_the_rate_of_every_step_is_that_of_the_formula(write_recipe: WriteRecipe
     )
 
 
-@pytest.mark.parametrize("sections", [{}, {"lora": {"rank": 2}, "train": {"gradient_checkpointing": 2}}])
 def test_compiled_layers_train_the_same_and_are_compiled_once(
-    write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sections: dict[str, Any]
+    write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Micro-batches of many lengths. Traced and differentiated as for any backend; inductor would take minutes here."""
     write_rows(tmp_path / "train.jsonl", UNEQUAL)
     torch.compiler.set_stance("default")  # which another test's optimizer may have changed
     monkeypatch.setattr(trainer, "compile_layers", partial(model.compile_layers, backend="aot_eager"))
-    recipe = write_recipe(**sections, log={"every": 1}, eval={"generate": ["Say it."], "max_new_tokens": 3})
+    recipe = write_recipe(
+        lora={"rank": 2}, train={"gradient_checkpointing": 2},
+        log={"every": 1}, eval={"generate": ["Say it."], "max_new_tokens": 3},
+    )  # fmt: skip
     logged, graphs = [], []
 
     class Graphs(TrainerCallback):
