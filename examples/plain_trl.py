@@ -1,4 +1,4 @@
-"""recipes/quickstart.yaml by hand, with TRL and PEFT alone: python examples/plain_trl.py [STEPS]; docs/comparison.md."""
+"""recipes/quickstart.yaml by hand, with TRL and PEFT: python examples/plain_trl.py [STEPS [SEED]]; docs/comparison.md."""
 
 import json
 import sys
@@ -26,12 +26,12 @@ def rows(file: str) -> Dataset:
     return Dataset.from_list([alpaca(json.loads(line)) for line in lines])
 
 
-def build(steps: int = -1) -> SFTTrainer:
+def build(steps: int = -1, seed: int = 0) -> SFTTrainer:
     config = SFTConfig(
         str(OUT), max_length=256, packing=True, num_train_epochs=2, max_steps=steps, per_device_train_batch_size=2,
         per_device_eval_batch_size=2, gradient_accumulation_steps=4, learning_rate=5e-3, lr_scheduler_type="cosine",
         warmup_steps=0.03, bf16=False, gradient_checkpointing=False, eval_strategy="steps", eval_steps=0.25,
-        eval_on_start=True, save_steps=0.25, save_total_limit=2, logging_steps=20, report_to="none", seed=0,
+        eval_on_start=True, save_steps=0.25, save_total_limit=2, logging_steps=20, report_to="none", seed=seed,
     )  # fmt: skip
     return SFTTrainer(
         AutoModelForCausalLM.from_pretrained(BUILTIN / "tiny", dtype="float32"), config,

@@ -157,7 +157,7 @@ def _read(recipe: Recipe, config: PreTrainedConfig) -> PreTrainedModel:
         config=config,
         revision=recipe.model.revision,
         use_safetensors=True,
-        **_shape(recipe, config),
+        **_options(recipe, config),
         **_quantization(recipe, config),
     )
     if missing := sorted(loading["missing_keys"]):
@@ -174,7 +174,7 @@ def _to_be_handed_weights(recipe: Recipe, config: PreTrainedConfig) -> PreTraine
         return None
     if recipe.launch.strategy != "fsdp2" or recipe.model.quantization:
         return None
-    model = sharded.without_memory(lambda: AutoModelForCausalLM.from_config(config, **_shape(recipe, config)))
+    model = sharded.without_memory(lambda: AutoModelForCausalLM.from_config(config, **_options(recipe, config)))
     if not sharded.handed_on(recipe, model):
         return None
     with suppress(OSError):  # not every model has one
@@ -183,7 +183,7 @@ def _to_be_handed_weights(recipe: Recipe, config: PreTrainedConfig) -> PreTraine
     return model
 
 
-def _shape(recipe: Recipe, config: PreTrainedConfig) -> dict[str, Any]:
+def _options(recipe: Recipe, config: PreTrainedConfig) -> dict[str, Any]:
     return {
         "trust_remote_code": recipe.model.trust_remote_code,
         "dtype": DTYPES[recipe.model.dtype],
@@ -241,7 +241,7 @@ def _quantization(recipe: Recipe, config: PreTrainedConfig) -> dict[str, Any]:
 def _has_room_for_all(recipe: Recipe, config: PreTrainedConfig) -> bool:
     """Whether this rank's GPU takes the whole model in 4 bits, with the embeddings and the head as they are."""
     with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config, **_shape(recipe, config))
+        model = AutoModelForCausalLM.from_config(config, **_options(recipe, config))
     ends = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
     whole = sum(weight.numel() for weight in ends)
     quantized = sum(weight.numel() for weight in model.parameters()) - whole
