@@ -1,315 +1,303 @@
 #!/usr/bin/env python3
-"""Training on one NVIDIA GPU, from TRL's defaults to ours, a step at a time: `python benchmarks/gpu.py --seconds 540`.
+"""Check and measure sft-recipes on one NVIDIA GPU, most important items first, within a time budget.
 
-Llama 3.1 8B and Llama 3.2 1B in shape, with random weights, on random rows: documents of about 150 tokens packed to 512, and
-of 2,048 to 8,192. LoRA, QLoRA in nf4, and full with 8-bit stochastically rounded AdamW. Tokens a second; TFLOP/s that count 4
-operations a token for each frozen weight that is multiplied, 6 for each that is trained, 6 x layers x width x s for attention
-(s: tokens of the document that a token is in, on average), and nothing that is done twice; the allocator's peak, and what
-`sft-recipe plan` predicts. No network. `--only '8b/lora/*'` takes some of it, in the order given; what no time is left for,
-what does not fit and what is not installed is said. With `--cpu --tiny` it tries itself out.
+    python benchmarks/gpu.py --minutes 12 --out runs/gpu    # from a checkout; `--list` shows the items
+    python benchmarks/gpu.py --only 6,7 --out runs/gpu      # some items; results are appended
+    python benchmarks/gpu.py --cpu --tiny                   # try the script itself without a GPU, in minutes
+
+Requirements: an NVIDIA GPU, its driver, a CUDA build of torch, and the project's dependencies (installed, or on PYTHONPATH
+together with the checkout). A C compiler is needed for Triton and torch.compile. No network and no downloaded weights:
+models have the shapes of Llama 3 and Qwen3 and random weights, which are created on the GPU. Only configs and tokenizers are
+written to disk. Items whose packages are missing (bitsandbytes, torchao, liger-kernel, pytest) are skipped.
+
+Each item runs in a process of its own, so that an item that crashes, hangs or fragments memory does not affect the others.
+The process of the next item imports the libraries while the current item runs. An item only starts if its estimate fits
+into the remaining time, and is killed after three times its estimate. `--out` gets one line per item as soon as the item
+ends: results.jsonl, results.md (a table for benchmarks/RESULTS.md), log.txt (output and tracebacks), profile-N.txt.
 """
 
 import argparse
-import gc
+import json
+import multiprocessing
 import os
+import shlex
+import signal
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
-from fnmatch import fnmatch
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from datasets import Dataset
 from machine import measured_on
-from peft import LoraConfig
-from rich.console import Console
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, PrinterCallback, TrainerCallback
-from trl import SFTConfig, SFTTrainer
 
-from sft_recipes import cli
-from sft_recipes.data.accounting import SourceAccount
-from sft_recipes.data.prepare import Prepared
-from sft_recipes.data.sequences import Chosen, lay_out
-from sft_recipes.data.tokens import Documents
-from sft_recipes.planning import changes, memory
-from sft_recipes.recipe.schema import Recipe
-from sft_recipes.recipe.upstream import installed
-from sft_recipes.training import footprint, model, trainer
+STARTED = time.monotonic()
+RESERVE = 5  # seconds kept back to end cleanly
+TINY_SECONDS = 60  # estimate of an item on tiny shapes
 
-LLAMA = {"vocab_size": 128256, "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072}
-MODELS = {
-    "8b": LLAMA | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
-    "1b": LLAMA
-    | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "tie_word_embeddings": True},
-}
-TINY = {
-    "vocab_size": 1024,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
-# max_length, and the least and the most tokens of a document, of which short ones are more.
-DOCUMENTS = {"short": (512, 40, 512), "long": (8192, 2048, 8192)}
-TINY_DOCUMENTS = {"short": (64, 8, 64), "long": (128, 32, 128)}
-METHODS: dict[str, dict[str, Any]] = {
-    "lora": {"lora": {"rank": 16}},
-    "full": {"train.optimizer": "adamw_8bit_sr"},
-    "qlora": {"lora": {"rank": 16}, "model.quantization": "nf4"},
-}
-NEEDS = {"full": "torchao", "qlora": "bitsandbytes"}
-CASES = [f"{size}/{method}/{kind}" for kind in DOCUMENTS for size in MODELS for method in METHODS]
-TRL = "TRL, its defaults"
-WARM = 3  # steps that are not timed
-# Each with what was done before it. Of the recipe's keys, but for the first: of PEFT's layers.
-STEPS: dict[str, dict[str, Any]] = {
-    "bfloat16 weights": {"model.dtype": "bfloat16"},
-    "varlen": {"model.attention": "varlen"},
+
+@dataclass(frozen=True)
+class Item:
+    """One line of the results: a function of gpu_items.py and its arguments."""
+
+    number: int
+    name: str
+    seconds: int  # estimate for an H200; not measured
+    function: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+LORA: dict[str, Any] = {"lora": {"rank": 16}}
+FULL = {"train.optimizer": "adamw_8bit_sr"}
+FLOAT32 = {"model.dtype": "float32"}
+NF4 = LORA | {"model.quantization": "nf4"}
+CHECKPOINTING = {"train.gradient_checkpointing": True}
+# From TRL's defaults to ours; each rung keeps the changes of those before it.
+LADDER: dict[str, dict[str, Any]] = {
+    "TRL, its defaults": LORA | CHECKPOINTING | {"model.dtype": "float32", "model.attention": "sdpa"},
+    "sft-recipes, bfloat16 weights": {"model.dtype": "bfloat16"},
+    "varlen attention": {"model.attention": "varlen"},
     "no checkpointing": {"train.gradient_checkpointing": False},
-    "cast off": {},
-    "compile": {"train.compile": True},
+    "compiled": {"train.compile": True},
+    "fused kernels": {"train.kernels": "liger"},
 }
-INSTEAD = {"flash-attn": ("varlen", {"model.attention": "flash_attention_2"})}  # of a step, tried behind it
+
+
+def training(number: int, name: str, seconds: int, size: str, keys: dict[str, Any], **arguments: Any) -> Item:
+    return Item(number, name, seconds, "train", {"size": size, "keys": keys, **arguments})
+
+
+def ladder() -> list[Item]:
+    keys: dict[str, Any] = {}
+    items = []
+    for name, change in LADDER.items():
+        keys = keys | change
+        plain = name.startswith("TRL")
+        items.append(training(11, f"8B LoRA, 16 x 512: {name}", 60, "8b", keys, micro=16, plain=plain))
+    return items
+
+
+ITEMS = [
+    Item(1, "imports and compiler", 30, "machine"),
+    Item(2, "attention tests marked gpu", 50, "attention_tests"),
+    Item(3, "quickstart in bfloat16, checkpointed", 50, "quickstart"),
+    Item(4, "stop and resume", 45, "resume"),
+    Item(4, "stop and resume, deterministic", 45, "resume", {"deterministic": True}),
+    training(5, "4B LoRA, 1 x 16,384, capped at 24 GB", 50, "4b", {}, recipe="qwen3_4b_long", cap=24e9),
+    training(6, "8B LoRA, 32 x 512", 40, "8b", LORA, micro=32, profile=True),
+    training(7, "8B LoRA, 32 x 512, compiled", 100, "8b", LORA | {"train.compile": True}, micro=32, profile=True),
+    training(
+        8, "8B LoRA, 32 x 512, fused kernels", 40, "8b", LORA | {"train.kernels": "liger"}, micro=32, profile=True
+    ),
+    training(9, "1B nf4, 32 x 512", 20, "1b", NF4, micro=32),
+    training(9, "1B full, adamw_8bit_sr, 32 x 512", 30, "1b", FULL, micro=32),
+    *(
+        training(10, f"1B {method}, 8 x 512, {name}", 15, "1b", keys | checkpointing, micro=8)
+        for method, keys in {"LoRA": LORA, "full": FLOAT32, "nf4": NF4}.items()
+        for name, checkpointing in {"checkpointed": CHECKPOINTING, "not checkpointed": {}}.items()
+    ),
+    *ladder(),
+]
+
+# Columns of results.md: heading, key in results.jsonl, format.
+COLUMNS = [
+    ("item", "number", "{}"),
+    ("name", "name", "{}"),
+    ("result", "result", "{}"),
+    ("tokens/s", "tokens_per_second", "{:,.0f}"),
+    ("TFLOP/s", "tflops", "{:.1f}"),
+    ("seconds per step", "seconds_per_step", "{:.3f}"),
+    ("peak GiB", "peak_gib", "{:.2f}"),
+    ("predicted GiB", "predicted_gib", "{:.2f}"),
+    ("seconds", "seconds", "{:.0f}"),
+]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help=f"of {', '.join(CASES)}")
-    steps = (TRL, *STEPS, *INSTEAD)
+    parser.add_argument("--minutes", type=float, default=12, help="time budget, imports included (default: 12)")
+    parser.add_argument("--only", default="", metavar="N,N", help="numbers of the items to run")
     parser.add_argument(
-        "--steps", nargs="+", default=steps, choices=steps, metavar="NAME", help=f"of {', '.join(steps)}"
+        "--out", type=Path, default=Path("runs/gpu"), help="directory of the results (default: runs/gpu)"
     )
-    parser.add_argument("--tokens", type=int, default=8192, help="of a micro-batch, of which an optimizer step has one")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after so many")
-    parser.add_argument("--timed", type=int, default=6, help="optimizer steps that are timed, after 3 that are not")
-    parser.add_argument("--cpu", action="store_true")
-    parser.add_argument("--tiny", action="store_true", help="models and documents of no use but to try this out")
+    parser.add_argument("--list", action="store_true", help="print the items with their estimates and exit")
+    parser.add_argument("--cpu", action="store_true", help="run on the CPU; items that need CUDA are skipped")
+    parser.add_argument("--tiny", action="store_true", help="models and batches that only show that the script runs")
     given = parser.parse_args()
-    given.ends, given.device = time.monotonic() + given.seconds, "cpu" if given.cpu else "cuda"
-    if not (chosen := [case for pattern in given.only for case in CASES if fnmatch(case, pattern)]):
-        parser.error(f"--only: there are {', '.join(CASES)}")
+    numbers = {item.number for item in ITEMS}
+    try:
+        wanted = {int(number) for number in given.only.split(",")} if given.only else numbers
+    except ValueError:
+        wanted = {-1}
+    if not wanted <= numbers:
+        parser.error(f"--only: expected numbers from {min(numbers)} to {max(numbers)} (got {given.only})")
+    items = [item for item in ITEMS if item.number in wanted]
+    if given.list:
+        print("\n".join(f"{item.number:>2}  {item.seconds:>4} s  {item.name}" for item in items))
+        print(f"    {sum(item.seconds for item in items):>4} s  estimated for an H200, not measured")
+        return
+    given.device = "cpu" if given.cpu else "cuda"
+    given.out = given.out.absolute()
+    given.out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the worker is killed as well
+    with tempfile.TemporaryDirectory() as folder:
+        given.folder = Path(folder)
+        failed = run(items, given)
+    print(f"\n{given.out}/results.md, results.jsonl, log.txt", flush=True)
+    sys.exit(1 if failed else 0)
+
+
+def run(items: list[Item], given: argparse.Namespace) -> bool:
+    """Run the items in order and record a row for each. Returns True if one failed."""
+    os.environ |= {
+        "SFT_RECIPES_CACHE": str(given.folder / "cache"),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+    }
     if given.cpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    elif not torch.cuda.is_available():
-        sys.exit("there is no GPU that torch can use; --cpu --tiny tries this out without")
-    if given.tiny:
-        given.tokens = 128
-    cli._quiet(debug=False)
-    SFTTrainer._send_telemetry = trainer.Trainer._send_telemetry  # which is silent
-    said = f", {torch.cuda.get_device_name()}, bfloat16 products at {products():.0f} TFLOP/s" if not given.cpu else ""
-    print(f"{measured_on()}{said}")
-    for package in ("torchao", "bitsandbytes", "flash_attn"):
-        if not installed(package):
-            print(f"{package} is not installed")
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
-        for case in dict.fromkeys(chosen):
-            measure(given, case, Path(folder))
-
-
-def measure(given: argparse.Namespace, case: str, folder: Path) -> None:
-    """The table of a model, a method, and documents; each line as it is found."""
-    size, method, kind = case.split("/")
-    length, *_ = documents = (TINY_DOCUMENTS if given.tiny else DOCUMENTS)[kind]
-    micro = given.tokens // length
-    print(
-        f"\n{case}: {micro} x {length:,} tokens a step\n\n| | tokens/s | TFLOP/s | seconds a step | peak GiB | predicted GiB "
-        "| times TRL |\n|---|---|---|---|---|---|---|"
-    )
-    if (needed := NEEDS.get(method)) and not installed(needed):
-        print(f"needs {needed}")
-        return
-    theirs = None
-    for name, recipe, cast in ladder(weights(folder, size, given), method, length, micro, given.timed):
-        if name not in given.steps or (name == "cast off" and recipe.lora is None):
-            continue
-        line = [name, *[""] * 6]
-        if time.monotonic() > given.ends:
-            line[1] = "no time was left"
-        elif name == "compile" and given.cpu:
-            line[1] = "not on a CPU"
-        elif name == "flash-attn" and (given.cpu or not installed("flash_attn")):
-            line[1] = "not installed"
-        else:
-            found = memory.on_device(footprint.predict(recipe, footprint.config_of(recipe), given.device), given.device)
-            line[5] = f"{found.peak_bytes / memory.GIB:.1f}"
-            if not given.cpu and not memory.fits(found, torch.cuda.mem_get_info()[1], "cuda"):
-                line[1] = "does not fit"
+        import gpu_items  # noqa: F401  # workers are forked and inherit the imported libraries
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    record_header(given)
+    states = []
+    workers = Workers(given)
+    try:
+        for item in items:
+            estimate = TINY_SECONDS if given.tiny else item.seconds
+            left = given.minutes * 60 - (time.monotonic() - STARTED) - RESERVE
+            began = time.monotonic()
+            if estimate > left:
+                row = {"state": "skipped", "result": f"no time left: {max(left, 0):.0f} s, estimate {estimate} s"}
             else:
-                try:
-                    rate, line[1:5] = trained(given, recipe, folder, documents, cast=cast, plain=name == TRL)
-                    theirs = rate if name == TRL else theirs
-                    line[6] = f"{rate / theirs:.2f}" if theirs else ""
-                except Exception as error:  # the others are worth having
-                    traceback.print_exc()
-                    line[1] = "out of memory" if model.is_out_of_memory(error) else f"failed: {model.reason_of(error)}"
-        print(f"| {' | '.join(line)} |", flush=True)
-        release_memory()
+                row = workers.perform(item, min(left, 3 * estimate))
+            name = f"{item.name} (tiny)" if given.tiny else item.name
+            row = {"number": item.number, "name": name, **row, "seconds": round(time.monotonic() - began, 1)}
+            states.append(row["state"])
+            record(row, given)
+    finally:
+        workers.close()
+    return "failed" in states
 
 
-def release_memory() -> None:
-    """Nothing of one model is to be in another's peak."""
-    torch.compiler.reset()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+# --- Worker processes ---
 
 
-def ladder(name: Path, method: str, length: int, micro: int, timed: int) -> Iterator[tuple[str, Recipe, bool]]:
-    """The steps from TRL's defaults to ours, and whether PEFT still casts its layers' input."""
-    recipe = Recipe.model_validate(
-        {
-            "model": {"name": str(name), "dtype": "float32", "attention": "sdpa"},
-            "data": {"train": "random", "eval": None, "max_length": length},
-            "train": {
-                "max_steps": WARM + timed, "micro_batch_size": micro, "global_batch_size": micro, "preflight": False,
-                "gradient_checkpointing": True, "learning_rate": 1e-5,
-            },
-            "checkpoint": {"every": None},
-            "log": {"every": 1000},
-            "export": {"merge": False},
-            "trl": {"train_sampling_strategy": "sequential"},
-            "output_dir": "unused",
-        }
-    )  # fmt: skip
-    ours = changes.applied(recipe, METHODS[method])
-    yield TRL, changes.applied(ours, {"train.optimizer": "adamw_torch_fused"}), True
-    cast = True
-    for step, keys in STEPS.items():
-        ours, cast = changes.applied(ours, keys), cast and step != "cast off"
-        yield step, ours, cast
-        for other, (behind, instead) in INSTEAD.items():
-            if behind == step:
-                yield other, changes.applied(ours, instead), cast
+class Workers:
+    """The process of the current item, and a spare one that imports the libraries in the meantime.
+
+    On a GPU the processes are spawned rather than forked: importing bitsandbytes or torchao initializes CUDA, which a forked
+    process cannot use.
+    """
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        self.given = given
+        self.context: Any = multiprocessing.get_context("fork" if given.cpu else "spawn")
+        self.spare = self.start()
+
+    def start(self) -> tuple[Any, Connection]:
+        ours, theirs = self.context.Pipe()
+        process = self.context.Process(target=work, args=(theirs, self.given))
+        process.start()
+        theirs.close()
+        return process, ours
+
+    def perform(self, item: Item, limit: float) -> dict[str, Any]:
+        """Run an item in the spare process, for at most `limit` seconds. Returns its row."""
+        process, connection = self.spare
+        self.spare = self.start()
+        try:
+            connection.send(item)
+            if connection.poll(limit):
+                return dict(connection.recv())
+            return {"state": "failed", "result": f"stopped after {limit:.0f} s without a result"}
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            process.join(5)
+            return {"state": "failed", "result": f"the process died with exit code {process.exitcode} (see log.txt)"}
+        finally:
+            kill(process)
+
+    def close(self) -> None:
+        kill(self.spare[0])
 
 
-def trained(
-    given: argparse.Namespace, recipe: Recipe, folder: Path, documents: tuple[int, int, int], *, cast: bool, plain: bool
-) -> tuple[float, list[str]]:
-    """Train some steps; tokens a second, and what there is to say of them."""
-    tokenizer = model.load_tokenizer(recipe.model)
-    config = model.load_config(recipe)
-    data = random_rows(recipe, config.vocab_size, documents)
-    table = data.train.table()
-    if plain:
-        sft = trl_alone(recipe, Dataset(data.train.table()), folder)
-    else:
-        network = model.load_model(recipe, tokenizer)
-        sft = trainer.build(recipe, network, tokenizer, data, folder, Console(quiet=True))
-        for module in sft.model.modules():
-            if hasattr(module, "cast_input_dtype_enabled"):
-                module.cast_input_dtype_enabled = cast
-    clock = Clock()
-    sft.add_callback(clock)
-    sft.train()
-    peak = f"{torch.cuda.max_memory_allocated() / memory.GIB:.1f}" if not given.cpu else ""
-    rows = int(recipe.train.micro_batch_size)
-    timed = slice(WARM * rows, (WARM + given.timed) * rows)
-    lengths = np.concatenate(table["seq_lengths"].to_pylist()[timed])
-    rate = lengths.sum() / clock.seconds
-    work = operations(sft.model, recipe.lora is not None, float((lengths**2).sum() / lengths.sum()))
-    return rate, [f"{rate:,.0f}", f"{rate * work / 1e12:.1f}", f"{clock.seconds / given.timed:.3f}", peak]
+def kill(process: Any) -> None:
+    """Kill a worker and the processes it has started."""
+    with suppress(ProcessLookupError, PermissionError):  # it has not become the leader of its group yet, or is gone
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    process.join()
 
 
-class Clock(TrainerCallback):
-    """Seconds from the end of the last step that is not timed to the end of the last of all, the GPU's work included."""
+def work(connection: Connection, given: argparse.Namespace) -> None:
+    """Import the libraries, wait for an item, run it and send its row."""
+    os.setsid()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    log = os.open(given.out / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    began = time.monotonic()
+    import gpu_items
 
-    def on_step_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
-        if torch.cuda.is_available() and state.global_step == 0:
-            torch.cuda.reset_peak_memory_stats()
-
-    def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
-        if state.global_step in (WARM, state.max_steps) and torch.cuda.is_available():
-            torch.cuda.synchronize()
-        if state.global_step == WARM:
-            self.began = time.perf_counter()
-        elif state.global_step == state.max_steps:
-            self.seconds = time.perf_counter() - self.began
-
-
-def operations(network: torch.nn.Module, lora: bool, seen: float) -> float:
-    """Of training on a token that sees `seen` tokens of its document on average, itself and those behind it among them."""
-    frozen = adapters = 0
-    for name, module in network.named_modules():
-        if isinstance(module, torch.nn.Linear):  # a quantised weight's elements are not its parameters'
-            size = module.in_features * module.out_features
-            frozen, adapters = (frozen, adapters + size) if "lora_" in name else (frozen + size, adapters)
-    config = network.config
-    width = config.num_attention_heads * config.head_dim
-    return frozen * (4 if lora else 6) + 6 * adapters + 6 * config.num_hidden_layers * width * seen
-
-
-def trl_alone(recipe: Recipe, rows: Dataset, folder: Path) -> SFTTrainer:
-    """TRL with its defaults, on the rows that ours has."""
-    quantized = recipe.model.quantization and BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=torch.bfloat16,
-        bnb_4bit_use_double_quant=True,
-    )
-    adapters = recipe.lora and LoraConfig(
-        r=recipe.lora.rank, lora_alpha=recipe.lora.alpha, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    config = SFTConfig(
-        output_dir=str(folder / "trl"), dataset_kwargs={"skip_prepare_dataset": True}, padding_free=True, max_length=None,
-        per_device_train_batch_size=recipe.train.micro_batch_size, max_steps=recipe.train.max_steps,
-        train_sampling_strategy="sequential", learning_rate=recipe.train.learning_rate, save_strategy="no", report_to="none",
-        disable_tqdm=True, logging_steps=1000, use_cpu=not torch.cuda.is_available(),
-    )  # fmt: skip
-    sft = SFTTrainer(
-        recipe.model.name, config, train_dataset=rows, peft_config=adapters, quantization_config=quantized or None
-    )
-    sft.remove_callback(PrinterCallback)
-    return sft
+    given.import_seconds = time.monotonic() - began
+    item = connection.recv()
+    print(f"\n--- {item.number}. {item.name} ---")
+    given.number = item.number
+    try:
+        gpu_items.prepare(given)
+        row = {"state": "done", **getattr(gpu_items, item.function)(given, **item.arguments)}
+    except gpu_items.SkipItem as error:
+        row = {"state": "skipped", "result": f"skipped: {error}"}
+    except Exception as error:
+        traceback.print_exc()
+        row = {"state": "failed", "result": f"failed: {gpu_items.reason_of(error)}"}
+    connection.send(row)
 
 
-def random_rows(recipe: Recipe, vocabulary: int, documents: tuple[int, int, int]) -> Prepared:
-    """As many random tokens as the steps take, all of them trained on, packed as ours are."""
-    rng, (length, least, most) = np.random.default_rng(0), documents
-    rows = (recipe.train.max_steps or 0) * int(recipe.train.micro_batch_size) + 8  # more than enough
-    lengths = np.minimum(most, least + rng.exponential((most - least) / 4, size=rows * length // least)).astype(
-        np.int64
-    )
-    lengths = lengths[: int(np.searchsorted(lengths.cumsum(), rows * length)) + 1]
-    number, total = len(lengths), int(lengths.sum())
-    none = np.zeros(number, dtype=np.bool_)
-    made = Documents(
-        rng.integers(0, vocabulary, total, dtype=np.int32), np.ones(total, dtype=np.bool_),
-        np.concatenate([[0], lengths.cumsum()]), np.zeros(number, dtype=np.int32), ~none, none, none,
-        np.arange(number, dtype=np.uint64), np.zeros(number, dtype=np.uint64),
-    )  # fmt: skip
-    chosen = Chosen(made, np.arange(number), SourceAccount("random", "", "", number), dict.fromkeys)
-    return Prepared(lay_out([chosen], recipe.data, rng), None, None, [], None, 1.0, [])
+# --- Results ---
 
 
-def weights(folder: Path, size: str, given: argparse.Namespace) -> Path:
-    """A directory with a model of that size, and the embedded model's tokenizer."""
-    place = folder / size
-    if not place.exists():
-        config = LlamaConfig(
-            **(TINY if given.tiny else MODELS[size]), rope_parameters={"rope_type": "default", "rope_theta": 5e5}
-        )
-        with torch.device(given.device):
-            AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(place)
-        release_memory()
-        embedded = Recipe.model_validate({"model": {"name": "builtin:tiny"}, "data": {"train": "x"}, "output_dir": "x"})
-        model.load_tokenizer(embedded.model).save_pretrained(place)
-    return place
+def record_header(given: argparse.Namespace) -> None:
+    machine = f"{measured_on()}, {'no GPU used' if given.cpu else gpu()}"
+    command = shlex.join(["python", "benchmarks/gpu.py", *sys.argv[1:]])
+    append(given.out / "results.jsonl", json.dumps({"command": command, "machine": machine}))
+    headings = " | ".join(heading for heading, _, _ in COLUMNS)
+    table = f"`{command}`\n\n{machine}\n\n| {headings} |\n|{'---|' * len(COLUMNS)}"
+    append(given.out / "results.md", f"\n{table}")
+    print(table, flush=True)
 
 
-def products() -> float:
-    """TFLOP/s of large products in bfloat16: what is to be had at most."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    for times in (10, 100):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        for _ in range(times):
-            a @ b
-        torch.cuda.synchronize()
-    return 100 * 2 * 8192**3 / (time.perf_counter() - began) / 1e12
+def record(row: dict[str, Any], given: argparse.Namespace) -> None:
+    """Write one row to the terminal and both result files."""
+    append(given.out / "results.jsonl", json.dumps(row))
+    cells = (form.format(row[key]) if row.get(key) is not None else "" for _, key, form in COLUMNS)
+    line = f"| {' | '.join(' '.join(cell.replace('|', '/').split()) for cell in cells)} |"
+    append(given.out / "results.md", line)
+    print(line, flush=True)
+
+
+def append(file: Path, text: str) -> None:
+    with file.open("a", encoding="utf-8") as opened:
+        opened.write(f"{text}\n")
+
+
+def gpu() -> str:
+    """Name, memory and driver of the GPU, from nvidia-smi: the parent process leaves CUDA alone."""
+    query = "--query-gpu=name,memory.total,driver_version"
+    command = ["nvidia-smi", query, "--format=csv,noheader", "--id=0"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        name, memory, driver = found.stdout.strip().split(", ")
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return "GPU unknown (nvidia-smi failed)"
+    return f"{name}, {memory}, driver {driver}"
 
 
 if __name__ == "__main__":

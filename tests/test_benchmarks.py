@@ -1,14 +1,16 @@
 """The benchmarks of a training step still run, on models and rows that show nothing of speed."""
 
+import argparse
+import importlib
+import json
 import os
 import runpy
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tests.commands import forked
 
@@ -88,26 +90,68 @@ def test_losses_that_agree(
     assert names_of("train_step.py", monkeypatch)["agree"](losses, theirs, digits) == agree
 
 
-def test_the_steps_on_a_gpu_run_on_a_cpu(tmp_path: Path) -> None:
-    ways = ("TRL, its defaults", "bfloat16 weights", "cast off")
-    cases = ("8b/lora/short", "8b/qlora/short", "8b/full/short")
-
-    said = script("gpu.py", "--cpu", "--tiny", "--timed", "1", "--only", *cases, "--steps", *ways, cwd=tmp_path)
-
-    tables = said.split("tokens a step")[1:]
-    for case, table in zip(cases, tables, strict=True):
-        found = rows(table)
-        assert set(found) == set(ways if "full" not in case else ways[:2])
-        for way in found:
-            assert float(found[way][0].replace(",", "")) > 0, said  # tokens/s
-            assert float(found[way][4]) >= 0  # predicted
+# --- gpu.py ---
 
 
-@pytest.mark.parametrize(("size", "seen", "full"), [("8b", 150, 45.2e9), ("8b", 8192, 51.5e9), ("1b", 150, 7.44e9)])
-def test_operations(size: str, seen: int, full: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """6 for each weight that is multiplied, and attention; Llama's embeddings are looked up."""
-    names = names_of("gpu.py", monkeypatch)
-    with torch.device("meta"):
-        llama = AutoModelForCausalLM.from_config(LlamaConfig(**names["MODELS"][size]))
+def test_items_for_a_gpu_run_on_a_cpu(tmp_path: Path) -> None:
+    said = script("gpu.py", "--cpu", "--tiny", "--only", "1,5,6,7,9", "--out", "out", cwd=tmp_path)
 
-    assert names["operations"](llama, False, seen) == pytest.approx(full, rel=2e-3)
+    out = tmp_path / "out"
+    header, *found = map(json.loads, (out / "results.jsonl").read_text("utf-8").splitlines())
+    assert header["command"].endswith("gpu.py --cpu --tiny --only 1,5,6,7,9 --out out")
+    assert "torch" in header["machine"]
+    states = {(row["number"], row["state"]) for row in found}
+    expected = {1: "done", 5: "done", 6: "done", 7: "skipped", 9: "done"}
+    assert states <= {*expected.items(), (9, "skipped")}, said  # 9: without bitsandbytes or torchao
+    for row in found:
+        if row["number"] in (5, 6):
+            assert row["tokens_per_second"] > 0
+            assert row["predicted_gib"] > 0
+    assert "aten::mm" in (out / "profile-6.txt").read_text("utf-8")
+    table = (out / "results.md").read_text("utf-8")
+    assert table.strip() in said  # the terminal shows the same
+    assert rows(table).keys() == {"item", "1", "5", "6", "7", "9"}
+
+
+def test_items_without_time_are_skipped(tmp_path: Path) -> None:
+    script("gpu.py", "--cpu", "--tiny", "--only", "6,9", "--minutes", "0.5", "--out", "out", cwd=tmp_path)
+
+    _, *found = map(json.loads, (tmp_path / "out/results.jsonl").read_text("utf-8").splitlines())
+    assert [row["state"] for row in found] == ["skipped"] * 3
+    assert all("no time left" in row["result"] for row in found)
+
+
+def test_an_item_that_fails_does_not_affect_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hung item is killed at its limit; a crash and an exception are one line each."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    gpu, gpu_items = importlib.import_module("gpu"), importlib.import_module("gpu_items")
+
+    def hang(given: argparse.Namespace) -> None:
+        (given.out / "pid").write_text(str(os.getpid()))
+        time.sleep(600)
+
+    def crash(_given: argparse.Namespace) -> None:
+        os._exit(7)
+
+    def fail(_given: argparse.Namespace) -> None:
+        raise ValueError("no such\nthing")
+
+    for function in (hang, crash, fail):
+        monkeypatch.setattr(gpu_items, function.__name__, function, raising=False)
+    given = argparse.Namespace(cpu=True, tiny=True, device="cpu", out=tmp_path, folder=tmp_path)
+    workers = gpu.Workers(given)
+    try:
+        found = {name: workers.perform(gpu.Item(1, name, 60, name), limit) for name, limit in LIMITS.items()}
+    finally:
+        workers.close()
+
+    assert {row["state"] for name, row in found.items() if name != "machine"} == {"failed"}
+    assert found["hang"]["result"] == "stopped after 5 s without a result"
+    assert not Path("/proc", (tmp_path / "pid").read_text()).exists()
+    assert "exit code 7" in found["crash"]["result"]
+    assert found["fail"]["result"] == "failed: no such thing"
+    assert "ValueError: no such\nthing" in (tmp_path / "log.txt").read_text("utf-8")
+    assert found["machine"]["state"] == "done"
+
+
+LIMITS = {"hang": 5, "crash": 60, "fail": 60, "machine": 60}  # seconds
