@@ -270,6 +270,8 @@ def train(
     data = random_rows(used, long=recipe is not None, tiny=given.tiny)
     table = data.train.table()
     network, tokenizer = build_model(used, given.device, adapters=not plain), model.load_tokenizer(used.model)
+    if given.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     if plain:
         sft = trl_alone(used, network, tokenizer, Dataset(table), given.folder)
     else:
@@ -316,7 +318,7 @@ class Clock(TrainerCallback):
         if state.global_step == 0:
             self.began = time.perf_counter()
             if torch.cuda.is_available():
-                self.before = torch.cuda.max_memory_allocated()  # of loading and the preflight
+                self.before = torch.cuda.max_memory_allocated()  # in the preflight
                 torch.cuda.reset_peak_memory_stats()
         elif state.global_step == self.last and self.profile is not None:
             self.profiler = torch.profiler.profile()
@@ -378,19 +380,14 @@ def has_key(key: str) -> bool:
 def base(directory: Path, micro: int, given: argparse.Namespace) -> Recipe:
     """The recipe of a case on sequences of 512 tokens, one micro-batch per step."""
     micro = min(micro, 2) if given.tiny else micro
-    keys: dict[str, Any] = {
-        "micro_batch_size": micro,
-        "global_batch_size": micro,
-        "preflight": False,
-        "gradient_checkpointing": False,
-    }
+    keys: dict[str, Any] = {"micro_batch_size": micro, "global_batch_size": micro, "learning_rate": 1e-5}
     if has_key("train.kernels"):
         keys["kernels"] = "none"
     return Recipe.model_validate(
         {
             "model": {"name": str(directory), "dtype": "bfloat16"},
             "data": {"train": "random", "eval": None, "max_length": 64 if given.tiny else 512},
-            "train": keys | {"learning_rate": 1e-5},
+            "train": keys | {"preflight": False, "gradient_checkpointing": False},
             "checkpoint": {"every": None},
             "log": {"every": 1000},
             "export": {"merge": False},
