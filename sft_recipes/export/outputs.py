@@ -1,7 +1,9 @@
 """What a run leaves: the adapter and the model."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import peft
@@ -11,16 +13,60 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sft_recipes.data.prepare import Prepared
-from sft_recipes.errors import InputError, RunError
-from sft_recipes.export import tensors, verify
+from sft_recipes.errors import InputError, ModelError, RunError
+from sft_recipes.export import save, tensors, verify
 from sft_recipes.export.merge import merge, proof_in_words, write_report
 from sft_recipes.export.probe import Probe, rows_of
-from sft_recipes.export.save import save_adapter, save_model
+from sft_recipes.export.save import Written, save_adapter, save_around, save_model
 from sft_recipes.files import complete_or_not_there, remove
 from sft_recipes.recipe import model_files
 from sft_recipes.recipe.schema import Recipe
 
 FILE = "export.json"  # in the directory of a model of which all weights were trained
+
+
+@dataclass(frozen=True)
+class References:
+    """What a sharded model makes of the rows: as it was trained, and rounded to `export.dtype`; computed in `compute`."""
+
+    trained: verify.Seen
+    rounded: verify.Seen
+    compute: str
+
+
+def references(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    data: Prepared,
+    round_weights: Callable[[PreTrainedModel, torch.dtype], None],
+) -> References:
+    """Run the rows of the probe through a sharded model, whose weights are then rounded. Every rank has to call this."""
+    half = {"bf16": "bfloat16", "fp16": "float16"}
+    compute = half.get(recipe.train.mixed_precision, str(model.dtype).removeprefix("torch."))
+    rows = rows_of(data.eval or data.train)
+    trained = verify.look(model, rows)
+    round_weights(model, getattr(torch, recipe.export.dtype))
+    return References(trained, verify.look(model, rows), compute)
+
+
+@contextmanager
+def written(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    shapes: Mapping[str, torch.Tensor] | None,
+    weights: Iterable[tuple[str, torch.Tensor]],
+    folder: Path,
+    main: bool,
+) -> Iterator[Written | None]:
+    """Write the weights of a sharded model of which all were trained to a directory of its own, which `export` takes them
+    from; see `save.written`. Every rank has to come here."""
+    if main and shapes is not None:
+        with suppress(OSError):  # `export` says so
+            remove(folder / "model")  # of a run that is resumed after its export; there may be no room for both
+    with save.written(
+        model, shapes, weights, folder / ".weights", main=main, max_shard_size=recipe.export.max_shard_size
+    ) as found:
+        yield found
 
 
 def export(
@@ -29,34 +75,44 @@ def export(
     tokenizer: PreTrainedTokenizerBase,
     data: Prepared,
     folder: Path,
-    weights: dict[str, torch.Tensor] | None = None,
+    adapter: dict[str, torch.Tensor] | None = None,
+    weights: Written | None = None,
+    references: References | None = None,
 ) -> list[str]:
-    """Write adapter/ and model/ into the run directory; returns what is to be said of them. `weights` are the trained ones by
-    name, where an adapted model that is spread over several ranks does not hold them.
+    """Write adapter/ and model/ into the run directory; returns what is to be said of them.
+
+    A model that is sharded across ranks does not hold its weights: then `adapter` has the trained ones by name or, if all
+    were trained, `weights` says where they are, and `references` what the model made of the rows.
 
     Raises RunError where the trained weights are not finite, the merge is impossible, the model is not the one that was
     trained, or the disk fails.
     """
-    trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
-    if not all(bool(tensor.isfinite().all()) for tensor in (trained if weights is None else weights.values())):
+    held = [parameter for parameter in model.parameters() if parameter.requires_grad] if weights is None else []
+    if not all(bool(tensor.isfinite().all()) for tensor in (held if adapter is None else adapter.values())):
         raise RunError(
             f"{folder}: the trained weights are not finite, so nothing is exported: the training diverged; set a lower "
             "train.learning_rate"
         )
-    for earlier in (folder / "adapter", folder / "model"):
-        remove(earlier)  # of a run that is resumed after its export
-    quantization = getattr(model.config, "quantization_config", None)
-    probe = Probe(
-        rows_of(data.eval or data.train),
-        {"messages": data.prompt.messages, "ids": data.prompt.ids} if data.prompt and data.chat_template else None,
-        quantization.to_dict() if quantization is not None else None,
-        recipe.model.dtype,
-    )
     try:
+        if weights is not None and isinstance(weights.error, ModelError):
+            raise RunError(
+                f"{folder}: {weights.error}, so nothing is exported: the training diverged; set a lower train.learning_rate"
+            )
+        if weights is not None and weights.error is not None:
+            raise weights.error
+        for earlier in (folder / "adapter", folder / "model"):
+            remove(earlier)  # of a run that is resumed after its export
+        quantization = getattr(model.config, "quantization_config", None)
+        probe = Probe(
+            rows_of(data.eval or data.train),
+            {"messages": data.prompt.messages, "ids": data.prompt.ids} if data.prompt and data.chat_template else None,
+            quantization.to_dict() if quantization is not None else None,
+            recipe.model.dtype,
+        )
         probe.save(folder)
         if recipe.lora is None:
-            return _whole(recipe, model, tokenizer, data.stops, probe, folder / "model")
-        save_adapter(model, tokenizer, folder / "adapter", stops=data.stops, weights=weights)
+            return _whole(recipe, model, tokenizer, data.stops, probe, folder / "model", weights, references)
+        save_adapter(model, tokenizer, folder / "adapter", stops=data.stops, weights=adapter)
         if probe.quantization:
             probe.save_quantization(folder / "adapter")
         if not recipe.export.merge:
@@ -82,16 +138,27 @@ def _whole(
     stops: Sequence[int],
     probe: Probe,
     out: Path,
+    weights: Written | None,
+    references: References | None,
 ) -> list[str]:
-    """Write a model of which all weights were trained, and prove that it is that model."""
-    dtype, compute = recipe.export.dtype, str(model.dtype).removeprefix("torch.")
+    """Write a model of which all weights were trained, unless they are written already, and prove that it is that model."""
+    dtype = recipe.export.dtype
+    compute = references.compute if references else str(model.dtype).removeprefix("torch.")
     with complete_or_not_there(out) as folder, tempfile.TemporaryDirectory() as elsewhere:
         trained, rounded = (Path(elsewhere) / name for name in ("trained", "rounded"))
-        verify.keep(model, probe.rows, trained)
-        shard = recipe.export.max_shard_size
-        save_model(model, tokenizer, folder, dtype=dtype, max_shard_size=shard, stops=stops)
-        _check_bits(model, folder, out)
-        verify.keep(model.to(getattr(torch, compute)), probe.rows, rounded)
+        if weights is not None and references is not None:
+            for file in weights.folder.iterdir():
+                file.rename(folder / file.name)
+            save_around(model, tokenizer, folder, dtype=dtype, stops=stops)
+            _check_hashes(weights, folder, out)
+            verify.save_seen(references.trained, trained)
+            verify.save_seen(references.rounded, rounded)
+        else:
+            verify.keep(model, probe.rows, trained)
+            shard = recipe.export.max_shard_size
+            save_model(model, tokenizer, folder, dtype=dtype, max_shard_size=shard, stops=stops)
+            _check_bits(model, folder, out)
+            verify.keep(model.to(getattr(torch, compute)), probe.rows, rounded)
         tokenizer.save_pretrained(elsewhere)
         request = verify.Request(
             models={"model": str(folder.resolve())},
@@ -112,7 +179,14 @@ def _whole(
         except RunError as error:
             raise RunError(*(f"{out}: not kept: {line}" for line in error.lines)) from error
         write_report(folder / FILE, {"base": recipe.model.name, "dtype": dtype, "figures": figures})
-    return proof_in_words(figures, dtype)
+    return [*([weights.note] if weights and weights.note else []), *proof_in_words(figures, dtype)]
+
+
+def _check_hashes(weights: Written, folder: Path, out: Path) -> None:
+    """Every weight in the files is, to the bit, the one that was gathered. Raises RunError."""
+    for name, stored in tensors.in_model(folder).items():
+        if tensors.sha256(stored) != weights.sha256[name]:
+            raise RunError(f"{out}: not kept: {name} is not in the file as it was gathered")
 
 
 def _check_bits(model: PreTrainedModel, folder: Path, out: Path) -> None:

@@ -163,7 +163,10 @@ def look(model: PreTrainedModel, rows: Rows) -> Seen:
 
 def keep(model: PreTrainedModel, rows: Rows, file: Path) -> None:
     """Write down what a model makes of the rows."""
-    seen = look(model, rows)
+    save_seen(look(model, rows), file)
+
+
+def save_seen(seen: Seen, file: Path) -> None:
     save_file({"logits": seen.logits, "loss": torch.tensor(seen.loss, dtype=torch.float64)}, file)
 
 

@@ -56,9 +56,9 @@ def observed(file: Path, rank: int) -> None:
     from torch.distributed.tensor import DTensor
     from transformers import AutoModelForCausalLM
 
-    from sft_recipes.training import sharded
+    from sft_recipes.training import trainer as module
 
-    gathered, from_pretrained, read = sharded.gathered, AutoModelForCausalLM.from_pretrained, []
+    train, from_pretrained, read = module.train, AutoModelForCausalLM.from_pretrained, []
 
     def reads(*args: Any, **kwargs: Any) -> Any:
         read.append(str(args[0]))
@@ -71,7 +71,8 @@ def observed(file: Path, rank: int) -> None:
             return int(weight.to_local().numel())
         return int(weight.ds_tensor.numel() if hasattr(weight, "ds_tensor") else weight.numel())
 
-    def look(trainer: Any, wanted: Any) -> Any:
+    def look(trainer: Any, checkpoint: Any) -> None:
+        train(trainer, checkpoint)
         weights = list(trainer.model.parameters())
         states = [state for each in trainer.optimizer.state.values() for state in each.values() if state.dim()]
         found = {
@@ -82,9 +83,8 @@ def observed(file: Path, rank: int) -> None:
             "read": read,
         }
         (file.parent / f"rank_{rank}.json").write_text(json.dumps(found))
-        return gathered(trainer, wanted)
 
-    sharded.gathered = look
+    module.train = look
     start(file, resume=False)
 
 
