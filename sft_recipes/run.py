@@ -95,6 +95,7 @@ def run(
             ranks.leave()
             if not ranks.is_main():
                 return folder
+            del sft, network  # gradients and optimizer states: verification may need their memory
             said = outputs.export(recipe, trained.model, tokenizer, data, folder, trained.adapter, weights, seen)
         words.say(console, said)
         with words.no_more_than_a_warning(console, "the report"):
