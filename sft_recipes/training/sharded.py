@@ -208,6 +208,6 @@ def _gather(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
     # DeepSpeed trains float32 copies of 16-bit weights: float32 is gathered from those.
     if dtype == torch.float32 and weight.dtype != dtype and weight.requires_grad:
-        return deepspeed.utils.safe_get_full_fp32_param(weight)
+        return deepspeed.utils.safe_get_full_fp32_param(weight).to(dtype)
     with deepspeed.zero.GatheredParameters([weight]):
         return weight.detach().to(dtype, copy=True)  # DeepSpeed frees its own
