@@ -8,6 +8,7 @@ from rich.console import Console
 
 from sft_recipes import run_folder, several
 from sft_recipes.data import prepare, tokens
+from sft_recipes.export import reference
 from sft_recipes.export.outputs import export
 from sft_recipes.recipe import check
 from sft_recipes.recipe.schema import Recipe
@@ -84,7 +85,8 @@ def run(
         # The training itself
         trainer.train(sft, checkpoint)
 
-        # What comes out
+        # What comes out, and what the trained model computes, which that is compared with
+        reference.record(sft, recipe, data, folder)
         trained, weights = sharded.gathered(sft, recipe)
         if not ranks.is_main():
             return folder

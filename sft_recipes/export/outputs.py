@@ -12,10 +12,11 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sft_recipes.data.prepare import Prepared
 from sft_recipes.errors import InputError, RunError
-from sft_recipes.export import tensors, verify
+from sft_recipes.export import reference, verify
 from sft_recipes.export.merge import merge, proof_in_words, write_report
 from sft_recipes.export.probe import Probe, rows_of
 from sft_recipes.export.save import save_adapter, save_model
+from sft_recipes.export.weights import check_bits
 from sft_recipes.files import complete_or_not_there, remove
 from sft_recipes.recipe import model_files
 from sft_recipes.recipe.schema import Recipe
@@ -84,14 +85,11 @@ def _whole(
     out: Path,
 ) -> list[str]:
     """Write a model of which all weights were trained, and prove that it is that model."""
-    dtype, compute = recipe.export.dtype, str(model.dtype).removeprefix("torch.")
+    dtype = recipe.export.dtype
     with complete_or_not_there(out) as folder, tempfile.TemporaryDirectory() as elsewhere:
-        trained, rounded = (Path(elsewhere) / name for name in ("trained", "rounded"))
-        verify.keep(model, probe.rows, trained)
         shard = recipe.export.max_shard_size
         save_model(model, tokenizer, folder, dtype=dtype, max_shard_size=shard, stops=stops)
-        _check_bits(model, folder, out)
-        verify.keep(model.to(getattr(torch, compute)), probe.rows, rounded)
+        check_bits(model, folder, out)
         tokenizer.save_pretrained(elsewhere)
         request = verify.Request(
             models={"model": str(folder.resolve())},
@@ -100,12 +98,10 @@ def _whole(
             stops=list(stops),
             base=model_files.location(recipe.model.name),
             revision=recipe.model.revision,
-            trained=str(trained),
-            rounded=str(rounded),
+            record=str((out.parent / reference.FILE).resolve()),
             rows=probe.rows,
             prompt=probe.prompt,
             trust_remote_code=recipe.model.trust_remote_code,
-            compute=compute,
         )
         try:
             figures = verify.prove(request)["model"]
@@ -113,11 +109,3 @@ def _whole(
             raise RunError(*(f"{out}: not kept: {line}" for line in error.lines)) from error
         write_report(folder / FILE, {"base": recipe.model.name, "dtype": dtype, "figures": figures})
     return proof_in_words(figures, dtype)
-
-
-def _check_bits(model: PreTrainedModel, folder: Path, out: Path) -> None:
-    """Every weight in the files is, to the bit, the one in memory. Raises RunError."""
-    held = model.state_dict()
-    for name, stored in tensors.in_model(folder).items():
-        if name in held and not torch.equal(stored.whole(), held[name].cpu()):
-            raise RunError(f"{out}: not kept: {name} is not in the file as it is in memory")
