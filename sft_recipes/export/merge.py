@@ -19,8 +19,9 @@ from sft_recipes.errors import ModelError, OutputError, RunError, SFTRecipeError
 from sft_recipes.export import load, probe, reference, tensors, verify
 from sft_recipes.export.changes import Merged, NotRowByRow, refuse_incomplete
 from sft_recipes.export.load import Origin
-from sft_recipes.export.probe import Probe
+from sft_recipes.export.probe import Probe, rows_of_texts
 from sft_recipes.export.quantized import dequantized
+from sft_recipes.export.reference import Record, run_model
 from sft_recipes.export.save import DTYPES, save_around, save_model
 from sft_recipes.export.weights import check_bits
 from sft_recipes.files import complete_or_not_there, described, write_json
@@ -42,6 +43,9 @@ class _Job:
     dtype: str
     max_shard_size: str
     trust_remote_code: bool
+
+    def __post_init__(self) -> None:
+        self.rows = self.probe.rows or rows_of_texts(self.tokenizer)
 
 
 def merge(
@@ -89,6 +93,7 @@ def merge(
                 file.rename(folder / file.name)
             for name in names:
                 shutil.rmtree(folder / str(name), ignore_errors=True)
+                _computed(folder / str(name)).unlink(missing_ok=True)
             report = {
                 "adapter": str(adapter), "base": of.base, "revision": of.revision, "dtype": dtype,
                 "merged_into": chosen, "merged_by": ways[chosen], "figures": figures,
@@ -117,11 +122,11 @@ def _proven(
         base=_absolute(job.of.base),
         revision=job.of.revision,
         adapter=str(job.adapter.resolve()),
-        summed=[name for name in folders if ways[name] == "rows"],
+        merged={name: str(_computed(folder)) for name, folder in folders.items() if ways[name] != "rows"},
         record=str(record)
         if job.probe.rows and (record := job.adapter.resolve().parent / reference.FILE).is_file()
         else None,
-        rows=job.probe.rows,
+        rows=job.rows,
         prompt=job.probe.prompt,
         quantization=job.probe.quantization,
         loaded=job.probe.loaded,
@@ -191,11 +196,19 @@ def _in_memory(job: _Job, folder: Path, out: Path) -> None:
         job.adapter, torch.float32, base=job.of.base, revision=job.of.revision, trust_remote_code=job.trust_remote_code
     )
     merged = adapted.merge_and_unload(safe_merge=True)  # ValueError where a number is not finite
+    computed = Record(run_model(merged, job.rows))
     merged.generation_config = _generation(job, merged.generation_config)
     save_model(
         merged, job.tokenizer, folder, dtype=job.dtype, max_shard_size=job.max_shard_size, stops=job.stops
     )  # fmt: skip
     check_bits(merged, folder, out)
+    computed.rounded = run_model(merged, job.rows)
+    computed.save(_computed(folder))
+
+
+def _computed(folder: Path) -> Path:
+    """The file of what a merge in memory computes."""
+    return folder.with_name(f"{folder.name}.{reference.FILE}")
 
 
 def _generation(job: _Job, of_base: GenerationConfig) -> GenerationConfig:

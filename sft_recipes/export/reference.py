@@ -7,7 +7,7 @@ are stored, and those of its largest layer in float32.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from sft_recipes.data.prepare import Prepared
 from sft_recipes.data.sequences import IGNORED
 from sft_recipes.errors import ModelError
 from sft_recipes.export.probe import rows_of
+from sft_recipes.export.save import DTYPES
 from sft_recipes.files import replaced
 from sft_recipes.recipe.schema import Recipe
 
@@ -33,8 +34,10 @@ FILE = "reference.safetensors"  # in a run's directory, beside probe.json
 _SHARDED = ("fsdp2", "zero3")  # strategies whose forward pass needs every rank
 _POSITIONS = 8  # per row, whose logits are compared
 _WORDS = 4096  # of a larger vocabulary, evenly spaced, beside the tokens of the rows
-_LOGITS, _TOKENS = 1 << 26, 1 << 10  # at once: 256 MiB of logits; tokens whose hidden states are held
+_LOGITS, _TOKENS = 1 << 27, 1 << 10  # at once: 512 MiB of logits; tokens whose hidden states are held
+_PIECE = 1 << 22  # numbers that are rounded at once
 _PARTS = ("logits", "losses", "hidden")
+_OF = ("trained", "base", "rounded")
 
 
 @dataclass
@@ -63,27 +66,30 @@ class Outputs:
 
 @dataclass
 class Record:
-    """Outputs of the trained model and of its base (adapters switched off; None after full fine-tuning)."""
+    """Outputs of the trained model, of its base, and of the trained model with rounded weights.
+
+    Of the base with the adapters switched off; None after full fine-tuning. Of rounded weights after full fine-tuning; None:
+    they are the same, or merged first.
+    """
 
     trained: Outputs
-    base: Outputs | None
-    compute: str  # dtype of the computation: float32, or that of the training if each rank only held shards
-    held: str  # dtype of the trained weights
+    base: Outputs | None = None
+    rounded: Outputs | None = None
+    compute: str = "float32"  # dtype of the computation; that of the training if each rank only held shards
 
     def of_rows(self, chosen: Sequence[int]) -> "Record":
-        base = self.base.of_rows(chosen) if self.base else None
-        return replace(self, trained=self.trained.of_rows(chosen), base=base)
+        return Record(*(getattr(self, n) and getattr(self, n).of_rows(chosen) for n in _OF), self.compute)
 
     def save(self, file: Path) -> None:
         tensors = {
             f"{name}.{row}.{part}": tensor
-            for name, outputs in (("trained", self.trained), ("base", self.base))
-            if outputs is not None
+            for name in _OF
+            if (outputs := getattr(self, name)) is not None
             for part in _PARTS
             for row, tensor in enumerate(getattr(outputs, part))
         }
         with replaced(file) as partial:
-            save_file(tensors, partial, metadata={"compute": self.compute, "held": self.held})
+            save_file(tensors, partial, metadata={"compute": self.compute})
 
 
 def load(file: Path) -> Record | None:
@@ -94,13 +100,18 @@ def load(file: Path) -> Record | None:
         with safe_open(file, "pt") as stream:
             known = set(stream.keys())
 
-            def read(name: str) -> Outputs:
+            def read(name: str) -> Any:
                 rows = range(sum(key.startswith(f"{name}.") for key in known) // len(_PARTS))
-                return Outputs(*([stream.get_tensor(f"{name}.{row}.{part}") for row in rows] for part in _PARTS))
+                return (
+                    Outputs(*([stream.get_tensor(f"{name}.{row}.{part}") for row in rows] for part in _PARTS))
+                    if rows
+                    else None
+                )
 
-            about = stream.metadata()
-            base = read("base") if "base.0.logits" in known else None
-            return Record(read("trained"), base, about["compute"], about["held"])
+            trained, base, rounded = map(read, _OF)
+            if trained is None:
+                raise KeyError("it has no outputs of the trained model")
+            return Record(trained, base, rounded, stream.metadata()["compute"])
     except (OSError, SafetensorError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(
@@ -119,16 +130,28 @@ def record(trainer: Any, recipe: Recipe, data: Prepared, folder: Path) -> None:
     # Without accelerate's autocast, in which float32 weights would compute something else than the exported model does.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     rows, device = rows_of(data.eval or data.train), trainer.args.device
-    held = next(weight for weight in model.parameters() if weight.requires_grad).dtype
     compute = None if sharded else torch.float32
     with _as_exported(model):
-        trained, base = run_model(model, rows, compute=compute, device=device), None
+        found = Record(run_model(model, rows, compute=compute, device=device))
         if recipe.lora is not None:
             with model.disable_adapter():
-                base = run_model(model, rows, compute=compute, device=device)
+                found.base = run_model(model, rows, compute=compute, device=device)
+        elif not sharded:  # else what it computes with is rounded
+            found.rounded = run_model(model, rows, change=rounding(DTYPES[recipe.export.dtype]), device=device)
+    if sharded:
+        found.compute = {"bf16": "bfloat16", "fp16": "float16"}.get(recipe.train.mixed_precision, recipe.model.dtype)
     if trainer.is_world_process_zero():
-        half = {"bf16": "bfloat16", "fp16": "float16"}.get(recipe.train.mixed_precision, recipe.model.dtype)
-        Record(trained, base, half if sharded else "float32", _name(held)).save(folder / FILE)
+        found.save(folder / FILE)
+
+
+def rounding(dtype: torch.dtype) -> Change:
+    """A change for `run_model`: weights are rounded to `dtype`."""
+
+    def change(_module: torch.nn.Module, _name: str, weight: torch.Tensor, _rows: torch.Tensor | None) -> None:
+        for some in weight.view(-1).split(_PIECE):
+            some.copy_(some.to(dtype))
+
+    return change
 
 
 @contextmanager
@@ -157,8 +180,8 @@ def run_model(
 ) -> Outputs:
     """Run the rows through a causal language model.
 
-    It computes in `compute`, whatever its weights are stored in (None: as it is). `change` is called with each weight in that
-    dtype before it is used, to change it in place. `device` is that of the rows (None: that of the embeddings).
+    It computes in `compute`, whatever its weights are stored in (None: as it is), after `change`. The rows go to `device`
+    (None: that of the embeddings).
     """
     training = model.training
     device = device or model.get_input_embeddings().weight.device
@@ -176,16 +199,21 @@ def run_model(
 
 
 def _batches(rows: Rows, vocabulary: int) -> Iterator[Rows]:
-    most = min(_LOGITS // vocabulary, _TOKENS)
-    batch: list[dict[str, list[int]]] = []
-    for row in rows:
-        longest = max(len(each["input_ids"]) for each in [*batch, row])
-        if batch and longest * (len(batch) + 1) > most:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
+    first = 0
+    while first < len(rows):
+        count = at_once(rows[first:], vocabulary)
+        yield rows[first : first + count]
+        first += count
+
+
+def at_once(rows: Rows, vocabulary: int) -> int:
+    """How many of the first rows are one batch."""
+    longest = 0
+    for number, row in enumerate(rows):
+        longest = max(longest, len(row["input_ids"]))
+        if number and longest * (number + 1) > min(_LOGITS // vocabulary, _TOKENS):
+            return number
+    return len(rows)
 
 
 def _run_batch(model: Any, rows: Rows, tokens: set[int], device: torch.device, into: Outputs) -> None:
@@ -255,14 +283,14 @@ def _computing_in(dtype: torch.dtype, model: torch.nn.Module, change: Change | N
     def cast_rows(unit: torch.nn.Embedding, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
         """A few rows of a large matrix."""
         rows, ids = inputs[0].unique(return_inverse=True)
-        weight, few = unit.weight, unit.weight[rows]
-        swap([(unit, "weight", few)])
+        weight = unit.weight
+        swap([(unit, "weight", weight[rows])], rows)
         swapped[-1] = (unit._parameters, "weight", weight)
         swapped.append((unit.__dict__, "padding_idx", unit.padding_idx))
         unit.padding_idx = None
         return (ids,)
 
-    def swap(found: list[tuple[torch.nn.Module, str, torch.Tensor]]) -> None:
+    def swap(found: list[tuple[torch.nn.Module, str, torch.Tensor]], rows: torch.Tensor | None = None) -> None:
         if not found:
             return
         device, needed = found[0][2].device, sum(weight.numel() for *_, weight in found)
@@ -275,7 +303,7 @@ def _computing_in(dtype: torch.dtype, model: torch.nn.Module, change: Change | N
             first += weight.numel()
             own.copy_(weight)
             if change is not None:
-                change(module, name, own)
+                change(module, name, own, rows)
             swapped.append((module._parameters, name, weight))
             module._parameters[name] = torch.nn.Parameter(own, requires_grad=False)
 
@@ -304,7 +332,3 @@ def _of_4_bits(module: Any, dtype: torch.dtype, inputs: torch.Tensor) -> torch.T
     weight = dequantize_4bit(module.weight, module.weight.quant_state).to(dtype)
     bias = None if module.bias is None else module.bias.to(dtype)
     return torch.nn.functional.linear(inputs, weight, bias)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -1,14 +1,14 @@
 """Proof that an exported model is the one that was trained, by a process that knows of nothing but the files.
 
 The reference is the trained model itself: what the training process recorded of it (`reference`), or, of an adapter that comes
-without its run, what PEFT computes from base and adapter. Logits may differ by what rounding does, which is estimated
-by rounding-size noise on the exported weights, so that no merge is its own judge. Beside that every merged tensor is checked
-against base + scale · B·A (`weights`). One model is in memory at a time.
+without its run, what PEFT computes from base and adapter. Every merged tensor is checked against base + scale · B·A
+(`weights`); with these sums in place of the weights in the files the exported model has to compute what the trained one does.
+So what rounding explains is measured, and only once: it is no random noise, as it takes small updates back to the base. One
+model is in memory at a time, on a GPU if there is one with room.
 """
 
 import ctypes
 import gc
-import hashlib
 import json
 import os
 import re
@@ -18,6 +18,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +28,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sft_recipes.errors import RunError
-from sft_recipes.export import load, reference, weights
-from sft_recipes.export.reference import Change, Outputs, Record, run_model
+from sft_recipes.export import load, reference
+from sft_recipes.export.probe import TEXTS
+from sft_recipes.export.reference import Change, Outputs, Record, at_once, rounding, run_model
 from sft_recipes.export.save import DTYPES
 from sft_recipes.export.tensors import in_file, in_model
+from sft_recipes.export.weights import Expected
 
 _ADAPTER = "adapter_model.safetensors"
-_DRAWS = 2  # of rounding-size noise
-# How far the model may be from the trained one: a multiple of what noise does to the logits, because few draws may miss
-# its largest effect, and a part of the largest logit, for the arithmetic.
-_OF_ROUNDING, _OF_LOGITS = 2.0, 1e-4
-_CREDIBLE = 0.5  # of the largest logit: more is not taken for rounding
-_OF_COMPUTING = 4.0  # multiple of what computing in half precision does, if the trained model was recorded so
+# How far a model may be from what is expected: a part of the largest logit, for the arithmetic in float32 (also on another
+# device), and a multiple of what computing in half precision does, if the trained model was recorded so.
+_OF_LOGITS, _OF_COMPUTING = 1e-4, 4.0
 _ON_CPU = 2.5e11  # floating-point operations per pass: a few seconds on two cores
 _SPARE = 2 * 2**30  # bytes of a GPU, beside weights: logits, hidden states
 _OF_RANKS = (
@@ -48,10 +48,6 @@ _OF_RANKS = (
     "ACCELERATE_USE_FSDP",
     "ACCELERATE_USE_DEEPSPEED",
 )  # not of the process
-_SIGNS = (
-    1_000_003  # length of the noise, which is repeated: not a multiple of what rows are, so no two rows have the same
-)
-_TEXTS = ["Name three colours.", "  The cat's 12 hats\n\ncost $3.50 – naïve? 日本 🙂", "def f(x):\n\treturn x</s>"]
 
 
 @dataclass
@@ -65,9 +61,11 @@ class Request:
     base: str
     revision: str | None = None
     adapter: str | None = None  # null: all weights were trained
-    summed: list[str] = field(default_factory=list)  # models that were merged tensor by tensor
+    merged: dict[str, str] = field(
+        default_factory=dict
+    )  # files of what PEFT's merge in memory computes, by the model's name
     record: str | None = None  # file of the training process; null: base and adapter are the reference
-    rows: list[dict[str, list[int]]] = field(default_factory=list)  # input_ids and labels; [] for rows of one's own
+    rows: list[dict[str, list[int]]] = field(default_factory=list)  # input_ids and labels
     prompt: dict[str, Any] | None = None  # messages, and the ids that were trained as their prompt
     quantization: dict[str, Any] | None = None
     loaded: str = "float32"  # type of the weights that were quantised
@@ -112,11 +110,15 @@ def examine(request: Request) -> dict[str, Any]:
     folders = {name: Path(folder) for name, folder in request.models.items()}
     problems = [problem for folder in folders.values() for problem in _around_the_weights(request, folder)]
     device_map = _device_map(next(iter(folders.values())))
-    rows, recorded = _rows(request, on_cpu=device_map is None)
+    chosen = _chosen(request, on_cpu=device_map is None)
+    rows = [request.rows[number] for number in chosen]
+    recorded = _recorded(request.record, request, chosen) if request.record else None
     references = _references(request, rows, recorded, device_map)
     figures = {}
     for name, folder in folders.items():
-        wrong, rounded = _check_weights(request, name, folder, recorded)
+        trained, base = references[name]
+        expected = _expected(request, name)
+        wrong = expected.problems(folder) if expected else []
         problems += [f"{name}: {line}" for line in wrong]
         model, loading = AutoModelForCausalLM.from_pretrained(
             folder, dtype=_held(folder), output_loading_info=True, device_map=device_map, **_options(request)
@@ -125,34 +127,42 @@ def examine(request: Request) -> dict[str, Any]:
             if loading[kind]:
                 problems.append(f"{kind.replace('_', ' ')}: {', '.join(map(str, list(loading[kind])[:3]))}")
         own = run_model(model, rows)
-        changes = (
-            [_noise(model, rounded, folder, request.dtype, seed) for seed in range(_DRAWS)] if rounded != set() else []
-        )
-        draws = [run_model(model, rows, change=change) for change in changes]
         half = recorded.compute if recorded is not None else "float32"
-        computed = run_model(model, rows, compute=DTYPES[half]) if half != "float32" else None
-        del model, changes
+        computed = run_model(model, rows, compute=DTYPES[half]).off(own) if half != "float32" else None
+        if expected is not None:  # the sums, before they were rounded
+            number = at_once(rows, model.config.get_text_config().vocab_size)
+            few, own_of_few = rows[:number], own.of_rows(range(number))
+            change = _sums(model, expected, request)
+            exact = run_model(model, few, change=change)
+            rounded = (
+                run_model(model, few, change=_then(change, rounding(DTYPES[request.dtype]))) if wrong else own_of_few
+            )
+            pairs = [(exact, trained.of_rows(range(number))), (own_of_few, rounded)]
+        else:
+            merged = _recorded(request.merged[name], request, chosen) if name in request.merged else recorded
+            assert merged is not None
+            exact, rounded = merged.trained, merged.rounded or merged.trained
+            pairs = [(exact, trained), (own, rounded)]
+        del model
         gc.collect()
-        trained, base = references[name]
-        found = figures[name] = _figures(own, trained, base, draws)
+        explained = float(rounded.off(exact).max())
+        found = figures[name] = _figures(own, trained, base, explained)
         if "quantized" in references:
             quantized, _ = references["quantized"]
             off = own.off(quantized)
             found["to_adapter_on_quantized_base"] = {
                 "loss": quantized.loss, "largest_difference": float(off.max()), "mean_difference": float(off.mean())
             }  # fmt: skip
-        if not _near("logits", own, trained, draws, computed):
+        if (pair := next((pair for pair in pairs if not _near(*pair, "logits", computed)), None)) is not None:
             problems.append(
                 f"{name}: this is not the model that was trained: its logits are up to {found['largest_difference']:.3g} off, "
-                f"where rounding to {request.dtype} explains {found['explained_by_rounding']:.3g}"
-                f"{_first_layer(own, trained, draws, computed)}"
+                f"where rounding to {request.dtype} explains {explained:.3g}{_first_layer(*pair, computed)}"
             )
     return {"problems": problems, "figures": figures}
 
 
-def _figures(own: Outputs, trained: Outputs, base: Outputs, draws: list[Outputs]) -> dict[str, Any]:
+def _figures(own: Outputs, trained: Outputs, base: Outputs, explained: float) -> dict[str, Any]:
     largest = float(own.off(trained).max())
-    explained = max((float(draw.off(own).max()) for draw in draws), default=0.0)
     return {
         "loss": own.loss,
         "trained_loss": trained.loss,
@@ -165,27 +175,96 @@ def _figures(own: Outputs, trained: Outputs, base: Outputs, draws: list[Outputs]
     }
 
 
+def _near(found: Outputs, expected: Outputs, part: str, computed: torch.Tensor | None) -> bool:
+    """Whether the outputs of a model are as expected, but for the arithmetic; not if any is NaN or Inf."""
+    theirs, own = _stacked(expected, part), _stacked(found, part)
+    words = min(theirs.shape[-1], own.shape[-1])
+    off, largest = (own[..., :words] - theirs[..., :words]).abs(), float(theirs.abs().max())
+    slack = (0.0, 0.0) if computed is None else (float(computed.max()), float(computed.mean()))
+    return all(
+        float(found) <= _OF_LOGITS * largest + _OF_COMPUTING * some
+        for found, some in zip((off.max(), off.mean()), slack, strict=True)
+    )
+
+
+def _stacked(outputs: Outputs, part: str) -> torch.Tensor:
+    """Logits (positions, words), or of a layer (rows, width)."""
+    if part == "logits":
+        return torch.cat(outputs.logits)
+    return torch.stack(outputs.hidden)[:, int(part)]
+
+
+def _first_layer(found: Outputs, expected: Outputs, computed: torch.Tensor | None) -> str:
+    """The first layer that differs, and by how much."""
+    for number in range(len(expected.hidden[0])):
+        if not _near(found, expected, str(number), computed):
+            name = f"layer {number - 1}" if number else "the embeddings"
+            off = (_stacked(found, str(number)) - _stacked(expected, str(number))).abs().max()
+            return f"; the first to differ is {name}, by up to {off:.3g}"
+    return "; the first to differ is the head"
+
+
+def _sums(model: Any, expected: Expected, request: Request) -> Change:
+    """A change for `run_model`: weights are what base and adapter make together, not rounded."""
+    names = {module: name for name, module in model.named_modules()}
+    if model.config.get_text_config().tie_word_embeddings:
+        names[model.get_output_embeddings()] = names[model.get_input_embeddings()]
+    prefix = f"{model.base_model_prefix}."
+
+    @cache
+    def base() -> Any:
+        held = _held(load.files_of(request.base, request.revision))
+        return AutoModelForCausalLM.from_pretrained(
+            request.base, revision=request.revision, dtype=held, **_options(request)
+        )
+
+    def change(module: torch.nn.Module, name: str, weight: torch.Tensor, rows: torch.Tensor | None) -> None:
+        whole = f"{names[module]}.{name}"
+        stored = next((name for name in (whole, whole.removeprefix(prefix)) if name in expected), None)
+        if stored is not None:
+            expected.exact(stored, weight, rows)
+        elif expected.rounds_the_base:  # transformers makes it of several tensors
+            own = base().get_parameter(whole)
+            weight.copy_(own if rows is None else own[rows.to(own.device)])
+
+    return change
+
+
+def _then(first: Change, second: Change) -> Change:
+    def change(*what: Any) -> None:
+        first(*what)
+        second(*what)
+
+    return change
+
+
 # --- What it is compared with ----------------------------------------------------------------------------------------
 
 
-def _rows(request: Request, *, on_cpu: bool) -> tuple[list[dict[str, list[int]]], Record | None]:
-    """The rows, and what was recorded of them. On a CPU as many as take a few seconds, the shortest first, unless their loss
-    decides between two models."""
-    rows = request.rows or list(_rows_of_our_own(request))
-    recorded = reference.load(Path(request.record)) if request.record else None
-    if recorded is not None and len(recorded.trained.losses) != len(rows):
-        raise RunError(f"{request.record} and probe.json are not of the same run. Restore them.")
-    if on_cpu and len(request.models) == 1:
-        weights = sum(torch.Size(tensor.shape).numel() for tensor in in_model(Path(*request.models.values())).values())
-        tokens, chosen = 0, list[int]()
-        for number in sorted(range(len(rows)), key=lambda number: len(rows[number]["input_ids"])):
-            tokens += len(rows[number]["input_ids"])
-            if chosen and 2 * weights * tokens > _ON_CPU:
-                break
-            chosen.append(number)
-        rows = [rows[number] for number in chosen]
-        recorded = recorded.of_rows(chosen) if recorded else None
-    return rows, recorded
+def _chosen(request: Request, *, on_cpu: bool) -> list[int]:
+    """The rows that are run. On a CPU as many as take a few seconds, the shortest first, unless their loss decides between
+    two models."""
+    rows = request.rows
+    if not on_cpu or len(request.models) > 1:
+        return list(range(len(rows)))
+    weights = sum(torch.Size(tensor.shape).numel() for tensor in in_model(Path(*request.models.values())).values())
+    tokens, chosen = 0, list[int]()
+    for number in sorted(range(len(rows)), key=lambda number: len(rows[number]["input_ids"])):
+        tokens += len(rows[number]["input_ids"])
+        if chosen and 2 * weights * tokens > _ON_CPU:
+            break
+        chosen.append(number)
+    return sorted(chosen)
+
+
+def _recorded(file: str, request: Request, chosen: list[int]) -> Record:
+    """What was recorded of these rows."""
+    found = reference.load(Path(file))
+    if found is None or len(found.trained.losses) != len(request.rows):
+        raise RunError(
+            f"{file}: is not of the rows in probe.json. Restore both, or merge the adapter from another directory."
+        )
+    return found.of_rows(chosen)
 
 
 def _references(
@@ -207,7 +286,7 @@ def _references(
     base_files = load.files_of(request.base, request.revision)
     held = _held(base_files)
     if request.adapter is not None and (
-        not request.summed  # some adapters change the base as they are loaded
+        request.merged  # some adapters change the base as they are loaded
         or any(".base_layer." in key for key in in_file(Path(request.adapter) / _ADAPTER))  # embeddings that have grown
     ):
         held = torch.float32
@@ -253,81 +332,14 @@ def _base(request: Request, held: torch.dtype, rows: list[dict[str, list[int]]],
     return run_model(model, rows)
 
 
-def _check_weights(
-    request: Request, name: str, folder: Path, recorded: Record | None
-) -> tuple[list[str], set[str] | None]:
-    """What is wrong with the weights, and the names of those that were rounded; None: any of them may be."""
-    if name in request.summed:
-        assert request.adapter is not None
-        of = load.origin(Path(request.adapter), request.base)
-        return weights.check(
-            folder, Path(request.adapter), of, request.dtype, trust_remote_code=request.trust_remote_code,
-            quantization=request.quantization if name == "dequantized" else None, loaded=request.loaded,
-        )  # fmt: skip
-    exact = request.adapter is None and recorded is not None and request.dtype in ("float32", recorded.held)
-    return [], set() if exact else None
-
-
-# --- What rounding does ----------------------------------------------------------------------------------------------
-
-
-def _noise(model: Any, rounded: set[str] | None, folder: Path, dtype: str, seed: int) -> Change:
-    """Half a unit in the last place of `dtype`, up or down at random, on each weight that was rounded: more than the error of
-    any, and the error of all together only by chance."""
-    generator = torch.Generator().manual_seed(seed)
-    signs = torch.randint(0, 2, (2 * _SIGNS,), generator=generator, dtype=torch.float32) * 2 - 1
-    signs *= torch.finfo(DTYPES[dtype]).eps / 2
-    names = {module: name for name, module in model.named_modules()}
-    if model.config.get_text_config().tie_word_embeddings:
-        names[model.get_output_embeddings()] = names[model.get_input_embeddings()]
-    files, prefix = in_model(folder), f"{model.base_model_prefix}."
-    there = dict[torch.device, torch.Tensor]()
-
-    def change(module: torch.nn.Module, name: str, weight: torch.Tensor) -> None:
-        name = f"{names[module]}.{name}"
-        stored = name if name in files else name.removeprefix(prefix)
-        if rounded is not None and stored in files and stored not in rounded:
-            return
-        own = there.setdefault(weight.device, signs.to(weight.device))
-        first = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) % _SIGNS
-        for some in weight.view(-1).split(_SIGNS):
-            power = (some.view(torch.int32) & 0x7F800000).view(torch.float32)  # of two, at most as large as the weight
-            some.addcmul_(power, own[first : first + len(some)])
-
-    return change
-
-
-def _near(part: str, own: Outputs, trained: Outputs, draws: list[Outputs], computed: Outputs | None) -> bool:
-    """Whether a model's outputs are those of the trained one but for rounding; not if any is NaN or Inf."""
-    expected = _stacked(trained, part)
-    found, noisy = _stacked(own, part), [_stacked(draw, part) for draw in draws]
-    words = min(expected.shape[-1], found.shape[-1])
-    off, largest = (found[..., :words] - expected[..., :words]).abs(), float(expected.abs().max())
-    for of in (torch.max, torch.mean):
-        rounding = max((float(of((draw - found).abs())) for draw in noisy), default=0.0)
-        allowed = min(_OF_ROUNDING * rounding, _CREDIBLE * largest) + _OF_LOGITS * largest
-        if computed is not None:
-            allowed += _OF_COMPUTING * float(of((_stacked(computed, part) - found).abs()))
-        if not float(of(off)) <= allowed:
-            return False
-    return True
-
-
-def _stacked(outputs: Outputs, part: str) -> torch.Tensor:
-    """Logits (positions, words), or of a layer (rows, width)."""
-    if part == "logits":
-        return torch.cat(outputs.logits)
-    return torch.stack(outputs.hidden)[:, int(part)]
-
-
-def _first_layer(own: Outputs, trained: Outputs, draws: list[Outputs], computed: Outputs | None) -> str:
-    """The first layer that differs by more than rounding explains, and by how much."""
-    for number in range(len(trained.hidden[0])):
-        if not _near(str(number), own, trained, draws, computed):
-            name = f"layer {number - 1}" if number else "the embeddings"
-            off = (_stacked(own, str(number)) - _stacked(trained, str(number))).abs().max()
-            return f"; the first to differ is {name}, by up to {off:.3g}"
-    return "; the first to differ is the head"
+def _expected(request: Request, name: str) -> Expected | None:
+    if request.adapter is None or name in request.merged:
+        return None
+    adapter = Path(request.adapter)
+    return Expected(
+        adapter, load.origin(adapter, request.base), request.dtype, trust_remote_code=request.trust_remote_code,
+        quantization=request.quantization if name == "dequantized" else None, loaded=request.loaded,
+    )  # fmt: skip
 
 
 # --- Loading ---------------------------------------------------------------------------------------------------------
@@ -363,19 +375,12 @@ def _device_map(folder: Path) -> Any:
     return "balanced" if sum(room.values()) > 1.2 * size else None
 
 
-def _rows_of_our_own(request: Request) -> Iterator[dict[str, list[int]]]:
-    encode = AutoTokenizer.from_pretrained(request.tokenizer, trust_remote_code=request.trust_remote_code)
-    for text in _TEXTS:
-        ids = encode(text)["input_ids"]
-        yield {"input_ids": ids, "labels": ids}
-
-
 def _around_the_weights(request: Request, folder: Path) -> Iterator[str]:
     """What is wrong with the tokenizer, the chat template and the generation config."""
     options = {"trust_remote_code": request.trust_remote_code}
     own: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **options)
     trained = AutoTokenizer.from_pretrained(request.tokenizer, **options)
-    texts = [*_TEXTS, *(trained.decode(row["input_ids"]) for row in request.rows)]
+    texts = [*TEXTS, *(trained.decode(row["input_ids"]) for row in request.rows)]
     if different := next((text for text in texts if own(text)["input_ids"] != trained(text)["input_ids"]), None):
         yield f"the tokenizer gives other ids than that of the training, for {different[:60]!r}"
     if request.prompt is not None:

@@ -62,57 +62,98 @@ class _Sum:
             rows[row - first] = self.replaced[row]
         return rows
 
-    def add(self, base: torch.Tensor, left: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
-        """The sum, for rows of `base` and `left` of one dtype. `lengths` are those of the columns, if they are the outputs."""
+    def add(self, base: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
+        """The sum, for rows of `base` and `left` of one dtype, without the lengths."""
         if self.right is None:
             return base + self.scale * left
-        rows = torch.addmm(base, left, self.right.to(base.dtype), alpha=self.scale)
-        return rows if lengths is None else rows * lengths.to(base.dtype)
+        return torch.addmm(base, left, self.right.to(base), alpha=self.scale)
+
+    def lengths(self, device: torch.device | str = "cpu") -> torch.Tensor | None:
+        """What columns are multiplied with, if they are the outputs of a layer with magnitudes."""
+        if self.magnitude is None or self.left is None or not self.outputs_are_columns:
+            return None
+        whole = self.add(self.read(0, self.shape[0]).double(), self.left.double())
+        return (self.magnitude / whole.norm(dim=0)).to(device)
+
+    def stretch(self, first: int, last: int, base: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor | None:
+        """What these rows are multiplied with."""
+        if self.magnitude is None or self.left is None or lengths is not None:
+            return lengths
+        plain = self.add(base.double(), self.left[first:last].to(base.device).double())
+        return (self.magnitude[first:last].to(base.device) / plain.norm(dim=1)).unsqueeze(1)
+
+    def rows(self, first: int, last: int, base: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+        """These rows in the dtype of those of the base."""
+        assert self.left is not None
+        stretch = self.stretch(first, last, base, lengths)
+        rows = self.add(base, self.left[first:last].to(base))
+        return rows if stretch is None else rows * stretch.to(base)
 
 
-def check(
-    folder: Path,
-    adapter: Path,
-    of: Origin,
-    dtype: str,
-    *,
-    trust_remote_code: bool = False,
-    quantization: Mapping[str, Any] | None = None,
-    loaded: str = "float32",
-) -> tuple[list[str], set[str]]:
-    """Compare every tensor of a merged model with what base and adapter make together.
+class Expected:
+    """What each tensor of a merged model should be.
 
     `quantization` is that of a base that was dequantized before the merge (None: the original base was merged), `loaded` the
     dtype in which the training held the weights that were not quantized.
-
-    Returns: what is wrong, and the names of the tensors that were rounded.
     """
-    files = load.files(of)
-    config = AutoConfig.from_pretrained(files, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
-    head = names_of_ends(network)[1]
-    base = tensors.in_model(files)
-    if quantization is not None:
-        base = dequantized(base, network, quantization, DTYPES[loaded])
-    sums, written = _sums(adapter, of, base, network), tensors.in_model(folder)
-    problems = [f"{name} is a tensor of neither base nor adapter" for name in sorted(written.keys() - sums.keys())[:1]]
-    missing = base.keys() - written.keys() - {f"{head}.weight"}  # which is not written if it is tied
-    problems += [f"{name} is missing" for name in sorted(missing)[:1]]
-    both = [name for name in written if name in sums]
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        found = pool.map(lambda name: _compare(written[name], sums[name], DTYPES[dtype]), both)
-        wrong = {name: what for name, what in zip(both, found, strict=True) if what}
-    for name in list(wrong)[:1]:
-        more = f" (and {len(wrong) - 1:,} others)" if len(wrong) > 1 else ""
-        problems.append(f"{name} is not what base and adapter make together: {wrong[name]}{more}")
-    rounded = {name for name in both if sums[name].changed or not _holds(DTYPES[dtype], sums[name].base)}
-    return problems, rounded
 
+    def __init__(
+        self,
+        adapter: Path,
+        of: Origin,
+        dtype: str,
+        *,
+        trust_remote_code: bool = False,
+        quantization: Mapping[str, Any] | None = None,
+        loaded: str = "float32",
+    ) -> None:
+        files = load.files(of)
+        config = AutoConfig.from_pretrained(files, trust_remote_code=trust_remote_code)
+        self._dtype = DTYPES[dtype]
+        with torch.device("meta"):
+            network = AutoModelForCausalLM.from_config(config, dtype=self._dtype)
+        self._head = names_of_ends(network)[1]
+        self._base = tensors.in_model(files)
+        if quantization is not None:
+            self._base = dequantized(self._base, network, quantization, DTYPES[loaded])
+        self._sums = _sums(adapter, of, self._base, network)
 
-def _holds(dtype: torch.dtype, stored: Stored) -> bool:
-    """Whether a tensor is the same in `dtype`."""
-    return dtype in (stored.dtype, torch.float32) or not stored.dtype.is_floating_point
+    def problems(self, folder: Path) -> list[str]:
+        """Compare every tensor in the files of a merged model, and return what is wrong."""
+        written, sums = tensors.in_model(folder), self._sums
+        problems = [
+            f"{name} is a tensor of neither base nor adapter" for name in sorted(written.keys() - sums.keys())[:1]
+        ]
+        missing = self._base.keys() - written.keys() - {f"{self._head}.weight"}  # which is not written if it is tied
+        problems += [f"{name} is missing" for name in sorted(missing)[:1]]
+        both = [name for name in written if name in sums]
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            found = pool.map(lambda name: _compare(written[name], sums[name], self._dtype), both)
+            wrong = {name: what for name, what in zip(both, found, strict=True) if what}
+        for name in list(wrong)[:1]:
+            more = f" (and {len(wrong) - 1:,} others)" if len(wrong) > 1 else ""
+            problems.append(f"{name} is not what base and adapter make together: {wrong[name]}{more}")
+        return problems
+
+    def exact(self, name: str, into: torch.Tensor, rows: torch.Tensor | None = None) -> None:
+        """Write a tensor, or some of its rows, as it is before it is rounded. Does nothing if it is not rounded."""
+        wanted = self._sums[name]
+        if not wanted.changed and wanted.base.verbatim and self._dtype in (wanted.base.dtype, torch.float32):
+            return
+        lengths, height = wanted.lengths(into.device), max(1, _BLOCK // max(1, into[0].numel()))
+        starts = range(0, len(into), height) if rows is None else rows.tolist()
+        for number, first in enumerate(starts):
+            last = min(first + height, len(into)) if rows is None else first + 1
+            block = into[first:last] if rows is None else into[number : number + 1]
+            base = wanted.read(first, last).to(into.device).to(into.dtype)
+            block.copy_(base if wanted.left is None else wanted.rows(first, last, base, lengths))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._sums
+
+    @property
+    def rounds_the_base(self) -> bool:
+        return any(tensor.dtype.itemsize > self._dtype.itemsize for tensor in self._base.values())
 
 
 def _sums(adapter: Path, of: Origin, base: Mapping[str, Stored], network: PreTrainedModel) -> dict[str, _Sum]:
@@ -174,35 +215,27 @@ def _compare(stored: Stored, wanted: _Sum, dtype: torch.dtype) -> str:
     if wanted.base.dtype.is_floating_point and stored.dtype != dtype:
         return f"its dtype is {_name(stored.dtype)} instead of {_name(dtype)}"
     rows, width = (shape[0], torch.Size(shape[1:]).numel()) if shape else (1, 1)
-    height, lengths = max(1, _BLOCK // max(1, width)), None
-    if wanted.magnitude is not None and wanted.outputs_are_columns:
-        assert wanted.left is not None
-        whole = wanted.add(wanted.read(0, rows).double(), wanted.left.double())
-        lengths = wanted.magnitude / whole.norm(dim=0)
+    height, lengths = max(1, _BLOCK // max(1, width)), wanted.lengths()
     wrong, off = 0, 0.0
     for first in range(0, rows, height):
         last = min(first + height, rows)
         base, found = wanted.read(first, last), stored.rows(first, last)
-        if not wanted.changed or wanted.left is None:
+        if wanted.left is None:
             exact = base.to(found.dtype)
             differing = exact != found
             if differing.any():
                 wrong += int(differing.sum())
                 off = max(off, _largest((found.double() - exact.double())[differing]))
             continue
-        left = wanted.left[first:last]
-        stretch = lengths
-        if wanted.magnitude is not None and lengths is None:
-            plain = wanted.add(base.double(), left.double())
-            stretch = (wanted.magnitude[first:last] / plain.norm(dim=1)).unsqueeze(1)
-        exact = wanted.add(base.float(), left, stretch)
+        exact = wanted.rows(first, last, base.float(), lengths)
         chosen = (exact.to(found.dtype) != found).view(last - first, -1).any(1).nonzero().flatten()
         if not len(chosen):
             continue
-        base, left, found = base[chosen].double(), left[chosen].double(), found[chosen].double()
-        if stretch is not None:
-            stretch = stretch if lengths is not None else stretch[chosen]
-        exact = wanted.add(base, left, stretch)
+        stretch = wanted.stretch(first, last, base, lengths)
+        stretch = stretch if stretch is None or lengths is not None else stretch[chosen]
+        base, left, found = base[chosen].double(), wanted.left[first:last][chosen].double(), found[chosen].double()
+        exact = wanted.add(base, left)
+        exact = exact if stretch is None else exact * stretch
         size, rank = base.abs(), 1
         if wanted.right is None:
             size = size + abs(wanted.scale) * left.abs()
