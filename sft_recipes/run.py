@@ -8,7 +8,7 @@ from rich.console import Console
 
 from sft_recipes import run_folder, several
 from sft_recipes.data import prepare, tokens
-from sft_recipes.export import outputs
+from sft_recipes.export import outputs, reference
 from sft_recipes.recipe import check
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.report import page, words
@@ -84,10 +84,8 @@ def run(
         # The training itself
         trainer.train(sft, checkpoint)
 
-        # What comes out: first what all ranks are needed for
-        seen = None
-        if recipe.lora is None and recipe.launch.strategy in ("fsdp2", "zero3"):
-            seen = outputs.references(recipe, sharded.unwrapped(sft), data, sharded.round_shards)
+        # What all ranks are needed for: what the trained model computes, which the export is compared with, and its weights
+        reference.record(sft, recipe, data, folder)
         trained = sharded.gathered(sft, recipe)
         with outputs.written(
             recipe, trained.model, trained.shapes, trained.weights, folder, ranks.is_main()
@@ -95,8 +93,10 @@ def run(
             ranks.leave()
             if not ranks.is_main():
                 return folder
+
+            # What comes out
             del sft, network  # gradients and optimizer states: verification may need their memory
-            said = outputs.export(recipe, trained.model, tokenizer, data, folder, trained.adapter, weights, seen)
+            said = outputs.export(recipe, trained.model, tokenizer, data, folder, trained.adapter, weights)
         words.say(console, said)
         with words.no_more_than_a_warning(console, "the report"):
             page.write(folder)

@@ -1,9 +1,8 @@
 """What a run leaves: the adapter and the model."""
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import peft
@@ -14,39 +13,16 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sft_recipes.data.prepare import Prepared
 from sft_recipes.errors import InputError, ModelError, RunError
-from sft_recipes.export import save, tensors, verify
+from sft_recipes.export import reference, save, tensors, verify
 from sft_recipes.export.merge import merge, proof_in_words, write_report
 from sft_recipes.export.probe import Probe, rows_of
 from sft_recipes.export.save import Written, save_adapter, save_around, save_model
+from sft_recipes.export.weights import check_bits
 from sft_recipes.files import complete_or_not_there, remove
 from sft_recipes.recipe import model_files
 from sft_recipes.recipe.schema import Recipe
 
 FILE = "export.json"  # in the directory of a model of which all weights were trained
-
-
-@dataclass(frozen=True)
-class References:
-    """What a sharded model makes of the rows: as it was trained, and rounded to `export.dtype`; computed in `compute`."""
-
-    trained: verify.Seen
-    rounded: verify.Seen
-    compute: str
-
-
-def references(
-    recipe: Recipe,
-    model: PreTrainedModel,
-    data: Prepared,
-    round_weights: Callable[[PreTrainedModel, torch.dtype], None],
-) -> References:
-    """Run the rows of the probe through a sharded model, whose weights are then rounded. Every rank has to call this."""
-    half = {"bf16": "bfloat16", "fp16": "float16"}
-    compute = half.get(recipe.train.mixed_precision, str(model.dtype).removeprefix("torch."))
-    rows = rows_of(data.eval or data.train)
-    trained = verify.look(model, rows)
-    round_weights(model, getattr(torch, recipe.export.dtype))
-    return References(trained, verify.look(model, rows), compute)
 
 
 @contextmanager
@@ -77,12 +53,11 @@ def export(
     folder: Path,
     adapter: dict[str, torch.Tensor] | None = None,
     weights: Written | None = None,
-    references: References | None = None,
 ) -> list[str]:
     """Write adapter/ and model/ into the run directory; returns what is to be said of them.
 
     A model that is sharded across ranks does not hold its weights: then `adapter` has the trained ones by name or, if all
-    were trained, `weights` says where they are, and `references` what the model made of the rows.
+    were trained, `weights` says where they are.
 
     Raises RunError where the trained weights are not finite, the merge is impossible, the model is not the one that was
     trained, or the disk fails.
@@ -111,7 +86,7 @@ def export(
         )
         probe.save(folder)
         if recipe.lora is None:
-            return _whole(recipe, model, tokenizer, data.stops, probe, folder / "model", weights, references)
+            return _whole(recipe, model, tokenizer, data.stops, probe, folder / "model", weights)
         save_adapter(model, tokenizer, folder / "adapter", stops=data.stops, weights=adapter)
         if probe.quantization:
             probe.save_quantization(folder / "adapter")
@@ -139,26 +114,19 @@ def _whole(
     probe: Probe,
     out: Path,
     weights: Written | None,
-    references: References | None,
 ) -> list[str]:
     """Write a model of which all weights were trained, unless they are written already, and prove that it is that model."""
     dtype = recipe.export.dtype
-    compute = references.compute if references else str(model.dtype).removeprefix("torch.")
     with complete_or_not_there(out) as folder, tempfile.TemporaryDirectory() as elsewhere:
-        trained, rounded = (Path(elsewhere) / name for name in ("trained", "rounded"))
-        if weights is not None and references is not None:
+        if weights is not None:
             for file in weights.folder.iterdir():
                 file.rename(folder / file.name)
             save_around(model, tokenizer, folder, dtype=dtype, stops=stops)
             _check_hashes(weights, folder, out)
-            verify.save_seen(references.trained, trained)
-            verify.save_seen(references.rounded, rounded)
         else:
-            verify.keep(model, probe.rows, trained)
             shard = recipe.export.max_shard_size
             save_model(model, tokenizer, folder, dtype=dtype, max_shard_size=shard, stops=stops)
-            _check_bits(model, folder, out)
-            verify.keep(model.to(getattr(torch, compute)), probe.rows, rounded)
+            check_bits(model, folder, out)
         tokenizer.save_pretrained(elsewhere)
         request = verify.Request(
             models={"model": str(folder.resolve())},
@@ -167,12 +135,10 @@ def _whole(
             stops=list(stops),
             base=model_files.location(recipe.model.name),
             revision=recipe.model.revision,
-            trained=str(trained),
-            rounded=str(rounded),
+            record=str((out.parent / reference.FILE).resolve()),
             rows=probe.rows,
             prompt=probe.prompt,
             trust_remote_code=recipe.model.trust_remote_code,
-            compute=compute,
         )
         try:
             figures = verify.prove(request)["model"]
@@ -187,11 +153,3 @@ def _check_hashes(weights: Written, folder: Path, out: Path) -> None:
     for name, stored in tensors.in_model(folder).items():
         if tensors.sha256(stored) != weights.sha256[name]:
             raise RunError(f"{out}: not kept: {name} is not in the file as it was gathered")
-
-
-def _check_bits(model: PreTrainedModel, folder: Path, out: Path) -> None:
-    """Every weight in the files is, to the bit, the one in memory. Raises RunError."""
-    held = model.state_dict()
-    for name, stored in tensors.in_model(folder).items():
-        if name in held and not torch.equal(stored.whole(), held[name].cpu()):
-            raise RunError(f"{out}: not kept: {name} is not in the file as it is in memory")

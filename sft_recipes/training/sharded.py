@@ -143,7 +143,8 @@ def gathered(trainer: Any, recipe: Recipe) -> Gathered:
     gathered alone, so that no rank ever holds two of them.
     """
     disable_fsdp_ram_efficient_loading()  # what is loaded from here on is for one process
-    model, strategy = unwrapped(trainer), recipe.launch.strategy
+    # Without accelerate's autocast around it, with which a model of float32 weights would be compared to itself without.
+    model, strategy = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False), recipe.launch.strategy
     if strategy not in ("fsdp2", "zero3"):
         return Gathered(model)
     if strategy == "fsdp2":
@@ -162,21 +163,6 @@ def gathered(trainer: Any, recipe: Recipe) -> Gathered:
         return Gathered(model, {name: weight for name, weight in trained if keep})
     dtype = getattr(torch, recipe.export.dtype)
     return Gathered(model, None, _shapes(held, dtype), _whole(held, dtype))
-
-
-def unwrapped(trainer: Any) -> Any:
-    """Return the model without accelerate's autocast around it, with which float32 weights would be compared to themselves
-    without."""
-    return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-
-
-def round_shards(model: Any, dtype: torch.dtype) -> None:
-    """Round the weights in place to numbers that `dtype` can hold, each rank its shards."""
-    with torch.no_grad():
-        for weight in model.state_dict(keep_vars=True).values():  # which FSDP2 shards again first
-            if weight.dtype.is_floating_point:
-                shard = weight.to_local() if isinstance(weight, DTensor) else getattr(weight, "ds_tensor", weight)
-                shard.copy_(shard.to(dtype))
 
 
 def _shapes(held: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:

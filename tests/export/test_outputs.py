@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sft_recipes.errors import RunError
-from sft_recipes.export import outputs, tensors, verify
+from sft_recipes.export import outputs, reference, tensors, verify
 from sft_recipes.export.save import Written
 from sft_recipes.training import trainer
 from tests.conftest import WriteRecipe, run
@@ -39,22 +39,23 @@ def broken_files(model: Any, tokenizer: Any, folder: Path, **options: Any) -> No
     file.write_bytes(content)
 
 
-def another_model(model: Any, rows: Any, file: Path) -> None:
+def another_model(trainer: Any, *args: Any) -> None:
+    norm = trainer.model.model.norm.weight
     with torch.no_grad():
-        model.model.norm.weight *= 1.01
-    _KEEP(model, rows, file)
+        norm *= 1.01
+    _RECORD(trainer, *args)
     with torch.no_grad():
-        model.model.norm.weight /= 1.01
+        norm /= 1.01
 
 
-_SAVE, _KEEP = outputs.save_model, verify.keep
+_SAVE, _RECORD = outputs.save_model, reference.record
 
 
 @pytest.mark.parametrize(
     ("where", "what", "said"),
     [
         ((outputs, "save_model"), broken_files, "is not in the file as it is in memory"),
-        ((verify, "keep"), another_model, "this is not the model that was trained"),
+        ((reference, "record"), another_model, "this is not the model that was trained"),
     ],
     ids=["a damaged file", "another model"],
 )
