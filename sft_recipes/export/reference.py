@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import cross_entropy
 
 from sft_recipes.data.prepare import Prepared
@@ -138,6 +139,9 @@ def record(trainer: Any, recipe: Recipe, data: Prepared, folder: Path) -> None:
                 found.base = run_model(model, rows, compute=compute, device=device)
         elif not sharded:  # else what it computes with is rounded
             found.rounded = run_model(model, rows, change=rounding(DTYPES[recipe.export.dtype]), device=device)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):  # which keeps what the last pass has gathered for a backward pass
+            module.reshard()
     if sharded:
         found.compute = {"bf16": "bfloat16", "fp16": "float16"}.get(recipe.train.mixed_precision, recipe.model.dtype)
     if trainer.is_world_process_zero():
