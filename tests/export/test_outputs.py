@@ -96,8 +96,8 @@ def test_the_optimizer_is_gone_when_the_model_is_verified(
     held: list[Any] = []
     train, prove = trainer.train, verify.prove
 
-    def trained(sft: Any, checkpoint: Any) -> None:
-        train(sft, checkpoint)
+    def trained(sft: Any, *args: Any) -> None:
+        train(sft, *args)
         held.append(weakref.ref(sft.optimizer.optimizer))
 
     def proves(request: Any) -> Any:

@@ -71,8 +71,8 @@ def observed(file: Path, rank: int) -> None:
             return int(weight.to_local().numel())
         return int(weight.ds_tensor.numel() if hasattr(weight, "ds_tensor") else weight.numel())
 
-    def look(trainer: Any, checkpoint: Any) -> None:
-        train(trainer, checkpoint)
+    def look(trainer: Any, *args: Any) -> None:
+        train(trainer, *args)
         weights = list(trainer.model.parameters())
         states = [state for each in trainer.optimizer.state.values() for state in each.values() if state.dim()]
         found = {
@@ -148,8 +148,8 @@ def watch_export(folder: Path, rank: int, strategy: str, *, disk_full: bool) -> 
     train, gather, put, leave, prove = module.train, sharded._gather, tensors.Writer.put, ranks.leave, verify.prove
     seen: list[Any] = []
 
-    def trained(trainer: Any, checkpoint: Any) -> None:
-        train(trainer, checkpoint)
+    def trained(trainer: Any, *args: Any) -> None:
+        train(trainer, *args)
         if strategy == "fsdp2":
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
             weights = get_model_state_dict(trainer.model, options=options)
