@@ -95,7 +95,8 @@ def run(
             ranks.leave()
             if not ranks.is_main():
                 return folder
-            del sft, network  # gradients and optimizer states: verification may need their memory
+            # Gradients and optimizer states go with them: verification may need their memory.
+            sft = network = None  # type: ignore[assignment]
             said = outputs.export(recipe, trained.model, tokenizer, data, folder, trained.adapter, weights, seen)
         words.say(console, said)
         with words.no_more_than_a_warning(console, "the report"):
