@@ -94,8 +94,8 @@ def run(
             if not ranks.is_main():
                 return folder
 
-            # What comes out
-            del sft, network  # gradients and optimizer states: verification may need their memory
+            # What comes out. Gradients and optimizer states go first: verification may need their memory.
+            sft = network = None  # type: ignore[assignment]
             said = outputs.export(recipe, trained.model, tokenizer, data, folder, trained.adapter, weights)
         words.say(console, said)
         with words.no_more_than_a_warning(console, "the report"):
