@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 
 from sft_recipes.data.prepare import Prepared
@@ -137,8 +138,12 @@ def record(trainer: Any, recipe: Recipe, data: Prepared, folder: Path) -> None:
         if recipe.lora is not None:
             with model.disable_adapter():
                 found.base = run_model(model, rows, compute=compute, device=device)
-        elif not sharded:  # else what it computes with is rounded
-            found.rounded = run_model(model, rows, change=rounding(DTYPES[recipe.export.dtype]), device=device)
+        else:
+            dtype = DTYPES[recipe.export.dtype]
+            if sharded:  # in place: they are gathered in this dtype
+                _round_shards(model, dtype)
+            change = None if sharded else rounding(dtype)
+            found.rounded = run_model(model, rows, compute=compute, change=change, device=device)
     for module in model.modules():
         if isinstance(module, FSDPModule):  # which keeps what the last pass has gathered for a backward pass
             module.reshard()
@@ -146,6 +151,13 @@ def record(trainer: Any, recipe: Recipe, data: Prepared, folder: Path) -> None:
         found.compute = {"bf16": "bfloat16", "fp16": "float16"}.get(recipe.train.mixed_precision, recipe.model.dtype)
     if trainer.is_world_process_zero():
         found.save(folder / FILE)
+
+
+def _round_shards(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    with torch.no_grad():
+        for weight in model.parameters():
+            shard = weight.to_local() if isinstance(weight, DTensor) else getattr(weight, "ds_tensor", weight)
+            shard.copy_(shard.to(dtype))
 
 
 def rounding(dtype: torch.dtype) -> Change:
