@@ -13,7 +13,7 @@ from sft_recipes.data import preview as showing
 from sft_recipes.data.questions import questions
 from sft_recipes.data.tokens import LightTokenizer
 from sft_recipes.errors import DataError, InputError, ModelError, OutputError, RecipeError, one_line
-from sft_recipes.planning import disk
+from sft_recipes.planning import disk, host_memory
 from sft_recipes.planning.steps import count
 from sft_recipes.recipe import model_files
 from sft_recipes.recipe.check import accepted, verdict_on
@@ -35,7 +35,7 @@ def check(recipe_file: str, overrides: Sequence[str] = ()) -> Findings:
     loaded, verdict = verdict_on(recipe_file, overrides)
     lines, warnings = list[str](), list(verdict.warnings)
     problems = list(verdict.problems)
-    for examine in (_examine_data, _examine_prompts, _examine_room):
+    for examine in (_examine_data, _examine_prompts, _examine_room, _check_host_memory):
         if loaded is None:
             break
         try:
@@ -154,6 +154,17 @@ def _examine_room(recipe: Recipe) -> Findings:
             "output_dir=DIR, or lower checkpoint.keep"
         )
     return Findings([], [])
+
+
+def _check_host_memory(recipe: Recipe) -> Findings:
+    """Warn if this machine lacks host memory, as far as a local model's files tell how much the run takes."""
+    model = host_memory.of_files(recipe)
+    if model is None:
+        return Findings([], [])
+    # Asking torch takes seconds. Device files of NVIDIA, and of AMD.
+    gpu = any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()
+    short = host_memory.lacking(host_memory.predict(recipe, model, "cuda" if gpu else "cpu"))
+    return Findings([], [short] if short else [])
 
 
 def _on_the_hub(recipe: Recipe) -> list[str]:

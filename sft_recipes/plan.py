@@ -7,7 +7,7 @@ from typing import Any
 
 from sft_recipes.data import prepare, reading, tokens
 from sft_recipes.errors import DataError, RecipeError, one_line
-from sft_recipes.planning import changes, memory, sharding, speed
+from sft_recipes.planning import changes, host_memory, memory, sharding, speed
 from sft_recipes.planning.memory import GIB, Footprint
 from sft_recipes.planning.steps import count
 from sft_recipes.recipe import load, model_files
@@ -41,6 +41,7 @@ class Plan:
     capacity: float | None  # bytes of memory of a device
     attention: str
     found: Footprint
+    host: host_memory.HostMemory  # of the machine that rank 0 is on
     amount: Amount
     flops_per_token: float
     remedies: list[changes.Remedy]
@@ -83,6 +84,7 @@ class Plan:
             "peak_gib": round(self.found.peak_bytes / GIB, 3),
             "parts_gib": {part: round(size / GIB, 3) for part, size in self.found.peak.items()},
             "phases_gib": {name: round(sum(parts.values()) / GIB, 3) for name, parts in self.found.phases.items()},
+            "host_memory_gib": {stage: round(size / GIB, 3) for stage, size in self.host.stages.items()},
             "memory_gib": None if self.capacity is None else round(self.capacity / GIB, 3),
             "fits": self.fits,
             "changes": [
@@ -126,7 +128,7 @@ class Plan:
             lines.append("single changes, cheapest in speed first:")
             for each in self.remedies:
                 lines.append(f"  {each.kind}, {'fits' if each.fits else 'does not fit'}: {each.in_words()}")
-        lines += self.amount.notes
+        lines += [f"host memory: {self.host}", *self.amount.notes]
         if self.amount.steps is not None and self.amount.tokens is not None and self.flops is not None:
             lines.append(
                 f"steps: about {self.amount.steps:,}, {self.amount.tokens:,} tokens, {self.flops:.2e} floating-point "
@@ -196,7 +198,10 @@ def plan(
         ]:
             amount.notes.append(f"not in the prediction: {', '.join(unseen)}")
         flops = speed.flops_per_token(recipe, whole, config.get_text_config(), amount.document, dense=masked)
-    return Plan(recipe, device, card, capacity, attention, rank, amount, flops, remedies)
+        text = config.get_text_config()
+        model = host_memory.of_footprint(whole, text.vocab_size * text.hidden_size)
+        host = host_memory.predict(recipe, model, device)
+    return Plan(recipe, device, card, capacity, attention, rank, host, amount, flops, remedies)
 
 
 def _capacity(gpu_memory: str | None, gpu: str | None, cpu: bool) -> tuple[float | None, speed.GPU | None]:

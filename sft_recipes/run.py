@@ -8,7 +8,7 @@ from rich.console import Console
 
 from sft_recipes import run_folder, several
 from sft_recipes.data import prepare, tokens
-from sft_recipes.export.outputs import export
+from sft_recipes.export import outputs, reference
 from sft_recipes.recipe import check
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.report import page, words
@@ -84,11 +84,20 @@ def run(
         # The training itself
         trainer.train(sft, checkpoint)
 
-        # What comes out
-        trained, weights = sharded.gathered(sft, recipe)
-        if not ranks.is_main():
-            return folder
-        words.say(console, export(recipe, trained, tokenizer, data, folder, weights))
+        # What all ranks are needed for: what the trained model computes, which the export is compared with, and its weights
+        reference.record(sft, recipe, data, folder)
+        trained = sharded.gathered(sft, recipe)
+        with outputs.written(
+            recipe, trained.model, trained.shapes, trained.weights, folder, ranks.is_main()
+        ) as weights:
+            ranks.leave()
+            if not ranks.is_main():
+                return folder
+
+            # What comes out. Gradients and optimizer states go first: verification may need their memory.
+            sft = network = None  # type: ignore[assignment]
+            said = outputs.export(recipe, trained.model, tokenizer, data, folder, trained.adapter, weights)
+        words.say(console, said)
         with words.no_more_than_a_warning(console, "the report"):
             page.write(folder)
         run_folder.finish(folder, peak_memory())

@@ -1,6 +1,7 @@
 """`sft-recipe plan` on a directory that holds a config and nothing else."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,10 @@ def test_what_would_make_it_fit(tmp_path: Path) -> None:
     text = "\n".join(found.lines())
     assert "does not fit into 22.4 GiB, of which 512.0 MiB are CUDA's own" in text
     assert "--set lora='{}'" in text
+    assert re.search(
+        r"^host memory: [\d.]+ GiB to load, [\d.]+ GiB to merge, [\d.]+ GiB to verify$", text, re.MULTILINE
+    )
+    assert list(found.as_dict()["host_memory_gib"]) == ["load", "merge", "verify"]
     # what is said of a change is what a plan of it says
     changed = plan(recipe(tmp_path), ["lora={}"], gpu_memory="24GB")
     assert changed.fits

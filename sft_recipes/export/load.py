@@ -63,10 +63,7 @@ def origin(adapter: Path, base: str | None = None) -> Origin:
 
 def files(of: Origin) -> Path:
     """The directory of the base's files, fetched from the hub where it is there."""
-    folder = Path(of.base)
-    if not folder.is_dir():
-        wanted = ["model*.safetensors", INDEX, "config.json", "generation_config.json"]
-        folder = Path(snapshot_download(of.base, revision=of.revision, allow_patterns=wanted))
+    folder = files_of(of.base, of.revision)
     if not (folder / INDEX).is_file() and not (folder / "model.safetensors").is_file():
         pickled = any(folder.glob("pytorch_model*.bin"))
         remedy = (
@@ -77,6 +74,14 @@ def files(of: Origin) -> Path:
         )
         raise ModelError(f"{of.base}: the base has no safetensors weights; {remedy}")
     return folder
+
+
+def files_of(model: str, revision: str | None) -> Path:
+    """The directory of a model's files, which are downloaded if they are on the hub."""
+    if Path(model).is_dir():
+        return Path(model)
+    wanted = ["model*.safetensors", INDEX, "config.json", "generation_config.json"]
+    return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
 
 
 @contextmanager
@@ -114,6 +119,7 @@ def adapted(
     trust_remote_code: bool = False,
     quantization: BitsAndBytesConfig | None = None,
     back_to: Any = None,
+    device_map: Any = None,
 ) -> tuple[peft.PeftModel, PreTrainedTokenizerBase]:
     """An adapter on its base (its own, or `base`) with weights in `dtype`, or quantised, or that and `back_to` another
     type; and its tokenizer.
@@ -131,7 +137,8 @@ def adapted(
             **there,
             dtype=dtype,
             use_safetensors=True,
-            **({"quantization_config": quantization, "device_map": {"": "cpu"}} if quantization else {}),
+            device_map=device_map or ({"": "cpu"} if quantization else None),
+            **({"quantization_config": quantization} if quantization else {}),
         )
     if back_to is not None:
         model = model.dequantize(dtype=back_to).to(back_to)

@@ -16,12 +16,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sft_recipes.errors import ModelError, OutputError, RunError, SFTRecipeError
-from sft_recipes.export import load, probe, tensors, verify
+from sft_recipes.export import load, probe, reference, tensors, verify
 from sft_recipes.export.changes import Merged, NotRowByRow, refuse_incomplete
 from sft_recipes.export.load import Origin
-from sft_recipes.export.probe import Probe
+from sft_recipes.export.probe import Probe, rows_of_texts
 from sft_recipes.export.quantized import dequantized
+from sft_recipes.export.reference import Record, run_model
 from sft_recipes.export.save import DTYPES, save_around, save_model
+from sft_recipes.export.weights import check_bits
 from sft_recipes.files import complete_or_not_there, described, write_json
 from sft_recipes.recipe import model_files
 
@@ -41,6 +43,9 @@ class _Job:
     dtype: str
     max_shard_size: str
     trust_remote_code: bool
+
+    def __post_init__(self) -> None:
+        self.rows = self.probe.rows or rows_of_texts(self.tokenizer)
 
 
 def merge(
@@ -76,18 +81,19 @@ def merge(
     names = [base] if base in BASES else [*BASES] if known.quantization else ["original"]
     try:
         with complete_or_not_there(out) as folder:
-            ways = {name: _write(job, folder / name, name) for name in names if name}
+            ways = {name: _write(job, folder / name, name, out) for name in names if name}
             folders = {name: folder / name for name, way in ways.items() if way is not None}
             if not folders:
                 raise ModelError(
                     f"--base {base}: only PEFT can merge {adapter}, and it cannot do that into such a base"
                 )
-            figures = _proven(job, folders, out)
+            figures = _proven(job, folders, ways, out)
             chosen = min(folders, key=lambda name: float(figures[name]["loss"]))
             for file in list(folders[chosen].iterdir()):
                 file.rename(folder / file.name)
             for name in names:
                 shutil.rmtree(folder / str(name), ignore_errors=True)
+                _computed(folder / str(name)).unlink(missing_ok=True)
             report = {
                 "adapter": str(adapter), "base": of.base, "revision": of.revision, "dtype": dtype,
                 "merged_into": chosen, "merged_by": ways[chosen], "figures": figures,
@@ -105,7 +111,9 @@ def write_report(file: Path, report: Mapping[str, Any]) -> None:
     write_json(file, {**report, "files": described(file.parent)})
 
 
-def _proven(job: _Job, folders: Mapping[str, Path], out: Path) -> dict[str, dict[str, Any]]:
+def _proven(
+    job: _Job, folders: Mapping[str, Path], ways: Mapping[str, str | None], out: Path
+) -> dict[str, dict[str, Any]]:
     request = verify.Request(
         models={name: str(folder.resolve()) for name, folder in folders.items()},
         dtype=job.dtype,
@@ -114,7 +122,11 @@ def _proven(job: _Job, folders: Mapping[str, Path], out: Path) -> dict[str, dict
         base=_absolute(job.of.base),
         revision=job.of.revision,
         adapter=str(job.adapter.resolve()),
-        rows=job.probe.rows,
+        merged={name: str(_computed(folder)) for name, folder in folders.items() if ways[name] != "rows"},
+        record=str(record)
+        if job.probe.rows and (record := job.adapter.resolve().parent / reference.FILE).is_file()
+        else None,
+        rows=job.rows,
         prompt=job.probe.prompt,
         quantization=job.probe.quantization,
         loaded=job.probe.loaded,
@@ -126,7 +138,7 @@ def _proven(job: _Job, folders: Mapping[str, Path], out: Path) -> dict[str, dict
         raise RunError(*(f"{out}: not kept: {line}" for line in error.lines)) from error
 
 
-def _write(job: _Job, folder: Path, kind: str) -> str | None:
+def _write(job: _Job, folder: Path, kind: str, out: Path) -> str | None:
     """Write one merged model, and say how; None where that cannot be done for the dequantised base."""
     folder.mkdir()
     try:
@@ -136,7 +148,7 @@ def _write(job: _Job, folder: Path, kind: str) -> str | None:
         except NotRowByRow as error:
             if kind == "dequantized":
                 return None
-            _in_memory(job, folder)
+            _in_memory(job, folder, out)
             return f"PEFT, in memory: {error}"
     except (SFTRecipeError, OSError, SafetensorError):
         raise
@@ -179,15 +191,24 @@ def _row_by_row(job: _Job, folder: Path, *, dequantize: bool) -> None:
     save_around(model, job.tokenizer, folder, dtype=job.dtype, stops=job.stops)
 
 
-def _in_memory(job: _Job, folder: Path) -> None:
+def _in_memory(job: _Job, folder: Path, out: Path) -> None:
     adapted, _ = load.adapted(
         job.adapter, torch.float32, base=job.of.base, revision=job.of.revision, trust_remote_code=job.trust_remote_code
     )
     merged = adapted.merge_and_unload(safe_merge=True)  # ValueError where a number is not finite
+    computed = Record(run_model(merged, job.rows))
     merged.generation_config = _generation(job, merged.generation_config)
     save_model(
         merged, job.tokenizer, folder, dtype=job.dtype, max_shard_size=job.max_shard_size, stops=job.stops
     )  # fmt: skip
+    check_bits(merged, folder, out)
+    computed.rounded = run_model(merged, job.rows)
+    computed.save(_computed(folder))
+
+
+def _computed(folder: Path) -> Path:
+    """The file of what a merge in memory computes."""
+    return folder.with_name(f"{folder.name}.{reference.FILE}")
 
 
 def _generation(job: _Job, of_base: GenerationConfig) -> GenerationConfig:

@@ -1,7 +1,8 @@
 """What a run leaves: the adapter and the model."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import peft
@@ -11,16 +12,37 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sft_recipes.data.prepare import Prepared
-from sft_recipes.errors import InputError, RunError
-from sft_recipes.export import tensors, verify
+from sft_recipes.errors import InputError, ModelError, RunError
+from sft_recipes.export import reference, save, tensors, verify
 from sft_recipes.export.merge import merge, proof_in_words, write_report
 from sft_recipes.export.probe import Probe, rows_of
-from sft_recipes.export.save import save_adapter, save_model
+from sft_recipes.export.save import Written, save_adapter, save_around, save_model
+from sft_recipes.export.weights import check_bits
 from sft_recipes.files import complete_or_not_there, remove
 from sft_recipes.recipe import model_files
 from sft_recipes.recipe.schema import Recipe
 
 FILE = "export.json"  # in the directory of a model of which all weights were trained
+
+
+@contextmanager
+def written(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    shapes: Mapping[str, torch.Tensor] | None,
+    weights: Iterable[tuple[str, torch.Tensor]],
+    folder: Path,
+    main: bool,
+) -> Iterator[Written | None]:
+    """Write the weights of a sharded model of which all were trained to a directory of its own, which `export` takes them
+    from; see `save.written`. Every rank has to come here."""
+    if main and shapes is not None:
+        with suppress(OSError):  # `export` says so
+            remove(folder / "model")  # of a run that is resumed after its export; there may be no room for both
+    with save.written(
+        model, shapes, weights, folder / ".weights", main=main, max_shard_size=recipe.export.max_shard_size
+    ) as found:
+        yield found
 
 
 def export(
@@ -29,34 +51,43 @@ def export(
     tokenizer: PreTrainedTokenizerBase,
     data: Prepared,
     folder: Path,
-    weights: dict[str, torch.Tensor] | None = None,
+    adapter: dict[str, torch.Tensor] | None = None,
+    weights: Written | None = None,
 ) -> list[str]:
-    """Write adapter/ and model/ into the run directory; returns what is to be said of them. `weights` are the trained ones by
-    name, where an adapted model that is spread over several ranks does not hold them.
+    """Write adapter/ and model/ into the run directory; returns what is to be said of them.
+
+    A model that is sharded across ranks does not hold its weights: then `adapter` has the trained ones by name or, if all
+    were trained, `weights` says where they are.
 
     Raises RunError where the trained weights are not finite, the merge is impossible, the model is not the one that was
     trained, or the disk fails.
     """
-    trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
-    if not all(bool(tensor.isfinite().all()) for tensor in (trained if weights is None else weights.values())):
+    held = [parameter for parameter in model.parameters() if parameter.requires_grad] if weights is None else []
+    if not all(bool(tensor.isfinite().all()) for tensor in (held if adapter is None else adapter.values())):
         raise RunError(
             f"{folder}: the trained weights are not finite, so nothing is exported: the training diverged; set a lower "
             "train.learning_rate"
         )
-    for earlier in (folder / "adapter", folder / "model"):
-        remove(earlier)  # of a run that is resumed after its export
-    quantization = getattr(model.config, "quantization_config", None)
-    probe = Probe(
-        rows_of(data.eval or data.train),
-        {"messages": data.prompt.messages, "ids": data.prompt.ids} if data.prompt and data.chat_template else None,
-        quantization.to_dict() if quantization is not None else None,
-        recipe.model.dtype,
-    )
     try:
+        if weights is not None and isinstance(weights.error, ModelError):
+            raise RunError(
+                f"{folder}: {weights.error}, so nothing is exported: the training diverged; set a lower train.learning_rate"
+            )
+        if weights is not None and weights.error is not None:
+            raise weights.error
+        for earlier in (folder / "adapter", folder / "model"):
+            remove(earlier)  # of a run that is resumed after its export
+        quantization = getattr(model.config, "quantization_config", None)
+        probe = Probe(
+            rows_of(data.eval or data.train),
+            {"messages": data.prompt.messages, "ids": data.prompt.ids} if data.prompt and data.chat_template else None,
+            quantization.to_dict() if quantization is not None else None,
+            recipe.model.dtype,
+        )
         probe.save(folder)
         if recipe.lora is None:
-            return _whole(recipe, model, tokenizer, data.stops, probe, folder / "model")
-        save_adapter(model, tokenizer, folder / "adapter", stops=data.stops, weights=weights)
+            return _whole(recipe, model, tokenizer, data.stops, probe, folder / "model", weights)
+        save_adapter(model, tokenizer, folder / "adapter", stops=data.stops, weights=adapter)
         if probe.quantization:
             probe.save_quantization(folder / "adapter")
         if not recipe.export.merge:
@@ -82,16 +113,20 @@ def _whole(
     stops: Sequence[int],
     probe: Probe,
     out: Path,
+    weights: Written | None,
 ) -> list[str]:
-    """Write a model of which all weights were trained, and prove that it is that model."""
-    dtype, compute = recipe.export.dtype, str(model.dtype).removeprefix("torch.")
+    """Write a model of which all weights were trained, unless they are written already, and prove that it is that model."""
+    dtype = recipe.export.dtype
     with complete_or_not_there(out) as folder, tempfile.TemporaryDirectory() as elsewhere:
-        trained, rounded = (Path(elsewhere) / name for name in ("trained", "rounded"))
-        verify.keep(model, probe.rows, trained)
-        shard = recipe.export.max_shard_size
-        save_model(model, tokenizer, folder, dtype=dtype, max_shard_size=shard, stops=stops)
-        _check_bits(model, folder, out)
-        verify.keep(model.to(getattr(torch, compute)), probe.rows, rounded)
+        if weights is not None:
+            for file in weights.folder.iterdir():
+                file.rename(folder / file.name)
+            save_around(model, tokenizer, folder, dtype=dtype, stops=stops)
+            _check_hashes(weights, folder, out)
+        else:
+            shard = recipe.export.max_shard_size
+            save_model(model, tokenizer, folder, dtype=dtype, max_shard_size=shard, stops=stops)
+            check_bits(model, folder, out)
         tokenizer.save_pretrained(elsewhere)
         request = verify.Request(
             models={"model": str(folder.resolve())},
@@ -100,24 +135,21 @@ def _whole(
             stops=list(stops),
             base=model_files.location(recipe.model.name),
             revision=recipe.model.revision,
-            trained=str(trained),
-            rounded=str(rounded),
+            record=str((out.parent / reference.FILE).resolve()),
             rows=probe.rows,
             prompt=probe.prompt,
             trust_remote_code=recipe.model.trust_remote_code,
-            compute=compute,
         )
         try:
             figures = verify.prove(request)["model"]
         except RunError as error:
             raise RunError(*(f"{out}: not kept: {line}" for line in error.lines)) from error
         write_report(folder / FILE, {"base": recipe.model.name, "dtype": dtype, "figures": figures})
-    return proof_in_words(figures, dtype)
+    return [*([weights.note] if weights and weights.note else []), *proof_in_words(figures, dtype)]
 
 
-def _check_bits(model: PreTrainedModel, folder: Path, out: Path) -> None:
-    """Every weight in the files is, to the bit, the one in memory. Raises RunError."""
-    held = model.state_dict()
+def _check_hashes(weights: Written, folder: Path, out: Path) -> None:
+    """Every weight in the files is, to the bit, the one that was gathered. Raises RunError."""
     for name, stored in tensors.in_model(folder).items():
-        if name in held and not torch.equal(stored.whole(), held[name].cpu()):
-            raise RunError(f"{out}: not kept: {name} is not in the file as it is in memory")
+        if tensors.sha256(stored) != weights.sha256[name]:
+            raise RunError(f"{out}: not kept: {name} is not in the file as it was gathered")

@@ -5,12 +5,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
 from sft_recipes.data.sequences import IGNORED, Sequences
 from sft_recipes.errors import ModelError
 
 FILE = "probe.json"  # in a run's directory, beside adapter/ and model/
 QUANTIZATION = "quantization.json"  # in the directory of an adapter that was trained on a quantised base
 _ROWS, _TOKENS = 16, 512  # at most
+TEXTS = ["Name three colours.", "  The cat's 12 hats\n\ncost $3.50 – naïve? 日本 🙂", "def f(x):\n\treturn x</s>"]
 
 
 @dataclass
@@ -62,3 +65,9 @@ def rows_of(sequences: Sequences) -> list[dict[str, list[int]]]:
             if len(rows) == _ROWS:
                 return rows
     return rows
+
+
+def rows_of_texts(tokenizer: PreTrainedTokenizerBase) -> list[dict[str, list[int]]]:
+    """Rows for an adapter that comes without those of its run."""
+    encoded = [list(tokenizer(text)["input_ids"]) for text in TEXTS]
+    return [{"input_ids": ids, "labels": ids} for ids in encoded]

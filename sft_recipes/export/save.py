@@ -1,14 +1,23 @@
 """A model directory that loads anywhere: weights, config, generation config, tokenizer, chat template."""
 
 import json
-from collections.abc import Sequence
+import re
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import peft
 import torch
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from sft_recipes.export.tensors import Writer
 from sft_recipes.files import complete_or_not_there
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -29,6 +38,140 @@ def save_model(
     set_generation_config(model, tokenizer, stops)  # else it cannot be saved
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     save_around(model, tokenizer, folder, dtype=dtype, stops=stops)
+
+
+@dataclass
+class Written:
+    """Weights that were written to a directory while they were gathered."""
+
+    folder: Path
+    sha256: dict[str, str] = field(default_factory=dict)  # of each tensor's bytes, by its name in the files
+    error: Exception | None = None  # why they are not all there
+    note: str | None = None
+
+
+@contextmanager
+def written(
+    model: PreTrainedModel,
+    shapes: Mapping[str, torch.Tensor] | None,
+    weights: Iterable[tuple[str, torch.Tensor]],
+    folder: Path,
+    *,
+    main: bool,
+    max_shard_size: str,
+) -> Iterator[Written | None]:
+    """Write the weights of a sharded model to `folder` as they are gathered; on exit the folder is removed.
+
+    Every rank has to iterate over all of `weights`, so an error of the `main` one, which writes, is not raised but kept in
+    what is yielded. The model itself is only asked for names and config. Does nothing if `shapes` is None.
+
+    `shapes` are meta tensors of the final dtype, by their names in the model's state_dict; `weights` have the same names in
+    any order, with data. Files have up to `max_shard_size` ("5GB").
+    """
+    if shapes is None:
+        yield None
+        return
+    found = Written(folder)
+    try:
+        files = None
+        if main:
+            with _kept_in(found):
+                shutil.rmtree(folder, ignore_errors=True)  # left over from a killed run
+                folder.mkdir()
+                files = _Files(model, shapes, folder, max_shard_size)
+        for name, weight in weights:
+            if files is not None and found.error is None:
+                with _kept_in(found):
+                    files.put(name, weight)
+            del weight  # before the next one is gathered
+        if files is not None and found.error is None:
+            with _kept_in(found):
+                files.close()
+                found.sha256, found.note = files.writer.sha256, files.note
+        yield found
+    finally:
+        if main:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _kept_in(found: Written) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        found.error = error
+
+
+class _Files:
+    """The files that `save_pretrained` would write for a sharded model, made of one gathered tensor after the other."""
+
+    def __init__(
+        self, model: PreTrainedModel, shapes: Mapping[str, torch.Tensor], folder: Path, max_shard_size: str
+    ) -> None:
+        self._model, self._folder = model, folder
+        ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
+        saved = {name: shape for name, shape in shapes.items() if name not in ignored}
+        saved = remove_tied_weights_from_state_dict(saved, model)
+        # Names and layouts in the files may differ from those in memory, such as experts that are one tensor there. Usually
+        # each tensor can be converted alone.
+        files = revert_weight_conversion(model, dict(saved))
+        for self.note, self._group_of in _GROUPINGS:
+            self._groups = defaultdict[str, dict[str, torch.Tensor]](dict)
+            for name, shape in saved.items():
+                self._groups[self._group_of(name)][name] = shape
+            if self._converts_to(files):
+                break
+        else:
+            raise ValueError(f"the weights of {type(model).__name__} cannot be converted to those of its files")
+        self._waiting = defaultdict[str, dict[str, torch.Tensor]](dict)
+        self.writer = Writer(
+            {name: (shape.dtype, tuple(shape.shape)) for name, shape in files.items()}, folder, max_shard_size
+        )
+        self._parameters = sum(shapes[name].numel() for name, _ in model.named_parameters())
+
+    def _converts_to(self, files: Mapping[str, torch.Tensor]) -> bool:
+        found: dict[str, torch.Tensor] = {}
+        for group in self._groups.values():
+            try:
+                found |= revert_weight_conversion(self._model, dict(group))
+            except (ValueError, RuntimeError, LookupError):  # a tensor that it needs is in another group
+                return False
+        return {n: s.shape for n, s in found.items()} == {n: s.shape for n, s in files.items()}
+
+    def put(self, name: str, weight: torch.Tensor) -> None:
+        key = self._group_of(name)
+        if name not in self._groups.get(key, ()):
+            return  # tied to one that is saved, or not saved at all
+        group = self._waiting[key]
+        group[name] = weight if len(self._groups[key]) == 1 else weight.cpu()
+        if len(group) == len(self._groups[key]):
+            for file_name, tensor in revert_weight_conversion(self._model, self._waiting.pop(key)).items():
+                self.writer.put(file_name, tensor)
+
+    def close(self) -> None:
+        self.writer.close({"total_parameters": self._parameters})
+        model, config = self._model, self._model.config.get_text_config()
+        if model.is_remote_code():
+            custom_object_save(model, self._folder, config=model.config)
+        head = model.get_output_embeddings()
+        if config.tie_word_embeddings and head is not None:
+            config.tie_word_embeddings = head.weight is model.get_input_embeddings().weight
+
+
+def _layer(name: str) -> str:
+    """A name up to its first number, which is that of a layer."""
+    found = re.match(r".*?\.\d+\.", name)
+    return found[0] if found else name
+
+
+_GROUPINGS: list[tuple[str | None, Callable[[str], str]]] = [
+    (None, lambda name: name),
+    ("weights gathered layer by layer: their files need several of them at once", _layer),
+    (
+        "weights gathered as a whole in host memory: they cannot be converted to those of their files one by one",
+        lambda _: "",
+    ),
+]
 
 
 def round_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:

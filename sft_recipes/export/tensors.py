@@ -4,6 +4,7 @@ The files are read and written directly (https://github.com/huggingface/safetens
 header of that length, the tensors' bytes), because the library reads whole tensors and writes whole files at once.
 """
 
+import hashlib
 import json
 import os
 import struct
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from io import FileIO
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -28,6 +29,7 @@ _DTYPES = {
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _BLOCK = 1 << 19  # elements that are worked on at once: what fits into a core's cache
+_AT_MOST = 1 << 24  # elements that are copied to the host, hashed and written at once
 _AT_ONCE = 2  # tensors: while one is read or written, another is computed
 INDEX = "model.safetensors.index.json"
 Shape = tuple[int, ...]
@@ -113,31 +115,9 @@ def write(wanted: Mapping[str, Wanted], folder: Path, dtype: torch.dtype, max_sh
     def type_of(tensor: Wanted) -> torch.dtype:
         return dtype if tensor.stored.dtype.is_floating_point else tensor.stored.dtype
 
-    def size_of(tensor: Wanted) -> int:
-        return torch.Size(tensor.shape).numel() * type_of(tensor).itemsize
-
-    split = split_state_dict_into_shards_factory(
-        dict(wanted),
-        get_storage_size=size_of,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_size,
+    places, index = _allocate(
+        {name: (type_of(tensor), tensor.shape) for name, tensor in wanted.items()}, folder, max_shard_size
     )
-    places: dict[str, tuple[Path, int]] = {}
-    for file, names in split.filename_to_tensors.items():
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name in names:
-            start, end = end, end + size_of(wanted[name])
-            described = {"dtype": _NAMES[type_of(wanted[name])], "shape": wanted[name].shape}
-            header[name] = {**described, "data_offsets": [start, end]}
-            places[name] = folder / file, start
-        content = json.dumps(header, separators=(",", ":")).encode()
-        content += b" " * (-len(content) % 8)  # tensors begin at a multiple of 8
-        with (folder / file).open("wb") as stream:
-            stream.write(struct.pack("<Q", len(content)) + content)
-            stream.truncate(8 + len(content) + end)
-        for name in names:
-            places[name] = folder / file, places[name][1] + 8 + len(content)
 
     def fill(name: str) -> None:
         file, start = places[name]
@@ -158,9 +138,107 @@ def write(wanted: Mapping[str, Wanted], folder: Path, dtype: torch.dtype, max_sh
                     raise
     finally:
         torch.set_num_threads(threads)
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    if index is not None:
+        _write_index(index, folder)
+
+
+class Writer:
+    """Safetensors files of a model directory, to which tensors of known dtypes and shapes are written one by one.
+
+    Needs memory for a block of one tensor only: each is written to its final place in the file.
+    """
+
+    def __init__(self, described: Mapping[str, tuple[torch.dtype, Shape]], folder: Path, max_shard_size: str) -> None:
+        self._folder, self._missing = folder, dict(described)
+        self._places, self._index = _allocate(described, folder, max_shard_size)
+        self.sha256: dict[str, str] = {}  # of the bytes of each tensor written so far
+
+    def put(self, name: str, tensor: torch.Tensor) -> None:
+        """Write a tensor, which may be on any device.
+
+        Raises: ModelError if a number is NaN or Inf, or if dtype or shape are not those of `described`.
+        """
+        found = (tensor.dtype, tuple(tensor.shape))
+        if found != self._missing.pop(name):
+            raise ModelError(f"{name}: cannot be written: its dtype and shape are {found}")
+        file, start = self._places[name]
+        digest = hashlib.sha256()
+        with file.open("r+b", buffering=0) as stream:
+            stream.seek(start)
+            for block in tensor.detach().reshape(-1).split(_AT_MOST):
+                if not block.isfinite().all():
+                    raise ModelError(f"{name} is not finite in {str(tensor.dtype).removeprefix('torch.')}")
+                left = block.cpu().view(torch.uint8).numpy().data
+                digest.update(left)
+                while left:
+                    left = left[stream.write(left) :]
+        self.sha256[name] = digest.hexdigest()
+
+    def close(self, metadata: Mapping[str, object]) -> None:
+        """Write the index if there are several files, with more `metadata`.
+
+        Raises: ModelError if a tensor has not been written.
+        """
+        if self._missing:
+            raise ModelError(
+                f"{self._folder}: {len(self._missing)} tensors were not written: {next(iter(self._missing))}"
+            )
+        if self._index is not None:
+            self._index["metadata"] |= metadata
+            _write_index(self._index, self._folder)
+
+
+def sha256(stored: Stored) -> str:
+    """SHA-256 of a stored tensor's bytes, read a block at a time."""
+    digest, left = hashlib.sha256(), torch.Size(stored.shape).numel() * stored.dtype.itemsize
+    with stored.file.open("rb") as stream:
+        stream.seek(stored.start)
+        while left and (block := stream.read(min(left, 1 << 24))):
+            digest.update(block)
+            left -= len(block)
+    return digest.hexdigest()
+
+
+def _allocate(
+    described: Mapping[str, tuple[torch.dtype, Shape]], folder: Path, max_shard_size: str
+) -> tuple[dict[str, tuple[Path, int]], dict[str, Any] | None]:
+    """Create safetensors files with their headers and full size.
+
+    Returns: file and first byte of each tensor, and the content of the index, None if there is one file.
+    """
+
+    def size_of(tensor: tuple[torch.dtype, Shape]) -> int:
+        return torch.Size(tensor[1]).numel() * tensor[0].itemsize
+
+    split = split_state_dict_into_shards_factory(
+        dict(described),
+        get_storage_size=size_of,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    places: dict[str, tuple[Path, int]] = {}
+    for file, names in split.filename_to_tensors.items():
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name in names:
+            dtype, shape = described[name]
+            start, end = end, end + size_of(described[name])
+            header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
+            places[name] = folder / file, start
+        content = json.dumps(header, separators=(",", ":")).encode()
+        content += b" " * (-len(content) % 8)  # tensors begin at a multiple of 8
+        with (folder / file).open("wb") as stream:
+            stream.write(struct.pack("<Q", len(content)) + content)
+            stream.truncate(8 + len(content) + end)
+        for name in names:
+            places[name] = folder / file, places[name][1] + 8 + len(content)
+    if not split.is_sharded:
+        return places, None
+    return places, {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+
+
+def _write_index(index: Mapping[str, Any], folder: Path) -> None:
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _write(name: str, tensor: Wanted, dtype: torch.dtype, into: FileIO) -> None:

@@ -1,43 +1,53 @@
 """Proof that an exported model is the one that was trained, by a process that knows of nothing but the files.
 
-It is compared with the base and its adapter or, where all weights were trained, with what the training's own model makes of
-the same rows. What may differ is what rounding explains, and that is measured: PEFT merges the adapter in memory, in float32,
-and these weights are rounded to the type of the export. The right model differs from that one by next to nothing.
+The reference is the trained model itself: what the training process recorded of it (`reference`), or, of an adapter that comes
+without its run, what PEFT computes from base and adapter. Every merged tensor is checked against base + scale · B·A
+(`weights`); with these sums in place of the weights in the files the exported model has to compute what the trained one does.
+So what rounding explains is measured, and only once: it is no random noise, as it takes small updates back to the base. One
+model is in memory at a time, on a GPU if there is one with room.
 """
 
 import ctypes
 import gc
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import psutil
+import peft
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sft_recipes.errors import RunError
-from sft_recipes.export import load
+from sft_recipes.export import load, reference
+from sft_recipes.export.probe import TEXTS
+from sft_recipes.export.reference import Change, Outputs, Record, at_once, rounding, run_model
 from sft_recipes.export.save import DTYPES
-from sft_recipes.export.tensors import Stored, in_model
+from sft_recipes.export.tensors import in_file, in_model
+from sft_recipes.export.weights import Expected
 
-Rows = Sequence[dict[str, list[int]]]
-
-_POSITIONS = 8  # of each row, at which logits are compared
-# How far the model may be from the reference that is rounded: a part of what rounding does to the logits, because sums in
-# another order round some weights the other way (a few in a million), and a part of the largest logit, for the arithmetic
-# (in half precision also on another device).
-_OF_ROUNDING = 0.5
-_NUMBERS = 1 << 22  # that are worked on at once
-_NOISE = {"float32": 1e-4, "float16": 0.03, "bfloat16": 0.1}
-_TEXTS = ["Name three colours.", "  The cat's 12 hats\n\ncost $3.50 – naïve? 日本 🙂", "def f(x):\n\treturn x</s>"]
+_ADAPTER = "adapter_model.safetensors"
+# How far a model may be from what is expected: a part of the largest logit, for the arithmetic in float32 (also on another
+# device), and a multiple of what computing in half precision does, if the trained model was recorded so.
+_OF_LOGITS, _OF_COMPUTING = 1e-4, 4.0
+_ON_CPU = 2.5e11  # floating-point operations per pass: a few seconds on two cores
+_SPARE = 2 * 2**30  # bytes of a GPU, beside weights: logits, hidden states
+_OF_RANKS = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "ACCELERATE_USE_FSDP",
+    "ACCELERATE_USE_DEEPSPEED",
+)  # not of the process
 
 
 @dataclass
@@ -50,30 +60,16 @@ class Request:
     stops: list[int]  # tokens that end an answer
     base: str
     revision: str | None = None
-    adapter: str | None = None
-    trained: str | None = None  # files of what the trained model makes of the rows, see `keep`,
-    rounded: str | None = None  # and with its weights rounded to `dtype`
-    rows: list[dict[str, list[int]]] = field(default_factory=list)  # input_ids and labels; [] for rows of one's own
+    adapter: str | None = None  # null: all weights were trained
+    merged: dict[str, str] = field(
+        default_factory=dict
+    )  # files of what PEFT's merge in memory computes, by the model's name
+    record: str | None = None  # file of the training process; null: base and adapter are the reference
+    rows: list[dict[str, list[int]]] = field(default_factory=list)  # input_ids and labels
     prompt: dict[str, Any] | None = None  # messages, and the ids that were trained as their prompt
     quantization: dict[str, Any] | None = None
     loaded: str = "float32"  # type of the weights that were quantised
     trust_remote_code: bool = False
-    compute: str | None = None  # null: float32, or where that is too large bfloat16
-
-
-@dataclass
-class Seen:
-    """What a model makes of the rows: logits (positions, vocabulary) and hidden states (positions, width) of each layer at
-    some positions, and the mean loss over all trained tokens."""
-
-    logits: torch.Tensor
-    hidden: list[torch.Tensor]
-    loss: float
-
-    def apart(self, other: "Seen") -> torch.Tensor:
-        """By how much logits differ, in those words that both know."""
-        words = min(self.logits.shape[1], other.logits.shape[1])
-        return (self.logits[:, :words] - other.logits[:, :words]).abs()
 
 
 def prove(request: Request) -> dict[str, dict[str, Any]]:
@@ -89,15 +85,19 @@ def elsewhere(request: Request) -> dict[str, Any]:
     command = [sys.executable, "-P", "-m", "sft_recipes.export.verify"]  # -P: nothing from the working directory
     own = str(Path(__file__).parents[2])
     paths = os.pathsep.join(filter(None, [own, os.environ.get("PYTHONPATH")]))
+    alone = {name: value for name, value in os.environ.items() if name not in _OF_RANKS}
+    if torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()  # room for the model that is verified
     done = subprocess.run(
-        command, input=json.dumps(asdict(request)), env={**os.environ, "PYTHONPATH": paths},
+        command, input=json.dumps(asdict(request)), env={**alone, "PYTHONPATH": paths},
         capture_output=True, text=True, check=False, start_new_session=True,
     )  # fmt: skip
     last = done.stdout.strip().rpartition("\n")[2]
     if done.returncode == -signal.SIGKILL:
         raise RunError(
-            "it could not be verified: the process that does it was killed, most likely because memory ran out; it holds the "
-            "whole model, 2 bytes a parameter at the least"
+            "it could not be verified: the process that does it was killed, most likely because memory ran out; without a GPU "
+            "that has room for the model it takes that of its largest layer in float32"
         )
     if done.returncode or not last.startswith("{"):
         reason = done.stderr.strip().rpartition("\n")[2][:300] or f"its process ended with {done.returncode}"
@@ -109,207 +109,270 @@ def examine(request: Request) -> dict[str, Any]:
     """`problems`, a line each, and `figures` of each model."""
     folders = {name: Path(folder) for name, folder in request.models.items()}
     problems = [problem for folder in folders.values() for problem in _around_the_weights(request, folder)]
-    rows = request.rows or list(_rows_of_our_own(request))
-    compute = request.compute or _compute_type(next(iter(folders.values())))
-    seen = _references(request, rows, compute, problems)
+    device_map = _device_map(next(iter(folders.values())))
+    chosen = _chosen(request, on_cpu=device_map is None)
+    rows = [request.rows[number] for number in chosen]
+    recorded = _recorded(request.record, request, chosen) if request.record else None
+    references = _references(request, rows, recorded, device_map)
     figures = {}
     for name, folder in folders.items():
+        trained, base = references[name]
+        expected = _expected(request, name)
+        wrong = expected.problems(folder) if expected else []
+        problems += [f"{name}: {line}" for line in wrong]
         model, loading = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=DTYPES[compute], output_loading_info=True, **_options(request)
+            folder, dtype=_held(folder), output_loading_info=True, device_map=device_map, **_options(request)
         )
         for kind in ("missing_keys", "mismatched_keys"):
             if loading[kind]:
                 problems.append(f"{kind.replace('_', ' ')}: {', '.join(map(str, list(loading[kind])[:3]))}")
-        own = look(model, rows)
+        own = run_model(model, rows)
+        half = recorded.compute if recorded is not None else "float32"
+        computed = run_model(model, rows, compute=DTYPES[half]).off(own) if half != "float32" else None
+        if expected is not None:  # the sums, before they were rounded
+            number = at_once(rows, model.config.get_text_config().vocab_size)
+            few, own_of_few = rows[:number], own.of_rows(range(number))
+            change = _sums(model, expected, request)
+            exact = run_model(model, few, change=change)
+            rounded = (
+                run_model(model, few, change=_then(change, rounding(DTYPES[request.dtype]))) if wrong else own_of_few
+            )
+            pairs = [(exact, trained.of_rows(range(number))), (own_of_few, rounded)]
+        else:
+            merged = _recorded(request.merged[name], request, chosen) if name in request.merged else recorded
+            assert merged is not None
+            exact, rounded = merged.trained, merged.rounded or merged.trained
+            pairs = [(exact, trained), (own, rounded)]
         del model
         gc.collect()
-        kind = "dequantized " if name == "dequantized" else ""
-        trained, rounded = seen[f"{kind}trained"], seen[f"{kind}rounded"]
-        figures[name] = _figures(own, trained, rounded, seen)
-        if not _near(own.logits, trained.logits, rounded.logits, compute):
+        explained = float(rounded.off(exact).max())
+        found = figures[name] = _figures(own, trained, base, explained)
+        if "quantized" in references:
+            quantized, _ = references["quantized"]
+            off = own.off(quantized)
+            found["to_adapter_on_quantized_base"] = {
+                "loss": quantized.loss, "largest_difference": float(off.max()), "mean_difference": float(off.mean())
+            }  # fmt: skip
+        if (pair := next((pair for pair in pairs if not _near(*pair, "logits", computed)), None)) is not None:
             problems.append(
-                f"{name}: this is not the model that was trained: its logits are up to "
-                f"{figures[name]['largest_difference']:.3g} off, where rounding to {request.dtype} explains "
-                f"{figures[name]['explained_by_rounding']:.3g}{_first_layer(own, trained, rounded, compute)}"
+                f"{name}: this is not the model that was trained: its logits are up to {found['largest_difference']:.3g} off, "
+                f"where rounding to {request.dtype} explains {explained:.3g}{_first_layer(*pair, computed)}"
             )
     return {"problems": problems, "figures": figures}
 
 
-def _near(own: torch.Tensor, trained: torch.Tensor, rounded: torch.Tensor, compute: str) -> bool:
-    """Whether `own` is as `rounded`; not where there are numbers that are none."""
-    limit = _OF_ROUNDING * (rounded - trained).abs().max() + _NOISE[compute] * trained.abs().max()
-    return bool((own - rounded).abs().max() <= limit)
+def _figures(own: Outputs, trained: Outputs, base: Outputs, explained: float) -> dict[str, Any]:
+    largest = float(own.off(trained).max())
+    return {
+        "loss": own.loss,
+        "trained_loss": trained.loss,
+        "base_loss": base.loss,
+        "largest_difference": largest,
+        "explained_by_rounding": explained,
+        "not_explained": max(0.0, largest - explained),
+        "largest_difference_from_base": float(own.off(base).max()),
+        "largest_change_by_training": float(trained.off(base).max()),
+    }
 
 
-def look(model: PreTrainedModel, rows: Rows) -> Seen:
-    """Run the rows through a model, each alone."""
-    logits, hidden, loss, trained = [], [], 0.0, 0
-    model.eval()
-    device = model.get_input_embeddings().weight.device
-    for row in rows:
-        ids, labels = (torch.tensor(row[name], device=device) for name in ("input_ids", "labels"))
-        with torch.no_grad():
-            output = model(input_ids=ids[None], output_hidden_states=True, use_cache=False)
-        own = output.logits[0].float()
-        loss += float(torch.nn.functional.cross_entropy(own[:-1], labels[1:], reduction="sum"))
-        at = torch.nonzero(labels[1:] != -100).flatten()
-        trained += len(at)
-        at = at[:_POSITIONS]
-        logits.append(own[at].cpu())
-        hidden.append([states[0, at.to(states.device)].float().cpu() for states in output.hidden_states])
-    layers = [torch.cat(layer) for layer in zip(*hidden, strict=True)]
-    return Seen(torch.cat(logits), layers, loss / max(trained, 1))
+def _near(found: Outputs, expected: Outputs, part: str, computed: torch.Tensor | None) -> bool:
+    """Whether the outputs of a model are as expected, but for the arithmetic; not if any is NaN or Inf."""
+    theirs, own = _stacked(expected, part), _stacked(found, part)
+    words = min(theirs.shape[-1], own.shape[-1])
+    off, largest = (own[..., :words] - theirs[..., :words]).abs(), float(theirs.abs().max())
+    slack = (0.0, 0.0) if computed is None else (float(computed.max()), float(computed.mean()))
+    return all(
+        float(found) <= _OF_LOGITS * largest + _OF_COMPUTING * some
+        for found, some in zip((off.max(), off.mean()), slack, strict=True)
+    )
 
 
-def keep(model: PreTrainedModel, rows: Rows, file: Path) -> None:
-    """Write down what a model makes of the rows."""
-    seen = look(model, rows)
-    save_file({"logits": seen.logits, "loss": torch.tensor(seen.loss, dtype=torch.float64)}, file)
+def _stacked(outputs: Outputs, part: str) -> torch.Tensor:
+    """Logits (positions, words), or of a layer (rows, width)."""
+    if part == "logits":
+        return torch.cat(outputs.logits)
+    return torch.stack(outputs.hidden)[:, int(part)]
 
 
-def _kept(file: str) -> Seen:
-    there = load_file(file)
-    return Seen(there["logits"], [], float(there["loss"]))
+def _first_layer(found: Outputs, expected: Outputs, computed: torch.Tensor | None) -> str:
+    """The first layer that differs, and by how much."""
+    for number in range(len(expected.hidden[0])):
+        if not _near(found, expected, str(number), computed):
+            name = f"layer {number - 1}" if number else "the embeddings"
+            off = (_stacked(found, str(number)) - _stacked(expected, str(number))).abs().max()
+            return f"; the first to differ is {name}, by up to {off:.3g}"
+    return "; the first to differ is the head"
+
+
+def _sums(model: Any, expected: Expected, request: Request) -> Change:
+    """A change for `run_model`: weights are what base and adapter make together, not rounded."""
+    names = {module: name for name, module in model.named_modules()}
+    if model.config.get_text_config().tie_word_embeddings:
+        names[model.get_output_embeddings()] = names[model.get_input_embeddings()]
+    prefix = f"{model.base_model_prefix}."
+
+    @cache
+    def base() -> Any:
+        held = _held(load.files_of(request.base, request.revision))
+        return AutoModelForCausalLM.from_pretrained(
+            request.base, revision=request.revision, dtype=held, **_options(request)
+        )
+
+    def change(module: torch.nn.Module, name: str, weight: torch.Tensor, rows: torch.Tensor | None) -> None:
+        whole = f"{names[module]}.{name}"
+        stored = next((name for name in (whole, whole.removeprefix(prefix)) if name in expected), None)
+        if stored is not None:
+            expected.exact(stored, weight, rows)
+        elif expected.rounds_the_base:  # transformers makes it of several tensors
+            own = base().get_parameter(whole)
+            weight.copy_(own if rows is None else own[rows.to(own.device)])
+
+    return change
+
+
+def _then(first: Change, second: Change) -> Change:
+    def change(*what: Any) -> None:
+        first(*what)
+        second(*what)
+
+    return change
+
+
+# --- What it is compared with ----------------------------------------------------------------------------------------
+
+
+def _chosen(request: Request, *, on_cpu: bool) -> list[int]:
+    """The rows that are run. On a CPU as many as take a few seconds, the shortest first, unless their loss decides between
+    two models."""
+    rows = request.rows
+    if not on_cpu or len(request.models) > 1:
+        return list(range(len(rows)))
+    weights = sum(torch.Size(tensor.shape).numel() for tensor in in_model(Path(*request.models.values())).values())
+    tokens, chosen = 0, list[int]()
+    for number in sorted(range(len(rows)), key=lambda number: len(rows[number]["input_ids"])):
+        tokens += len(rows[number]["input_ids"])
+        if chosen and 2 * weights * tokens > _ON_CPU:
+            break
+        chosen.append(number)
+    return sorted(chosen)
+
+
+def _recorded(file: str, request: Request, chosen: list[int]) -> Record:
+    """What was recorded of these rows."""
+    found = reference.load(Path(file))
+    if found is None or len(found.trained.losses) != len(request.rows):
+        raise RunError(
+            f"{file}: is not of the rows in probe.json. Restore both, or merge the adapter from another directory."
+        )
+    return found.of_rows(chosen)
+
+
+def _references(
+    request: Request, rows: list[dict[str, list[int]]], recorded: Record | None, device_map: Any
+) -> dict[str, tuple[Outputs, Outputs]]:
+    """Outputs of the trained model and of its base by the name of the exported one; `quantized`: as it was trained on a
+    quantized base."""
+
+    def of_adapter(dtype: torch.dtype, **quantization: Any) -> tuple[Outputs, Outputs]:
+        model, _ = load.adapted(
+            Path(str(request.adapter)), dtype, base=request.base, revision=request.revision, device_map=device_map,
+            trust_remote_code=request.trust_remote_code, **quantization,
+        )  # fmt: skip
+        _in_full_precision(model, Path(str(request.adapter)))
+        trained = run_model(model, rows)
+        with model.disable_adapter():
+            return trained, run_model(model, rows)
+
+    base_files = load.files_of(request.base, request.revision)
+    held = _held(base_files)
+    if request.adapter is not None and (
+        request.merged  # some adapters change the base as they are loaded
+        or any(".base_layer." in key for key in in_file(Path(request.adapter) / _ADAPTER))  # embeddings that have grown
+    ):
+        held = torch.float32
+    if request.adapter is None:
+        assert recorded is not None
+        return dict.fromkeys(request.models, (recorded.trained, _base(request, held, rows, device_map)))
+    known = (recorded.trained, recorded.base) if recorded is not None and recorded.base is not None else None
+    if not request.quantization:
+        return dict.fromkeys(request.models, known or of_adapter(held))
+    config, loaded = BitsAndBytesConfig.from_dict(dict(request.quantization)), DTYPES[request.loaded]
+    references = {"quantized": known or of_adapter(loaded, quantization=config)}
+    for name in request.models:
+        if name != "dequantized":
+            references[name] = of_adapter(held)
+        elif config.load_in_8bit:  # which rounds what goes in, too
+            references[name] = of_adapter(loaded, quantization=config, back_to=torch.float32)
+        else:
+            references[name] = references["quantized"]
+        gc.collect()
+    return references
+
+
+def _in_full_precision(model: Any, adapter: Path) -> None:
+    """Give weights of the adapter the dtype of its file: PEFT loads layers that were trained in full in that of the base."""
+    given = in_file(adapter / _ADAPTER)
+    known = peft.get_peft_model_state_dict(model, save_embedding_layers=True)
+    keys = {tensor.data_ptr(): key for key, tensor in known.items() if key in given}
+    for parameter in model.parameters():
+        key = keys.get(parameter.data_ptr())
+        if key is not None and parameter.dtype != given[key].dtype:
+            parameter.data = given[key].whole().to(parameter.device)
+
+
+def _base(request: Request, held: torch.dtype, rows: list[dict[str, list[int]]], device_map: Any) -> Outputs:
+    model = AutoModelForCausalLM.from_pretrained(
+        request.base, revision=request.revision, dtype=held, device_map=device_map, **_options(request)
+    )
+    exported = AutoConfig.from_pretrained(
+        next(iter(request.models.values())), trust_remote_code=request.trust_remote_code
+    )
+    if (words := exported.get_text_config().vocab_size) > model.get_input_embeddings().weight.shape[0]:  # new tokens
+        model.resize_token_embeddings(words, mean_resizing=False)
+    return run_model(model, rows)
+
+
+def _expected(request: Request, name: str) -> Expected | None:
+    if request.adapter is None or name in request.merged:
+        return None
+    adapter = Path(request.adapter)
+    return Expected(
+        adapter, load.origin(adapter, request.base), request.dtype, trust_remote_code=request.trust_remote_code,
+        quantization=request.quantization if name == "dequantized" else None, loaded=request.loaded,
+    )  # fmt: skip
+
+
+# --- Loading ---------------------------------------------------------------------------------------------------------
 
 
 def _options(request: Request) -> dict[str, Any]:
     return {"use_safetensors": True, "trust_remote_code": request.trust_remote_code}
 
 
-def _references(request: Request, rows: Rows, compute: str, problems: list[str]) -> dict[str, Seen]:
-    """What `base`, the model as it was `trained`, that `rounded`, and the adapter on the `quantized` base make of the rows.
-
-    Adds to `problems` where weights are not those that PEFT merges.
-    """
-    if request.trained is not None:
-        base = AutoModelForCausalLM.from_pretrained(
-            request.base, revision=request.revision, dtype=DTYPES[compute], **_options(request)
-        )
-        largest = max(max(row["input_ids"]) for row in rows)
-        if largest >= base.get_input_embeddings().weight.shape[0]:  # a new token
-            base.resize_token_embeddings(largest + 1, mean_resizing=False)
-        assert request.rounded is not None
-        return {"base": look(base, rows), "trained": _kept(request.trained), "rounded": _kept(request.rounded)}
-    seen = {}
-    model = _adapted(request, compute)
-    with model.disable_adapter():
-        seen["base"] = look(model, rows)
-    seen["trained"] = look(model, rows)
-    if own := request.models.keys() - {"dequantized"}:
-        merged = _rounded(model, request.dtype)
-        seen["rounded"] = look(merged, rows)
-        problems += [line for name in own for line in _weights(merged, name, request, compute)]
-        del merged
-    del model
-    gc.collect()
-    if request.quantization:
-        config = BitsAndBytesConfig.from_dict({**request.quantization, "bnb_4bit_compute_dtype": compute})
-        seen["quantized"] = look(_adapted(request, compute, quantization=config), rows)
-        gc.collect()
-    if "dequantized" in request.models:
-        model = _adapted(request, request.loaded, quantization=config, back_to=DTYPES[compute])
-        seen["dequantized trained"] = look(model, rows)
-        merged = _rounded(model, request.dtype)
-        seen["dequantized rounded"] = look(merged, rows)
-        problems += _weights(merged, "dequantized", request, compute)
-    return seen
+def _held(folder: Path) -> torch.dtype:
+    """The widest dtype in a model's files. So loaded on a CPU, weights stay in the files until they are used."""
+    dtypes = {tensor.dtype for tensor in in_model(folder).values() if tensor.dtype in DTYPES.values()}
+    return max(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float32)
 
 
-def _adapted(request: Request, dtype: str, **quantization: Any) -> Any:
-    assert request.adapter is not None
-    adapted, _ = load.adapted(
-        Path(request.adapter), DTYPES[dtype], base=request.base, revision=request.revision,
-        trust_remote_code=request.trust_remote_code, **quantization,
-    )  # fmt: skip
-    return adapted
-
-
-def _rounded(model: Any, dtype: str) -> PreTrainedModel:
-    """An adapter and its base, merged by PEFT in memory, with weights that `dtype` can hold."""
-    merged = model.merge_and_unload()
-    with torch.no_grad():
-        for parameter in merged.parameters():
-            for some in parameter.view(-1).split(_NUMBERS):
-                some.copy_(some.to(DTYPES[dtype]))
-    return merged
-
-
-def _weights(merged: PreTrainedModel, name: str, request: Request, compute: str) -> Iterator[str]:
-    """The first weight in the files that is not the one that PEFT merges, to two units in its last place.
-
-    Sums in another order round a few in a million the other way; PEFT's own in half precision, which round twice, a few in
-    a hundred.
-    """
-    files, prefix = in_model(Path(request.models[name])), f"{merged.base_model_prefix}."
-    for parameter, theirs in merged.named_parameters():
-        stored = files.get(parameter, files.get(parameter.removeprefix(prefix)))
-        if stored is None:
-            continue  # written under another name, which its loading and its logits will tell
-        ways = [theirs.detach()]
-        if name == "dequantized" and theirs.ndim == 2:
-            ways.append(theirs.detach().T)  # transformers makes linear layers of quantised convolutions
-        found = [_differing(stored, way, request.dtype, compute) for way in ways if stored.shape == way.shape]
-        if found and all(found):
-            yield f"{name}: {parameter} is not what base and adapter make together: {found[0]}"
-            return
-
-
-def _differing(stored: Stored, theirs: torch.Tensor, dtype: str, compute: str) -> str:
-    """How a tensor in a file differs from one in memory by more than rounding explains; "" where it does not."""
-    half = dtype != "float32"
-    allowed, unit = 1e-3 if compute == "float32" else 0.1, torch.finfo(DTYPES[dtype]).eps
-    unequal, off = 0, 0.0
-    height = max(1, _NUMBERS // max(1, theirs[0].numel()))
-    for first in range(0, len(theirs), height):
-        rows = theirs[first : first + height].float()
-        difference = (stored.rows(first, first + len(rows)).float() - rows).abs()
-        unequal += int((difference > 0).sum())
-        off = max(off, float((difference - 2 * unit * rows.abs()).max()))
-    if off <= 1e-5 * float(theirs.abs().max()) and not (half and unequal > allowed * theirs.numel() + 8):
-        return ""
-    return f"{unequal:,} of {theirs.numel():,} numbers differ, by up to {max(off, 0):.3g} more than rounding to {dtype} does"
-
-
-def _figures(own: Seen, trained: Seen, rounded: Seen, seen: dict[str, Seen]) -> dict[str, Any]:
-    figures: dict[str, Any] = {
-        "loss": own.loss,
-        "trained_loss": trained.loss,
-        "base_loss": seen["base"].loss,
-        "largest_difference": float(own.apart(trained).max()),
-        "explained_by_rounding": float(rounded.apart(trained).max()),
-        "not_explained": float(own.apart(rounded).max()),
-        "largest_difference_from_base": float(own.apart(seen["base"]).max()),
-        "largest_change_by_training": float(trained.apart(seen["base"]).max()),
-    }
-    if "quantized" in seen:
-        apart = own.apart(seen["quantized"])
-        figures["to_adapter_on_quantized_base"] = {
-            "loss": seen["quantized"].loss,
-            "largest_difference": float(apart.max()),
-            "mean_difference": float(apart.mean()),
-        }
-    return figures
-
-
-def _first_layer(own: Seen, trained: Seen, rounded: Seen, compute: str) -> str:
-    """The first layer that differs by more than rounding explains, and by how much."""
-    for number, states in enumerate(zip(own.hidden, trained.hidden, rounded.hidden, strict=False)):
-        if not _near(*states, compute):
-            name = f"layer {number - 1}" if number else "the embeddings"
-            return f"; the first to differ is {name}, by up to {(states[0] - states[2]).abs().max():.3g}"
-    return "; the first to differ is the head" if trained.hidden else ""
-
-
-def _compute_type(folder: Path) -> str:
-    weights = sum(torch.Size(tensor.shape).numel() for tensor in in_model(folder).values())
-    return "float32" if 5 * weights < psutil.virtual_memory().available else "bfloat16"
-
-
-def _rows_of_our_own(request: Request) -> Iterator[dict[str, list[int]]]:
-    encode = AutoTokenizer.from_pretrained(request.tokenizer, trust_remote_code=request.trust_remote_code)
-    for text in _TEXTS:
-        ids = encode(text)["input_ids"]
-        yield {"input_ids": ids, "labels": ids}
+def _device_map(folder: Path) -> Any:
+    """The GPU with the most free memory if the model fits, else all GPUs if it fits into them, else None: the CPU."""
+    if not torch.cuda.is_available():
+        return None
+    units = defaultdict[str, int](int)  # a layer, or a tensor that is in none: what is in float32 at once
+    size = 0
+    for name, tensor in in_model(folder).items():
+        number = torch.Size(tensor.shape).numel()
+        size += number * tensor.dtype.itemsize
+        units[(re.match(r".*?\.\d+\.", name) or [name])[0]] += number
+    beside = 4 * max(units.values()) + _SPARE
+    free = {number: torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count())}
+    most = max(free, key=lambda number: free[number])
+    if free[most] > size + beside:
+        return {"": most}
+    room = {number: left - beside for number, left in free.items() if left > beside}
+    # Whole layers do not fill a GPU.
+    return "balanced" if sum(room.values()) > 1.2 * size else None
 
 
 def _around_the_weights(request: Request, folder: Path) -> Iterator[str]:
@@ -317,7 +380,7 @@ def _around_the_weights(request: Request, folder: Path) -> Iterator[str]:
     options = {"trust_remote_code": request.trust_remote_code}
     own: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **options)
     trained = AutoTokenizer.from_pretrained(request.tokenizer, **options)
-    texts = [*_TEXTS, *(trained.decode(row["input_ids"]) for row in request.rows)]
+    texts = [*TEXTS, *(trained.decode(row["input_ids"]) for row in request.rows)]
     if different := next((text for text in texts if own(text)["input_ids"] != trained(text)["input_ids"]), None):
         yield f"the tokenizer gives other ids than that of the training, for {different[:60]!r}"
     if request.prompt is not None:

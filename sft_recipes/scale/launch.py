@@ -53,7 +53,7 @@ def launch(recipe: Recipe, arguments: Sequence[str], *, debug: bool = False) -> 
             logs_specs=DefaultLogsSpecs(log_dir=folder, redirects=quiet),
         )  # fmt: skip
         try:
-            with _handed_on(started.pids().values()) as signals:
+            with _handed_on([handler.proc for handler in started.subprocess_handlers.values()]) as signals:
                 codes, ended = _wait(started)
         finally:
             started.close(signal.SIGKILL)
@@ -128,14 +128,17 @@ def _of(number: int, local: int, wanted: Launch) -> dict[str, str]:
 
 
 @contextmanager
-def _handed_on(pids: Any) -> Iterator[list[int]]:
+def _handed_on(processes: Sequence[Any]) -> Iterator[list[int]]:
     """Signals go to the ranks, which finish the step; a second one ends all at once. Yields those that came."""
     came: list[int] = []
 
     def hand_on(number: int, _frame: Any) -> None:
-        for pid in pids:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL if came else number)
+        for process in processes:
+            if (
+                process.poll() is None
+            ):  # rank 0 exports for long after the others, whose numbers others may have by then
+                with suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGKILL if came else number)
         if came:
             os._exit(128 + number)
         came.append(number)

@@ -151,7 +151,8 @@ def no_address(launch: Launch) -> str:
 
 @contextmanager
 def joined(recipe: Recipe, facts: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
-    """Within, this process is in the group of those that train together, as the recipe's strategy wants it.
+    """Within, this process is in the group of those that train together, as the recipe's strategy wants it. `leave` ends that
+    earlier.
 
     `facts` have to be the same in all: recipe, code, data. Raises RecipeError where they are not, RunError where not all
     come within the time that they wait for each other (trl.ddp_timeout, in seconds).
@@ -161,7 +162,6 @@ def joined(recipe: Recipe, facts: Callable[[], Mapping[str, Any]]) -> Iterator[N
         return
     import torch
     from accelerate import PartialState
-    from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType
 
     patience = timedelta(seconds=float(recipe.trl.get("ddp_timeout", 1800)))
@@ -191,9 +191,27 @@ def joined(recipe: Recipe, facts: Callable[[], Mapping[str, Any]]) -> Iterator[N
         yield
     except Exception as error:
         reason = error.__cause__ if isinstance(error, RunError) else error
-        if isinstance(reason, Exception) and (who := lost(reason)):
+        together = torch.distributed.is_initialized()
+        if together and isinstance(reason, Exception) and (who := lost(reason)):
             raise LostError(f"{who}: {_NOISE.sub('', ' '.join(str(error).split()))}; continue with --resume") from error
         raise
+    leave()
+
+
+def leave() -> None:
+    """End the process group, in all ranks at the same time; without one, do nothing.
+
+    NCCL can hang if a rank destroys its communicators long before the others do, so no rank may leave while another still
+    has work of its own before it. Afterwards nothing in this process may need a collective, or ask accelerate for its state.
+    """
+    import torch
+
+    if not torch.distributed.is_initialized():
+        return
+    from accelerate import PartialState
+    from accelerate.state import AcceleratorState
+
+    PartialState().wait_for_everyone()
     torch.distributed.destroy_process_group()
     AcceleratorState._reset_state(reset_partial_state=True)
 

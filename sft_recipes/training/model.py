@@ -158,7 +158,7 @@ def _read(recipe: Recipe, config: PreTrainedConfig) -> PreTrainedModel:
         revision=recipe.model.revision,
         use_safetensors=True,
         **_options(recipe, config),
-        **_quantization(recipe, config),
+        **{**_placement(recipe), **_quantization(recipe, config)},
     )
     if missing := sorted(loading["missing_keys"]):
         raise ModelError(
@@ -189,6 +189,15 @@ def _options(recipe: Recipe, config: PreTrainedConfig) -> dict[str, Any]:
         "dtype": DTYPES[recipe.model.dtype],
         "attn_implementation": attention(recipe, config),
     }
+
+
+def _placement(recipe: Recipe) -> dict[str, Any]:
+    """Load straight onto this rank's GPU, if the whole model is to be there: read into host memory first, a model takes that
+    once for each rank of the machine. With one device transformers sets no `hf_device_map`, which Trainer would take for
+    model parallelism."""
+    if recipe.launch.strategy in ("ddp", "zero2") and torch.cuda.is_available():
+        return {"device_map": {"": torch.cuda.current_device()}}
+    return {}
 
 
 def attention(recipe: Recipe, config: PreTrainedConfig) -> str | None:

@@ -1,12 +1,15 @@
 """FSDP2 and DeepSpeed ZeRO: their settings, and a whole model out of what they have spread over the ranks."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import disable_fsdp_ram_efficient_loading, gather_object
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from sft_recipes.errors import ModelError
@@ -119,29 +122,78 @@ def loading(recipe: Recipe) -> Iterator[None]:
         yield
 
 
-def gathered(trainer: Any, recipe: Recipe) -> tuple[Any, dict[str, torch.Tensor] | None]:
-    """The trained model for the export, and its trained weights where the model itself holds only a share of them.
+@dataclass
+class Gathered:
+    """The trained model as the export needs it. A sharded model holds no whole weights of its own.
 
-    All ranks have to come here. The first gets the weights one by one, in host memory; of all weights that were trained it
-    makes a model of its own.
+    With adapters, `adapter` has its trained weights, on the CPU of rank 0. Without, `shapes` has what is saved as meta tensors
+    by name, and `weights` the same with data, gathered while they are iterated over.
+    """
+
+    model: Any
+    adapter: dict[str, torch.Tensor] | None = None
+    shapes: dict[str, torch.Tensor] | None = None
+    weights: Iterable[tuple[str, torch.Tensor]] = ()
+
+
+def gathered(trainer: Any, recipe: Recipe) -> Gathered:
+    """Collect the trained weights that the ranks hold in shards.
+
+    Every rank has to call this, and to iterate over all of `Gathered.weights`, which come in `export.dtype`: each is
+    gathered alone, so that no rank ever holds two of them.
     """
     disable_fsdp_ram_efficient_loading()  # what is loaded from here on is for one process
     # Without accelerate's autocast around it, with which a model of float32 weights would be compared to itself without.
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    adapters, strategy = recipe.lora is not None, recipe.launch.strategy
+    model, strategy = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False), recipe.launch.strategy
+    if strategy not in ("fsdp2", "zero3"):
+        return Gathered(model)
     if strategy == "fsdp2":
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapters)
-        weights = get_model_state_dict(model, options=options)
-    elif strategy == "zero3":
+        # fully_shard has made it an instance of a subclass, whose name and module would be written to config.json.
+        model.__class__ = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+    else:
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-        weights = trainer.deepspeed._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=adapters)
+        trainer.deepspeed.optimizer.checkpoint_event_prologue()  # every weight is sharded, also those a pass left whole
         unset_hf_deepspeed_config()  # what is loaded from here on is not to be shared out
-    else:
-        return model, None
-    if adapters or not trainer.is_world_process_zero():
-        return model, weights
-    kept = {"config": model.config, "dtype": model.dtype, "attn_implementation": model.config._attn_implementation}
-    return type(model).from_pretrained(None, state_dict=weights, **kept), None
+    held = model.state_dict(keep_vars=True)  # of each weight this rank's shard
+    if recipe.lora is not None:
+        held = {name: weight for name, weight in held.items() if weight.requires_grad}
+        trained = ((name, weight.cpu()) for name, weight in _whole(held, None))
+        keep = trainer.is_world_process_zero()
+        return Gathered(model, {name: weight for name, weight in trained if keep})
+    dtype = getattr(torch, recipe.export.dtype)
+    return Gathered(model, None, _shapes(held, dtype), _whole(held, dtype))
+
+
+def _shapes(held: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {
+        name: torch.empty(
+            getattr(weight, "ds_shape", weight.shape),
+            dtype=dtype if weight.dtype.is_floating_point else weight.dtype,
+            device="meta",
+        )
+        for name, weight in held.items()
+    }
+
+
+def _whole(held: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> Iterator[tuple[str, torch.Tensor]]:
+    """All-gather weights one after the other, with floating-point numbers cast to `dtype` (None: as they are)."""
+    for name, weight in held.items():
+        # Without a name of its own here, a tensor is freed before the next one is gathered.
+        yield name, _gather(weight, dtype if dtype is not None and weight.dtype.is_floating_point else weight.dtype)
+
+
+def _gather(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    weight_here = weight.detach()
+    if isinstance(weight_here, DTensor):
+        # Cast before it is sent. With cpu_offload shards are in host memory, and sent from the GPU all the same.
+        return weight_here.to(device=weight_here.device_mesh.device_type, dtype=dtype).full_tensor()
+    if not hasattr(weight, "ds_id"):
+        return weight_here.to(dtype)
+    import deepspeed
+
+    # DeepSpeed trains float32 copies of 16-bit weights: float32 is gathered from those.
+    if dtype == torch.float32 and weight.dtype != dtype and weight.requires_grad:
+        return deepspeed.utils.safe_get_full_fp32_param(weight).to(dtype)
+    with deepspeed.zero.GatheredParameters([weight]):
+        return weight.detach().to(dtype, copy=True)  # DeepSpeed frees its own

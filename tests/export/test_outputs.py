@@ -1,4 +1,6 @@
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -6,7 +8,9 @@ import pytest
 import torch
 
 from sft_recipes.errors import RunError
-from sft_recipes.export import outputs, verify
+from sft_recipes.export import outputs, reference, tensors, verify
+from sft_recipes.export.save import Written
+from sft_recipes.training import trainer
 from tests.conftest import WriteRecipe, run
 
 
@@ -35,22 +39,23 @@ def broken_files(model: Any, tokenizer: Any, folder: Path, **options: Any) -> No
     file.write_bytes(content)
 
 
-def another_model(model: Any, rows: Any, file: Path) -> None:
+def another_model(trainer: Any, *args: Any) -> None:
+    norm = trainer.model.model.norm.weight
     with torch.no_grad():
-        model.model.norm.weight *= 1.01
-    _KEEP(model, rows, file)
+        norm *= 1.01
+    _RECORD(trainer, *args)
     with torch.no_grad():
-        model.model.norm.weight /= 1.01
+        norm /= 1.01
 
 
-_SAVE, _KEEP = outputs.save_model, verify.keep
+_SAVE, _RECORD = outputs.save_model, reference.record
 
 
 @pytest.mark.parametrize(
     ("where", "what", "said"),
     [
         ((outputs, "save_model"), broken_files, "is not in the file as it is in memory"),
-        ((verify, "keep"), another_model, "this is not the model that was trained"),
+        ((reference, "record"), another_model, "this is not the model that was trained"),
     ],
     ids=["a damaged file", "another model"],
 )
@@ -65,6 +70,45 @@ def test_what_is_not_the_trained_model_is_not_kept(
     folder = recipe.parent / "run"
     assert not (folder / "model").exists()
     assert not list(folder.glob(".*"))
+
+
+def test_a_gathered_weight_that_is_damaged_on_its_way_to_the_disk(tmp_path: Path) -> None:
+    weights = {"a": torch.ones(4, 2), "b": torch.zeros(3)}
+    writer = tensors.Writer({name: (torch.float32, tuple(w.shape)) for name, w in weights.items()}, tmp_path, "5GB")
+    for name, weight in weights.items():
+        writer.put(name, weight)
+    writer.close({})
+    written = Written(tmp_path, writer.sha256)
+    outputs._check_hashes(written, tmp_path, tmp_path)
+
+    content = bytearray((tmp_path / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(RunError, match=r"not kept: b is not in the file as it was gathered"):
+        outputs._check_hashes(written, tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("method", [{}, {"lora": {"rank": 2}}], ids=["full", "lora"])
+def test_the_optimizer_is_gone_when_the_model_is_verified(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, method: dict[str, Any]
+) -> None:
+    """On a GPU its states can take more memory than the model."""
+    held: list[Any] = []
+    train, prove = trainer.train, verify.prove
+
+    def trained(sft: Any, *args: Any) -> None:
+        train(sft, *args)
+        held.append(weakref.ref(sft.optimizer.optimizer))
+
+    def proves(request: Any) -> Any:
+        gc.collect()
+        held.append(held[0]())
+        return prove(request)
+
+    monkeypatch.setattr(trainer, "train", trained)
+    monkeypatch.setattr(verify, "prove", proves)
+    run(write_recipe(train={"max_steps": 1}, **method))
+    assert held[1] is None
 
 
 def test_an_adapter_is_exported_with_its_probe(write_recipe: WriteRecipe) -> None:

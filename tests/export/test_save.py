@@ -2,11 +2,20 @@ import json
 import os
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
-from sft_recipes.export import save
+from sft_recipes.export import save, tensors
 
 TINY = Path(__file__).parents[2] / "sft_recipes" / "builtin" / "tiny"
 
@@ -89,6 +98,111 @@ def test_the_tokenizer_is_saved_under_a_name_that_others_know(tmp_path: Path) ->
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert "is_local" not in config
     assert AutoTokenizer.from_pretrained(tmp_path)("a b")["input_ids"] == tokenizer("a b")["input_ids"]
+
+
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 1100,
+}
+EXPERTS = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "pad_token_id": None}
+EXPERTS |= {"head_dim": 16, "num_key_value_heads": 2}
+ROUTED = EXPERTS | {"n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
+
+
+def made(kind: str, folder: Path) -> PreTrainedModel:
+    """A small model, loaded as training does: transformers then knows which names its files had."""
+    settings = {"qwen3_moe": EXPERTS, "glm4_moe": ROUTED}.get(kind, {})
+    config = AutoConfig.for_model(kind, **(SMALL | settings))
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def gathered(
+    model: PreTrainedModel, dtype: torch.dtype
+) -> tuple[dict[str, torch.Tensor], list[tuple[str, torch.Tensor]]]:
+    weights = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()
+    }
+    shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in weights.items()}
+    return shapes, list(weights.items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "note"),
+    [
+        ("llama", None),
+        ("gemma3_text", None),  # tied
+        ("gpt_neox", None),  # other names in its files
+        ("qwen3_moe", None),  # experts that are one tensor in memory
+        ("glm4_moe", None),  # and buffers that are saved
+        ("hrm_text", "weights gathered layer by layer"),  # a file's tensor is made of several
+    ],
+)
+def test_gathered_weights_are_written_as_save_pretrained_writes_them(
+    kind: str, note: str | None, tmp_path: Path
+) -> None:
+    model = made(kind, tmp_path / "base")
+    shapes, weights = gathered(model, torch.bfloat16)
+    with save.written(model, shapes, weights, tmp_path / "mine", main=True, max_shard_size="20KB") as written:
+        assert written is not None
+        assert written.error is None
+        assert note in (written.note or "") if note else written.note is None
+        save.round_weights(model, torch.bfloat16)
+        model.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+
+        mine, theirs = (tensors.in_model(tmp_path / name) for name in ("mine", "theirs"))
+        assert mine.keys() == theirs.keys() == written.sha256.keys()
+        for name, stored in mine.items():
+            assert stored.dtype == theirs[name].dtype
+            assert torch.equal(stored.whole(), theirs[name].whole()), name
+            assert tensors.sha256(stored) == written.sha256[name]
+        indices = [json.loads((tmp_path / name / tensors.INDEX).read_text("utf-8")) for name in ("mine", "theirs")]
+        assert indices[0]["metadata"] == indices[1]["metadata"]
+    assert not (tmp_path / "mine").exists()
+
+
+def test_weights_that_can_only_be_converted_together_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {name for name, _ in tiny().named_parameters() if "norm" in name}
+
+    def together(_model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """All norms are one tensor of the files."""
+        if 0 < len(names & weights.keys()) < len(names):
+            raise ValueError("not all norms are there")
+        norms = [weights.pop(name) for name in sorted(names & weights.keys())]
+        return weights | ({"norms": torch.cat(norms)} if norms else {})
+
+    monkeypatch.setattr(save, "revert_weight_conversion", together)
+    model = tiny()
+    shapes, weights = gathered(model, torch.float32)
+    with save.written(model, shapes, weights, tmp_path / "mine", main=True, max_shard_size="5GB") as written:
+        assert written is not None
+        assert written.error is None
+        assert "as a whole in host memory" in (written.note or "")
+        stored = tensors.in_model(tmp_path / "mine")
+        assert torch.equal(stored["norms"].whole(), together(model, dict(weights))["norms"])
+
+
+def test_all_is_gathered_even_if_it_cannot_be_written(tmp_path: Path) -> None:
+    """Other ranks take part in it."""
+    model = tiny()
+    shapes, weights = gathered(model, torch.float32)
+    weights[3][1][0] = float("nan")
+    for folder, said in (
+        (tmp_path / "mine", f"{weights[3][0]} is not finite in float32"),
+        (tmp_path / "no" / "where", ""),
+    ):
+        left = iter(weights)
+        with save.written(model, shapes, left, folder, main=True, max_shard_size="5GB") as written:
+            assert written is not None
+            assert said in str(written.error) if said else isinstance(written.error, FileNotFoundError)
+            assert next(left, None) is None
+        left = iter(weights)
+        with save.written(model, shapes, left, folder, main=False, max_shard_size="5GB") as written:
+            assert not folder.exists()
+            assert next(left, None) is None
 
 
 def test_files_are_safetensors_only(tmp_path: Path) -> None:

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import sft_recipes.run  # noqa: F401  # once, and not in each child
+from sft_recipes.export import save, tensors
 from sft_recipes.recipe.upstream import installed
 from tests.commands import forked
 from tests.conftest import metrics
@@ -128,6 +130,72 @@ def test_two_processes_do_what_one_does(
         assert all("after step 3 of 7" in each for each in found["said"]["stopped at 3"]), found
         assert found["said"]["resumed"] == ["done", "done"]
         assert found["same"]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "dtype"),
+    [
+        ("fsdp2", "bfloat16"),
+        ("fsdp2", "float32"),
+        pytest.param("zero3", "bfloat16", marks=needs_deepspeed),
+        pytest.param("zero3", "float32", marks=needs_deepspeed),
+    ],
+)
+def test_weights_are_written_one_by_one_while_they_are_gathered(
+    strategy: str, dtype: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In the files of save_pretrained, and before the ranks leave together; rank 0 verifies alone."""
+    sections = {"export": {"dtype": dtype, "max_shard_size": "300KB"}}
+    sections["train"] = {"mixed_precision": "bf16", "max_steps": 2, "learning_rate": 1e-4}
+    forked(two.exported, tmp_path / "run", strategy, sections).join()
+    assert json.loads(capfd.readouterr().out.splitlines()[-1])["said"] == ["done", "done"]
+
+    # The same files as save_model makes of the whole model.
+    expected, folder = torch.load(tmp_path / "run" / "expected.pt"), tmp_path / "run" / "run" / "model"
+    whole = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    assert not whole.load_state_dict({name: weight.float() for name, weight in expected.items()}).missing_keys
+    options = {"dtype": dtype, "max_shard_size": "300KB", "stops": [1]}
+    save.save_model(whole, AutoTokenizer.from_pretrained(TINY), tmp_path / "whole", **options)
+    for name in ("model.safetensors.index.json", "config.json"):
+        assert json.loads((folder / name).read_text("utf-8")) == json.loads(
+            (tmp_path / "whole" / name).read_text("utf-8")
+        )
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    found, wanted = (tensors.in_model(each) for each in (folder, tmp_path / "whole"))
+    assert found.keys() == wanted.keys()
+    exact = 0
+    for name, stored in found.items():
+        mine, theirs = stored.whole(), wanted[name].whole()
+        assert mine.dtype == getattr(torch, dtype)
+        if strategy == "zero3" and dtype == "float32":  # not rounded to the 16 bits that DeepSpeed computes with
+            exact += torch.equal(mine, theirs)
+            mine, theirs = mine.bfloat16(), theirs.bfloat16()
+        assert torch.equal(mine, theirs), name
+    assert exact < len(found)
+
+    # One weight at a time, in the same order on both ranks.
+    ranks = [json.loads((tmp_path / "run" / f"rank_{rank}.json").read_text("utf-8")) for rank in (0, 1)]
+    assert ranks[0]["gathered"] == ranks[1]["gathered"]
+    assert not any(ranks[0]["alive"] + ranks[1]["alive"])
+    assert sorted(ranks[0]["put"]) == sorted(found)
+    assert not ranks[1]["put"]
+    assert json.loads((tmp_path / "run" / "alone").read_text("utf-8")) is True
+    assert not list(folder.parent.glob(".*"))
+
+
+def test_a_full_disk_while_weights_are_gathered_ends_no_other_rank(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    forked(two.exported, tmp_path / "run", "fsdp2", {"train": {"max_steps": 1}}, True).join()
+    first, second = json.loads(capfd.readouterr().out.splitlines()[-1])["said"]
+    run = tmp_path / "run" / "run"
+
+    assert second == "done"
+    assert first == (
+        f"RunError: {run}: export failed: [Errno 28] No space left on device; when that is mended, continue with --resume"
+    )
+    assert not (run / "model").exists()
+    assert not list(run.glob(".*"))
 
 
 def test_adapters_under_autocast_and_accumulation_with_fsdp2(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from sft_recipes.errors import RecipeError
+from sft_recipes.errors import RecipeError, RunError
 from sft_recipes.recipe import load
 from sft_recipes.scale import launch, ranks
 from tests import commands
@@ -114,6 +114,47 @@ def test_a_rank_that_hangs(write_recipe: WriteRecipe, tmp_path: Path, in_ranks: 
         f"rank 0: rank 1 does not answer: {tmp_path}/run: training failed after step 1: Timed out"
     )
     assert hung.stderr.endswith("continue with --resume (rank 1 was still running, and was ended)\n")
+
+
+def export_alone(folder: Path, act: Callable[[], object], rank: int) -> None:
+    """Rank 0 does something in place of the verification, some time after the other rank has ended."""
+    from sft_recipes.export import verify
+
+    if rank == 1:
+        (folder / "pid").write_text(str(os.getpid()))
+
+    def prove(_request: Any) -> Any:
+        while Path(f"/proc/{(folder / 'pid').read_text()}").exists():
+            time.sleep(0.05)
+        time.sleep(1.5)  # longer than others have for an error of their own
+        return act()
+
+    verify.prove = prove
+
+
+def test_rank_0_exports_when_the_others_have_ended(
+    write_recipe: WriteRecipe, tmp_path: Path, in_ranks: Callable[..., Any]
+) -> None:
+    """What goes wrong then is reported, and a signal stops it, as with one process."""
+
+    def fail() -> None:
+        raise RunError("it could not be verified: no more")
+
+    def stop() -> None:
+        stop_launcher()
+        time.sleep(100)
+
+    recipe = write_recipe(train={"max_steps": 1}, export={"dtype": "float32"})
+    failed = in_ranks(str(recipe), "--processes", "2", first=partial(export_alone, tmp_path, fail))
+    assert failed.stderr == f"rank 0: {tmp_path}/run/model: not kept: it could not be verified: no more\n"
+    assert failed.returncode == 1
+
+    options = ("--processes", "2", "--resume")
+    stopped = in_ranks(str(recipe), *options, first=partial(export_alone, tmp_path, stop))
+    assert stopped.returncode == 75, stopped
+    assert "stopped by SIGTERM; nothing that was trained is lost" in stopped.stderr
+    assert not (tmp_path / "run" / "model").exists()
+    assert not list((tmp_path / "run").glob(".*"))
 
 
 # --- Who starts whom ---

@@ -56,9 +56,9 @@ def observed(file: Path, rank: int) -> None:
     from torch.distributed.tensor import DTensor
     from transformers import AutoModelForCausalLM
 
-    from sft_recipes.training import sharded
+    from sft_recipes.training import trainer as module
 
-    gathered, from_pretrained, read = sharded.gathered, AutoModelForCausalLM.from_pretrained, []
+    train, from_pretrained, read = module.train, AutoModelForCausalLM.from_pretrained, []
 
     def reads(*args: Any, **kwargs: Any) -> Any:
         read.append(str(args[0]))
@@ -71,7 +71,8 @@ def observed(file: Path, rank: int) -> None:
             return int(weight.to_local().numel())
         return int(weight.ds_tensor.numel() if hasattr(weight, "ds_tensor") else weight.numel())
 
-    def look(trainer: Any, wanted: Any) -> Any:
+    def look(trainer: Any, *args: Any) -> None:
+        train(trainer, *args)
         weights = list(trainer.model.parameters())
         states = [state for each in trainer.optimizer.state.values() for state in each.values() if state.dim()]
         found = {
@@ -82,9 +83,8 @@ def observed(file: Path, rank: int) -> None:
             "read": read,
         }
         (file.parent / f"rank_{rank}.json").write_text(json.dumps(found))
-        return gathered(trainer, wanted)
 
-    sharded.gathered = look
+    module.train = look
     start(file, resume=False)
 
 
@@ -116,6 +116,75 @@ def main(
         said["resumed"] = both(lambda rank: start(made["stopped"], resume=True))
     same = bool(stops) and outcome(folder / "whole" / "run") == outcome(folder / "stopped" / "run")
     print(json.dumps({"said": said, "same": same}))
+
+
+def exported(folder: Path, strategy: str, sections: dict[str, Any], disk_full: bool = False) -> None:
+    """A full fine-tune of both, of which the first keeps whole weights beside the export, and each counts what it gathers."""
+    folder.mkdir()
+    sections = {"checkpoint": {"every": 9, "export_best": False}, **sections}
+    file = recipe(folder, "full", launch={"processes": 2, "strategy": strategy}, **sections)
+
+    def act(rank: int) -> None:
+        watch_export(folder, rank, strategy, disk_full=disk_full)
+        start(file, resume=False)
+
+    print(json.dumps({"said": both(act)}))
+
+
+def watch_export(folder: Path, rank: int, strategy: str, *, disk_full: bool) -> None:
+    import errno
+    import time
+    import weakref
+
+    import torch
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    from sft_recipes.export import tensors, verify
+    from sft_recipes.scale import ranks
+    from sft_recipes.training import sharded
+    from sft_recipes.training import trainer as module
+
+    found: dict[str, Any] = {"alive": [], "gathered": [], "put": []}
+    train, gather, put, leave, prove = module.train, sharded._gather, tensors.Writer.put, ranks.leave, verify.prove
+    seen: list[Any] = []
+
+    def trained(trainer: Any, *args: Any) -> None:
+        train(trainer, *args)
+        if strategy == "fsdp2":
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            weights = get_model_state_dict(trainer.model, options=options)
+        else:
+            weights = trainer.deepspeed._zero3_consolidated_16bit_state_dict()
+        if rank == 0:
+            torch.save(weights, folder / "expected.pt")
+
+    def gathers(weight: Any, dtype: Any) -> Any:
+        found["alive"].append(sum(ref() is not None for ref in seen))
+        whole = gather(weight, dtype)
+        seen.append(weakref.ref(whole))
+        found["gathered"].append(list(whole.shape))
+        return whole
+
+    def puts(self: Any, name: str, tensor: Any) -> None:
+        found["put"].append(name)
+        if disk_full and len(found["put"]) == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        put(self, name, tensor)
+
+    def leaves() -> None:
+        if rank == 1:
+            time.sleep(0.5)
+            (folder / "rank 1 leaves").touch()
+        leave()
+        (folder / f"rank_{rank}.json").write_text(json.dumps(found))
+
+    def proves(request: Any) -> Any:
+        alone = not torch.distributed.is_initialized() and (folder / "rank 1 leaves").exists()
+        (folder / "alone").write_text(json.dumps(alone))
+        return prove(request)
+
+    module.train, sharded._gather, tensors.Writer.put = trained, gathers, puts
+    ranks.leave, verify.prove = leaves, proves
 
 
 def fewer(folder: Path, method: str, strategy: str, sections: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 from tokenizers import Tokenizer, models
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sft_recipes.data import prepare, tokens
 from sft_recipes.errors import ModelError
@@ -206,6 +206,40 @@ def test_where_4_bit_weights_are_read(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, free))
     recipe = load.load(write_recipe(), ["model.quantization=nf4", "lora={}", "model.dtype=bfloat16"]).recipe
     assert model._has_room_for_all(recipe, model.load_config(recipe)) == fits
+
+
+@pytest.mark.parametrize(
+    ("overrides", "device_map"),
+    [
+        ([], {"": 3}),
+        (["launch.strategy=zero2"], {"": 3}),
+        (["launch.strategy=fsdp2"], None),  # rank 0 reads it, and the shards are sent to the others
+        (["launch.strategy=zero3"], None),  # sharded as it is read
+        (["model.quantization=nf4", "lora={}"], {"": 3}),
+    ],
+)
+def test_weights_are_read_onto_the_gpu_that_holds_all_of_them(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, overrides: list[str], device_map: dict[str, int] | None
+) -> None:
+    given: dict[str, Any] = {}
+
+    def from_pretrained(*_: Any, **options: Any) -> Any:
+        given.update(options)
+        return None, {"missing_keys": []}
+
+    recipe = load.load(write_recipe(), ["model.attention=sdpa", *overrides]).recipe
+    config = model.load_config(recipe)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    model._read(recipe, config)
+    assert given.get("device_map") == device_map
+
+
+def test_a_model_that_was_read_onto_one_device_is_no_model_parallelism() -> None:
+    """Trainer takes an `hf_device_map` for that, and does not move the model: if this fails, look at `_placement`."""
+    on_one = AutoModelForCausalLM.from_pretrained(TINY, device_map={"": "cpu"})
+    assert getattr(on_one, "hf_device_map", None) is None
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])

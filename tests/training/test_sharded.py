@@ -14,10 +14,10 @@ def test_what_is_exported_computes_in_the_type_of_its_weights(write_recipe: Writ
     trainer = build(recipe, tmp_path / "run")
     trainer.train()
 
-    model, weights = sharded.gathered(trainer, load.load(recipe).recipe)
+    gathered = sharded.gathered(trainer, load.load(recipe).recipe)
 
     base = AutoModelForCausalLM.from_pretrained(model_files.BUILTIN / "tiny", dtype=torch.float32).eval()
     ids = torch.arange(3, 60)[None]
     with torch.no_grad():
-        assert torch.equal(model.eval()(ids).logits, base(ids).logits)
-    assert weights is None
+        assert torch.equal(gathered.model.eval()(ids).logits, base(ids).logits)
+    assert gathered.adapter is gathered.shapes is None

@@ -1,0 +1,130 @@
+"""Host memory of a machine: to load the model, to gather a sharded one, to export it, and to verify the export."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from sft_recipes.planning.memory import GIB, Footprint, in_words
+from sft_recipes.recipe import model_files
+from sft_recipes.recipe.schema import Recipe
+
+_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+_QUANTIZED = {"nf4": 0.57, "fp4": 0.57, "int8": 1.01}  # bytes of a value, with its scales
+PROCESS = GIB  # a process with the libraries imported
+_MERGING = GIB // 4  # rows of two tensors at a time, and their adapters
+_LOGITS = GIB // 2  # of the probe rows, at once
+_CGROUP = "/sys/fs/cgroup/memory.max"
+
+
+@dataclass(frozen=True)
+class Model:
+    """Parameters in all, of the largest layer, of the embeddings (or the head), and those that are trained."""
+
+    parameters: float
+    layer: float
+    embeddings: float
+    trained: float
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """Bytes that all processes on one machine take together, by stage; None: the run has no such stage.
+
+    Files that are only mapped are not counted, as the system takes their memory back when it is needed: a model that is
+    verified on a CPU stays in its files.
+    """
+
+    load: float
+    gather: float | None
+    merge: float | None
+    verify: float | None
+
+    @property
+    def stages(self) -> dict[str, float]:
+        named = {"load": self.load, "gather": self.gather, "merge": self.merge, "verify": self.verify}
+        return {name: size for name, size in named.items() if size is not None}
+
+    def __str__(self) -> str:
+        return ", ".join(f"{in_words(size)} to {name}" for name, size in self.stages.items())
+
+
+def predict(recipe: Recipe, model: Model, device: str) -> HostMemory:
+    """Predict the host memory of the machine that rank 0 is on. `device` is "cuda" or "cpu"."""
+    launch, quantized = recipe.launch, recipe.model.quantization
+    ranks, sharded = launch.processes, launch.strategy in ("fsdp2", "zero3")
+    largest = max(model.layer, model.embeddings)
+    processes = ranks * PROCESS
+    weights = model.parameters * _BYTES[recipe.model.dtype]
+    if quantized:
+        ends = min(2 * model.embeddings, model.parameters)
+        weights = (model.parameters - ends) * _QUANTIZED[quantized] + ends * _BYTES[recipe.model.dtype]
+    wrapped = recipe.lora is not None and bool(recipe.lora.modules_to_save or recipe.model.new_tokens)
+    if device == "cpu":
+        held = weights / (ranks if launch.strategy == "zero3" else 1) * ranks
+        load = held if not sharded else max(held, weights)
+    elif sharded and not quantized:  # by rank 0, which hands them on
+        load = weights * (ranks if launch.strategy == "fsdp2" and wrapped else 1)
+    else:  # each tensor on its way to the GPU
+        load = ranks * largest * _BYTES[recipe.model.dtype]
+    resident = processes + (weights if device == "cpu" and not sharded else 0)
+    export = _BYTES[recipe.export.dtype]
+    gather = None
+    if sharded:
+        gather = resident + (model.trained * 4 if recipe.lora else largest * (4 + export))
+    merge = verify = None
+    if recipe.lora is None or recipe.export.merge:
+        if recipe.lora is None:
+            merge = resident + largest * export
+        else:
+            merge = resident + _MERGING + (2 * largest * 10 if quantized else 0)
+        verify = resident + PROCESS + _LOGITS + 4 * largest
+        if quantized == "int8":
+            verify += 5 * model.parameters  # in 8 bits, and dequantized
+        elif quantized:
+            verify += weights
+    return HostMemory(processes + load, gather, merge, verify)
+
+
+def of_footprint(footprint: Footprint, embeddings: float) -> Model:
+    return Model(footprint.parameters, footprint.layer, embeddings, footprint.trained)
+
+
+def of_files(recipe: Recipe) -> Model | None:
+    """The model of a local directory, without torch; None if its files do not tell, or it is on the hub."""
+    parameters = model_files.parameters(recipe.model.name)
+    folder = model_files.directory(recipe.model.name)
+    if parameters is None or folder is None:
+        return None
+    config = model_files.config(folder)
+    names = (("vocab_size",), ("hidden_size", "n_embd"), ("num_hidden_layers", "n_layer"))
+    values = [next((config[name] for name in some if type(config.get(name)) is int), 0) for some in names]
+    words, width, layers = values
+    if not all(values):
+        return None
+    layer = (parameters - words * width) / layers
+    return Model(parameters, layer, words * width, 0 if recipe.lora else parameters)
+
+
+def lacking(needed: HostMemory) -> str | None:
+    """Say which stages take more memory than this machine has; None if there is enough."""
+    total = installed()
+    short = {name: size for name, size in needed.stages.items() if size > total}
+    if not short:
+        return None
+    stages = ", ".join(f"{in_words(size)} to {name}" for name, size in short.items())
+    remedy = "Run it on a machine with more memory"
+    if short.keys() <= {"merge", "verify"} and needed.merge is not None:
+        remedy += ", or set export.merge: false and merge the adapter elsewhere with `sft-recipe merge`"
+    elif "load" in short:
+        remedy += ", or set model.dtype: bfloat16 if it is float32"
+    return f"host memory: the run takes {stages} (this machine has {in_words(total)}). {remedy}."
+
+
+def installed() -> float:
+    """Bytes of memory that this machine, or the container that this process is in, has."""
+    total = float(psutil.virtual_memory().total)
+    try:
+        return min(total, float(Path(_CGROUP).read_text("utf-8")))
+    except (OSError, ValueError):  # "max", or no such control group
+        return total
