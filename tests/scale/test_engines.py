@@ -140,7 +140,7 @@ def test_adapters_under_autocast_and_accumulation_with_fsdp2(tmp_path: Path, cap
 
     run = tmp_path / "whole" / "run"
     found = json.loads((run / "manifest.json").read_text("utf-8"))["preflight"]
-    assert found["predicted_gib"] > 0
+    assert found["predicted_peak_gib"] > 0
     assert "tflops" in metrics(run)[-2]
 
 
