@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from sft_recipes.data.prepare import Prepared
 from sft_recipes.data.sequences import IGNORED
-from sft_recipes.errors import ModelError, RunError
+from sft_recipes.errors import ModelError, RunError, SFTRecipeError
 from sft_recipes.planning.memory import GIB
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.training import fitting, head
@@ -24,8 +25,8 @@ from sft_recipes.training.logging import peak_memory
 # layer), and logits are built, 20 MB in float32 for a vocabulary of 150,000, about four times with their gradient. A training
 # step holds gradients, optimizer states and a whole layer's activations besides.
 _ISOLATION_TOKENS = 16
-# Relative difference between a document's logits packed and alone. The two are computed in different shapes, which moves logits
-# by a few percent in half precision; positions that do not restart at a document move them far more.
+# Relative difference between a document's logits packed and alone. The two are computed in different shapes, which moves
+# logits by a few percent in half precision; positions that do not restart at a document move them far more.
 _MAX_LOGIT_SHIFT = 0.1
 # Base loss over loss on shuffled tokens, above which a model does not know the language. SmolLM2-135M has 0.24 on instructions
 # and 0.32 on GSM8K, a story model with 260,000 parameters 0.50 and 0.43; SmolLM2 with a permuted vocabulary 0.65, random
@@ -34,13 +35,13 @@ _MAX_LOSS_RATIO = 0.6
 # Sequences of the base loss check and tokens of each. They run one by one, without gradients and through the loss head of
 # training, which builds no logits: this takes less than a training step.
 _BASE_SEQUENCES, _BASE_TOKENS = 4, 128
-# Optimizers whose states a trial step may create. Not the paged ones: bitsandbytes keeps a list of all paged memory, which would
-# never be freed.
+# Optimizers whose states a trial step may create. Not the paged ones: bitsandbytes keeps a list of all paged memory, which
+# would never be freed.
 _TRIAL_STEPS = ("adafactor", "adagrad", "adamw", "ademamix", "lion", "rmsprop", "sgd")
 # Optimizers that update weights within the backward pass, where no trial can be taken back.
 _STEP_IN_BACKWARD = ("lomo", "adalomo", "layerwise")
-# Trained tensors that may lack a gradient: the second factor of an adapter starts at zero, and so does the first one's gradient;
-# new tokens may not occur in the batch, and experts may receive no token.
+# Trained tensors that may lack a gradient: the second factor of an adapter starts at zero, which makes the gradient of the
+# first one zero; new tokens may not occur in the batch, and experts may receive no token.
 _MAY_LACK_GRADIENT = ("lora_A", "lora_embedding_A", "trainable_tokens", "experts")
 
 
@@ -84,6 +85,12 @@ def _predict(recipe: Recipe, document: float) -> dict[str, Any]:
         return {"predicted_peak_gib": None, "flops_per_token": None}
 
 
+def _raise_if(condition: bool, error: SFTRecipeError, trainer: Any) -> None:
+    """Raise the error in all ranks if the condition holds in one, so that none waits for another."""
+    if trainer.agree(condition):
+        raise type(error)(trainer.first(str(error) if condition else None))
+
+
 # --- State ------------------------------------------------------------------------------------------------------------
 
 
@@ -94,13 +101,15 @@ def _restore_state(trainer: Any) -> Iterator[None]:
     Weights need no copy: no step within updates them (`_harmless_steps`).
     """
     accelerator, optimizer = trainer.accelerator, _base_optimizer(trainer)
-    python, numpy = random.getstate(), np.random.get_state()
+    device = trainer.args.device
+    on_device = None if device.type == "cpu" else torch.get_device_module(device)
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    accelerator_state = on_device.get_rng_state() if on_device else None
     training, sync_gradients = trainer.model.training, accelerator.sync_gradients
     averages = {mode: {name: list(values) for name, values in each.items()} for mode, each in trainer._metrics.items()}
     tokens, counters = trainer._total_train_tokens, _deepspeed_counters(trainer)
-    devices = [trainer.args.device] if trainer.args.device.type == "cuda" else []
     trial = trainer.recipe.train.optimizer.startswith(_TRIAL_STEPS)
-    with torch.random.fork_rng(devices=devices), _harmless_steps(optimizer, create_states=trial):
+    with _harmless_steps(optimizer, create_states=trial):
         try:
             yield
         finally:
@@ -108,6 +117,9 @@ def _restore_state(trainer: Any) -> Iterator[None]:
             trainer.model.train(training)
             random.setstate(python)
             np.random.set_state(numpy)
+            torch.set_rng_state(cpu)
+            if on_device:
+                on_device.set_rng_state(accelerator_state)
             for mode, each in averages.items():
                 trainer._metrics[mode].clear()
                 trainer._metrics[mode].update(each)
@@ -124,10 +136,10 @@ def _restore_state(trainer: Any) -> Iterator[None]:
 def _harmless_steps(optimizer: torch.optim.Optimizer, *, create_states: bool) -> Iterator[None]:
     """Make each optimizer step within create the states that are missing, and do nothing else.
 
-    They are created from gradients of zero at a learning rate of zero, which leaves every weight as it is. Parameters that have
-    states (on resume, or because the optimizer creates them when it is constructed) hide their gradients, so that the step
-    skips them: that memory is held already. New states stay in memory until the end, as in training, but outside of
-    `optimizer.state`: DeepSpeed links what it finds there to the parameters.
+    They are created from gradients of zero at a learning rate of zero, which leaves every weight as it is (torchao's
+    optimizers turn -0.0 into 0.0). Parameters that have states, on resume or because the optimizer creates them when it is
+    constructed, hide their gradients, so that the step skips them: that memory is held already. New states stay in memory
+    until the end, as in training, but outside of `optimizer.state`: DeepSpeed links what it finds there to the parameters.
     """
     before = set(optimizer.state)
     created: dict[torch.Tensor, Any] = {}
@@ -225,12 +237,15 @@ def _check_isolation(trainer: Any) -> dict[str, Any] | None:
     leak = (gradient[0, :first].float().norm() / gradient.float().norm()).item()
     shift = ((packed - alone).norm() / alone.norm()).item()
     config = trainer.model.config
-    if trainer.agree(not (leak == 0 and shift < _MAX_LOGIT_SHIFT)):
-        raise ModelError(
+    _raise_if(
+        not (leak == 0 and shift < _MAX_LOGIT_SHIFT),
+        ModelError(
             f"data.packing: packed documents attend to each other in a model of type {config.model_type} with attention "
             f"{config._attn_implementation} ({leak:.1%} of the gradient of a document's logits goes to its neighbor, and they "
             f"differ by {shift:.1%} from those of the document alone). Set data.packing: none."
-        )
+        ),
+        trainer,
+    )
     return {"attention": config._attn_implementation, "gradient_leak": leak, "logit_shift": round(shift, 6)}
 
 
@@ -296,8 +311,8 @@ def _run_eagerly(trainer: Any, ids: list[int], lengths: list[int], **more: Any) 
 def _check_base_loss(trainer: Any, warnings: list[str]) -> dict[str, float]:
     """Compare the loss per token on sequences with the loss on the same tokens in random order.
 
-    A pretrained model predicts text far better than its shuffled tokens, whatever the format. A model with random weights, with
-    another model's tokenizer, or with numbers that overflow does not.
+    A pretrained model predicts text far better than its shuffled tokens, whatever the format. A model with random weights,
+    with another model's tokenizer, or with numbers that overflow does not.
     """
     shuffle, losses = torch.Generator().manual_seed(0), {"loss": 0.0, "shuffled_loss": 0.0}
     number = min(_BASE_SEQUENCES, len(trainer.train_dataset))
@@ -306,18 +321,21 @@ def _check_base_loss(trainer: Any, warnings: list[str]) -> dict[str, float]:
         shuffled = [ids[place] for place in torch.randperm(len(ids), generator=shuffle).tolist()]
         for name, tokens in zip(losses, (ids, shuffled), strict=True):
             losses[name] += _loss_per_token(trainer, tokens) / number
-    if trainer.agree(not np.isfinite(losses["loss"])):
-        raise RunError(
+    _raise_if(
+        not np.isfinite(losses["loss"]),
+        RunError(
             f"model.name: the loss on the data before the first step is {losses['loss']}: numbers overflow in "
             f"{trainer.model.dtype}, or the weights are damaged. Set model.dtype: bfloat16 or float32, or download the model "
             "again."
-        )
+        ),
+        trainer,
+    )
     # The built-in model knows its own small world, but not the template around it.
     known = trainer.recipe.model.name.startswith("builtin:")
     if not known and losses["loss"] > _MAX_LOSS_RATIO * losses["shuffled_loss"]:
         warnings.append(
-            "model.name: the base model predicts the data ({loss:.2f} per token) not much better than the same tokens in random "
-            "order ({shuffled_loss:.2f}): random or damaged weights, another model's tokenizer, or an unknown "
+            "model.name: the base model predicts the data ({loss:.2f} per token) not much better than the same tokens in "
+            "random order ({shuffled_loss:.2f}): random or damaged weights, another model's tokenizer, or an unknown "
             "language.".format(**losses)
         )
     return {name: round(loss, 4) for name, loss in losses.items()}
@@ -347,8 +365,8 @@ def eos_statistics(data: Prepared, tokenizer: PreTrainedTokenizerBase) -> dict[s
 def _check_largest_micro_batch(trainer: Any, warnings: list[str]) -> dict[str, Any]:
     """Train on the longest sequences as one micro-batch, then validate on the longest ones, to find a lack of memory now.
 
-    First a step that creates the optimizer's states, then a step with them in memory. With accumulation the last micro-batch of
-    that step finds gradients in memory, without it does not: a step takes what it takes in training, and no more.
+    First a step that creates the optimizer's states, then a step with them in memory. With accumulation, gradients are in
+    memory before the last micro-batch of that step, otherwise they are not: it takes what it takes in training, and no more.
     """
     results: dict[str, Any] = {}
     if not trainer.recipe.train.optimizer.endswith(_STEP_IN_BACKWARD):
@@ -357,8 +375,9 @@ def _check_largest_micro_batch(trainer: Any, warnings: list[str]) -> dict[str, A
         accumulates = trainer.args.gradient_accumulation_steps > 1
         trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps  # set by each step
         with _watch_gradients(trainer) as gradients:
-            _train_micro_batch(trainer, rows)
-            results |= _check_gradients(trainer, gradients, warnings)
+            trained_tokens = _train_micro_batch(trainer, rows)
+            if trained_tokens:  # none in a piece of a long prompt
+                results |= _check_gradients(trainer, gradients, warnings)
         _step(trainer, keep_gradients=accumulates)
         if accumulates and trainer.is_deepspeed_enabled:  # its step has removed the gradients
             _train_micro_batch(trainer, rows, last=False)
@@ -377,23 +396,28 @@ def _longest_rows(dataset: Any, number: int) -> list[dict[str, Any]]:
     return [dataset[int(row)] for row in np.argsort(-lengths, kind="stable")[:number]]
 
 
-def _train_micro_batch(trainer: Any, rows: list[dict[str, Any]], *, last: bool = True) -> None:
-    """Run forward and backward as a training step does. `last`: of its step; DeepSpeed then takes the step in the backward pass.
+def _train_micro_batch(trainer: Any, rows: list[dict[str, Any]], *, last: bool = True) -> int:
+    """Run forward and backward as a training step does; returns the number of trained tokens.
 
+    After the `last` micro-batch of a step DeepSpeed takes the step itself.
     DDP does not sum these gradients: its first synchronized pass lays its buckets out anew, and with more than two ranks sums
     would round differently in the first step.
     """
     inputs = trainer.data_collator(rows)
-    trained_tokens = (inputs["labels"][..., 1:] != IGNORED).sum().to(trainer.args.device)
+    trained_tokens = (inputs["labels"][..., 1:] != IGNORED).sum()
     trainer.accelerator.sync_gradients = last
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     with nullcontext() if sharded else trainer.accelerator.no_sync(trainer.model_wrapped):
-        loss = trainer.training_step(trainer.model_wrapped, inputs, trained_tokens)
-    if trainer.agree(~loss.isfinite()):
-        raise RunError(
-            f"model.name: the loss of the largest micro-batch before the first step is {loss.item()}: numbers overflow, or the "
-            "weights are damaged. Set train.mixed_precision: bf16 if it is fp16."
-        )
+        loss = trainer.training_step(trainer.model_wrapped, inputs, trained_tokens.to(trainer.args.device))
+    _raise_if(
+        not loss.isfinite(),
+        RunError(
+            f"model.name: the loss of the largest micro-batch before the first step is {loss.item()}: numbers overflow, or "
+            "the weights are damaged. Set train.mixed_precision: bf16 if it is fp16."
+        ),
+        trainer,
+    )
+    return int(trained_tokens)
 
 
 def _step(trainer: Any, *, keep_gradients: bool) -> None:
@@ -408,7 +432,7 @@ def _step(trainer: Any, *, keep_gradients: bool) -> None:
 
 @contextmanager
 def _watch_gradients(trainer: Any) -> Iterator[dict[str, torch.Tensor]]:
-    """Whether each trained tensor gets a gradient other than zero. DeepSpeed takes gradients away as they come, hence hooks."""
+    """By name, whether a trained tensor gets a gradient other than zero, under DeepSpeed: it takes gradients as they come."""
     found: dict[str, torch.Tensor] = {}
 
     def watch(name: str, weight: torch.Tensor) -> Any:
@@ -430,15 +454,17 @@ def _check_gradients(trainer: Any, gradients: dict[str, torch.Tensor], warnings:
     trained = dict(_parameters(trainer, trained=True))
     for name, weight in trained.items():
         if weight.grad is not None:
-            local = weight.grad.to_local() if hasattr(weight.grad, "to_local") else weight.grad  # FSDP2: this rank's shard
-            gradients[name] = local.any()
+            shard = weight.grad.to_local() if isinstance(weight.grad, DTensor) else weight.grad
+            gradients[name] = shard.any()
     device = trainer.args.device
     found = torch.stack([gradients.get(name, torch.zeros(())).to(device).long() for name in trained])
     if trainer.args.world_size > 1:
         found = trainer.accelerator.reduce(found, "sum")
     idle = [name for name, number in zip(trained, found.tolist(), strict=True) if not number]
     if len(idle) == len(trained):
-        raise ModelError("lora: no trained weight gets a gradient from the data. Set train.gradient_checkpointing: false.")
+        raise ModelError(
+            "lora: no trained weight gets a gradient from the data. Set train.gradient_checkpointing: false."
+        )
     idle = [name for name in idle if not any(word in name for word in _MAY_LACK_GRADIENT)]
     if idle:
         more = f" and {len(idle) - 5} more" if len(idle) > 5 else ""

@@ -208,3 +208,15 @@ def test_the_preflight_runs_and_changes_nothing(
     assert results["base"]["loss"] < results["base"]["shuffled_loss"]
     largest = results["largest_micro_batch"]
     assert (largest["trained_tensors"], largest["tensors_without_gradient"]) == (56 if "lora" in method else 38, 0)
+
+
+def test_what_one_rank_finds_in_the_preflight_ends_all(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    child = forked(two.failing, tmp_path / "runs")
+    child.join()
+    found = json.loads(capfd.readouterr().out.splitlines()[-1])
+
+    assert len(set(found["said"]["not a number"])) == 1
+    assert "the loss of the largest micro-batch before the first step is nan" in found["said"]["not a number"][0]
+    assert "no memory here" in found["said"]["fails"][1]
+    assert found["said"]["fails"][0] != "done"
+    assert not found["left"]

@@ -138,6 +138,28 @@ def tried(folder: Path, method: str, strategy: str) -> None:
     print(json.dumps({"said": said, "same": same}))
 
 
+def failing(folder: Path) -> None:
+    """What both say if one of them finds a loss that is no number in the preflight, or fails there."""
+    from sft_recipes.training import trainer
+
+    def fail(rank: int, how: str) -> None:
+        step = trainer.Trainer.training_step
+
+        def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if rank == 1 and how == "fails":
+                raise MemoryError("no memory here")
+            loss = step(self, *args, **kwargs)
+            return loss * float("nan") if rank == 1 else loss
+
+        trainer.Trainer.training_step = training_step
+        start(made, resume=False)
+
+    folder.mkdir()
+    made = recipe(folder, "lora", launch={"processes": 2}, train={"preflight": True})
+    found = {how: both(partial(fail, how=how)) for how in ("not a number", "fails")}
+    print(json.dumps({"said": found, "left": (folder / "run" / "manifest.json").exists()}))
+
+
 def fewer(folder: Path, method: str, strategy: str, sections: dict[str, Any]) -> None:
     """A run of two that is stopped, and goes on as a run of one: without and with --force."""
     folder.mkdir()

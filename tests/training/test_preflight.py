@@ -264,7 +264,11 @@ def test_its_peak_is_that_of_training(
     write_recipe: WriteRecipe, tmp_path: Path, method: str, accumulation: int, monkeypatch: Any
 ) -> None:
     """What is predicted for a training step holds for the preflight too. Nearly all micro-batches are equally long here."""
-    train = ON | {"gradient_checkpointing": True, "gradient_accumulation_steps": accumulation, "global_batch_size": None}
+    train = ON | {
+        "gradient_checkpointing": True,
+        "gradient_accumulation_steps": accumulation,
+        "global_batch_size": None,
+    }
     recipe = write_recipe(
         data={"eval": None, "packing": "wrapped"}, train=train, **({"lora": {"rank": 2}} if method == "LoRA" else {})
     )
@@ -335,6 +339,20 @@ def test_its_steps_leave_no_trace_in_any_optimizer(name: str) -> None:
             assert all(map(torch.equal, trained, twins))
 
 
+def test_a_loss_scaler_is_left_alone(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """As fp16 has one: gradients that overflow neither keep states from being created nor lower the scale."""
+    found = []
+    for name in ("true", "false"):
+        sft = build(write_recipe(), tmp_path / name, f"train.preflight={name}", "train.max_steps=2")
+        sft.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
+        trainer.train(sft, None)
+        found.append((sft.accelerator.scaler.state_dict(), sft.skipped_steps, sft.model.state_dict()))
+
+    assert found[0][:2] == found[1][:2]
+    assert found[0][1] > 0
+    assert all(torch.equal(found[0][2][name], found[1][2][name]) for name in found[0][2])
+
+
 def test_states_of_the_constructor_survive(
     write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -342,6 +360,13 @@ def test_states_of_the_constructor_survive(
     folder, _ = run(write_recipe(train=ON | {"optimizer": "adagrad"}))
 
     assert (folder / "model").is_dir()
+
+
+def test_it_comes_before_trackers_and_the_progress_bar(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    sft = build(write_recipe(), tmp_path / "run", "log.to=[tensorboard]")
+    kinds = [type(callback).__name__ for callback in sft.callback_handler.callbacks]
+
+    assert kinds[:2] == ["DefaultFlowCallback", "_BeforeAll"]  # the first has nothing to do when training begins
 
 
 # --- What is left behind ----------------------------------------------------------------------------------------------
