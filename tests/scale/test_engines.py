@@ -211,7 +211,7 @@ def test_the_preflight_runs_and_changes_nothing(
 
 
 def test_what_one_rank_finds_in_the_preflight_ends_all(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    child = forked(two.failing, tmp_path / "runs")
+    child = forked(two.failing, tmp_path)
     child.join()
     found = json.loads(capfd.readouterr().out.splitlines()[-1])
 
