@@ -77,12 +77,16 @@ def run(
         sft = trainer.build(recipe, network, tokenizer, data, folder, console, stop)
         words.say(console, facts.in_words(recipe, sft))
         counted = data.as_dict() | {"steps": sft.args.max_steps, "sequences_per_step": recipe.sequences_per_step}
-        if ranks.is_main():
-            used = facts.used(sft) | {"data": prepare.fingerprints(recipe)}
-            run_folder.describe(folder, recipe_file, recipe, counted, used, checkpoint, changes)
+        used = facts.used(sft) | {"data": prepare.fingerprints(recipe)}
+
+        def record() -> None:
+            """Once the preflight has passed: until then a refused run leaves nothing behind."""
+            if ranks.is_main():
+                found = {"preflight": sft.preflight.results if sft.preflight else "skipped"}
+                run_folder.describe(folder, recipe_file, recipe, counted, used | found, checkpoint, changes)
 
         # The training itself
-        trainer.train(sft, checkpoint)
+        trainer.train(sft, checkpoint, record)
 
         # What all ranks are needed for: what the trained model computes, which the export is compared with, and its weights
         reference.record(sft, recipe, data, folder)

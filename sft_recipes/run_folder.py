@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_recipes import files
-from sft_recipes.errors import InputError, OutputError, RecipeError
+from sft_recipes.errors import OutputError, RecipeError
 from sft_recipes.recipe import secrets
 from sft_recipes.recipe.schema import Recipe
 
@@ -51,9 +51,9 @@ def in_the_way(output_dir: str, *, resume: bool = False) -> str | None:
 
 @contextmanager
 def opened(output_dir: str, *, resume: bool, main: bool = True) -> Iterator[Path]:
-    """The run directory, made where it is not there, and held against other processes. What was made is removed again
-    where the input turns out wrong, or a signal comes, before the training has begun. Of processes that train together the
-    `main` one does so.
+    """The run directory, created if it does not exist, and locked against other processes. It is removed again if the run
+    ends before it has begun, which is when its manifest is written: a refused recipe, a lack of memory in the preflight, a
+    signal. Of several ranks only the `main` one does this.
 
     Raises OutputError where it is in use (without `resume`), holds something else than a run, or cannot be made.
     """
@@ -73,7 +73,7 @@ def opened(output_dir: str, *, resume: bool, main: bool = True) -> Iterator[Path
         held = _held(folder)
         try:
             yield folder
-        except (InputError, KeyboardInterrupt):
+        except BaseException:
             if not held and not (folder / MANIFEST).exists():
                 for child in folder.iterdir():
                     shutil.rmtree(child) if child.is_dir() else child.unlink()

@@ -190,8 +190,8 @@ def test_the_resolved_recipe_and_the_manifest(trained: Trained) -> None:
     }
     assert (
         manifest["peak_gib"]
-        >= manifest["preflight"]["longest"]["peak_gib"]
-        > manifest["preflight"]["predicted_gib"]
+        >= manifest["preflight"]["largest_micro_batch"]["peak_gib"]
+        > manifest["preflight"]["predicted_peak_gib"]
         > 0
     )
     assert list(manifest["data"]) == [str(folder.parent / "train.jsonl")]

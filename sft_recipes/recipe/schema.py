@@ -156,8 +156,8 @@ class Train(_Section):
     compile: bool = False
     """Compile the model's layers (torch.compile): a minute or more at the start, for runs that last."""
     preflight: bool = True
-    """Try the model on the data before the first step: isolation, the longest micro-batch, gradients, the base. Under
-    launch.strategy: fsdp2, zero2 or zero3, where weights are shared out later, memory is predicted and nothing is tried."""
+    """Try the model on the data before the first step: isolation of packed documents, memory of the largest micro-batch,
+    gradients, loss of the base model."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Of the split, the order of the data, new weights and dropout."""
 

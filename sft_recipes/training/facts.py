@@ -17,7 +17,7 @@ def in_words(recipe: Recipe, trainer: Any) -> list[str]:
     micro, accumulation, world = recipe.train.micro_batch_size, recipe.accumulation, trainer.args.world_size
     processes = f" x {world} processes" if world > 1 else ""
     _, why = attention.choose(recipe, trainer.model.config, "cuda" if torch.cuda.is_available() else "cpu")
-    lines = [
+    return [
         f"model: {recipe.model.name}, {method}, {trained:,} of {total:,} parameters trained ({trained / total:.2%}), "
         f"weights in {recipe.model.quantization or recipe.model.dtype}, "
         f"attention {trainer.model.config._attn_implementation}{f' ({why})' if why else ''}, on {device()['name']}",
@@ -26,28 +26,26 @@ def in_words(recipe: Recipe, trainer: Any) -> list[str]:
         f"{recipe.train.learning_rate:g}, {recipe.train.optimizer}, mixed precision {recipe.train.mixed_precision}, "
         f"gradient checkpointing {recipe.train.recomputed_in_words}",
     ]
-    if trainer.preflight is not None:
-        lines += _found(trainer.preflight.figures)
-    return lines
 
 
-def _found(figures: dict[str, Any]) -> list[str]:
+def preflight_line(results: dict[str, Any]) -> str:
     """What the preflight found."""
-    predicted = figures["predicted_gib"]
-    if "longest" not in figures:
-        return [] if predicted is None else [f"memory: {predicted:.1f} GiB a process are predicted"]
+    largest, base, predicted = results["largest_micro_batch"], results["base"], results["predicted_peak_gib"]
     # What is measured on a CPU is the process, and libraries are large.
-    of = "" if torch.cuda.is_available() else " for tensors"
-    line = (
-        f"preflight: {figures['seconds']} s; the longest micro-batch, of {figures['longest']['tokens']:,} tokens, trains in "
-        f"{figures['longest']['peak_gib']:.1f} GiB{'' if predicted is None else f' ({predicted:.1f}{of} were predicted)'}; "
-        f"loss of the base {figures['base']['loss']:.2f} a token, shuffled {figures['base']['loss_of_shuffled_tokens']:.2f}"
-    )
-    return [line + ("; packed documents do not see each other" if figures.get("isolation") else "")]
+    measured, of = ([], "") if torch.cuda.is_available() else (["whole process"], " for tensors")
+    said = "; ".join([*measured, *([] if predicted is None else [f"predicted{of} {predicted:.1f}"])])
+    parts = [
+        f"passed in {results['seconds']} s",
+        f"largest micro-batch {largest['tokens']:,} tokens" if "tokens" in largest else "no micro-batch tried",
+        f"peak memory {largest['peak_gib']:.1f} GiB{f' ({said})' if said else ''}",
+        f"base loss {base['loss']:.2f} per token ({base['shuffled_loss']:.2f} with shuffled tokens)",
+        *(["packed documents isolated"] if results.get("isolation") else []),
+    ]
+    return f"preflight: {'; '.join(parts)}"
 
 
 def used(trainer: Any) -> dict[str, Any]:
-    """What is used, also where the recipe leaves that open, and what was found before the first step, for the manifest."""
+    """What is used, also if the recipe leaves that open, for the manifest."""
     (total, trained), recipe = count_parameters(trainer.model), trainer.recipe
     return {
         "device": device(),
@@ -60,7 +58,6 @@ def used(trainer: Any) -> dict[str, Any]:
         "sequences_per_step": recipe.sequences_per_step,
         "attention": trainer.model.config._attn_implementation,
         "parameters": {"all": total, "trained": trained},
-        "preflight": trainer.preflight.figures if trainer.preflight else "skipped",
     }
 
 

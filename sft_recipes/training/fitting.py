@@ -92,7 +92,7 @@ def settled(recipe: Recipe, predict: Predict, capacity: float, device: str) -> R
     predicted."""
     sizes = recipe.train.micro_batch_size == "auto"
     if recipe.train.gradient_checkpointing == "auto" and recipe.launch.strategy != "ddp":
-        # Shares are predicted by arithmetic that no GPU has been held against, and no preflight tries them.
+        # Memory per rank is predicted by arithmetic that has not been compared with a GPU.
         recipe = changes.applied(recipe, {"train.gradient_checkpointing": True})
     if recipe.train.gradient_checkpointing != "auto":
         return largest(recipe, predict, capacity, device) if sizes else recipe

@@ -1,145 +1,258 @@
-"""Proof on the real model, before the first step, that what silently goes wrong does not."""
+"""Try the prepared model on the data before the first step: isolation, memory, gradients, base loss."""
 
 import random
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from sft_recipes.data.prepare import Prepared
-from sft_recipes.errors import ModelError, RunError
+from sft_recipes.data.sequences import IGNORED
+from sft_recipes.errors import ModelError, RunError, SFTRecipeError
 from sft_recipes.planning.memory import GIB
 from sft_recipes.recipe.schema import Recipe
-from sft_recipes.training import fitting
+from sft_recipes.training import fitting, head
 from sft_recipes.training.logging import peak_memory
-from sft_recipes.training.sharded import SHARDED
 
-_TOKENS = 64  # of each of the two documents that are compared
-# Relative difference of a document's logits packed and alone. It is computed in other shapes, which in half precision
-# moves logits by a few per cent; positions that do not start again at a document move them far more.
-_SHIFT = 0.1
-# Optimizers whose step at a rate of 0 leaves the weights as they are, and whose state can be thrown away after it.
-_STILL_AT_RATE_0 = ("adamw", "lion", "rmsprop", "adagrad", "adafactor", "sgd")
-# Of the loss on shuffled tokens, above which a model does not know the language. SmolLM2-135M has 0.24 on instructions and
-# 0.32 on GSM8K, a story teller of 260,000 parameters 0.50 and 0.43; SmolLM2 with its vocabulary mixed up 0.65, random
+# Tokens of each of the two documents in the isolation check. Evaluation mode switches checkpointing off, so their activations
+# are all kept: as much for 2 x 16 tokens as checkpointing keeps of 1,000 (about 70 and 2 hidden-sized values per token and
+# layer), and logits are built, 20 MB in float32 for a vocabulary of 150,000, about four times with their gradient. A training
+# step holds gradients, optimizer states and a whole layer's activations besides.
+_ISOLATION_TOKENS = 16
+# Relative difference between a document's logits packed and alone. The two are computed in different shapes, which moves
+# logits by a few percent in half precision; positions that do not restart at a document move them far more.
+_MAX_LOGIT_SHIFT = 0.1
+# Base loss over loss on shuffled tokens, above which a model does not know the language. SmolLM2-135M has 0.24 on instructions
+# and 0.32 on GSM8K, a story model with 260,000 parameters 0.50 and 0.43; SmolLM2 with a permuted vocabulary 0.65, random
 # weights 1.
-_SHARE_OF_SHUFFLED = 0.6
-_DOCUMENTS, _LENGTH = 4, 128  # that this is looked at with, and tokens of each
+_MAX_LOSS_RATIO = 0.6
+# Sequences of the base loss check and tokens of each. They run one by one, without gradients and through the loss head of
+# training, which builds no logits: this takes less than a training step.
+_BASE_SEQUENCES, _BASE_TOKENS = 4, 128
+# Optimizers whose states a trial step may create. Not the paged ones: bitsandbytes keeps a list of all paged memory, which
+# would never be freed.
+_TRIAL_STEPS = ("adafactor", "adagrad", "adamw", "ademamix", "lion", "rmsprop", "sgd")
+# Optimizers that update weights within the backward pass, where no trial can be taken back.
+_STEP_IN_BACKWARD = ("lomo", "adalomo", "layerwise")
+# Trained tensors that may lack a gradient: the second factor of an adapter starts at zero, which makes the gradient of the
+# first one zero; new tokens may not occur in the batch, and experts may receive no token.
+_MAY_LACK_GRADIENT = ("lora_A", "lora_embedding_A", "trainable_tokens", "experts")
 
 
 @dataclass
 class Preflight:
-    """What was looked at before the first step: figures for the manifest, and what deserves a warning."""
+    """Results for the manifest, and warnings."""
 
-    figures: dict[str, Any] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
 
-def examine(trainer: Any, *, packed: bool) -> Preflight:
-    """Run the model on documents of the data as the training will, and leave everything as it was.
+def run_preflight(trainer: Any, *, packed: bool) -> Preflight:
+    """Run the model on the data as training does, and restore all state afterwards.
 
-    Raises ModelError where packed documents see each other or nothing is trained, RunError where memory does not suffice
-    or a number is not finite. `packed`: documents share a row of the model's input. Where weights are yet to be shared
-    out, as the training begins, there is no model to run: its figures are predictions.
+    Call it in `on_train_begin`: only then have transformers and accelerate set up what is trained (activation checkpointing,
+    Liger, NEFTune, DDP, FSDP2 or DeepSpeed, the optimizer's states on resume). All ranks have to call it. `packed`: documents
+    share a row of the model's input.
+
+    Raises ModelError if packed documents attend to each other or nothing gets a gradient, RunError if memory does not suffice
+    or the loss is NaN or Inf.
     """
-    found, began = Preflight(), time.perf_counter()
-    if trainer.recipe.launch.strategy in SHARDED:
-        found.figures = _predicted(trainer.recipe, trainer.rows.mean_document())
-        return found
-    with _untouched(trainer):
-        found.figures["base"] = _know_the_language(trainer, found.warnings)
+    preflight, start = Preflight(), time.perf_counter()
+    results = preflight.results
+    with _restore_state(trainer):
+        results["base"] = _check_base_loss(trainer, preflight.warnings)
         if packed:
-            found.figures["isolation"] = check_isolation(trainer)
-        found.figures |= _predicted(trainer.recipe, trainer.rows.mean_document())
-        found.figures["longest"] = _run_the_longest(trainer, found.warnings)
-    found.figures["seconds"] = round(time.perf_counter() - began, 1)
-    return found
+            results["isolation"] = _check_isolation(trainer)
+        results |= _predict(trainer.recipe, trainer.rows.mean_document())
+        results["largest_micro_batch"] = _check_largest_micro_batch(trainer, preflight.warnings)
+    results["eos"] = eos_statistics(trainer.data, trainer.processing_class)
+    results["seconds"] = round(time.perf_counter() - start, 1)
+    return preflight
 
 
-def _predicted(recipe: Recipe, document: float) -> dict[str, Any]:
-    """Peak memory of full sequences in GiB, and the model's operations a token; None for a model that cannot be predicted."""
+def _predict(recipe: Recipe, document: float) -> dict[str, Any]:
+    """Peak memory of full sequences in GiB, and FLOPs per token; None for a model that cannot be predicted."""
     try:
         peak, flops = fitting.here(recipe).peak_bytes, fitting.model_flops_per_token(recipe, document)
-        return {"predicted_gib": round(peak / GIB, 3), "flops_per_token": flops}
+        return {"predicted_peak_gib": round(peak / GIB, 3), "flops_per_token": flops}
     except ModelError:
-        return {"predicted_gib": None, "flops_per_token": None}
+        return {"predicted_peak_gib": None, "flops_per_token": None}
+
+
+def _raise_if(condition: bool, error: SFTRecipeError, trainer: Any) -> None:
+    """Raise the error in all ranks if the condition holds in one, so that none waits for another."""
+    if trainer.agree(condition):
+        raise type(error)(trainer.first(str(error) if condition else None))
+
+
+# --- State ------------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def _untouched(trainer: Any) -> Iterator[None]:
-    """Weights, optimizer, random states, gradients and averages are afterwards what they were."""
-    model, optimizer = trainer.model, trainer.optimizer
-    devices = range(torch.cuda.device_count())
-    states = random.getstate(), np.random.get_state()
-    rates = [torch.as_tensor(group["lr"]).clone() for group in optimizer.param_groups]
-    with torch.random.fork_rng(devices=devices):
-        for group in optimizer.param_groups:
-            _set_rate(group, 0.0)
+def _restore_state(trainer: Any) -> Iterator[None]:
+    """Restore afterwards whatever a step changes: optimizer, random states, gradients, averages, counters.
+
+    Weights need no copy: no step within updates them (`_harmless_steps`).
+    """
+    accelerator, optimizer = trainer.accelerator, _base_optimizer(trainer)
+    device = trainer.args.device
+    on_device = None if device.type == "cpu" else torch.get_device_module(device)
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    accelerator_state = on_device.get_rng_state() if on_device else None
+    training, sync_gradients = trainer.model.training, accelerator.sync_gradients
+    averages = {mode: {name: list(values) for name, values in each.items()} for mode, each in trainer._metrics.items()}
+    tokens, counters = trainer._total_train_tokens, _deepspeed_counters(trainer)
+    trial = trainer.recipe.train.optimizer.startswith(_TRIAL_STEPS)
+    with _harmless_steps(optimizer, create_states=trial):
         try:
             yield
         finally:
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                _set_rate(group, rate.item())
-            optimizer.state.clear()
-            model.zero_grad(set_to_none=True)
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-            for averages in trainer._metrics.values():
-                averages.clear()
-            trainer._total_train_tokens = 0
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            trainer.model.zero_grad(set_to_none=True)
+            trainer.model.train(training)
+            random.setstate(python)
+            np.random.set_state(numpy)
+            torch.set_rng_state(cpu)
+            if on_device:
+                on_device.set_rng_state(accelerator_state)
+            for mode, each in averages.items():
+                trainer._metrics[mode].clear()
+                trainer._metrics[mode].update(each)
+            trainer._total_train_tokens = tokens
+            trainer.losses.clear()
+            accelerator.sync_gradients = sync_gradients
+            for owner, name, value in counters:
+                setattr(owner, name, value)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
-def _set_rate(group: dict[str, Any], rate: float) -> None:
-    if isinstance(group["lr"], torch.Tensor):  # torchao's optimizers take no other
-        group["lr"].fill_(rate)
+@contextmanager
+def _harmless_steps(optimizer: torch.optim.Optimizer, *, create_states: bool) -> Iterator[None]:
+    """Make each optimizer step within create the states that are missing, and do nothing else.
+
+    They are created from gradients of zero at a learning rate of zero, which leaves every weight as it is (torchao's
+    optimizers turn -0.0 into 0.0). Parameters that have states, on resume or because the optimizer creates them when it is
+    constructed, hide their gradients, so that the step skips them: that memory is held already. New states stay in memory
+    until the end, as in training, but outside of `optimizer.state`: DeepSpeed links what it finds there to the parameters.
+    """
+    before = set(optimizer.state)
+    created: dict[torch.Tensor, Any] = {}
+    hidden: dict[torch.Tensor, torch.Tensor] = {}
+    settings = [
+        {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in group.items()}
+        for group in optimizer.param_groups
+    ]
+
+    def pre_step(*_: Any) -> None:
+        for parameter in (each for group in optimizer.param_groups for each in group["params"]):
+            if parameter.grad is None:
+                continue
+            if create_states and parameter not in before and parameter not in created:
+                parameter.grad.zero_()
+            else:
+                hidden[parameter], parameter.grad = parameter.grad, None
+
+    def post_step(*_: Any) -> None:
+        for parameter, gradient in hidden.items():
+            parameter.grad = gradient
+        hidden.clear()
+        for parameter in [each for each in optimizer.state if each not in before]:
+            state = optimizer.state.pop(parameter)
+            if state:
+                created[parameter] = state
+
+    hooks = [optimizer.register_step_pre_hook(pre_step), optimizer.register_step_post_hook(post_step)]
+    for group in optimizer.param_groups:
+        _set(group, "lr", 0.0)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter in [each for each in optimizer.state if each not in before]:
+            del optimizer.state[parameter]
+        for group, saved in zip(optimizer.param_groups, settings, strict=True):
+            for name in group.keys() - saved.keys():
+                del group[name]
+            for name in saved.keys() - {"params"}:
+                _set(group, name, saved[name])
+
+
+def _set(group: dict[str, Any], name: str, value: Any) -> None:
+    if isinstance(group.get(name), torch.Tensor):  # torchao's optimizers require the learning rate to stay one
+        group[name].copy_(torch.as_tensor(value))
     else:
-        group["lr"] = rate
+        group[name] = value
 
 
-# --- Do packed documents see each other? -----------------------------------------------------------------------------
+def _base_optimizer(trainer: Any) -> torch.optim.Optimizer:
+    """The optimizer inside the wrappers of accelerate and DeepSpeed."""
+    optimizer = trainer.optimizer
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    return optimizer
 
 
-def check_isolation(trainer: Any) -> dict[str, Any] | None:
-    """Two documents of the data, packed into one sequence, must not see each other.
+def _deepspeed_counters(trainer: Any) -> list[tuple[Any, str, Any]]:
+    """What DeepSpeed counts in a step, as (owner, name, value)."""
+    if not trainer.is_deepspeed_enabled:
+        return []
+    engine = trainer.model_wrapped
+    names = {
+        engine: ("micro_steps", "global_steps", "global_samples", "skipped_steps"),
+        engine.optimizer: ("_hp_optimizer_states_linked",),  # ZeRO-2: links parameters to states only once
+        engine.optimizer.loss_scaler: tuple(vars(engine.optimizer.loss_scaler)),
+    }
+    return [(o, name, getattr(o, name)) for o, each in names.items() for name in each if hasattr(o, name)]
 
-    The gradient of the second one's logits to the first one's embeddings has to be zero to the last bit, which also holds
-    under quantisation and in half precision; and the logits have to be those that the document has alone. Some models
-    read neither the positions nor the sequence lengths that tell packed documents apart (OPT, Falcon, BLOOM, those with a
-    recurrent state), and would let each document see those before it. Raises ModelError.
+
+# --- Are packed documents isolated? -----------------------------------------------------------------------------------
+
+
+def _check_isolation(trainer: Any) -> dict[str, Any] | None:
+    """Check that two documents of the data, packed into one sequence, do not attend to each other.
+
+    The gradient of the second one's logits with respect to the first one's embeddings has to be exactly zero, which also holds
+    under quantization and in half precision, and the logits have to match those of the document alone. Some models use neither
+    the positions nor the sequence lengths that separate packed documents (OPT, Falcon, BLOOM, models with a recurrent state),
+    so that each document would attend to the ones before it. Raises ModelError.
     """
     documents = _two_documents(trainer)
     if documents is None:
         return None
     before, document = documents
     first, second = len(before), len(document)
-    packed, embedded = _forward(trainer, before + document, [first, second])
-    alone, _ = _forward(trainer, document, [second])
-    packed, alone = packed[first:].float(), alone.float()
-    (gradient,) = torch.autograd.grad((packed**2).sum(), embedded)
+    packed, embeddings = _logits_and_embeddings(trainer, before + document, [first, second])
+    (gradient,) = torch.autograd.grad((packed[first:].float() ** 2).sum(), embeddings)
+    packed = packed[first:].detach().float()
+    with torch.no_grad():
+        alone = _logits(trainer, document, [second]).float()
     leak = (gradient[0, :first].float().norm() / gradient.float().norm()).item()
     shift = ((packed - alone).norm() / alone.norm()).item()
     config = trainer.model.config
-    if not (leak == 0 and shift < _SHIFT):
-        raise ModelError(
-            f"data.packing: documents packed into one sequence see each other in a model of type {config.model_type} with "
-            f"attention {config._attn_implementation} ({leak:.1%} of the gradient of one's logits falls on its neighbour, "
-            f"and they are {shift:.1%} off those it has alone); set data.packing: none"
-        )
-    return {"attention": config._attn_implementation, "gradient_to_neighbour": leak, "logits_off": round(shift, 6)}
+    _raise_if(
+        not (leak == 0 and shift < _MAX_LOGIT_SHIFT),
+        ModelError(
+            f"data.packing: packed documents attend to each other in a model of type {config.model_type} with attention "
+            f"{config._attn_implementation} ({leak:.1%} of the gradient of a document's logits goes to its neighbor, and they "
+            f"differ by {shift:.1%} from those of the document alone). Set data.packing: none."
+        ),
+        trainer,
+    )
+    return {"attention": config._attn_implementation, "gradient_leak": leak, "logit_shift": round(shift, 6)}
 
 
 def _two_documents(trainer: Any) -> tuple[list[int], list[int]] | None:
-    """The beginnings of two documents that share a row of the model's input, None where none ever do.
+    """The beginnings of two documents that share a row of the model's input; None if no two documents do.
 
-    That is the documents of one sequence, and those of one micro-batch, which is laid out as a single row.
+    These are documents of one sequence or of one micro-batch, which is laid out as a single row.
     """
     micro = trainer.args.per_device_train_batch_size
     found: list[list[int]] = []
@@ -147,7 +260,7 @@ def _two_documents(trainer: Any) -> tuple[list[int], list[int]] | None:
         for row in dataset or ():
             start = 0
             for length in row["seq_lengths"][:2]:
-                found.append(row["input_ids"][start : start + min(length, _TOKENS)])
+                found.append(row["input_ids"][start : start + min(length, _ISOLATION_TOKENS)])
                 start += length
             if len(row["seq_lengths"]) > 1 or (len(found) > 1 and micro > 1):
                 return found[-2], found[-1]
@@ -156,14 +269,13 @@ def _two_documents(trainer: Any) -> tuple[list[int], list[int]] | None:
     return None
 
 
-def _forward(trainer: Any, ids: list[int], lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (tokens, vocabulary) of documents laid out as the training lays them out, and the embeddings
-    (1, tokens, width) that they were computed from."""
-    embedded: list[torch.Tensor] = []
+def _logits_and_embeddings(trainer: Any, ids: list[int], lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (tokens, vocabulary), and the embeddings (1, tokens, width) that they were computed from."""
+    embeddings: list[torch.Tensor] = []
 
     def keep(_module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        embedded.append(output.detach().requires_grad_())
-        return embedded[0]
+        embeddings.append(output.detach().requires_grad_())
+        return embeddings[0]
 
     hook = trainer.model.get_input_embeddings().register_forward_hook(keep)
     try:
@@ -171,62 +283,75 @@ def _forward(trainer: Any, ids: list[int], lengths: list[int]) -> tuple[torch.Te
             logits = _logits(trainer, ids, lengths)
     finally:
         hook.remove()
-    return logits, embedded[0]
+    return logits, embeddings[0]
 
 
 def _logits(trainer: Any, ids: list[int], lengths: list[int]) -> torch.Tensor:
-    batch = trainer.data_collator([{"input_ids": ids, "labels": ids, "seq_lengths": lengths}])
-    batch = trainer._prepare_inputs({name: value for name, value in batch.items() if name != "labels"})
-    was_training = trainer.model.training
-    trainer.model.eval()
-    try:
-        with trainer.accelerator.autocast():
-            return trainer.model(**batch, use_cache=False).logits[0]
-    finally:
-        trainer.model.train(was_training)
+    logits: torch.Tensor = _run_eagerly(trainer, ids, lengths).logits[0]
+    return logits
 
 
-# --- Does the base know the language of the data? ---------------------------------------------------------------------
+def _run_eagerly(trainer: Any, ids: list[int], lengths: list[int], **more: Any) -> Any:
+    """The model's outputs for documents that are laid out as in training; `more` are arguments of the model.
 
-
-def _know_the_language(trainer: Any, warnings: list[str]) -> dict[str, float]:
-    """Loss a token on documents, and on the same tokens in random order.
-
-    A pretrained model predicts a text far better than its tokens shuffled, whatever the format; one with random weights,
-    another tokenizer than its own, or numbers that overflow does not.
+    Of the model that evaluation runs too: with DDP and DeepSpeed the one inside their wrappers, which expect a backward pass
+    of their own after each forward pass. Not compiled, because these lengths do not occur in training.
     """
-    shuffle, losses = torch.Generator().manual_seed(0), {"loss": 0.0, "loss_of_shuffled_tokens": 0.0}
-    number = min(_DOCUMENTS, len(trainer.train_dataset))
+    batch = trainer.data_collator([{"input_ids": ids, "labels": ids, "seq_lengths": lengths}])
+    if "fused_lm_head" not in more:
+        del batch["labels"]
+    trainer.model.eval()
+    with trainer.accelerator.autocast(), torch.compiler.set_stance("force_eager"):
+        return trainer.model(**trainer._prepare_inputs(batch), use_cache=False, **more)
+
+
+# --- Does the base model know the language of the data? ---------------------------------------------------------------
+
+
+def _check_base_loss(trainer: Any, warnings: list[str]) -> dict[str, float]:
+    """Compare the loss per token on sequences with the loss on the same tokens in random order.
+
+    A pretrained model predicts text far better than its shuffled tokens, whatever the format. A model with random weights,
+    with another model's tokenizer, or with numbers that overflow does not.
+    """
+    shuffle, losses = torch.Generator().manual_seed(0), {"loss": 0.0, "shuffled_loss": 0.0}
+    number = min(_BASE_SEQUENCES, len(trainer.train_dataset))
     for row in trainer.train_dataset.select(range(number)):
-        ids = row["input_ids"][:_LENGTH]
+        ids = row["input_ids"][:_BASE_TOKENS]
         shuffled = [ids[place] for place in torch.randperm(len(ids), generator=shuffle).tolist()]
         for name, tokens in zip(losses, (ids, shuffled), strict=True):
-            with torch.no_grad():
-                logits = _logits(trainer, tokens, [len(tokens)]).float()
-            target = torch.tensor(tokens[1:], device=logits.device)
-            losses[name] += cross_entropy(logits[:-1], target).item() / number
-    if not np.isfinite(losses["loss"]):
-        raise RunError(
-            f"model.name: before the first step the loss on the data is {losses['loss']}: numbers overflow in "
-            f"{trainer.model.dtype}, or the weights are damaged; set model.dtype: bfloat16 or float32, or get the files again"
-        )
-    # The embedded model knows its own small world, and nothing of the template around it.
+            losses[name] += _loss_per_token(trainer, tokens) / number
+    _raise_if(
+        not np.isfinite(losses["loss"]),
+        RunError(
+            f"model.name: the loss on the data before the first step is {losses['loss']}: numbers overflow in "
+            f"{trainer.model.dtype}, or the weights are damaged. Set model.dtype: bfloat16 or float32, or download the model "
+            "again."
+        ),
+        trainer,
+    )
+    # The built-in model knows its own small world, but not the template around it.
     known = trainer.recipe.model.name.startswith("builtin:")
-    if not known and losses["loss"] > _SHARE_OF_SHUFFLED * losses["loss_of_shuffled_tokens"]:
+    if not known and losses["loss"] > _MAX_LOSS_RATIO * losses["shuffled_loss"]:
         warnings.append(
-            "model.name: the base predicts the data ({loss:.2f} a token) not much better than the same tokens in random order "
-            "({loss_of_shuffled_tokens:.2f}): random or damaged weights, another model's tokenizer, or a language it has not "
-            "seen".format(**losses)
+            "model.name: the base model predicts the data ({loss:.2f} per token) not much better than the same tokens in "
+            "random order ({shuffled_loss:.2f}): random or damaged weights, another model's tokenizer, or an unknown "
+            "language.".format(**losses)
         )
     return {name: round(loss, 4) for name, loss in losses.items()}
 
 
-# --- Does it learn to stop? -------------------------------------------------------------------------------------------
+def _loss_per_token(trainer: Any, tokens: list[int]) -> float:
+    with torch.no_grad(), head.in_place_of_trls() if trainer.own_head else nullcontext():
+        outputs = _run_eagerly(trainer, tokens, [len(tokens)], fused_lm_head=True)
+    return -(outputs.log_probs.sum() / outputs.label_mask.sum().clamp(min=1)).item()
 
 
-def where_answers_end(data: Prepared, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The tokens that end answers, which the export's generation config will list, and the rows that end in none of them or
-    are cut before it. That most do has been seen to with the data."""
+# --- Does the model learn to stop? ------------------------------------------------------------------------------------
+
+
+def eos_statistics(data: Prepared, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """EOS tokens that end answers, which the exported generation config will list, and the number of rows without one."""
     accounts = [each.account for each in data.train.chosen]
     return {
         "tokens": tokenizer.convert_ids_to_tokens(data.stops),
@@ -234,77 +359,122 @@ def where_answers_end(data: Prepared, tokenizer: PreTrainedTokenizerBase) -> dic
     }
 
 
-# --- Does the longest batch fit, and does everything that is trained learn? -------------------------------------------
+# --- Does the largest micro-batch fit, and does everything that is trained get a gradient? ----------------------------
 
 
-def _run_the_longest(trainer: Any, warnings: list[str]) -> dict[str, Any]:
-    """Forward, backward, optimizer step and again, on the longest sequences of the data put into one micro-batch; then the
-    longest validation micro-batch. What is too large for the memory is so now, and not after an hour."""
-    micro = trainer.args.per_device_train_batch_size
-    figures: dict[str, Any] = {}
-    trainer.model.train()
-    batch = [trainer.train_dataset[row] for row in _longest(trainer.train_dataset, micro)]
-    figures["tokens"] = sum(len(row["input_ids"]) for row in batch)
-    _backward(trainer, batch)
-    figures |= _see_what_learns(trainer, warnings)
-    if trainer.recipe.train.optimizer.startswith(_STILL_AT_RATE_0):
-        trainer.optimizer.step()
-        _backward(trainer, batch)  # now with gradients and optimizer states in memory
-    if trainer.eval_dataset is not None:
-        size = trainer.args.per_device_eval_batch_size
-        batch = [trainer.eval_dataset[row] for row in _longest(trainer.eval_dataset, size)]
-        figures["eval_tokens"] = sum(len(row["input_ids"]) for row in batch)
-        with torch.no_grad():
-            _loss(trainer, batch)
-    return figures | {"peak_gib": round(peak_memory(), 3)}
+def _check_largest_micro_batch(trainer: Any, warnings: list[str]) -> dict[str, Any]:
+    """Train on the longest sequences as one micro-batch, then validate on the longest ones, to find a lack of memory now.
 
-
-def _longest(dataset: Any, number: int) -> list[int]:
-    lengths = dataset.data.column("input_ids").combine_chunks().value_lengths().to_numpy()
-    return [int(row) for row in np.argsort(-lengths, kind="stable")[:number]]
-
-
-def _loss(trainer: Any, rows: list[dict[str, Any]]) -> torch.Tensor:
-    inputs = trainer._prepare_inputs(trainer.data_collator(rows))
-    with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
-        return trainer.compute_loss(trainer.model, inputs)
-
-
-def _backward(trainer: Any, rows: list[dict[str, Any]]) -> None:
-    loss = _loss(trainer, rows)
-    if not loss.isfinite():
-        raise RunError(
-            f"before the first step the loss of the longest micro-batch is {loss.item()}: numbers overflow, or the weights "
-            "are damaged; set train.mixed_precision: bf16 where it is fp16"
-        )
-    loss.backward()
-
-
-def _see_what_learns(trainer: Any, warnings: list[str]) -> dict[str, Any]:
-    """After a backward pass: what is to be trained has a gradient, what is frozen has none and no optimizer.
-
-    The first factor of an adapter has none yet, because the second is zero. Neither have rows of new tokens that are not in
-    the batch, nor experts that no token was sent to.
+    First a step that creates the optimizer's states, then a step with them in memory. With accumulation, gradients are in
+    memory before the last micro-batch of that step, otherwise they are not: it takes what it takes in training, and no more.
     """
-    trained = dict(_of_model(trainer, trained=True))
-    learns = {name for name, weight in trained.items() if weight.grad is not None and bool(weight.grad.any())}
-    excused = ("lora_A", "lora_embedding_A", "trainable_tokens", "experts")
-    idle = [name for name in trained if name not in learns and not any(word in name for word in excused)]
-    if not learns:
+    results: dict[str, Any] = {}
+    if not trainer.recipe.train.optimizer.endswith(_STEP_IN_BACKWARD):
+        rows = _longest_rows(trainer.train_dataset, trainer.args.per_device_train_batch_size)
+        results["tokens"] = sum(len(row["input_ids"]) for row in rows)
+        accumulates = trainer.args.gradient_accumulation_steps > 1
+        trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps  # set by each step
+        with _watch_gradients(trainer) as gradients:
+            trained_tokens = _train_micro_batch(trainer, rows)
+            if trained_tokens:  # none in a piece of a long prompt
+                results |= _check_gradients(trainer, gradients, warnings)
+        _step(trainer, keep_gradients=accumulates)
+        if accumulates and trainer.is_deepspeed_enabled:  # its step has removed the gradients
+            _train_micro_batch(trainer, rows, last=False)
+        _train_micro_batch(trainer, rows)
+        trainer.model.zero_grad(set_to_none=True)
+    if trainer.eval_dataset is not None:
+        rows = _longest_rows(trainer.eval_dataset, trainer.args.per_device_eval_batch_size)
+        results["eval_tokens"] = sum(len(row["input_ids"]) for row in rows)
+        trainer.model.eval()
+        trainer.prediction_step(trainer.model, trainer.data_collator(rows), prediction_loss_only=True)
+    return results | {"peak_gib": round(peak_memory(), 3)}
+
+
+def _longest_rows(dataset: Any, number: int) -> list[dict[str, Any]]:
+    lengths = dataset.data.column("input_ids").combine_chunks().value_lengths().to_numpy()
+    return [dataset[int(row)] for row in np.argsort(-lengths, kind="stable")[:number]]
+
+
+def _train_micro_batch(trainer: Any, rows: list[dict[str, Any]], *, last: bool = True) -> int:
+    """Run forward and backward as a training step does; returns the number of trained tokens.
+
+    After the `last` micro-batch of a step DeepSpeed takes the step itself.
+    DDP does not sum these gradients: its first synchronized pass lays its buckets out anew, and with more than two ranks sums
+    would round differently in the first step.
+    """
+    inputs = trainer.data_collator(rows)
+    trained_tokens = (inputs["labels"][..., 1:] != IGNORED).sum()
+    trainer.accelerator.sync_gradients = last
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    with nullcontext() if sharded else trainer.accelerator.no_sync(trainer.model_wrapped):
+        loss = trainer.training_step(trainer.model_wrapped, inputs, trained_tokens.to(trainer.args.device))
+    _raise_if(
+        not loss.isfinite(),
+        RunError(
+            f"model.name: the loss of the largest micro-batch before the first step is {loss.item()}: numbers overflow, or "
+            "the weights are damaged. Set train.mixed_precision: bf16 if it is fp16."
+        ),
+        trainer,
+    )
+    return int(trained_tokens)
+
+
+def _step(trainer: Any, *, keep_gradients: bool) -> None:
+    """Create the optimizer's states. Not with fp16's loss scaler, which would skip the step if a gradient overflows."""
+    if trainer.is_deepspeed_enabled:
+        return
+    if trainer.recipe.train.optimizer.startswith(_TRIAL_STEPS):
+        _base_optimizer(trainer).step()
+    if not keep_gradients:
+        trainer.model.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def _watch_gradients(trainer: Any) -> Iterator[dict[str, torch.Tensor]]:
+    """By name, whether a trained tensor gets a gradient other than zero, under DeepSpeed: it takes gradients as they come."""
+    found: dict[str, torch.Tensor] = {}
+
+    def watch(name: str, weight: torch.Tensor) -> Any:
+        return weight.register_hook(lambda gradient: found.update({name: gradient.any()}))
+
+    hooks = [watch(*each) for each in _parameters(trainer, trained=True)] if trainer.is_deepspeed_enabled else []
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _check_gradients(trainer: Any, gradients: dict[str, torch.Tensor], warnings: list[str]) -> dict[str, Any]:
+    """Check after a backward pass that trained weights have a gradient, and frozen ones neither a gradient nor an optimizer.
+
+    DeepSpeed's optimizer holds flat copies in place of the weights, so that the latter cannot be checked there.
+    """
+    trained = dict(_parameters(trainer, trained=True))
+    for name, weight in trained.items():
+        if weight.grad is not None:
+            shard = weight.grad.to_local() if isinstance(weight.grad, DTensor) else weight.grad
+            gradients[name] = shard.any()
+    device = trainer.args.device
+    found = torch.stack([gradients.get(name, torch.zeros(())).to(device).long() for name in trained])
+    if trainer.args.world_size > 1:
+        found = trainer.accelerator.reduce(found, "sum")
+    idle = [name for name, number in zip(trained, found.tolist(), strict=True) if not number]
+    if len(idle) == len(trained):
         raise ModelError(
-            "lora: no weight that is to be trained gets a gradient from the data; set train.gradient_checkpointing: false"
+            "lora: no trained weight gets a gradient from the data. Set train.gradient_checkpointing: false."
         )
+    idle = [name for name in idle if not any(word in name for word in _MAY_LACK_GRADIENT)]
     if idle:
         more = f" and {len(idle) - 5} more" if len(idle) > 5 else ""
-        warnings.append(f"these weights are trained, and get no gradient from the data: {', '.join(idle[:5])}{more}")
+        warnings.append(f"these trained weights get no gradient from the data: {', '.join(idle[:5])}{more}")
     held = {id(weight) for group in trainer.optimizer.param_groups for weight in group["params"]}
-    strays = [
-        name for name, weight in _of_model(trainer, trained=False) if weight.grad is not None or id(weight) in held
-    ]
+    strays = [n for n, weight in _parameters(trainer, trained=False) if weight.grad is not None or id(weight) in held]
     if strays:
-        raise ModelError(f"model.name: {strays[0]} is frozen, and would be trained all the same")
-    return {"trained_tensors": len(trained), "without_gradient": len(idle)}
+        raise ModelError(f"model.name: {strays[0]} is frozen but would be trained.")
+    return {"trained_tensors": len(trained), "tensors_without_gradient": len(idle)}
 
 
-def _of_model(trainer: Any, *, trained: bool) -> Iterator[tuple[str, torch.nn.Parameter]]:
+def _parameters(trainer: Any, *, trained: bool) -> Iterator[tuple[str, torch.nn.Parameter]]:
     return ((name, weight) for name, weight in trainer.model.named_parameters() if weight.requires_grad == trained)

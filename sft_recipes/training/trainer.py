@@ -39,7 +39,7 @@ from sft_recipes.recipe.check import TORCHAO
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.recipe.upstream import imitates_bf16
 from sft_recipes.stopping import Stop
-from sft_recipes.training import checkpoints, fitting, head, preflight, sharded
+from sft_recipes.training import checkpoints, facts, fitting, head, sharded
 from sft_recipes.training.arguments import padding_free, sft_config
 from sft_recipes.training.guards import Finite, Stops
 from sft_recipes.training.logging import Display, Metrics
@@ -51,7 +51,7 @@ from sft_recipes.training.model import (
     settle_types,
     tokenizer_bytes,
 )
-from sft_recipes.training.preflight import Preflight
+from sft_recipes.training.preflight import Preflight, run_preflight
 from sft_recipes.training.samples import Samples, SampleWithoutValidation
 from sft_recipes.training.saving import Saving
 from sft_recipes.training.shares import Shares, filled
@@ -67,32 +67,48 @@ class Trainer(Saving, Shares, SFTTrainer):
 
     metrics: Metrics
     samples: Samples | None = None
-    preflight: Preflight | None = None  # None where the recipe goes without
+    preflight: Preflight | None = None  # None without train.preflight, and before training begins
+    on_begin: Callable[[], None] | None = None  # called once when training begins, after the preflight
     aux_loss_enabled: bool  # SFTTrainer's own: whether a mixture of experts also learns to balance them
 
     def set_up(
         self,
         recipe: Recipe,
         run_dir: Path,
-        rows: Sequences,
+        data: Prepared,
         metrics: Metrics,
+        say: Callable[[str], None],
         warn: Callable[[str], None],
         stop: Stop,
     ) -> None:
         """What a run needs beyond SFTTrainer's own arguments."""
-        self.recipe, self.run_dir, self.rows, self.metrics = recipe, run_dir, rows, metrics
-        self.warn, self.stop = warn, stop
+        self.recipe, self.run_dir, self.data, self.metrics = recipe, run_dir, data, metrics
+        self.rows, self.say, self.warn, self.stop = data.train, say, warn, stop
         self.losses: list[torch.Tensor] = []  # of the micro-batches of this step
         self.grad_norm: torch.Tensor | float = 0.0  # of this step
         self.skipped_steps = 0
         self.trained_tokens: torch.Tensor | int = 0  # in all processes; a tensor, so that no device is waited for
         self.stopped = False  # on request
+        self._losses_and_counts = list[torch.Tensor]()  # of the validation's micro-batches
         self.own_head = head.applies(self.args.device.type, self.args.loss_type)
         # TRL gathers sums, of which nothing is to be cut off at the end of an epoch; else its averages over several processes
         # depend on where the run was resumed.
         self.accelerator.gather_for_metrics = self.accelerator.gather
         self.add_callback(Finite(self))
         self.add_callback(Stops(self, stop))
+
+    def begin(self) -> None:
+        """Run the preflight, then let the run begin: from here on it is recorded, and can be resumed."""
+        recipe = self.recipe
+        if recipe.train.preflight:
+            with _as_recipe_error(recipe, f"model.name: {recipe.model.name}: cannot run on the data"):
+                self.preflight = run_preflight(self, packed=padding_free(recipe))
+            self.metrics.flops_per_token = self.preflight.results["flops_per_token"]
+            for warning in self.preflight.warnings:
+                self.warn(warning)
+            self.say(facts.preflight_line(self.preflight.results))
+        if self.on_begin is not None:
+            self.on_begin()
 
     # --- Each step ---
 
@@ -159,7 +175,7 @@ class Trainer(Saving, Shares, SFTTrainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Validation loss per token. The Trainer's own is a mean over batches, and moves with the micro-batch size."""
-        self._losses_and_counts = list[torch.Tensor]()
+        self._losses_and_counts.clear()
         balances = self.aux_loss_enabled
         self.aux_loss_enabled = False  # a mixture's loss on its routing is none of the data's
         output = super().evaluation_loop(*args, **kwargs)
@@ -228,6 +244,7 @@ def build(
 
     display = Display(console)
     metrics = Metrics(run_dir / "metrics.jsonl", warn, display.show)
+    before_all = _BeforeAll()
     text_config = model.config.get_text_config()
     routing = {
         n: getattr(text_config, n) for n in ("output_router_logits", "router_aux_loss_coef") if hasattr(text_config, n)
@@ -247,9 +264,10 @@ def build(
             train_dataset=_dataset(data.train, keep_seq_lengths, at_once, tokenizer.pad_token_id),
             eval_dataset=_dataset(data.eval, keep_seq_lengths, at_once, tokenizer.pad_token_id) if data.eval else None,
             processing_class=tokenizer,
-            callbacks=[metrics, display, *told],
+            callbacks=[before_all, metrics, display, *told],
         )
-    trainer.set_up(recipe, run_dir, data.train, metrics, warn, stop or Stop())
+    before_all.trainer = trainer
+    trainer.set_up(recipe, run_dir, data, metrics, say, warn, stop or Stop())
     text_config.update(routing)  # SFTTrainer asks for what it needs; the exported model is not to
     for unwanted in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(unwanted)
@@ -272,13 +290,6 @@ def build(
         warn(
             "train.mixed_precision: bf16 is imitated by this CPU, and slower than float32; set no, and model.dtype: float32"
         )
-    if recipe.train.preflight:
-        with _as_recipe_error(recipe, f"model.name: {recipe.model.name}: it cannot run on the data"):
-            trainer.preflight = preflight.examine(trainer, packed=keep_seq_lengths)
-        trainer.preflight.figures["stop"] = preflight.where_answers_end(data, tokenizer)
-        for warning in trainer.preflight.warnings:
-            warn(warning)
-        metrics.flops_per_token = trainer.preflight.figures["flops_per_token"]
     if recipe.checkpoint.export_best:
         # Set after construction, where transformers would ask that checkpoints fall on evaluations: _SaveBest sees to that.
         trainer.args.load_best_model_at_end = True
@@ -304,12 +315,21 @@ def _check_room_for_answers(recipe: Recipe, trainer: Trainer) -> None:
         )
 
 
-def train(trainer: Trainer, checkpoint: Path | None) -> None:
-    """Train to the end, from a checkpoint if there is one. Raises RunError where training fails, Stopped where it was
-    asked to end."""
+def train(trainer: Trainer, checkpoint: Path | None, on_begin: Callable[[], None] | None = None) -> None:
+    """Train to the end, from a checkpoint if there is one.
+
+    `on_begin` is called when everything is set up and the preflight has passed. Raises InputError if the preflight refuses the
+    run, RunError if training fails, Stopped if it was asked to end.
+    """
     run_dir, stop = trainer.run_dir, trainer.stop
-    if trainer.is_world_process_zero():
-        checkpoints.rewind(run_dir, checkpoint)
+
+    def begin() -> None:
+        if trainer.is_world_process_zero():
+            checkpoints.rewind(run_dir, checkpoint)
+        if on_begin is not None:
+            on_begin()
+
+    trainer.on_begin = begin
     if checkpoint is not None:
         trainer.args.eval_on_start = False  # that was before the first step
         trainer.saved = checkpoint
@@ -380,6 +400,21 @@ def _memory_remedy(recipe: Recipe, error: Exception) -> str:
             "optimizer with 8-bit states, lora, model.quantization"
         )
     return f"; {said}"
+
+
+class _BeforeAll(TrainerCallback):
+    """Lets a run begin when transformers and accelerate have set up everything.
+
+    It has to be the first callback, since trackers and the progress bar start in the same event; the first evaluation comes
+    after it.
+    """
+
+    trainer: Trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.begin()
 
 
 class _SaveBest(TrainerCallback):

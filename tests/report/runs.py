@@ -20,7 +20,7 @@ MANIFEST = {
     "command": ["/bin/sft-recipe", "run", "a b.yaml", "--set", "train.seed=1"],
     "device": {"name": "cpu", "threads": 2},
     "parameters": {"all": 1000, "trained": 100},
-    "preflight": {"base": {"loss": 3.25}, "isolation": {"gradient_to_neighbour": 0.0}},
+    "preflight": {"base": {"loss": 3.25}, "isolation": {"gradient_leak": 0.0}},
     "data": {"train.jsonl": "0123456789abcdef"},
     "versions": {"python": "3.11.7", "trl": "1.16.0", "flash-attn": None},
 }

@@ -223,7 +223,7 @@ def test_every_row_and_token_is_accounted_for(tmp_path: Path) -> None:
 def test_proofs(tmp_path: Path) -> None:
     run = read(tmp_path, [])
 
-    assert facts.preflight(run) == {"base: loss": "3.25", "isolation: gradient to neighbour": "0"}
+    assert facts.preflight(run) == {"base: loss": "3.25", "isolation: gradient leak": "0"}
     assert facts.verification(run) == {"merged into": "original", "original: largest difference": "0.03125"}
 
 

@@ -35,7 +35,7 @@ def test_one_file_with_what_happened(finished: Path) -> None:
 
     for text in (
         "3.0000 before, 2.0000 after", "full fine-tuning", "0.70 GiB", "early", "late", "50,000 tokens",
-        "20 (overlong)", "gradient to neighbour", "original: largest difference", "1.16.0", "0123456789abcdef",
+        "20 (overlong)", "gradient leak", "original: largest difference", "1.16.0", "0123456789abcdef",
         "sft-recipe run &#39;a b.yaml&#39; --set train.seed=1", "train.seed",
     ):  # fmt: skip
         assert text in html

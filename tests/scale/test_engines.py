@@ -125,8 +125,10 @@ def test_two_processes_do_what_one_does(
         assert tensor.any(), name
         assert (tensor - wanted[name]).abs().max() < 1e-4, name
 
-    # Stopped and resumed, it is the run that was never stopped.
+    # Stopped and resumed, it is the run that was never stopped; and so it is with a preflight, of what was trained.
     if resumes:
+        models = json.loads((tmp_path / "stopped" / "models_1.json").read_text("utf-8"))
+        assert set(models["tried"]) == set(models["trained"])
         assert all("after step 3 of 7" in each for each in found["said"]["stopped at 3"]), found
         assert found["said"]["resumed"] == ["done", "done"]
         assert found["same"]
@@ -208,7 +210,7 @@ def test_adapters_under_autocast_and_accumulation_with_fsdp2(tmp_path: Path, cap
 
     run = tmp_path / "whole" / "run"
     found = json.loads((run / "manifest.json").read_text("utf-8"))["preflight"]
-    assert found["predicted_gib"] > 0
+    assert found["predicted_peak_gib"] > 0
     assert "tflops" in metrics(run)[-2]
 
 
@@ -249,3 +251,40 @@ def test_a_run_goes_on_with_fewer_processes(
     else:
         assert said["True"] == ["done"]
         losses_are_the_same(metrics(one_process["full"]), metrics(tmp_path / "run" / "run"))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "method"),
+    [
+        ("ddp", "full"),
+        ("fsdp2", "full"),
+        ("fsdp2", "qlora"),
+        pytest.param("zero2", "lora", marks=needs_deepspeed),
+        pytest.param("zero3", "full", marks=needs_deepspeed),
+    ],
+)
+def test_the_preflight_runs_and_changes_nothing(
+    strategy: str, method: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    child = forked(two.tried, tmp_path, method, strategy)
+    child.join()
+    found = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert found == {"said": {"True": ["done", "done"], "False": ["done", "done"]}, "same": True}
+
+    results = json.loads((tmp_path / "True" / "run" / "manifest.json").read_text("utf-8"))["preflight"]
+    assert results["isolation"]["gradient_leak"] == 0
+    assert results["base"]["loss"] < results["base"]["shuffled_loss"]
+    largest = results["largest_micro_batch"]
+    assert (largest["trained_tensors"], largest["tensors_without_gradient"]) == (56 if "lora" in method else 38, 0)
+
+
+def test_what_one_rank_finds_in_the_preflight_ends_all(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    child = forked(two.failing, tmp_path)
+    child.join()
+    found = json.loads(capfd.readouterr().out.splitlines()[-1])
+
+    assert len(set(found["said"]["not a number"])) == 1
+    assert "the loss of the largest micro-batch before the first step is nan" in found["said"]["not a number"][0]
+    assert "no memory here" in found["said"]["fails"][1]
+    assert found["said"]["fails"][0] != "done"
+    assert not found["left"]

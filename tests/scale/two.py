@@ -34,13 +34,16 @@ def both(act: Callable[[int], object], *, number: int = 2) -> list[str]:
 
 
 def stopped(file: Path, rank: int, *, resume: bool, at: int) -> None:
-    """Only the second process gets the signal, within a step."""
+    """Only the second process gets the signal, within a step. Writes down what the preflight tried, and what was trained."""
     from sft_recipes.stopping import on_request
     from sft_recipes.training import trainer
 
     step = trainer.Trainer.training_step
+    models: dict[str, list[str]] = {"tried": [], "trained": []}
 
     def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        models["tried" if self.preflight is None else "trained"].append(type(args[0]).__name__)
+        (file.parent / f"models_{rank}.json").write_text(json.dumps(models))
         if rank == 1 and self.state.global_step + 1 == at and self.stop.signal is None:
             signal.raise_signal(signal.SIGTERM)
         return step(self, *args, **kwargs)
@@ -103,11 +106,15 @@ def main(
     sections: dict[str, Any] | None = None,
     stops: Sequence[int] = (3, 5),
 ) -> None:
-    """A run of both, undisturbed; one that is stopped by a signal to one of them, and resumed; what comes of it."""
+    """A run of both, undisturbed; one with a preflight that is stopped by a signal to one of them, and resumed; what comes of
+    it."""
     made = {}
     for name in ("whole", "stopped"):
         (folder / name).mkdir()
-        made[name] = recipe(folder / name, method, launch={"processes": 2, "strategy": strategy}, **(sections or {}))
+        more = {"launch": {"processes": 2, "strategy": strategy}, **(sections or {})}
+        if name == "stopped":
+            more["train"] = {**more.get("train", {}), "preflight": True}
+        made[name] = recipe(folder / name, method, **more)
     said = {"whole": both(lambda rank: observed(made["whole"], rank))}
     for number, step in enumerate(stops):
         act = partial(stopped, made["stopped"], resume=bool(number), at=step)
@@ -185,6 +192,40 @@ def watch_export(folder: Path, rank: int, strategy: str, *, disk_full: bool) -> 
 
     module.train, sharded._gather, tensors.Writer.put = trained, gathers, puts
     ranks.leave, verify.prove = leaves, proves
+
+
+def tried(folder: Path, method: str, strategy: str) -> None:
+    """Two steps of both with the preflight and without it, in bfloat16, with checkpointing and accumulation."""
+    said = {}
+    for preflight in (True, False):
+        (folder / str(preflight)).mkdir()
+        train = {"max_steps": 2, "mixed_precision": "bf16", "gradient_checkpointing": True, "preflight": preflight}
+        more = {"launch": {"processes": 2, "strategy": strategy}, "checkpoint": {"every": None, "export_best": False}}
+        made = recipe(folder / str(preflight), method, train=train, eval={"every": None}, **more)
+        said[str(preflight)] = both(lambda _: start(made, resume=False))  # noqa: B023
+    same = outcome(folder / "True" / "run") == outcome(folder / "False" / "run")
+    print(json.dumps({"said": said, "same": same}))
+
+
+def failing(folder: Path) -> None:
+    """What both say if one of them finds a loss that is no number in the preflight, or fails there."""
+    from sft_recipes.training import trainer
+
+    def fail(rank: int, how: str) -> None:
+        step = trainer.Trainer.training_step
+
+        def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if rank == 1 and how == "fails":
+                raise MemoryError("no memory here")
+            loss = step(self, *args, **kwargs)
+            return loss * float("nan") if rank == 1 else loss
+
+        trainer.Trainer.training_step = training_step
+        start(made, resume=False)
+
+    made = recipe(folder, "lora", launch={"processes": 2}, train={"preflight": True})
+    found = {how: both(partial(fail, how=how)) for how in ("not a number", "fails")}
+    print(json.dumps({"said": found, "left": (folder / "run").exists()}))
 
 
 def fewer(folder: Path, method: str, strategy: str, sections: dict[str, Any]) -> None:

@@ -217,10 +217,10 @@ def test_checkpointing_changes_nothing(reentrant: bool, calls: list[list[int]]) 
 
 def test_documents_do_not_see_each_other_to_the_last_bit(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     sft = build(write_recipe(train={"preflight": True}), tmp_path / "run", "model.attention=varlen")
+    trainer.train(sft, None)
 
-    assert sft.preflight is not None
-    found = sft.preflight.figures["isolation"]
-    assert (found["attention"], found["gradient_to_neighbour"]) == ("varlen", 0)
+    found = sft.preflight.results["isolation"]
+    assert (found["attention"], found["gradient_leak"]) == ("varlen", 0)
 
 
 # --- Where there are no packed documents -----------------------------------------------------------------------------

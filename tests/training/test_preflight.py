@@ -1,14 +1,22 @@
+import copy
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
+from torch.utils._pytree import tree_leaves
 from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
+from trl import SFTConfig
 
 from sft_recipes.errors import ModelError, RunError
+from sft_recipes.recipe.upstream import optimizers
 from sft_recipes.training import preflight, trainer
+from sft_recipes.training.tracking import Tracker
 from tests.conftest import WriteRecipe, build, metrics, run, write_rows
 from tests.kills import TIMES
 
@@ -32,7 +40,7 @@ def opt(tmp_path: Path) -> str:
 def test_a_model_that_leaks_between_packed_documents_is_refused(
     write_recipe: WriteRecipe, opt: str, packing: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(ModelError, match="documents packed into one sequence see each other in a model of type opt"):
+    with pytest.raises(ModelError, match="packed documents attend to each other in a model of type opt"):
         run(write_recipe(model={"name": opt, "attention": "sdpa"}, train=ON), f"data.packing={packing}")
 
     assert not (tmp_path / "run").exists()
@@ -45,7 +53,7 @@ def test_documents_of_one_micro_batch_share_a_row_too(write_recipe: WriteRecipe,
     model = {"name": opt, "attention": "sdpa"}
     recipe = write_recipe(model=model, data={"eval": None, "max_length": 100}, train=ON)
 
-    with pytest.raises(ModelError, match="documents packed into one sequence see each other"):
+    with pytest.raises(ModelError, match="packed documents attend to each other"):
         run(recipe)
     folder, _ = run(recipe, "train.micro_batch_size=1")
     assert (folder / "model").is_dir()
@@ -89,9 +97,8 @@ def test_it_leaves_everything_as_it_was(write_recipe: WriteRecipe, tmp_path: Pat
     weights, lines = [], []
     for name in ("true", "false"):
         sft = build(write_recipe(), tmp_path / name, f"train.preflight={name}", "log.every=1", *WAYS[way])
-        assert (sft.preflight is not None) == (name == "true")
-        assert not sft.optimizer.state
         trainer.train(sft, None)
+        assert (sft.preflight is not None) == (name == "true")
         weights.append(sft.model.state_dict())
         lines.append([{key: line[key] for key in line.keys() - TIMES} for line in metrics(tmp_path / name)])
 
@@ -103,13 +110,13 @@ def test_what_it_looked_at_is_written_down(write_recipe: WriteRecipe, tmp_path: 
     folder, said = run(write_recipe(lora={"rank": 2}, train=ON))
     found = json.loads((folder / "manifest.json").read_text("utf-8"))["preflight"]
 
-    assert found["isolation"]["gradient_to_neighbour"] == 0
-    assert 0 < found["base"]["loss"] < found["base"]["loss_of_shuffled_tokens"]
-    assert found["longest"]["tokens"] > found["longest"]["eval_tokens"] / 2 > 0
-    assert found["longest"]["trained_tensors"] == 56
-    assert found["longest"]["without_gradient"] == 0
-    assert found["stop"] == {"tokens": ["<|end|>"], "rows_without": 0}
-    assert found["longest"]["peak_gib"] > found["predicted_gib"] > 0
+    assert found["isolation"]["gradient_leak"] == 0
+    assert 0 < found["base"]["loss"] < found["base"]["shuffled_loss"]
+    assert found["largest_micro_batch"]["tokens"] > found["largest_micro_batch"]["eval_tokens"] / 2 > 0
+    assert found["largest_micro_batch"]["trained_tensors"] == 56
+    assert found["largest_micro_batch"]["tensors_without_gradient"] == 0
+    assert found["eos"] == {"tokens": ["<|end|>"], "rows_without": 0}
+    assert found["largest_micro_batch"]["peak_gib"] > found["predicted_peak_gib"] > 0
     assert "preflight: " in said
     other, _ = run(write_recipe(), "train.preflight=false", f"output_dir={tmp_path / 'other'}")
     assert json.loads((other / "manifest.json").read_text("utf-8"))["preflight"] == "skipped"
@@ -135,7 +142,7 @@ def test_memory_that_is_lacking_is_found_before_the_first_step(
     with pytest.raises(RunError, match=r"out of memory before the first step: .* are predicted, and the device has"):
         run(write_recipe(data={"eval": None, "packing": "none"}, train=ON))
     assert len(seen) == 1
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_model_that_knows_nothing_of_the_language(write_recipe: WriteRecipe, tmp_path: Path) -> None:
@@ -160,7 +167,7 @@ def test_weights_that_are_not_numbers(write_recipe: WriteRecipe, tmp_path: Path)
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][3, 3] = float("nan")
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(RunError, match="before the first step the loss on the data is nan: numbers overflow in"):
+    with pytest.raises(RunError, match="the loss on the data before the first step is nan: numbers overflow in"):
         run(write_recipe(model={"name": str(folder)}, train=ON))
 
 
@@ -170,20 +177,228 @@ def test_what_gets_no_gradient_is_said(write_recipe: WriteRecipe, tmp_path: Path
             super().__init__()
             self.weight = torch.nn.Parameter(torch.zeros(3))
 
-    sft = build(write_recipe(), tmp_path / "run", "train.preflight=false")
+    def built(name: str) -> Any:
+        return build(write_recipe(train=ON), tmp_path / name)
+
+    sft = built("idle")
     sft.model.model.layers[1].tower = Idle()
-    found = preflight.examine(sft, packed=True)
-    assert found.warnings == [
-        "these weights are trained, and get no gradient from the data: model.layers.1.tower.weight"
+    trainer.train(sft, None)
+    assert sft.preflight.warnings == [
+        "these trained weights get no gradient from the data: model.layers.1.tower.weight"
     ]
 
-    frozen = sft.model.model.norm.weight.requires_grad_(False)
-    with pytest.raises(ModelError, match=r"model.norm.weight is frozen, and would be trained all the same"):
-        preflight.examine(sft, packed=True)
-    assert frozen.grad is None
+    sft = built("frozen")
+    sft.model.model.norm.weight.requires_grad_(False)
+    with pytest.raises(ModelError, match=r"model.norm.weight is frozen but would be trained"):
+        trainer.train(sft, None)
 
+    sft = built("nothing")
     sft.model.requires_grad_(False)
-    idle = sft.model.model.layers[1].tower.weight.requires_grad_(True)
-    sft.compute_loss = lambda *_: idle.sum() * 0
-    with pytest.raises(ModelError, match="no weight that is to be trained gets a gradient from the data"):
-        preflight.examine(sft, packed=True)
+    idle = sft.model.model.norm.weight.requires_grad_(True)
+    sft.compute_loss = lambda *_, **__: idle.sum() * 0
+    with pytest.raises(ModelError, match="no trained weight gets a gradient from the data"):
+        trainer.train(sft, None)
+
+
+# --- It is a step of training, and no more ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["plain", "checkpointed", "noise", "every second layer in bf16"])
+def test_it_tries_what_is_trained(write_recipe: WriteRecipe, tmp_path: Path, way: str, monkeypatch: Any) -> None:
+    """What transformers and accelerate set up within Trainer.train() is set up: each pass over the largest micro-batch is
+    one of training's."""
+    overrides = {
+        "plain": [],
+        "checkpointed": ["train.gradient_checkpointing=true"],
+        "noise": ["trl={'neftune_noise_alpha': 5.0}"],
+        "every second layer in bf16": ["train.gradient_checkpointing=2", "train.mixed_precision=bf16"],
+    }[way]
+    sft = build(write_recipe(lora={"rank": 2}, train=ON), tmp_path / "run", *overrides)
+    layers = [module for module in sft.model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    embeddings = sft.model.get_input_embeddings()
+    passes: dict[str, list[Any]] = {"preflight": [], "training": []}
+    training_step = sft.training_step
+
+    def spy(model: torch.nn.Module, *args: Any) -> Any:
+        found = [type(model).__name__, model is sft.model_wrapped, type(sft.optimizer).__name__]
+
+        def at_layer(module: torch.nn.Module, _inputs: Any) -> None:
+            noise = [hook.__name__ for hook in embeddings._forward_hooks.values()]
+            found.append((module.training, noise, torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()))
+
+        hook = layers[0].register_forward_pre_hook(at_layer)
+        loss = training_step(model, *args)
+        hook.remove()
+        found.append([layer.gradient_checkpointing for layer in layers])
+        passes["training" if sft.preflight else "preflight"].append(found)
+        return loss
+
+    monkeypatch.setattr(sft, "training_step", spy)
+    trainer.train(sft, None)
+
+    assert len(passes["preflight"]) == 2
+    assert len(passes["training"]) > 3
+    assert all(each == passes["training"][0] for each in passes["preflight"] + passes["training"])
+    checkpointed = {"checkpointed": [True] * 4, "every second layer in bf16": [True, False] * 2}
+    assert passes["training"][0][-1] == checkpointed.get(way, [False] * 4)
+    training, hooks, autocast, _ = passes["training"][0][3]
+    assert training
+    assert ("neftune_post_forward_hook" in hooks) == (way == "noise")
+    assert autocast == way.endswith("bf16")
+
+
+class _Live(Tracker):
+    """Counts storages of real tensors, the values of which can be read."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage(), self.part)
+        return out
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("method", ["full", "LoRA"])
+def test_its_peak_is_that_of_training(
+    write_recipe: WriteRecipe, tmp_path: Path, method: str, accumulation: int, monkeypatch: Any
+) -> None:
+    """What is predicted for a training step holds for the preflight too. Nearly all micro-batches are equally long here."""
+    train = ON | {
+        "gradient_checkpointing": True,
+        "gradient_accumulation_steps": accumulation,
+        "global_batch_size": None,
+    }
+    recipe = write_recipe(
+        data={"eval": None, "packing": "wrapped"}, train=train, **({"lora": {"rank": 2}} if method == "LoRA" else {})
+    )
+    sft = build(recipe, tmp_path / "run")
+    monkeypatch.setattr(preflight, "_predict", lambda *_: {"predicted_peak_gib": None, "flops_per_token": None})
+    with _Live() as live:
+        live.enter("preflight", "")
+        trainer.train(sft, None, lambda: live.enter("training", ""))
+    found = {phase: peak.total() for phase, peak in live.peaks.items()}
+
+    assert found["preflight"] == pytest.approx(found["training"], rel=0.01)
+
+
+# --- Optimizers -------------------------------------------------------------------------------------------------------
+
+
+class _Eager(torch.optim.Adagrad):
+    """Adagrad of torch 2.11: states are created by the constructor alone."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter] = {"step": torch.tensor(0.0), "sum": torch.full_like(parameter, 0.1)}
+
+
+def _optimizer(name: str, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    if name == "adagrad of torch 2.11":
+        return _Eager(parameters, lr=0.1)
+    stochastic = name == "adamw_8bit_sr"
+    arguments = SFTConfig(
+        output_dir="unused", optim="adamw_torch_8bit" if stochastic else name, weight_decay=0.1, use_cpu=True, bf16=False,
+        optim_args="bf16_stochastic_round=True" if stochastic else None,
+    )  # fmt: skip
+    kind, settings = transformers.Trainer.get_optimizer_cls_and_kwargs(arguments)
+    return kind(parameters, **settings)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", [*sorted(optimizers()), "adamw_8bit_sr", "adagrad of torch 2.11"])
+def test_its_steps_leave_no_trace_in_any_optimizer(name: str) -> None:
+    """Two trial steps and then one step are that one step, with and without states from before."""
+
+    def parameters() -> list[torch.nn.Parameter]:
+        torch.manual_seed(0)
+        return [torch.nn.Parameter(torch.randn(64, 128).bfloat16().float()), torch.nn.Parameter(torch.randn(5) * 1e-3)]
+
+    def step(optimizer: torch.optim.Optimizer, trained: list[torch.nn.Parameter], seed: int) -> None:
+        torch.manual_seed(seed)
+        for parameter in trained:
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+
+    trained, twins = parameters(), parameters()
+    try:
+        optimizer, twin = _optimizer(name, trained), _optimizer(name, twins)
+    except (ImportError, ValueError) as error:
+        pytest.skip(f"cannot be made here: {error}")
+    with torch.compiler.set_stance("force_eager"):
+        for seed in (1, 2):
+            before = copy.deepcopy([parameter.data for parameter in trained]), set(optimizer.state)
+            create = name.startswith(preflight._TRIAL_STEPS)
+            with preflight._harmless_steps(optimizer, create_states=create):
+                for trial in (7, 8):
+                    step(optimizer, trained, trial)
+            assert all(map(torch.equal, before[0], trained))
+            assert set(optimizer.state) == before[1]
+            step(optimizer, trained, seed)
+            step(twin, twins, seed)
+            assert all(map(torch.equal, trained, twins))
+
+
+def test_a_loss_scaler_is_left_alone(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """As fp16 has one: gradients that overflow neither keep states from being created nor lower the scale."""
+    found = []
+    for name in ("true", "false"):
+        sft = build(write_recipe(), tmp_path / name, f"train.preflight={name}", "train.max_steps=2")
+        sft.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=3e38)
+        trainer.train(sft, None)
+        found.append((sft.accelerator.scaler.state_dict(), sft.model.state_dict()))
+
+    assert found[0][0] == found[1][0]
+    assert found[0][0]["scale"] < 1e38  # halved by each step
+    assert all(torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][1])
+
+
+def test_states_of_the_constructor_survive(
+    write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.optim, "Adagrad", _Eager)
+    folder, _ = run(write_recipe(train=ON | {"optimizer": "adagrad"}))
+
+    assert (folder / "model").is_dir()
+
+
+def test_it_comes_before_trackers_and_the_progress_bar(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    sft = build(write_recipe(), tmp_path / "run", "log.to=[tensorboard]")
+    kinds = [type(callback).__name__ for callback in sft.callback_handler.callbacks]
+
+    assert kinds[:2] == ["DefaultFlowCallback", "_BeforeAll"]  # the first has nothing to do when training begins
+
+
+# --- What is left behind ----------------------------------------------------------------------------------------------
+
+
+def test_a_refused_resume_takes_nothing_back(
+    write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Manifest and metrics of a run stay as they are if the preflight refuses to resume it."""
+    recipe = write_recipe(train=ON | {"max_steps": 4}, checkpoint={"every": 2}, log={"every": 1})
+    step = trainer.Trainer.training_step
+
+    def fails(self: trainer.Trainer, *args: Any) -> torch.Tensor:
+        if self.state.global_step == 3:
+            raise OSError("the machine is gone")
+        return step(self, *args)
+
+    monkeypatch.setattr(trainer.Trainer, "training_step", fails)
+    with pytest.raises(RunError, match="training failed after step 3: the machine is gone"):
+        run(recipe)
+    before = {file: (tmp_path / "run" / file).read_bytes() for file in ("manifest.json", "metrics.jsonl")}
+
+    def refuses(*_: Any) -> None:
+        raise ModelError("model.name: no")
+
+    monkeypatch.setattr(trainer.Trainer, "training_step", step)
+    with monkeypatch.context() as patch:
+        patch.setattr(preflight, "_check_base_loss", refuses)
+        with pytest.raises(ModelError, match="no"):
+            run(recipe, resume=True)
+    assert before == {file: (tmp_path / "run" / file).read_bytes() for file in before}
+
+    folder, _ = run(recipe, resume=True)
+    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+    assert [again["preflight"]["isolation"]["gradient_leak"] for again in manifest["resumed"]] == [0]
