@@ -48,7 +48,6 @@ OWNED = {
     "use_liger_kernel": "train.kernels",
     "liger_kernel_config": "train.kernels",
     "full_determinism": "train.deterministic",
-    "include_num_input_tokens_seen": "log",
     "seed": "train.seed",
     "data_seed": "train.seed",
     "eval_strategy": "eval.every",

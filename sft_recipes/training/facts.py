@@ -26,6 +26,9 @@ def in_words(recipe: Recipe, trainer: Any) -> list[str]:
         f"{recipe.train.learning_rate:g}, {recipe.train.optimizer}, mixed precision {recipe.train.mixed_precision}, "
         f"gradient checkpointing {recipe.train.recomputed_in_words}",
     ]
+    if recipe.train.deterministic:
+        on_cpu = "" if torch.cuda.is_available() else " (train.deterministic changes nothing on a CPU)"
+        lines.append(f"deterministic algorithms only{on_cpu}")
     if trainer.preflight is not None:
         lines += _found(trainer.preflight.figures)
     return lines
@@ -53,6 +56,7 @@ def used(trainer: Any) -> dict[str, Any]:
         "device": device(),
         "weights": recipe.model.quantization or recipe.model.dtype,
         "mixed_precision": recipe.train.mixed_precision,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
         "optimizer": recipe.train.optimizer,
         "gradient_checkpointing": recipe.train.gradient_checkpointing,
         "micro_batch_size": recipe.train.micro_batch_size,

@@ -85,7 +85,9 @@ class Trainer(Saving, Shares, SFTTrainer):
         self.losses: list[torch.Tensor] = []  # of the micro-batches of this step
         self.grad_norm: torch.Tensor | float = 0.0  # of this step
         self.skipped_steps = 0
-        self.trained_tokens: torch.Tensor | int = 0  # in all processes; a tensor, so that no device is waited for
+        # In all processes; tensors, so that no device is waited for.
+        self.trained_tokens: torch.Tensor | int = 0
+        self.tokens: torch.Tensor | int = 0
         self.stopped = False  # on request
         self.own_head = head.applies(self.args.device.type, self.args.loss_type)
         # TRL gathers sums, of which nothing is to be cut off at the end of an epoch; else its averages over several processes
@@ -97,11 +99,19 @@ class Trainer(Saving, Shares, SFTTrainer):
     # --- Each step ---
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        self.metrics.begin(self.state.num_input_tokens_seen, self.trained_tokens)
+        self.metrics.begin(self.tokens, self.trained_tokens)
         batches, trained_tokens = super().get_batch_samples(*args, **kwargs)
         if trained_tokens is not None:
             self.trained_tokens = self.trained_tokens + trained_tokens
+        self.tokens = self.tokens + self._count_tokens(batches)
         return batches, trained_tokens
+
+    def _count_tokens(self, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor | int:
+        """Return how many tokens of these micro-batches, in all processes, are not padding, without a synchronization."""
+        pad = self.processing_class.pad_token_id
+        real = [batch["attention_mask"] if "attention_mask" in batch else batch["input_ids"] != pad for batch in batches]
+        count = sum(mask.sum() for mask in real)
+        return self.accelerator.reduce(count, "sum") if self.args.world_size > 1 and batches else count
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         with head.in_place_of_trls() if self.own_head else nullcontext():
@@ -133,6 +143,7 @@ class Trainer(Saving, Shares, SFTTrainer):
             logs["skipped_steps"] = self.skipped_steps
         if "loss" in logs:
             logs["trained_tokens"] = int(self.trained_tokens)
+        self.state.num_input_tokens_seen = logs["num_input_tokens_seen"] = int(self.tokens)
         if self.own_head:
             self._metrics["train" if self.model.training else "eval"].pop("entropy", None)  # is not computed
         super().log(logs, start_time)
