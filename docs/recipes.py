@@ -55,6 +55,7 @@ def predict(name: str) -> dict[str, Any]:
         rows = Path(folder, "rows.jsonl")
         rows.write_text('{"instruction": "Say it.", "output": "It."}\n' * 2, encoding="utf-8")
         here = [f"model.name={directory(recipe.model.name)}", f"data.train={rows}", "data.eval=0.5", "data.columns={}"]
+        here.append("train.kernels=none")  # whatever is installed here; with Liger's a run takes less
 
         def found(*more: str) -> memory.Footprint:
             return plan(str(_file(name)), [*here, *more]).found

@@ -40,6 +40,7 @@ class Plan:
     gpu: speed.GPU | None
     capacity: float | None  # bytes of memory of a device
     attention: str
+    kernels: str
     found: Footprint
     amount: Amount
     flops_per_token: float
@@ -76,6 +77,7 @@ class Plan:
             "processes": self.ranks,
             "strategy": launch.strategy,
             "attention": self.attention,
+            "kernels": self.kernels,
             "micro_batch_size": train.micro_batch_size,
             "gradient_checkpointing": train.gradient_checkpointing,
             "gradient_accumulation_steps": self.recipe.accumulation,
@@ -110,7 +112,7 @@ class Plan:
         several = f", {self.ranks} ranks with {recipe.launch.strategy}" if self.ranks > 1 else ""
         lines = [
             f"model: {recipe.model.name}, {method}, {found.trained:,} of {found.parameters:,} parameters trained, weights in "
-            f"{recipe.model.quantization or recipe.model.dtype}, attention {self.attention}{several}",
+            f"{recipe.model.quantization or recipe.model.dtype}, attention {self.attention}, kernels {self.kernels}{several}",
             f"step: {recipe.sequences_per_step} sequences of {recipe.data.max_length:,} tokens, "
             f"{recipe.train.micro_batch_size} at once, {recipe.accumulation} times, gradient checkpointing "
             f"{recipe.train.recomputed_in_words}",
@@ -168,7 +170,7 @@ def plan(
                 "--gpu-memory 24GB, or --gpu NAME"
             )
         amount = _amount(recipe)
-        from sft_recipes.training import fitting, footprint, stand_ins
+        from sft_recipes.training import fitting, footprint, kernels, stand_ins
 
         config = footprint.config_of(recipe)
         predict = fitting.predictor(config, device)
@@ -183,6 +185,7 @@ def plan(
         attention = stand_ins.named(recipe, config, device) or "eager"
         if cpu and attention not in ("varlen", "sdpa", "eager"):
             raise RecipeError(f"model.attention: {attention} does not train on CPUs; set sdpa, or auto")
+        fused = kernels.select_kernels(recipe, config, device)
         masked = stand_ins.masks_all_pairs(recipe, config, device)
         whole = predict(recipe)
         rank = sharding.on_rank(whole, recipe, device)
@@ -196,7 +199,7 @@ def plan(
         ]:
             amount.notes.append(f"not in the prediction: {', '.join(unseen)}")
         flops = speed.flops_per_token(recipe, whole, config.get_text_config(), amount.document, dense=masked)
-    return Plan(recipe, device, card, capacity, attention, rank, amount, flops, remedies)
+    return Plan(recipe, device, card, capacity, attention, fused.name, rank, amount, flops, remedies)
 
 
 def _capacity(gpu_memory: str | None, gpu: str | None, cpu: bool) -> tuple[float | None, speed.GPU | None]:

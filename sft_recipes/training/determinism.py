@@ -27,7 +27,10 @@ def deterministic(wanted: bool) -> Iterator[None]:
         yield
         return
     before = {name: os.environ.get(name) for name in _VARIABLES}
-    was_on, warned_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    was_on, warned_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     os.environ.update(_VARIABLES)
     torch.use_deterministic_algorithms(True)

@@ -42,6 +42,7 @@ from sft_recipes.stopping import Stop
 from sft_recipes.training import checkpoints, fitting, head, preflight, sharded
 from sft_recipes.training.arguments import padding_free, sft_config
 from sft_recipes.training.guards import Finite, Stops
+from sft_recipes.training.kernels import Kernels, apply_kernels
 from sft_recipes.training.logging import Display, Metrics
 from sft_recipes.training.model import (
     compile_layers,
@@ -67,6 +68,7 @@ class Trainer(Saving, Shares, SFTTrainer):
 
     metrics: Metrics
     samples: Samples | None = None
+    kernels: Kernels
     preflight: Preflight | None = None  # None where the recipe goes without
     aux_loss_enabled: bool  # SFTTrainer's own: whether a mixture of experts also learns to balance them
 
@@ -109,7 +111,9 @@ class Trainer(Saving, Shares, SFTTrainer):
     def _count_tokens(self, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor | int:
         """Return how many tokens of these micro-batches, in all processes, are not padding, without a synchronization."""
         pad = self.processing_class.pad_token_id
-        real = [batch["attention_mask"] if "attention_mask" in batch else batch["input_ids"] != pad for batch in batches]
+        real = [
+            batch["attention_mask"] if "attention_mask" in batch else batch["input_ids"] != pad for batch in batches
+        ]
         count = sum(mask.sum() for mask in real)
         return self.accelerator.reduce(count, "sum") if self.args.world_size > 1 and batches else count
 
@@ -266,6 +270,7 @@ def build(
         trainer.remove_callback(unwanted)
     if recipe.lora is not None:
         settle_types(trainer.model, recipe)
+    trainer.kernels = apply_kernels(trainer.model, recipe)
     if recipe.train.compile:
         with _as_recipe_error(recipe, "train.compile"):
             compile_layers(trainer.model)
@@ -325,7 +330,8 @@ def train(trainer: Trainer, checkpoint: Path | None) -> None:
         trainer.args.eval_on_start = False  # that was before the first step
         trainer.saved = checkpoint
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with trainer.kernels.active():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except SFTRecipeError:
         raise
     except Exception as error:

@@ -27,7 +27,9 @@ def during(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, bool, str | None
 
 
 def test_deterministic_algorithms_for_the_length_of_a_run(write_recipe: WriteRecipe, during: list[object]) -> None:
-    folder, said = run(write_recipe(lora={}, export={"merge": False}), "train.deterministic=true", "train.preflight=true")
+    folder, said = run(
+        write_recipe(lora={}, export={"merge": False}), "train.deterministic=true", "train.preflight=true"
+    )
 
     assert set(during) == {(True, False, ":4096:8", "1")}
     assert "deterministic algorithms only (train.deterministic changes nothing on a CPU)" in said
