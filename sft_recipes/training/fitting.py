@@ -107,6 +107,9 @@ def settled(recipe: Recipe, predict: Predict, capacity: float, device: str) -> R
             if without.train.micro_batch_size * recipe.data.max_length >= _ENOUGH:
                 return without
         recipe = largest(with_layers(True), predict, capacity, device)
+        enough = [size for size in changes.micro_batch_sizes(recipe) if size * recipe.data.max_length >= _ENOUGH]
+        if enough and enough[0] < int(recipe.train.micro_batch_size):  # the rest of the memory saves recomputing
+            recipe = changes.applied(recipe, {"train.micro_batch_size": enough[0]})
 
     def fits(layers: bool | int) -> bool:
         changed = with_layers(layers)

@@ -398,9 +398,18 @@ def test_auto_of_both_prefers_no_checkpointing_once_a_micro_batch_is_large_enoug
 
     assert chosen(peak(8, layers=False)) == (8, False)
     assert chosen(peak(4, layers=False)) == (4, False)
-    size, layers = chosen(peak(2, layers=False))  # 2,048 tokens without, more with
-    assert size > 2
+    size, layers = chosen(peak(2, layers=False))  # 2,048 tokens without, 4,096 with
+    assert size == 4
     assert layers
+    size, layers = chosen(peak(4, layers=False) - 1)  # room for 8,192 tokens with every layer recomputed
+    assert (
+        fitting.largest(
+            changes.applied(recipe, {"train.gradient_checkpointing": True}), predict, peak(4, layers=False) - 1, "cpu"
+        ).train.micro_batch_size
+        > 4
+    )
+    assert (size, layers) == (4, 4)  # of four layers one
+    assert chosen(peak(2, layers=True)) == (2, True)
     with pytest.raises(ValueError, match="not even 1 sequence fits"):
         chosen(peak(1, layers=True) - 1)
 
