@@ -24,7 +24,7 @@ FOUND, PAGE = DOCS / "recipes.json", DOCS / "recipes.md"
 SIZES = (16, 24, 40, 48, 80, 141)  # of GPUs, in 10^9 bytes
 # What the memory of a step does not depend on.
 _APART: dict[str, Any] = {
-    "model": {"name"}, "data": {"train", "eval", "columns"},
+    "model": {"name"}, "data": {"train", "eval", "columns"}, "train": {"kernels", "deterministic", "learning_rate", "seed"},
     "eval": True, "checkpoint": True, "log": True, "export": True, "output_dir": True,
 }  # fmt: skip
 
@@ -46,8 +46,9 @@ def fingerprint(name: str) -> str:
 
 
 def predict(name: str) -> dict[str, Any]:
-    """Bytes of a GPU, by part, with as many layers recomputed as the recipe allows. `loading`: those of 4-bit weights, which
-    each GPU holds before they are shared out. `fits`: which of SIZES have room for both."""
+    """Bytes of a GPU, by part, of the least that the recipe takes: each layer recomputed if that is auto, one sequence at once
+    if that is. `loading`: those of 4-bit weights, which each GPU holds before they are shared out. `fits`: which of SIZES have
+    room for both. `auto`: what auto comes to on the smallest of them."""
     from sft_recipes.plan import plan
 
     recipe = _recipe(name)
@@ -55,13 +56,24 @@ def predict(name: str) -> dict[str, Any]:
         rows = Path(folder, "rows.jsonl")
         rows.write_text('{"instruction": "Say it.", "output": "It."}\n' * 2, encoding="utf-8")
         here = [f"model.name={directory(recipe.model.name)}", f"data.train={rows}", "data.eval=0.5", "data.columns={}"]
+        here.append("train.kernels=none")  # whatever is installed here; with Liger's a run takes less
 
         def found(*more: str) -> memory.Footprint:
             return plan(str(_file(name)), [*here, *more]).found
 
-        rank, loading = found(), 0.0
+        sizes = recipe.train.micro_batch_size == "auto"
+        rank, loading = found(*["train.micro_batch_size=1"] * sizes), 0.0
         if recipe.model.quantization and recipe.launch.strategy == "fsdp2":
             loading = found("launch.strategy=ddp", "launch.processes=1", "launch.machines=1").peak["weights"]
+        fits = [size for size in SIZES if memory.fits(rank, size * 1e9, "cuda") and loading < memory.SHARE * size * 1e9]
+        settled = None
+        if sizes:
+            on_card = plan(str(_file(name)), here, gpu_memory=f"{fits[0]}GB")
+            settled = {
+                "micro_batch_size": on_card.recipe.train.micro_batch_size,
+                "gradient_checkpointing": on_card.recipe.train.gradient_checkpointing,
+                "peak": round(on_card.found.peak_bytes),
+            }
     return {
         "of": fingerprint(name),
         "parameters": rank.parameters,
@@ -69,9 +81,8 @@ def predict(name: str) -> dict[str, Any]:
         "peak": round(rank.peak_bytes),
         "loading": round(loading),
         "parts": {part: round(size) for part, size in rank.peak.items()},
-        "fits": [
-            size for size in SIZES if memory.fits(rank, size * 1e9, "cuda") and loading < memory.SHARE * size * 1e9
-        ],
+        "fits": fits,
+        "auto": settled,
     }
 
 
@@ -83,7 +94,12 @@ def known() -> dict[str, Any]:
 def in_words(found: dict[str, Any]) -> str:
     """A prediction as a header says it."""
     loading = f"; {memory.in_words(found['loading'])} while it is loaded" if found["loading"] > found["peak"] else ""
-    return f"{memory.in_words(found['peak'])} a GPU, predicted{loading}"
+    if settled := found["auto"]:
+        layers = {False: "no layers", True: "every layer"}.get(settled["gradient_checkpointing"])
+        layers = layers or f"every {settled['gradient_checkpointing']} layers"
+        size, peak = found["fits"][0], memory.in_words(settled["peak"])
+        loading = f"; auto takes {peak} of {size} GB: {settled['micro_batch_size']} at once, {layers} recomputed"
+    return f"{memory.in_words(found['peak'])} a GPU{' at least' if settled else ''}, predicted{loading}"
 
 
 def _file(name: str) -> Path:

@@ -138,7 +138,13 @@ class Work:
 
 
 def works() -> list[Work]:
-    return [Work(name, load.load(shipped.folder() / f"{name}.yaml").recipe, model) for name, model in RECIPES.items()]
+    """The recipes, with one sequence at once where that is auto: most GPUs for the same global batch."""
+    found = []
+    for name, model in RECIPES.items():
+        file = shipped.folder() / f"{name}.yaml"
+        auto = load.load(file).recipe.train.micro_batch_size == "auto"
+        found.append(Work(name, load.load(file, ["train.micro_batch_size=1"] * auto).recipe, model))
+    return found
 
 
 def work_table() -> Iterator[str]:

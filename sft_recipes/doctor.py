@@ -19,11 +19,15 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from sft_recipes.errors import one_line
+from sft_recipes.recipe import machine
 from sft_recipes.recipe.upstream import imitates_bf16, installed
 
 _OURS = "sft-recipes"
 _DEVELOPMENT = "test"  # the extra that no run needs
-_FLASH = "flash"  # the extra that only GPUs have a use for
+_FOR_GPUS = {  # extras that only GPUs have a use for: the module, the package, what a run lacks without
+    "flash": ("flash_attn", "flash-attn", "training with long sequences is slower"),
+    "liger": ("liger_kernel", "liger-kernel", "RMSNorm, RoPE and SwiGLU run unfused"),
+}
 _LITTLE_DISK = 20e9  # bytes: an 8B model as downloaded takes 16 GB
 _LITTLE_MEMORY = 8e9  # bytes: libraries, data and a small model
 _HUB_SECONDS = 5.0
@@ -110,7 +114,7 @@ def _packages() -> Iterator[Finding]:
             requirement = Requirement(text)
             marker = requirement.marker
             of_extra = marker and not marker.evaluate({"extra": ""}) and marker.evaluate({"extra": extra})
-            if of_extra and (extra != _FLASH or installed("flash_attn")):
+            if of_extra and (extra not in _FOR_GPUS or installed(_FOR_GPUS[extra][0])):
                 yield _package(requirement, pins, extra)
 
 
@@ -152,7 +156,7 @@ def _devices() -> Iterator[Finding]:
         return
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
     cpu = f"no GPU is used; {cores} CPU cores"
-    if _nvidia_driver():
+    if machine.has_nvidia_driver():
         built = torch.version.cuda
         yield Finding(
             "devices",
@@ -194,14 +198,15 @@ def _gpu(torch: Any, number: int) -> Finding:
     return Finding(f"cuda:{number}", "ok", f"{said}, bf16")
 
 
-def _nvidia_driver() -> bool:
-    return Path("/proc/driver/nvidia/version").is_file() or shutil.which("nvidia-smi") is not None
-
-
 def _kernels() -> Iterator[Finding]:
     """Packages with compiled parts: whether they load."""
     torch, _ = _imported("torch")
     cuda = torch is not None and torch.cuda.is_available()
+    if cuda and (lacking := machine.triton_lacks()):
+        said = f"{lacking} is not found; Triton compiles the loss for the GPU with it"
+        yield Finding("C compiler", "missing", said, "apt-get install gcc python3-dev")
+    elif cuda:
+        yield Finding("C compiler", "ok", "Triton finds one, and Python's headers")
     for module, package in _NATIVE.items():
         if installed(module):
             found, wrong = _imported(module)
@@ -210,13 +215,15 @@ def _kernels() -> Iterator[Finding]:
                 yield Finding(f"{package} loads", "missing", said, _anew(package), required=False)
             else:
                 yield Finding(f"{package} loads", "ok", "yes")
-    if not installed("flash_attn") and cuda:
-        bring = f"pip install --no-build-isolation '{_OURS}[{_FLASH}]'"
-        yield Finding(
-            "flash-attn", "missing", "is not installed; training with long sequences is slower", bring, required=False
-        )
-    elif not installed("flash_attn"):
-        yield Finding("flash-attn", "ok", "is not installed, and without a GPU there is no use for it")
+    for extra, (module, package, without) in _FOR_GPUS.items():
+        if installed(module):
+            continue
+        if cuda:
+            built = "--no-build-isolation " if extra == "flash" else ""
+            bring = f"pip install {built}'{_OURS}[{extra}]'"
+            yield Finding(package, "missing", f"is not installed; {without}", bring, required=False)
+        else:
+            yield Finding(package, "ok", "is not installed, and without a GPU there is no use for it")
     yield _bitsandbytes(cuda=cuda)
 
 

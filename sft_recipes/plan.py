@@ -40,6 +40,7 @@ class Plan:
     gpu: speed.GPU | None
     capacity: float | None  # bytes of memory of a device
     attention: str
+    kernels: str
     found: Footprint
     host: host_memory.HostMemory  # of the machine that rank 0 is on
     amount: Amount
@@ -77,6 +78,7 @@ class Plan:
             "processes": self.ranks,
             "strategy": launch.strategy,
             "attention": self.attention,
+            "kernels": self.kernels,
             "micro_batch_size": train.micro_batch_size,
             "gradient_checkpointing": train.gradient_checkpointing,
             "gradient_accumulation_steps": self.recipe.accumulation,
@@ -112,7 +114,7 @@ class Plan:
         several = f", {self.ranks} ranks with {recipe.launch.strategy}" if self.ranks > 1 else ""
         lines = [
             f"model: {recipe.model.name}, {method}, {found.trained:,} of {found.parameters:,} parameters trained, weights in "
-            f"{recipe.model.quantization or recipe.model.dtype}, attention {self.attention}{several}",
+            f"{recipe.model.quantization or recipe.model.dtype}, attention {self.attention}, kernels {self.kernels}{several}",
             f"step: {recipe.sequences_per_step} sequences of {recipe.data.max_length:,} tokens, "
             f"{recipe.train.micro_batch_size} at once, {recipe.accumulation} times, gradient checkpointing "
             f"{recipe.train.recomputed_in_words}",
@@ -170,7 +172,7 @@ def plan(
                 "--gpu-memory 24GB, or --gpu NAME"
             )
         amount = _amount(recipe)
-        from sft_recipes.training import fitting, footprint, stand_ins
+        from sft_recipes.training import fitting, footprint, kernels, stand_ins
 
         config = footprint.config_of(recipe)
         predict = fitting.predictor(config, device)
@@ -185,6 +187,7 @@ def plan(
         attention = stand_ins.named(recipe, config, device) or "eager"
         if cpu and attention not in ("varlen", "sdpa", "eager"):
             raise RecipeError(f"model.attention: {attention} does not train on CPUs; set sdpa, or auto")
+        fused = kernels.select_kernels(recipe, config, device)
         masked = stand_ins.masks_all_pairs(recipe, config, device)
         whole = predict(recipe)
         rank = sharding.on_rank(whole, recipe, device)
@@ -201,7 +204,7 @@ def plan(
         text = config.get_text_config()
         model = host_memory.of_footprint(whole, text.vocab_size * text.hidden_size)
         host = host_memory.predict(recipe, model, device)
-    return Plan(recipe, device, card, capacity, attention, rank, host, amount, flops, remedies)
+    return Plan(recipe, device, card, capacity, attention, fused.name, rank, host, amount, flops, remedies)
 
 
 def _capacity(gpu_memory: str | None, gpu: str | None, cpu: bool) -> tuple[float | None, speed.GPU | None]:

@@ -15,6 +15,7 @@ from sft_recipes.report import page, words
 from sft_recipes.scale import ranks
 from sft_recipes.stopping import Stop
 from sft_recipes.training import checkpoints, facts, fitting, model, sharded, trainer
+from sft_recipes.training.determinism import deterministic
 from sft_recipes.training.logging import peak_memory
 
 
@@ -45,6 +46,7 @@ def run(
     words.warn(console, warnings)
     with (
         loaded.placing_errors(),
+        deterministic(recipe.train.deterministic),
         ranks.joined(recipe, lambda: _facts(recipe)),
         run_folder.opened(recipe.output_dir, resume=resume, main=ranks.is_main()) as folder,
     ):

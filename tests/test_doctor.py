@@ -13,6 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from sft_recipes import doctor
+from sft_recipes.recipe import machine as machine_lookup
 from tests.commands import sft_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -141,7 +142,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, *, driver: bool, built: str | None 
         __version__="2.13.0",
     )
     monkeypatch.setattr(doctor, "_imported", lambda module: (torch, ""))
-    monkeypatch.setattr(doctor, "_nvidia_driver", lambda: driver)
+    monkeypatch.setattr(machine_lookup, "has_nvidia_driver", lambda: driver)
 
 
 def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,14 +189,32 @@ def test_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
         assert bool(finding.mend) == (finding.state == "warning")
 
 
-def test_flash_attention_is_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("package", ["flash-attn", "liger-kernel"])
+def test_packages_for_gpus(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     monkeypatch.setattr(doctor, "installed", lambda module: False)
     for cuda, state in ((True, "missing"), (False, "ok")):
         torch = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda cuda=cuda: cuda), lib=None)
         monkeypatch.setattr(doctor, "_imported", lambda module, torch=torch: (torch, ""))
-        finding = found(doctor._kernels, "flash-attn")
+        finding = found(doctor._kernels, package)
         assert finding.state == state
         assert not finding.hinders
+
+
+def test_a_gpu_needs_a_c_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    torch = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: True), lib=None)
+    monkeypatch.setattr(doctor, "installed", lambda module: False)
+    monkeypatch.setattr(doctor, "_imported", lambda module: (torch, ""))
+    monkeypatch.setenv("CC", str(tmp_path / "cc"))
+    finding = found(doctor._kernels, "C compiler")
+    assert finding.hinders
+    assert f"a C compiler ({tmp_path}/cc) is not found" in finding.said
+
+    (tmp_path / "cc").touch(mode=0o755)
+    monkeypatch.setattr("sysconfig.get_paths", lambda **_: {"include": str(tmp_path)})
+    assert "Python.h" in found(doctor._kernels, "C compiler").said
+
+    (tmp_path / "Python.h").touch()
+    assert found(doctor._kernels, "C compiler").state == "ok"
 
 
 def test_a_kernel_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ Judges and never edits: a recipe means what it says.
 """
 
 import difflib
-import os
 import re
 import shutil
 from collections.abc import Collection, Iterator, Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_recipes.errors import ModelError, RecipeError
-from sft_recipes.recipe import model_files, secrets
+from sft_recipes.recipe import machine, model_files, secrets
 from sft_recipes.recipe.load import Loaded, examine, field_names
 from sft_recipes.recipe.schema import DEFAULT_GLOBAL_BATCH_SIZE, Recipe
 from sft_recipes.recipe.upstream import OWNED, installed, optimizers, schedulers, sft_config_fields
@@ -212,19 +211,21 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
         yield key, str(value)
 
 
-def _compilers() -> Iterator[str]:
-    """What inductor (of CPUs) and Triton (of GPUs) look for, by name."""
-    yield from (os.environ[name] for name in ("CXX", "CC") if os.environ.get(name))
-    yield from ("g++", "clang++", "c++", "gcc", "clang")
-
-
 def _extras(recipe: Recipe) -> Iterator[str]:
     """Optional packages that the recipe needs and that are not installed."""
     attention, optimizer = recipe.model.attention, recipe.train.optimizer
     if optimizer in TORCHAO and not installed("torchao"):
         yield f"train.optimizer: {optimizer} needs torchao, which {_install('torchao')}"
-    if recipe.train.compile and not any(map(shutil.which, _compilers())):
+    if machine.trains_on_nvidia_gpu():
+        if lacking := machine.triton_lacks():
+            yield (
+                f"train: on a GPU, Triton compiles the loss with a C compiler, and {lacking} is missing. Install gcc and the "
+                "headers of this Python (Debian: apt-get install gcc python3-dev), or set CC to a compiler."
+            )
+    elif recipe.train.compile and not any(map(shutil.which, machine.cpp_compilers())):
         yield "train.compile: it needs a C++ compiler, and none is found (g++, clang++, or CXX); install one, or set false"
+    if recipe.train.kernels == "liger" and not installed("liger_kernel"):
+        yield f"train.kernels: liger {_install('liger')}, or set auto"
     if recipe.launch.strategy in ("zero2", "zero3") and not installed("deepspeed"):
         yield f"launch.strategy: {recipe.launch.strategy} needs DeepSpeed, which {_install('deepspeed')}; or set fsdp2"
     for tracker in recipe.log.to:

@@ -153,11 +153,16 @@ class Train(_Section):
     """Any optimizer transformers knows, or adamw_8bit_sr: 8-bit states and stochastic rounding (extra: torchao)."""
     gradient_checkpointing: bool | Positive | Literal["auto"] = "auto"
     """Recompute activations in the backward pass to save memory; N: of every Nth layer; auto: of as few as must be."""
+    kernels: Literal["auto", "liger", "none"] = "auto"
+    """Fused GPU kernels for RMSNorm, RoPE and SwiGLU. auto: Liger's, if installed, correct on this GPU and made for the model
+    (extra: liger)."""
     compile: bool = False
     """Compile the model's layers (torch.compile): a minute or more at the start, for runs that last."""
     preflight: bool = True
     """Try the model on the data before the first step: isolation of packed documents, memory of the largest micro-batch,
     gradients, loss of the base model."""
+    deterministic: bool = False
+    """Use deterministic algorithms only, which makes runs and --resume bitwise reproducible on a GPU, at some speed."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Of the split, the order of the data, new weights and dropout."""
 

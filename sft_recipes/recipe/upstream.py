@@ -45,6 +45,9 @@ OWNED = {
     "activation_checkpointing": "train.gradient_checkpointing",
     "activation_checkpointing_kwargs": "train.gradient_checkpointing",
     "torch_compile": "train.compile",
+    "use_liger_kernel": "train.kernels",
+    "liger_kernel_config": "train.kernels",
+    "full_determinism": "train.deterministic",
     "seed": "train.seed",
     "data_seed": "train.seed",
     "eval_strategy": "eval.every",
@@ -122,6 +125,25 @@ def schedulers() -> frozenset[str]:
 def optimizers() -> frozenset[str]:
     """Names of the optimizers of the installed transformers."""
     return _enum_values(_class("transformers", "training_args.py", "OptimizerNames"))
+
+
+@cache
+def liger_model_types() -> frozenset[str]:
+    """Model types that the installed Liger has kernels for. Importing it takes Triton, which only GPUs have."""
+    spec = importlib.util.find_spec("liger_kernel")
+    assert spec is not None, "asked for only if installed"
+    assert spec.origin is not None, "liger_kernel is a package with files"
+    file = Path(spec.origin).parent / "transformers" / "monkey_patch.py"
+    tables = (
+        statement.value
+        for statement in ast.parse(file.read_text(encoding="utf-8")).body
+        if isinstance(statement, ast.Assign)
+        and ast.unparse(statement.targets[0]) == "MODEL_TYPE_TO_APPLY_LIGER_FN"
+        and isinstance(statement.value, ast.Dict)
+    )
+    return frozenset(
+        key.value for key in next(tables).keys if isinstance(key, ast.Constant) and isinstance(key.value, str)
+    )
 
 
 def installed(package: str) -> bool:

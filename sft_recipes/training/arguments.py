@@ -68,7 +68,6 @@ def sft_config(recipe: Recipe, steps: Steps, run_dir: Path, *, validates: bool) 
         "logging_steps": recipe.log.every,
         "logging_first_step": True,
         "logging_nan_inf_filter": False,  # a loss that is not a number is to be seen, not replaced by the last good one
-        "include_num_input_tokens_seen": "non_padding",  # kept in the checkpoint, unlike TRL's own count
         "report_to": "none",  # log.to: the trackers come as guarded callbacks
         "run_name": recipe.log.name or run_dir.name,
         "project": recipe.log.project or PROJECT,

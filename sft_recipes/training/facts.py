@@ -16,15 +16,20 @@ def in_words(recipe: Recipe, trainer: Any) -> list[str]:
     steps = trainer.args.max_steps
     micro, accumulation, world = recipe.train.micro_batch_size, recipe.accumulation, trainer.args.world_size
     processes = f" x {world} processes" if world > 1 else ""
-    _, why = attention.choose(recipe, trainer.model.config, "cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu, deterministic = torch.cuda.is_available(), ""
+    if recipe.train.deterministic:
+        on_cpu = "" if on_gpu else " (train.deterministic changes nothing on a CPU)"
+        deterministic = f", deterministic algorithms only{on_cpu}"
+    _, why = attention.choose(recipe, trainer.model.config, "cuda" if on_gpu else "cpu")
     return [
         f"model: {recipe.model.name}, {method}, {trained:,} of {total:,} parameters trained ({trained / total:.2%}), "
         f"weights in {recipe.model.quantization or recipe.model.dtype}, "
-        f"attention {trainer.model.config._attn_implementation}{f' ({why})' if why else ''}, on {device()['name']}",
+        f"attention {trainer.model.config._attn_implementation}{f' ({why})' if why else ''}, "
+        f"{f'kernels {trainer.kernels}, ' if on_gpu else ''}on {device()['name']}",
         f"steps: {steps:,} of {recipe.sequences_per_step} sequences ({micro} x {accumulation} accumulated{processes}), "
         f"{int(trainer.args.warmup_steps):,} of them warmup, {recipe.train.lr_scheduler} to a learning rate of "
         f"{recipe.train.learning_rate:g}, {recipe.train.optimizer}, mixed precision {recipe.train.mixed_precision}, "
-        f"gradient checkpointing {recipe.train.recomputed_in_words}",
+        f"gradient checkpointing {recipe.train.recomputed_in_words}{deterministic}",
     ]
 
 
@@ -51,12 +56,14 @@ def used(trainer: Any) -> dict[str, Any]:
         "device": device(),
         "weights": recipe.model.quantization or recipe.model.dtype,
         "mixed_precision": recipe.train.mixed_precision,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
         "optimizer": recipe.train.optimizer,
         "gradient_checkpointing": recipe.train.gradient_checkpointing,
         "micro_batch_size": recipe.train.micro_batch_size,
         "gradient_accumulation_steps": recipe.accumulation,
         "sequences_per_step": recipe.sequences_per_step,
         "attention": trainer.model.config._attn_implementation,
+        "kernels": trainer.kernels.name,
         "parameters": {"all": total, "trained": trained},
     }
 

@@ -100,6 +100,9 @@ def settled(recipe: Recipe, predict: Predict, capacity: float, device: str) -> R
     def with_layers(layers: bool | int) -> Recipe:
         return changes.applied(recipe, {"train.gradient_checkpointing": layers})
 
+    def fits(changed: Recipe) -> bool:
+        return memory.fits(sharding.on_rank(predict(changed), changed, device), capacity, device)
+
     if sizes:
         with suppress(RecipeError):  # where no sequence fits without recomputing
             without = largest(with_layers(False), predict, capacity, device)
@@ -107,14 +110,17 @@ def settled(recipe: Recipe, predict: Predict, capacity: float, device: str) -> R
             if without.train.micro_batch_size * recipe.data.max_length >= _ENOUGH:
                 return without
         recipe = largest(with_layers(True), predict, capacity, device)
-
-    def fits(layers: bool | int) -> bool:
-        changed = with_layers(layers)
-        return memory.fits(sharding.on_rank(predict(changed), changed, device), capacity, device)
+        assert isinstance(recipe.train.micro_batch_size, int)
+        enough = [size for size in changes.micro_batch_sizes(recipe) if size * recipe.data.max_length >= _ENOUGH]
+        if enough and enough[0] < recipe.train.micro_batch_size:  # if memory is left, it saves recomputing
+            smaller = changes.applied(with_layers(2), {"train.micro_batch_size": enough[0]})
+            recipe = smaller if fits(smaller) else recipe
 
     # Where not even all layers suffice it is left at that: the preflight says what would.
     return with_layers(
-        False if fits(False) else changes.RECOMPUTED[bisect_left(changes.RECOMPUTED[:-1], True, key=fits)]
+        False
+        if fits(with_layers(False))
+        else changes.RECOMPUTED[bisect_left(changes.RECOMPUTED[:-1], True, key=lambda n: fits(with_layers(n)))]
     )
 
 

@@ -22,6 +22,7 @@ from sft_recipes.planning.memory import Footprint, extrapolate
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.training import stand_ins
 from sft_recipes.training.arguments import CHECKPOINTING, padding_free
+from sft_recipes.training.kernels import select_kernels
 from sft_recipes.training.model import DTYPES, layers_of, load_config, settle_types, with_adapters
 from sft_recipes.training.tracking import Tracker
 
@@ -181,7 +182,11 @@ class _Step:
             )
         step = self._optimizer(trained)
         half, loss_type = train.mixed_precision != "no", self.recipe.trl.get("loss_type", "nll")
-        with stand_ins.of(self.device, self.tracker, half=half, loss_type=loss_type):
+        fused = select_kernels(self.recipe, base.config, self.device).name == "liger"
+        with (
+            stand_ins.of(self.device, self.tracker, half=half, loss_type=loss_type),
+            stand_ins.liger(base) if fused else nullcontext(),
+        ):
             # The first step makes the optimizer's states; its gradients need no backward pass.
             for parameter in trained:
                 parameter.grad = torch.empty_like(parameter)

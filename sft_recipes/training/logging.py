@@ -56,10 +56,10 @@ class Metrics(TrainerCallback):
         self.began = 0.0
         self.flops_per_token: float | None = None  # of the model, where that is known
 
-    def begin(self, tokens: int, trained_tokens: torch.Tensor | int) -> None:
+    def begin(self, tokens: torch.Tensor | int, trained_tokens: torch.Tensor | int) -> None:
         """A step begins after so many tokens: its data is about to be asked for."""
         self.began = time.monotonic()
-        self.before = self.before or {"tokens": tokens, "trained_tokens": int(trained_tokens)}
+        self.before = self.before or {"tokens": int(tokens), "trained_tokens": int(trained_tokens)}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:

@@ -33,6 +33,7 @@ from sft_recipes.recipe import model_files, schema
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.training import sharded
 from sft_recipes.training.attention import choose
+from sft_recipes.training.lora_addition import add_in_place
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 NEW_PAD = "<|pad|>"
@@ -332,6 +333,7 @@ def settle_types(model: torch.nn.Module, recipe: schema.Recipe) -> None:
         for module in model.modules():
             if isinstance(module, LoraLayer):
                 module.cast_input_dtype_enabled = False
+    add_in_place(model, recipe)
 
 
 def keep_trainable_in_float32(model: torch.nn.Module, *, autocast: bool) -> None:

@@ -29,6 +29,7 @@ class Saving(transformers.Trainer):
     agree: Callable[[bool], bool]  # whether it holds in any of the processes
     skipped_steps: int
     trained_tokens: torch.Tensor | int
+    tokens: torch.Tensor | int
     stopped: bool  # on request
     saved: Path | None = None  # the last complete checkpoint
     best: tuple[float | None, int | None] = (None, None)  # validation loss and step of the best one
@@ -36,6 +37,7 @@ class Saving(transformers.Trainer):
     def _save_checkpoint(self, model: Any = None, trial: Any = None) -> None:
         """All that an exact continuation takes, complete or not there."""
         folder, state = checkpoints.place(self.run_dir, self.state.global_step), self.state
+        state.num_input_tokens_seen = int(self.tokens)
         best_before = state.best_model_checkpoint
         if state.best_global_step == state.global_step:
             state.best_model_checkpoint = str(folder)
@@ -143,6 +145,7 @@ class Saving(transformers.Trainer):
                     f"{best}, with the lowest validation loss so far, cannot be used: {fault}; a later one will be"
                 )
         self.best = (self.state.best_metric, self.state.best_global_step)
+        self.tokens = self.state.num_input_tokens_seen
         if self.saved is not None and (file := self.saved / self._running_file).is_file():
             self.trained_tokens = json.loads(file.read_text(encoding="utf-8"))["trained_tokens"]
         return trained

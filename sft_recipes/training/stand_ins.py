@@ -1,8 +1,10 @@
 """What a GPU does where the CPU, on which a step is traced, does otherwise; and layers that cannot be traced as they are."""
 
 import math
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -168,6 +170,63 @@ def of(device: str, tracker: Tracker, *, half: bool, loss_type: str) -> Iterator
             patch.object(torch.nn.functional, "layer_norm", in_float32 if half else normalise),
         ):
             yield
+
+
+# --- Liger's kernels ---
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Liger keeps the input and a float32 number a row, and writes the input's gradient over the output's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight, torch.empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        weight = ctx.saved_tensors[1]
+        return gradient, torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+
+
+class _GatedProduct(torch.autograd.Function):
+    """Liger's SwiGLU and GeGLU keep both inputs, and write the gradients over them."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        return torch.empty_like(gate)
+
+    @staticmethod
+    def backward(ctx: Any, _gradient: torch.Tensor) -> Any:
+        return ctx.saved_tensors
+
+
+def _gated(module: Any, x: torch.Tensor) -> torch.Tensor:
+    if hasattr(module, "gate_up_proj"):
+        gate, up = (half.contiguous() for half in module.gate_up_proj(x).chunk(2, dim=-1))
+    else:
+        gate, up = module.gate_proj(x), module.up_proj(x)
+    return module.down_proj(_GatedProduct.apply(gate, up))
+
+
+def _rotated(q: torch.Tensor, k: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Liger rotates in place, forward and backward."""
+    return q, k
+
+
+@contextmanager
+def liger(model: PreTrainedModel) -> Iterator[None]:
+    """Liger's norms, MLPs and rotation stand in for the model's own, by the names that transformers gives them. Experts of a
+    mixture are left as they are."""
+    module, rotate = sys.modules[type(model).__module__], "apply_rotary_pos_emb"
+    for part in model.modules():
+        if type(part).__name__.endswith("RMSNorm"):
+            part.forward = partial(lambda norm, x: _RMSNorm.apply(x, norm.weight), part)
+        elif isinstance(getattr(part, "down_proj", None), torch.nn.Module):
+            part.forward = partial(_gated, part)
+    with patch.object(module, rotate, _rotated) if hasattr(module, rotate) else nullcontext():
+        yield
 
 
 # --- Quantised weights ---

@@ -42,6 +42,7 @@ from sft_recipes.stopping import Stop
 from sft_recipes.training import checkpoints, facts, fitting, head, sharded
 from sft_recipes.training.arguments import padding_free, sft_config
 from sft_recipes.training.guards import Finite, Stops
+from sft_recipes.training.kernels import Kernels, apply_kernels
 from sft_recipes.training.logging import Display, Metrics
 from sft_recipes.training.model import (
     compile_layers,
@@ -67,6 +68,7 @@ class Trainer(Saving, Shares, SFTTrainer):
 
     metrics: Metrics
     samples: Samples | None = None
+    kernels: Kernels
     preflight: Preflight | None = None  # None without train.preflight, and before training begins
     on_begin: Callable[[], None] | None = None  # called once when training begins, after the preflight
     aux_loss_enabled: bool  # SFTTrainer's own: whether a mixture of experts also learns to balance them
@@ -87,7 +89,9 @@ class Trainer(Saving, Shares, SFTTrainer):
         self.losses: list[torch.Tensor] = []  # of the micro-batches of this step
         self.grad_norm: torch.Tensor | float = 0.0  # of this step
         self.skipped_steps = 0
-        self.trained_tokens: torch.Tensor | int = 0  # in all processes; a tensor, so that no device is waited for
+        # In all processes; tensors, so that no device is waited for.
+        self.trained_tokens: torch.Tensor | int = 0
+        self.tokens: torch.Tensor | int = 0
         self.stopped = False  # on request
         self._losses_and_counts = list[torch.Tensor]()  # of the validation's micro-batches
         self.own_head = head.applies(self.args.device.type, self.args.loss_type)
@@ -113,11 +117,21 @@ class Trainer(Saving, Shares, SFTTrainer):
     # --- Each step ---
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        self.metrics.begin(self.state.num_input_tokens_seen, self.trained_tokens)
+        self.metrics.begin(self.tokens, self.trained_tokens)
         batches, trained_tokens = super().get_batch_samples(*args, **kwargs)
         if trained_tokens is not None:
             self.trained_tokens = self.trained_tokens + trained_tokens
+        self.tokens = self.tokens + self._count_tokens(batches)
         return batches, trained_tokens
+
+    def _count_tokens(self, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor | int:
+        """Return how many tokens of these micro-batches, in all processes, are not padding, without a synchronization."""
+        pad = self.processing_class.pad_token_id
+        real = [
+            batch["attention_mask"] if "attention_mask" in batch else batch["input_ids"] != pad for batch in batches
+        ]
+        count = sum(mask.sum() for mask in real)
+        return self.accelerator.reduce(count, "sum") if self.args.world_size > 1 and batches else count
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         with head.in_place_of_trls() if self.own_head else nullcontext():
@@ -149,6 +163,7 @@ class Trainer(Saving, Shares, SFTTrainer):
             logs["skipped_steps"] = self.skipped_steps
         if "loss" in logs:
             logs["trained_tokens"] = int(self.trained_tokens)
+        self.state.num_input_tokens_seen = logs["num_input_tokens_seen"] = int(self.tokens)
         if self.own_head:
             self._metrics["train" if self.model.training else "eval"].pop("entropy", None)  # is not computed
         super().log(logs, start_time)
@@ -273,6 +288,7 @@ def build(
         trainer.remove_callback(unwanted)
     if recipe.lora is not None:
         settle_types(trainer.model, recipe)
+    trainer.kernels = apply_kernels(trainer.model, recipe)
     if recipe.train.compile:
         with _as_recipe_error(recipe, "train.compile"):
             compile_layers(trainer.model)
@@ -334,7 +350,8 @@ def train(trainer: Trainer, checkpoint: Path | None, on_begin: Callable[[], None
         trainer.args.eval_on_start = False  # that was before the first step
         trainer.saved = checkpoint
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with trainer.kernels.active():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except SFTRecipeError:
         raise
     except Exception as error:

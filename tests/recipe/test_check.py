@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from sft_recipes.errors import RecipeError
-from sft_recipes.recipe import check, upstream
+from sft_recipes.recipe import check, load, machine, upstream
 from tests.conftest import WriteRecipe
 
 
@@ -151,6 +151,7 @@ def test_trust_remote_code_is_said(write_recipe: WriteRecipe) -> None:
         ("torchao", ["train.optimizer=adamw_8bit_sr"], "torchao"),
         ("wandb", ["log.to=[wandb]"], "wandb"),
         ("flash_attn", ["model.attention=flash_attention_2"], "flash"),
+        ("liger_kernel", ["train.kernels=liger"], "liger"),
     ],
 )
 def test_a_missing_package_names_its_extra(
@@ -171,6 +172,41 @@ def test_compile_without_a_compiler(write_recipe: WriteRecipe, monkeypatch: pyte
 
     (tmp_path / "compiler").touch(mode=0o755)
     check.accepted(str(write_recipe()), ["train.compile=true"])
+
+
+def test_a_gpu_needs_a_c_compiler(write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(machine, "trains_on_nvidia_gpu", lambda: True)
+    monkeypatch.setenv("CC", str(tmp_path / "cc"))
+    [problem] = problems(write_recipe())
+    assert problem.endswith("or set CC to a compiler.")
+    assert f"train: on a GPU, Triton compiles the loss with a C compiler, and a C compiler ({tmp_path}/cc)" in problem
+    assert not check.judge(load.load(write_recipe()).recipe, to_run=False).problems  # a plan for another machine
+
+    (tmp_path / "cc").touch(mode=0o755)
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr("sysconfig.get_paths", lambda **_: {"include": str(tmp_path)})
+    assert warnings(write_recipe()) == []
+
+
+@pytest.mark.parametrize(
+    ("driver", "visible", "version", "on_gpu"),
+    [
+        (True, None, "2.13.0", True),
+        (True, "", "2.13.0", False),
+        (True, None, "2.13.0+cpu", False),
+        (False, None, "2.13.0", False),
+    ],
+)
+def test_where_a_run_would_compute(
+    monkeypatch: pytest.MonkeyPatch, driver: bool, visible: str | None, version: str, on_gpu: bool
+) -> None:
+    monkeypatch.setattr(machine, "has_nvidia_driver", lambda: driver)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: version)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+
+    assert machine.trains_on_nvidia_gpu() is on_gpu
 
 
 def test_recipe_and_model_problems_come_together(write_recipe: WriteRecipe, tmp_path: Path) -> None:

@@ -51,6 +51,8 @@ SHOWN_BY = {
     "train.on_nonfinite": "training/test_guards.py::test_a_step_with_a_loss_that_is_not_finite_is_skipped_and_counted",
     "train.optimizer": "training/test_training.py::test_stochastic_rounding_moves_weights_that_rounding_leaves",
     "train.gradient_checkpointing": "training/test_training.py::test_checkpointing_changes_nothing_but_memory",
+    "train.kernels": "training/test_kernels.py::test_auto_takes_ligers_for_a_model_that_it_knows",
+    "train.deterministic": "training/test_determinism.py::test_deterministic_algorithms_for_the_length_of_a_run",
     "train.compile": "training/test_training.py::test_compiled_layers_train_the_same_and_are_compiled_once",
     "train.preflight": "training/test_preflight.py::test_what_it_looked_at_is_written_down",
     "train.seed": "training/test_training.py::test_seeds_decide",

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from sft_recipes.planning import memory
 from sft_recipes.recipe import load, shipped
 
 ROOT = Path(__file__).parents[2]
@@ -59,6 +60,17 @@ def test_headers_name_the_smallest_gpu_that_it_fits(said: shipped.Shipped) -> No
 
 
 @each_recipe
+def test_auto_fits_the_card_of_the_header(said: shipped.Shipped) -> None:
+    recipe, settled = load.load(SCRIPT["_file"](said.name)).recipe, FOUND[said.name]["auto"]
+
+    assert (settled is not None) == (recipe.train.micro_batch_size == "auto")
+    if settled is not None:
+        card = FOUND[said.name]["fits"][0] * 1e9
+        assert FOUND[said.name]["peak"] <= settled["peak"] <= memory.SHARE * card - memory.CONTEXT
+        assert recipe.sequences_per_step % settled["micro_batch_size"] == 0
+
+
+@each_recipe
 def test_models_have_the_parameters_that_are_published(said: shipped.Shipped) -> None:
     found = FOUND[said.name]
     of_model = found["parameters"] - (found["trained"] if load.load(SCRIPT["_file"](said.name)).recipe.lora else 0)
@@ -80,6 +92,8 @@ def test_predicted_anew_it_is_the_same(name: str) -> None:
     assert found["parameters"] == FOUND[name]["parameters"]
     for key in ("peak", "loading"):
         assert found[key] == pytest.approx(FOUND[name][key], rel=1e-3), key
+    if found["auto"]:
+        assert found["auto"] == FOUND[name]["auto"] | {"peak": pytest.approx(FOUND[name]["auto"]["peak"], rel=1e-3)}
 
 
 def test_what_changes_the_memory_changes_the_fingerprint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

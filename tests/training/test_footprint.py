@@ -388,7 +388,7 @@ def test_auto_of_both_prefers_no_checkpointing_once_a_micro_batch_is_large_enoug
     )
     predict = fitting.predictor(CONFIGS["llama"], "cpu")
 
-    def peak(size: int, layers: bool) -> float:
+    def peak(size: int, layers: bool | int) -> float:
         sized = {"train.gradient_checkpointing": layers, "train.micro_batch_size": size}
         return predict(changes.applied(recipe, sized)).peak_bytes
 
@@ -401,6 +401,11 @@ def test_auto_of_both_prefers_no_checkpointing_once_a_micro_batch_is_large_enoug
     size, layers = chosen(peak(2, layers=False))  # 2,048 tokens without, more with
     assert size > 2
     assert layers
+    # Room for 4,096 tokens with half of the layers recomputed: more tokens with every layer recomputed are not taken.
+    half = peak(4, layers=2)
+    assert chosen(max(half, peak(8, layers=True)))[1] is not True
+    assert chosen(half)[0] == 4
+    assert chosen(peak(2, layers=True)) == (2, True)
     with pytest.raises(ValueError, match="not even 1 sequence fits"):
         chosen(peak(1, layers=True) - 1)
 

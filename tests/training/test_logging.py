@@ -9,9 +9,12 @@ import struct
 import subprocess
 import sys
 import termios
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 from transformers import TrainerControl, TrainerState
 
@@ -137,6 +140,32 @@ def test_tokens_are_those_of_the_data(write_recipe: WriteRecipe) -> None:
 
     assert metrics(folder)[-1]["tokens"] == 2 * tokens
     assert metrics(folder)[-1]["epoch"] == 2.0
+
+
+def test_micro_batches_wait_for_no_device(write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of these methods of a tensor on a GPU waits for all that the GPU has been given. TRL calls some per micro-batch;
+    this package, and transformers on its behalf, only per step."""
+    waits: Counter[str] = Counter()
+
+    def spied(method: Any) -> Any:
+        def call(tensor: torch.Tensor, *args: Any) -> Any:
+            module = sys._getframe(1).f_globals["__name__"]
+            own = module.startswith("sft_recipes.") and not module.endswith(".attention")  # which loops on a CPU alone
+            if own or module.startswith("transformers.trainer"):
+                waits[f"{module}.{sys._getframe(1).f_code.co_name}"] += 1
+            return method(tensor, *args)
+
+        return call
+
+    for name in ("item", "tolist", "__int__", "__float__", "__bool__"):
+        monkeypatch.setattr(torch.Tensor, name, spied(getattr(torch.Tensor, name)))
+    recipe, found = write_recipe(data={"eval": None}, log={"every": 4}, checkpoint={"every": None}), []
+    for micro in (1, 4):
+        waits.clear()
+        folder, _ = run(recipe, f"train.micro_batch_size={micro}", f"output_dir={recipe.parent / str(micro)}")
+        found.append((dict(waits), [line["tokens"] for line in metrics(folder)]))
+
+    assert found[0] == found[1]
 
 
 def test_metrics_that_cannot_be_written_are_a_warning(write_recipe: WriteRecipe, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from tests.conftest import WriteRecipe
 SEQUENCES = 400
 # Names we send without a recipe key that decides them; `trl:` may set them otherwise.
 UNOWNED = {"dataloader_pin_memory", "prediction_loss_only", "logging_first_step", "logging_nan_inf_filter"}
-UNOWNED |= {"disable_tqdm", "use_cpu", "include_num_input_tokens_seen", "accelerator_config"}
+UNOWNED |= {"disable_tqdm", "use_cpu", "accelerator_config"}
 
 
 def config(recipe: Path, *overrides: str, validates: bool = True) -> SFTConfig:

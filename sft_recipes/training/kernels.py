@@ -1,0 +1,182 @@
+"""Choose fused GPU kernels for RMSNorm, RoPE and SwiGLU, and apply Liger's to a model.
+
+The loss is never Liger's: TRL's fused head (on a CPU, `head.py`) makes no logits either, and counts tokens as the recipe says.
+transformers' own integration (`use_kernels`) downloads code from the hub when the model is built, so it is not used.
+"""
+
+import copy
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.integrations.liger import apply_liger_kernel
+from transformers.trainer_utils import unwrap_peft_model
+
+from sft_recipes.errors import ModelError
+from sft_recipes.recipe.schema import Recipe
+from sft_recipes.recipe.upstream import installed, liger_model_types
+
+# Kernels of Liger that are used; apply functions of models that lack one ignore its name.
+_LIGER = {
+    "rms_norm": True,
+    "rope": True,
+    "swiglu": True,
+    "geglu": True,
+    "layer_norm": False,
+    "cross_entropy": False,
+    "fused_linear_cross_entropy": False,
+}
+_TOKENS = 64  # of the comparison
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The kernels of a run: name (liger, none), the reason for none, what is fused, functions of the model's module."""
+
+    name: str = "none"
+    why: str = ""
+    fused: tuple[str, ...] = ()
+    module: Any = None
+    functions: dict[str, Any] = field(default_factory=dict)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Replace functions of the model's module, such as apply_rotary_pos_emb, which layers look up at each call."""
+        before = {name: getattr(self.module, name) for name in self.functions}
+        for name, fused in self.functions.items():
+            setattr(self.module, name, fused)
+        try:
+            yield
+        finally:
+            for name, eager in before.items():
+                setattr(self.module, name, eager)
+
+    def __str__(self) -> str:
+        if self.name == "liger":
+            return f"Liger ({', '.join(self.fused)})" if self.fused else "Liger"
+        return f"none ({self.why})" if self.why else "none"
+
+
+def select_kernels(recipe: Recipe, config: PreTrainedConfig, device: str) -> Kernels:
+    """Choose the kernels that a run on `device`, cuda or cpu, takes. Raises ModelError for a liger that cannot be had."""
+    wanted, model_type = recipe.train.kernels, config.model_type
+    if wanted == "none":
+        return Kernels()
+    if device == "cpu":
+        if wanted == "liger":
+            raise ModelError("train.kernels: liger needs an NVIDIA GPU (got a CPU). Set auto.")
+        return Kernels()
+    # On a machine with a GPU, Triton is a part of torch; elsewhere a plan for one predicts what is installed.
+    if wanted == "auto" and not (installed("liger_kernel") and installed("triton")):
+        return Kernels(why="liger-kernel is not installed")
+    if installed("liger_kernel") and model_type not in liger_model_types():
+        if wanted == "liger":
+            raise ModelError(f"train.kernels: Liger has no kernels for models of type {model_type}. Set auto.")
+        return Kernels(why=f"Liger has none for models of type {model_type}")
+    return Kernels("liger")
+
+
+def apply_kernels(model: torch.nn.Module, recipe: Recipe) -> Kernels:
+    """Apply the recipe's kernels to a model, if one layer gives with them on this GPU what its own code gives.
+
+    Returns the kernels in use. Raises ModelError if train.kernels is liger and they are not right.
+    """
+    kernels = select_kernels(recipe, model.config, "cuda" if torch.cuda.is_available() else "cpu")
+    if kernels.name == "none":
+        return kernels
+    try:
+        problem = compare_layer(recipe, model.config, "cuda")
+    except Exception as error:  # Liger for another version of transformers or Triton fails in its own ways
+        problem = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    if problem is not None:
+        if recipe.train.kernels == "liger":
+            raise ModelError(
+                f"train.kernels: Liger's kernels are not right for this model on this GPU: {problem}. Set none."
+            )
+        return Kernels(why=f"Liger's kernels are not right here: {problem}")
+    return apply_liger(model)
+
+
+def apply_liger(model: torch.nn.Module) -> Kernels:
+    """Give the norms and MLPs of a model, with or without adapters, Liger's forward pass.
+
+    Liger also replaces classes and functions in the model's module, for all models of the process. They are put back:
+    Kernels.active() replaces the functions while this model trains.
+    """
+    module = sys.modules[type(unwrap_peft_model(model)).__module__]
+    before = dict(vars(module))
+    try:
+        apply_liger_kernel(model, _LIGER)
+        replaced = {name: now for name, now in vars(module).items() if before.get(name) is not now}
+    finally:
+        for name, eager in before.items():
+            setattr(module, name, eager)
+    functions = {name: fused for name, fused in replaced.items() if name in before and not isinstance(fused, type)}
+    changed = {part._get_name().lower() for part in model.modules() if "forward" in vars(part)} | functions.keys()
+    words = {"RMSNorm": "rmsnorm", "RoPE": "rotary", "SwiGLU": "swiglu", "GeGLU": "geglu"}
+    fused = tuple(name for name, word in words.items() if any(word in each for each in changed))
+    return Kernels("liger", fused=fused, module=module, functions=functions)
+
+
+def compare_layer(recipe: Recipe, config: PreTrainedConfig, device: str) -> str | None:
+    """Compare Liger's output and gradients of one layer with those of the model's own code, on random input.
+
+    Both are computed as the run computes, and held against float32: Liger may be as far from it as the model's own code is,
+    and as far again. Returns what differs, or None.
+    """
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.train.mixed_precision)
+    dtype = getattr(torch, recipe.model.dtype)
+    devices = [torch.cuda.current_device()] if device == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.device(device):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(
+            one_layer(config), attn_implementation="eager", trust_remote_code=recipe.model.trust_remote_code
+        )
+        for weight in model.parameters():
+            weight.requires_grad_(weight.dim() == 1)  # gradients of norms; those of matrices are torch's own
+            if weight.dim() == 1:
+                weight.data.add_(torch.randn_like(weight), alpha=0.1)  # ones and zeros hide a wrong offset
+            else:
+                weight.data.normal_(std=weight.shape[-1] ** -0.5)  # new weights are too small for attention to matter
+        hidden = torch.randn(1, _TOKENS, config.get_text_config().hidden_size, dtype=dtype)
+    model.to(dtype).float()  # the rounding of the weights is not what is compared
+    exact = _run_layer(model, hidden.float(), None)
+    model.to(dtype)
+    eager = _run_layer(model, hidden, half)
+    with apply_liger(model).active():
+        fused = _run_layer(model, hidden, half)
+    for name, right in exact.items():
+        own, ours = ((found[name] - right).norm() / right.norm() for found in (eager, fused))
+        if not ours <= 2 * own + 1e-4:
+            return f"{name} differs by {ours:.1e} from float32, and the model's own code by {own:.1e}"
+    return None
+
+
+def one_layer(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the config of the same model with one layer and few tokens."""
+    small = copy.deepcopy(config)
+    text = small.get_text_config()
+    for key in ("layer_types", "mlp_layer_types"):
+        if getattr(text, key, None):
+            setattr(text, key, getattr(text, key)[:1])
+    text.num_hidden_layers, text.vocab_size, text.pad_token_id = 1, 8, None
+    return small
+
+
+def _run_layer(model: Any, hidden: torch.Tensor, half: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """Return output and gradients, in float32, of a layer between the embeddings and the last norm."""
+    hidden = hidden.clone().requires_grad_()
+    model.zero_grad()
+    autocast = torch.autocast(hidden.device.type, half) if half else nullcontext()
+    with autocast:
+        out = getattr(model, model.base_model_prefix)(inputs_embeds=hidden * 1, use_cache=False).last_hidden_state
+    out.float().square().sum().backward()
+    gradients = {
+        f"gradient of {name}": weight.grad for name, weight in model.named_parameters() if weight.grad is not None
+    }
+    found = {"output": out, "gradient of the input": hidden.grad} | gradients
+    return {name: each.detach().float() for name, each in found.items()}
