@@ -211,7 +211,7 @@ def attend(
     if query.is_cuda:
         return _kernel(query, key, value, starts, longest, scaling, window), None
     if torch.compiler.is_compiling():  # lengths are values, of which a graph knows nothing
-        return _by_document_in_graphs(query, key, value, starts, scaling, window), None
+        return _ByDocument.apply(query, key, value, starts, scaling, window), None
     return by_document(query, key, value, starts.diff().tolist(), scaling, window), None
 
 
@@ -258,34 +258,22 @@ def by_document(
     return torch.cat(done, dim=1)
 
 
-@torch.library.custom_op("sft_recipes::by_document", mutates_args=())  # type: ignore[untyped-decorator]
-def _by_document_in_graphs(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    starts: torch.Tensor,
-    scaling: float | None,
-    window: int | None,
-) -> torch.Tensor:
-    """`by_document` as one node of a compiled graph, which cannot split documents: their lengths are values, not shapes.
-
-    Its backward pass runs the forward pass again, because an operator's forward pass records no graph. That is 2 in 7 more of
-    the attention's operations than without torch.compile, which runs `by_document` itself.
-    """
-    return by_document(query, key, value, starts.diff().tolist(), scaling, window)
+# `by_document` and its gradients as nodes of a compiled graph, which cannot split documents: their lengths are values.
+_ARGUMENTS = "Tensor query, Tensor key, Tensor value, Tensor starts, float? scaling, SymInt? window"
+torch.library.define("sft_recipes::by_document", f"({_ARGUMENTS}) -> Tensor")
+torch.library.define(
+    "sft_recipes::by_document_backward", f"(Tensor gradient, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)"
+)
 
 
-@_by_document_in_graphs.register_fake  # type: ignore[untyped-decorator]
+@torch.library.impl("sft_recipes::by_document", "CPU")  # type: ignore[untyped-decorator]
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, *how: Any) -> torch.Tensor:
+    return by_document(query, key, value, starts.diff().tolist(), *how).contiguous()
+
+
+@torch.library.register_fake("sft_recipes::by_document")  # type: ignore[untyped-decorator]
 def _(query: torch.Tensor, _key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
     return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
-
-
-# Not by custom_op, below which nothing can be differentiated.
-torch.library.define(
-    "sft_recipes::by_document_backward",
-    "(Tensor gradient, Tensor query, Tensor key, Tensor value, Tensor starts, float? scaling, SymInt? window)"
-    " -> (Tensor, Tensor, Tensor)",
-)
 
 
 @torch.library.impl("sft_recipes::by_document_backward", "CPU")  # type: ignore[untyped-decorator]
@@ -302,17 +290,23 @@ def _(_gradient: torch.Tensor, *inputs: Any) -> tuple[torch.Tensor, ...]:
     return tuple(each.new_empty(each.shape) for each in inputs[:3])
 
 
-def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:  # noqa: ARG001 torch passes it by name
-    *tensors, ctx.scaling, ctx.window = inputs
-    ctx.save_for_backward(*tensors)
+class _ByDocument(torch.autograd.Function):
+    """`by_document` in a compiled graph.
 
+    The backward pass runs the forward pass again, because an operator keeps no autograd graph: 9 instead of 7 products of the
+    size of a document's attention matrix.
+    """
 
-def _differentiate(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    found = torch.ops.sft_recipes.by_document_backward(gradient, *ctx.saved_tensors, ctx.scaling, ctx.window)
-    return *found, None, None, None
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
+        *tensors, ctx.scaling, ctx.window = inputs
+        ctx.save_for_backward(*tensors)
+        return torch.ops.sft_recipes.by_document(*inputs)
 
-
-_by_document_in_graphs.register_autograd(_differentiate, setup_context=_save_inputs)
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        found = torch.ops.sft_recipes.by_document_backward(gradient, *ctx.saved_tensors, ctx.scaling, ctx.window)
+        return *found, None, None, None
 
 
 # --- torch's kernel --------------------------------------------------------------------------------------------------
