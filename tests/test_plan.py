@@ -91,7 +91,7 @@ def test_a_gpu_before_ampere_masks_all_pairs(tmp_path: Path) -> None:
     note = "attention varlen: a GPU of compute capability 8.0 or later is assumed; --gpu T4 is an earlier one"
     assert note in known.amount.notes
     assert not any("8.0" in each for each in named.amount.notes)
-    with pytest.raises(RecipeError, match=r"model.attention: varlen does not support GPUs .*below 8.0 \(got 7.5\)"):
+    with pytest.raises(InputError, match=r"model.attention: varlen does not support GPUs .*below 8.0 \(got 7.5\)"):
         plan(written, ["model.attention=varlen"], gpu="T4")
 
 
