@@ -173,9 +173,11 @@ def plan(
             )
         amount = _amount(recipe)
         from sft_recipes.training import fitting, footprint, kernels, stand_ins
+        from sft_recipes.training.attention import AMPERE
 
         config = footprint.config_of(recipe)
-        predict = fitting.predictor(config, device)
+        capability = card.capability if card else None  # if no GPU is named, Ampere or later is assumed
+        predict = fitting.predictor(config, device, capability)
         if capacity is not None or cpu:
             recipe = fitting.settled(recipe, predict, capacity or fitting.room(recipe, device), device)
         elif recipe.train.gradient_checkpointing == "auto":
@@ -184,22 +186,27 @@ def plan(
                 "train.gradient_checkpointing: auto is taken for true, with which a step takes least; with --gpu-memory or "
                 "--gpu it is what fits"
             )
-        attention = stand_ins.named(recipe, config, device) or "eager"
+        attention = stand_ins.named(recipe, config, device, capability) or "eager"
         if cpu and attention not in ("varlen", "sdpa", "eager"):
             raise RecipeError(f"model.attention: {attention} does not train on CPUs; set sdpa, or auto")
         fused = kernels.select_kernels(recipe, config, device)
-        masked = stand_ins.masks_all_pairs(recipe, config, device)
+        masked = stand_ins.masks_all_pairs(recipe, config, device, capability)
         whole = predict(recipe)
         rank = sharding.on_rank(whole, recipe, device)
         remedies: list[changes.Remedy] = []
         if capacity is not None and not memory.fits(rank, capacity, device):
-            leaner = stand_ins.leaner_attention(recipe, config, device)
+            leaner = stand_ins.leaner_attention(recipe, config, device, capability)
             remedies = changes.remedies(recipe, predict, capacity, device, leaner)
         if unseen := [
             *(f"trl.{key}" for key in sorted(_UNSEEN & recipe.trl.keys())),
             *["train.compile"] * recipe.train.compile,
         ]:
             amount.notes.append(f"not in the prediction: {', '.join(unseen)}")
+        earlier = [gpu.name for gpu in speed.gpus_of((capacity or 0) / 1e9) if gpu.capability < AMPERE]
+        if attention == "varlen" and card is None and earlier and not cpu:
+            amount.notes.append(
+                f"attention varlen: a GPU of compute capability 8.0 or later is assumed; --gpu {earlier[0]} is an earlier one"
+            )
         flops = speed.flops_per_token(recipe, whole, config.get_text_config(), amount.document, dense=masked)
         text = config.get_text_config()
         model = host_memory.of_footprint(whole, text.vocab_size * text.hidden_size)

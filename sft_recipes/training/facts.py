@@ -20,7 +20,7 @@ def in_words(recipe: Recipe, trainer: Any) -> list[str]:
     if recipe.train.deterministic:
         on_cpu = "" if on_gpu else " (train.deterministic changes nothing on a CPU)"
         deterministic = f", deterministic algorithms only{on_cpu}"
-    _, why = attention.choose(recipe, trainer.model.config, "cuda" if on_gpu else "cpu")
+    _, why = attention.select_here(recipe, trainer.model.config)
     return [
         f"model: {recipe.model.name}, {method}, {trained:,} of {total:,} parameters trained ({trained / total:.2%}), "
         f"weights in {recipe.model.quantization or recipe.model.dtype}, "
