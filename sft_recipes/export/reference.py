@@ -156,8 +156,13 @@ def record(trainer: Any, recipe: Recipe, data: Prepared, folder: Path) -> None:
 def _round_shards(model: torch.nn.Module, dtype: torch.dtype) -> None:
     with torch.no_grad():
         for weight in model.parameters():
-            shard = weight.to_local() if isinstance(weight, DTensor) else getattr(weight, "ds_tensor", weight)
-            shard.copy_(shard.to(dtype))
+            # ZeRO-3 keeps small weights whole beside their shards; of others the weight itself is empty.
+            for held in (
+                weight.to_local() if isinstance(weight, DTensor) else weight,
+                getattr(weight, "ds_tensor", None),
+            ):
+                if held is not None:
+                    held.copy_(held.to(dtype))
 
 
 def rounding(dtype: torch.dtype) -> Change:
