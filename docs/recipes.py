@@ -47,7 +47,8 @@ def fingerprint(name: str) -> str:
 
 def predict(name: str) -> dict[str, Any]:
     """Bytes of a GPU, by part, with as many layers recomputed as the recipe allows. `loading`: those of 4-bit weights, which
-    each GPU holds before they are shared out. `fits`: which of SIZES have room for both."""
+    each GPU holds before they are shared out. `preflight`: those of its check of isolation; the rest of it is a training step.
+    `fits`: which of SIZES have room for all."""
     from sft_recipes.plan import plan
 
     recipe = _recipe(name)
@@ -68,6 +69,7 @@ def predict(name: str) -> dict[str, Any]:
         "trained": rank.trained,
         "peak": round(rank.peak_bytes),
         "loading": round(loading),
+        "preflight": round(sum(rank.phases.get("preflight", {}).values())),
         "parts": {part: round(size) for part, size in rank.peak.items()},
         "fits": [
             size for size in SIZES if memory.fits(rank, size * 1e9, "cuda") and loading < memory.SHARE * size * 1e9

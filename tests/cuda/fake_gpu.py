@@ -24,10 +24,14 @@ import torch.nn.attention.varlen  # defines the kernel's operator
 from accelerate.state import AcceleratorState
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from transformers.data.data_collator import DataCollatorMixin
 from transformers.utils import import_utils
+from trl.kernels import chunked_logprob
 from trl.trainer import utils as trl_utils
+
+from sft_recipes.training.tracking import Tracker
 
 GB = 10**9
 VOLTA, TURING, AMPERE, HOPPER = (7, 0), (7, 5), (8, 0), (9, 0)  # compute capabilities
@@ -45,6 +49,16 @@ class GPU:
     syncs: list[str] = field(default_factory=list)  # lines at which the host waits for the GPU
     attention_calls: int = 0  # of the varlen kernel
     calls: set[str] = field(default_factory=set)  # functions of torch.cuda that were called
+    allocated: Tracker = field(default_factory=lambda: Tracker(block=512))  # storages of fake tensors on it
+
+    @property
+    def peak(self) -> int:
+        """Return the most bytes that were allocated at once."""
+        return self.allocated.peaks["all"].total() if self.allocated.peaks else 0
+
+    def reset_peak(self) -> None:
+        self.allocated.peaks.clear()
+        self.allocated.enter("all", "all")
 
 
 # --- What torch says about the machine -------------------------------------------------------------------------------
@@ -56,15 +70,16 @@ def installed(gpu: GPU) -> Iterator[GPU]:
     torch.ones(1, requires_grad=True).sum().backward()  # starts autograd without a thread for a GPU
     free = gpu.memory if gpu.free is None else gpu.free
     properties = SimpleNamespace(
-        name=gpu.name, total_memory=int(gpu.memory), major=gpu.capability[0], minor=gpu.capability[1], multi_processor_count=132
+        name=gpu.name, total_memory=int(gpu.memory), major=gpu.capability[0], minor=gpu.capability[1],
+        multi_processor_count=132,
     )  # fmt: skip
     state = torch.zeros(16, dtype=torch.uint8)
     answers: dict[str, Any] = {
         "is_available": True, "is_initialized": True, "is_bf16_supported": gpu.capability >= AMPERE,
         "device_count": 1, "current_device": 0, "set_device": None, "synchronize": None, "empty_cache": None,
         "get_device_name": gpu.name, "get_device_properties": properties, "get_device_capability": gpu.capability,
-        "mem_get_info": (int(free), int(gpu.memory)), "memory_allocated": 0, "memory_reserved": 0,
-        "max_memory_allocated": 2**30, "max_memory_reserved": 2**30, "reset_peak_memory_stats": None,
+        "mem_get_info": (int(free), int(gpu.memory)), "memory_allocated": gpu.allocated.live.total,
+        "max_memory_allocated": lambda: gpu.peak, "reset_peak_memory_stats": gpu.reset_peak,
         "manual_seed": None, "manual_seed_all": None, "get_rng_state": state, "set_rng_state": None,
         "get_rng_state_all": [state], "set_rng_state_all": None, "is_current_stream_capturing": False,
         "_lazy_init": None, "_lazy_call": None,
@@ -73,7 +88,7 @@ def installed(gpu: GPU) -> Iterator[GPU]:
     def answering(name: str, answer: Any) -> Any:
         def function(*_: Any, **__: Any) -> Any:
             gpu.calls.add(name)
-            return answer
+            return answer() if callable(answer) else answer
 
         return function
 
@@ -89,6 +104,7 @@ def installed(gpu: GPU) -> Iterator[GPU]:
         stack.enter_context(patch.object(torch.accelerator, "is_available", lambda: True))
         _forget()
         stack.callback(_forget)
+        gpu.reset_peak()
         yield gpu
 
 
@@ -121,8 +137,11 @@ def fake_tensors(gpu: GPU) -> Iterator[None]:
         patch.object(DataCollatorMixin, "__call__", _collate),
         patch.object(DataLoader, "__iter__", _batches),
         patch.object(torch.Tensor, "pin_memory", lambda tensor, *_: gpu.calls.add("pin_memory") or tensor),
-        # As with Triton: TRL's loss takes the trained tokens only. Its kernels' substitutes in torch are run.
-        patch.object(trl_utils, "_use_triton", lambda device: device.type == "cuda"),
+        # As with Triton: TRL's loss takes the trained tokens only, and its kernels write to tensors that are there.
+        patch.object(trl_utils, "_use_triton", _on_gpu),
+        patch.object(chunked_logprob, "_forward_tile", _write),
+        patch.object(chunked_logprob, "_backward_tile", _write),
+        patch.object(chunked_logprob, "_addmm_fp32", _write),
         torch.autograd.set_multithreading_enabled(False),  # there is no thread for a GPU
         FakeTensorMode(allow_non_fake_inputs=True),
         _Watch(gpu),
@@ -222,15 +241,22 @@ class _Watch(TorchDispatchMode):
         self.gpu = gpu
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        out = self._run(func, args, kwargs or {})
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and _on_gpu(tensor):
+                self.gpu.allocated._count(tensor.untyped_storage(), "all")
+        if self.gpu.allocated.live.total() > self.gpu.memory:
+            raise torch.OutOfMemoryError(f"CUDA out of memory. {where()}")
+        return out
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is _ATTENTION:
             insist(self.gpu.capability, *args, **kwargs)
             self.gpu.attention_calls += 1
-        elif func in (_READ, _NONZERO) and _on_gpu(args[0]):
+        to_host = func in (_READ, _NONZERO) or (func is _COPY and str(kwargs.get("device")) == "cpu")
+        if to_host and _on_gpu(args[0]):
             self.gpu.syncs.append(where())
-        elif func is _COPY and _on_gpu(args[0]) and str(kwargs.get("device")) == "cpu":
-            self.gpu.syncs.append(where())
-        elif func is _INDEX and args[1][0] is not None and args[1][0].dtype == torch.bool:
+        if func is _INDEX and args[1][0] is not None and args[1][0].dtype == torch.bool:
             self.gpu.syncs.append(where())  # the host needs the number of selected elements
             return args[0].flatten(0, args[1][0].dim() - 1).clone()
         if func is _NONZERO:
@@ -243,8 +269,13 @@ class _Watch(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def _on_gpu(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cuda"
+def _on_gpu(what: torch.Tensor | torch.device) -> bool:
+    device = what.device if isinstance(what, torch.Tensor) else what
+    return device.type == "cuda"
+
+
+def _write(*_: Any, **__: Any) -> None:
+    """Stand in for a kernel that allocates nothing."""
 
 
 def where() -> str:

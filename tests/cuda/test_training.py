@@ -72,7 +72,7 @@ def test_fp16_scales_the_loss(write_recipe: WriteRecipe, tmp_path: Path) -> None
 
 
 def test_the_host_waits_for_no_layer(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    """A wait per layer would leave the GPU idle between layers. What is left: metrics of TRL, and one wait per step of ours."""
+    """A wait per layer would leave the GPU idle between layers. Left are metrics of TRL, and one wait per step of ours."""
     syncs = []
     for layers in (1, 3):
         gpu = GPU()

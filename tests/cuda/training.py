@@ -16,6 +16,7 @@ from sft_recipes.data import prepare, tokens
 from sft_recipes.recipe import load, model_files
 from sft_recipes.recipe.schema import Recipe, Train
 from sft_recipes.training import model, trainer
+from tests.conftest import ROWS, write_rows
 from tests.cuda import fake_gpu
 from tests.cuda.fake_gpu import GPU
 
@@ -50,8 +51,13 @@ def settings(**sections: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def built(file: Path, folder: Path, gpu: GPU, *overrides: str) -> Iterator[Built]:
-    """Build a trainer on fake tensors, within which it can train. Weights have shapes but no values."""
+def built(
+    file: Path, folder: Path, gpu: GPU, *overrides: str, rows: int | None = None, data: Path | None = None
+) -> Iterator[Built]:
+    """Build a trainer on fake tensors, within which it can train. Weights have shapes but no values.
+
+    `rows`: repeat the rows of train.jsonl up to so many; it is in `data`, or beside the recipe.
+    """
     options: dict[str, Any] = {}
 
     def from_config(_name: str, **given: Any) -> Any:
@@ -62,12 +68,14 @@ def built(file: Path, folder: Path, gpu: GPU, *overrides: str) -> Iterator[Built
 
     with fake_gpu.installed(gpu):
         recipe = load.load(file, overrides).recipe
+        if rows is not None:
+            write_rows((data or file.parent) / "train.jsonl", (ROWS * rows)[:rows])
         tokenizer = model.load_tokenizer(recipe.model)
-        data = prepare.prepare(recipe, tokens.of_transformers(tokenizer))
+        prepared = prepare.prepare(recipe, tokens.of_transformers(tokenizer))
         folder.mkdir(exist_ok=True)
         with fake_gpu.fake_tensors(gpu), patch.object(model.AutoModelForCausalLM, "from_pretrained", from_config):
             loaded = model.load_model(recipe, tokenizer)
-            yield Built(trainer.build(recipe, loaded, tokenizer, data, folder, Console(quiet=True)), options, gpu)
+            yield Built(trainer.build(recipe, loaded, tokenizer, prepared, folder, Console(quiet=True)), options, gpu)
 
 
 def _devices(device_map: Any) -> set[str]:
