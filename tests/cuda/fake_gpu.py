@@ -11,7 +11,7 @@ import ctypes
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -124,8 +124,11 @@ def _forget() -> None:
 
 
 @contextmanager
-def fake_tensors(gpu: GPU) -> Iterator[None]:
-    """Run torch on tensors without values, which may be on `cuda`. What data loaders and collators make has values."""
+def fake_tensors(gpu: GPU, *, watched: bool = True) -> Iterator[None]:
+    """Run torch on tensors without values, which may be on `cuda`. What data loaders and collators make has values.
+
+    `watched`: record and check operations. torch.compile does nothing then.
+    """
     with (
         _driver(),
         patch.object(FakeTensorMode, "avoid_device_init", True),
@@ -144,7 +147,7 @@ def fake_tensors(gpu: GPU) -> Iterator[None]:
         patch.object(chunked_logprob, "_addmm_fp32", _write),
         torch.autograd.set_multithreading_enabled(False),  # there is no thread for a GPU
         FakeTensorMode(allow_non_fake_inputs=True),
-        _Watch(gpu),
+        _Watch(gpu) if watched else nullcontext(),
     ):
         yield
 
