@@ -11,7 +11,7 @@ import ctypes
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +22,8 @@ import numpy as np
 import torch
 import torch.nn.attention.varlen  # defines the kernel's operator
 from accelerate.state import AcceleratorState
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch._subclasses.fake_impls import op_implementations_dict
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
@@ -131,12 +132,14 @@ def fake_tensors(gpu: GPU, *, watched: bool = True) -> Iterator[None]:
     """
     with (
         _driver(),
+        _kernels(),
         patch.object(FakeTensorMode, "avoid_device_init", True),
         patch.object(torch, "Generator", _Generator),
         # Module.to swaps fake parameters, and refuses if there are weak references to them. FakeTensorMode keeps some.
         patch.object(torch.utils, "weakref", SimpleNamespace(getweakrefs=lambda _: [])),
         patch.object(FakeTensor, "numpy", lambda tensor: np.ones(tensor.shape), create=True),
         patch.object(FakeTensor, "__deepcopy__", _deepcopy),
+        patch.dict(op_implementations_dict, {_READ: _read}),
         patch.object(DataCollatorMixin, "__call__", _collate),
         patch.object(DataLoader, "__iter__", _batches),
         patch.object(torch.Tensor, "pin_memory", lambda tensor, *_: gpu.calls.add("pin_memory") or tensor),
@@ -191,6 +194,18 @@ def _driver() -> Iterator[None]:
         guards[1] = None
 
 
+@contextmanager
+def _kernels() -> Iterator[None]:
+    """Register operators that run as one kernel on a GPU, and that torch's CPU build splits up, with more memory."""
+    library = torch.library.Library("aten", "IMPL")
+    if not torch.backends.cuda.is_built():
+        library.impl("silu_backward", lambda gradient, _: torch.empty_like(gradient), "CUDA")
+    try:
+        yield
+    finally:
+        library._destroy()
+
+
 class _Generator(torch.Generator):
     """A generator for any device, which draws nothing, because there are no values."""
 
@@ -233,10 +248,23 @@ _INDEX = torch.ops.aten.index.Tensor
 _ATTENTION = torch.ops.torch_attn._varlen_attn.default
 
 
+_read_symbol = op_implementations_dict[_READ]
+
+
+def _read(mode: Any, func: Any, tensor: torch.Tensor) -> Any:
+    """Return what the host reads of a tensor without values: True, 1 or 0.0; of masks, nothing that they would forbid."""
+    if mode.shape_env is not None:  # of torch.compile, which reads symbols
+        return _read_symbol(mode, func, tensor)
+    line = where()
+    if "masking_utils.py" in line or ", mask_for:" in line:
+        return tensor.dtype.is_floating_point and 0.0
+    return True if tensor.dtype == torch.bool else 0.0 if tensor.dtype.is_floating_point else 1
+
+
 class _Watch(TorchDispatchMode):
     """Record synchronizations and check the attention kernel's arguments, for each operation before FakeTensorMode runs it.
 
-    What the host reads is True, 1 or 0.0. A mask selects everything.
+    A mask used as an index selects everything.
     """
 
     def __init__(self, gpu: GPU) -> None:
@@ -264,11 +292,6 @@ class _Watch(TorchDispatchMode):
             return args[0].flatten(0, args[1][0].dim() - 1).clone()
         if func is _NONZERO:
             return args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.int64)
-        if func is _READ:
-            with suppress(DataDependentOutputException):
-                return func(*args)
-            kind = args[0].dtype
-            return True if kind == torch.bool else 0.0 if kind.is_floating_point else 1
         return func(*args, **kwargs)
 
 

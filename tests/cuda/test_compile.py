@@ -1,6 +1,7 @@
 """What torch.compile makes of layers on the fake GPU, by a backend that counts."""
 
 from collections import Counter
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -24,7 +25,9 @@ class Counting:
 
     def __call__(self, graph: torch.fx.GraphModule, _inputs: Any) -> Any:
         self.made += 1
-        self.operations.update(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        for part in graph.modules():  # what is checkpointed is a graph within the graph
+            if isinstance(part, torch.fx.GraphModule):
+                self.operations.update(str(node.target) for node in part.graph.nodes if node.op == "call_function")
 
         def run(*inputs: Any) -> Any:
             self.runs += 1
@@ -55,12 +58,16 @@ def test_a_layer_is_one_graph_with_the_kernel_in_it(checkpointed: bool, monkeypa
         network = network.to("cuda").train()
         if checkpointed:
             network.gradient_checkpointing_enable({"use_reentrant": False})
-        model.compile_layers(network, backend=backend)
+        told = {"warn": print} if "warn" in signature(model.compile_layers).parameters else {}
+        model.compile_layers(network, backend=backend, **told)
         for documents in ([20, 28], [5, 12, 31], [7, 8, 9, 30]):
             network(**batch(documents), use_cache=False).logits.sum().backward()
     torch.compiler.reset()
 
-    runs = 3 * LAYERS * (2 if checkpointed else 1)
-    assert backend.runs == runs
-    assert backend.made <= 2  # the first, and one for any number of tokens
+    once = 3 * LAYERS
+    assert backend.runs in (
+        once,
+        2 * once if checkpointed else once,
+    )  # recomputed within the graph, or by running it again
+    assert backend.made <= 4  # the first layer's, the others'; of one number of tokens, and of any
     assert any("varlen_attn" in name for name in backend.operations)
