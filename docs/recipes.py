@@ -47,8 +47,9 @@ def fingerprint(name: str) -> str:
 
 def predict(name: str) -> dict[str, Any]:
     """Bytes of a GPU, by part, of the least that the recipe takes: each layer recomputed if that is auto, one sequence at once
-    if that is. `loading`: those of 4-bit weights, which each GPU holds before they are shared out. `fits`: which of SIZES have
-    room for both. `auto`: what auto comes to on the smallest of them."""
+    if that is. `loading`: those of 4-bit weights, which each GPU holds before they are shared out.
+    `preflight`: those of its check of isolation; the rest of it is a training step. `fits`: which of SIZES have room for all.
+    `auto`: what auto comes to on the smallest of them."""
     from sft_recipes.plan import plan
 
     recipe = _recipe(name)
@@ -80,6 +81,7 @@ def predict(name: str) -> dict[str, Any]:
         "trained": rank.trained,
         "peak": round(rank.peak_bytes),
         "loading": round(loading),
+        "preflight": round(sum(rank.phases.get("preflight", {}).values())),
         "parts": {part: round(size) for part, size in rank.peak.items()},
         "fits": fits,
         "auto": settled,

@@ -14,7 +14,7 @@ _SCALES = 1 / 64 + 4 / (64 * 256)
 _AT_ONCE = 2  # layers that are whole on each rank: the one that computes, and the next, which is being fetched
 _WITHOUT_WEIGHTS = ("clip", "optimizer")  # phases that do not compute with them
 # Phases in which what is in no layer is whole: fsdp2 gathers embeddings and head when they are due, and for them alone.
-_AT_THE_ENDS = ("before the layers", "loss, forward", "loss, backward", "backward, embeddings")
+_AT_THE_ENDS = ("preflight", "before the layers", "loss, forward", "loss, backward", "backward, embeddings")
 Rule = Callable[[dict[str, float], str], None]  # changes the parts of a phase
 # DeepSpeed's defaults, in values: reduce_bucket_size, sub_group_size, stage3_max_live_parameters, stage3_prefetch_bucket_size.
 _BUCKET, _SUB_GROUP, _LIVE, _PREFETCH = 500_000_000, 1_000_000_000, 1_000_000_000, 50_000_000

@@ -28,6 +28,7 @@ from sft_recipes.training.model import DTYPES, layers_of, load_config, settle_ty
 from sft_recipes.training.tracking import Tracker
 
 MOST_TOKENS = 2**22  # of a micro-batch: a trace goes through them in pieces
+ISOLATION_TOKENS = 16  # of each of the two documents that the preflight packs together
 _KINDS: dict[str, list[Any]] = {}  # of layers, by config
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -200,6 +201,8 @@ class _Step:
             stand_ins.of(self.device, self.tracker, half=half, loss_type=loss_type),
             stand_ins.liger(base) if fused else nullcontext(),
         ):
+            if train.preflight and padding_free(self.recipe):
+                self._isolation_check()
             # The first step makes the optimizer's states; its gradients need no backward pass.
             for parameter in trained:
                 parameter.grad = torch.empty_like(parameter)
@@ -275,11 +278,32 @@ class _Step:
         if middle := len(layers) // self.period // 2 * self.period:
             layers[middle].register_forward_pre_hook(at_gradient("forward", "backward, lower layers"), with_kwargs=True)
 
+    def _isolation_check(self) -> None:
+        """Trace the preflight's one pass with other activations than a training step's: it is not checkpointed, because the
+        model is in evaluation mode, and builds logits. The rest of the preflight is a training step, or less."""
+        embeddings: list[torch.Tensor] = []
+
+        def keep(_module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+            embeddings.append(output.detach().requires_grad_())
+            return embeddings[0]
+
+        inputs = self._inputs(sequences=2, length=ISOLATION_TOKENS)
+        del inputs["labels"]
+        half = _AUTOCAST.get(self.recipe.train.mixed_precision)
+        hook = self.model.get_input_embeddings().register_forward_hook(keep)
+        self.model.eval()
+        with self.tracker.during("preflight", "activations"):
+            with torch.autocast("cpu", dtype=half) if half else nullcontext():
+                logits = self.model(**inputs, use_cache=False).logits[0]
+            torch.autograd.grad((logits[ISOLATION_TOKENS:].float() ** 2).sum(), embeddings)
+        hook.remove()
+        self.model.train()
+
     def _micro_batch(self) -> None:
         train, tracker = self.recipe.train, self.tracker
         half = _AUTOCAST.get(train.mixed_precision)
         with tracker.during("before the layers", "activations"):
-            inputs = self._inputs()
+            inputs = self._inputs(int(train.micro_batch_size), self.recipe.data.max_length)
             number = torch.ones((), dtype=torch.int64)
             with torch.autocast("cpu", dtype=half) if half else nullcontext():
                 outputs = self.model(**inputs, use_cache=False, fused_lm_head=True)
@@ -289,18 +313,15 @@ class _Step:
             loss.backward()
         del outputs, loss, inputs
 
-    def _inputs(self) -> dict[str, Any]:
+    def _inputs(self, sequences: int, length: int) -> dict[str, Any]:
         """A micro-batch of full sequences, as TRL's collator lays them out."""
-        train, data = self.recipe.train, self.recipe.data
-        micro = train.micro_batch_size
-        assert isinstance(micro, int)
-        shape = (1, micro * data.max_length) if padding_free(self.recipe) else (micro, data.max_length)
+        shape = (1, sequences * length) if padding_free(self.recipe) else (sequences, length)
         inputs: dict[str, Any] = {name: torch.ones(shape, dtype=torch.int64) for name in ("input_ids", "labels")}
         if not padding_free(self.recipe):
             return inputs | {"attention_mask": torch.ones(shape, dtype=torch.int64)}
         inputs["position_ids"] = torch.ones(shape, dtype=torch.int64)
-        inputs["cu_seq_lens_q"] = inputs["cu_seq_lens_k"] = torch.ones(micro + 1, dtype=torch.int32)
-        inputs["max_length_q"] = inputs["max_length_k"] = data.max_length
+        inputs["cu_seq_lens_q"] = inputs["cu_seq_lens_k"] = torch.ones(sequences + 1, dtype=torch.int32)
+        inputs["max_length_q"] = inputs["max_length_k"] = length
         return inputs | {"seq_idx": torch.ones(shape, dtype=torch.int32)}
 
     def _optimizer(self, trained: list[Any]) -> Any:

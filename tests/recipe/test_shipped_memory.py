@@ -10,6 +10,7 @@ import pytest
 
 from sft_recipes.planning import memory
 from sft_recipes.recipe import load, shipped
+from sft_recipes.training.arguments import padding_free
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = runpy.run_path(str(ROOT / "docs" / "recipes.py"))
@@ -71,6 +72,19 @@ def test_auto_fits_the_card_of_the_header(said: shipped.Shipped) -> None:
 
 
 @each_recipe
+def test_preflight_and_training_fit_the_gpu_of_the_header(said: shipped.Shipped) -> None:
+    """The preflight makes training steps, so that its peak is theirs, and checks isolation, which is not checkpointed. That it
+    runs as training does, tests/cuda shows: a run allocates no more than is predicted, preflight included."""
+    found, gpu = FOUND[said.name], re.match(r"\w+ (\d+) GB GPU", said.hardware)
+    peak = max(found["peak"], found["preflight"], (found.get("auto") or {}).get("peak", 0))
+
+    recipe = load.load(SCRIPT["_file"](said.name)).recipe
+    assert (found["preflight"] > 0) == (recipe.train.preflight and padding_free(recipe))
+    size = 1e9 * (int(gpu[1]) if gpu else min(found["fits"]))
+    assert peak <= memory.SHARE * size - memory.CONTEXT
+
+
+@each_recipe
 def test_models_have_the_parameters_that_are_published(said: shipped.Shipped) -> None:
     found = FOUND[said.name]
     of_model = found["parameters"] - (found["trained"] if load.load(SCRIPT["_file"](said.name)).recipe.lora else 0)
@@ -90,7 +104,7 @@ def test_predicted_anew_it_is_the_same(name: str) -> None:
     assert found.keys() == FOUND[name].keys()
     assert found["fits"] == FOUND[name]["fits"]
     assert found["parameters"] == FOUND[name]["parameters"]
-    for key in ("peak", "loading"):
+    for key in ("peak", "loading", "preflight"):
         assert found[key] == pytest.approx(FOUND[name][key], rel=1e-3), key
     if found["auto"]:
         assert found["auto"] == FOUND[name]["auto"] | {"peak": pytest.approx(FOUND[name]["auto"]["peak"], rel=1e-3)}

@@ -260,6 +260,23 @@ def test_parts() -> None:
     assert lora.parameters == number + lora.trained
 
 
+def test_the_check_of_isolation_is_not_checkpointed_and_builds_logits() -> None:
+    """Of two documents, in the preflight: all layers' activations, and float32 logits of a large vocabulary."""
+    config = LlamaConfig(**SHAPE | {"vocab_size": 65536})
+    tokens, step = 2 * footprint.ISOLATION_TOKENS, {"gradient_checkpointing": True}
+
+    found = of(config, train=step).phases["preflight"]
+    deeper = of(LlamaConfig(**SHAPE | {"vocab_size": 65536, "num_hidden_layers": 8}), train=step).phases["preflight"]
+
+    assert (
+        found["activations"] > 2 * tokens * 65536 + 4 * tokens / 2 * 65536
+    )  # in bfloat16, and those of one in float32
+    per_layer = (deeper["activations"] - found["activations"]) / 4
+    assert per_layer > 10 * 2 * tokens * config.hidden_size  # more than what checkpointing keeps, one value in bfloat16
+    for without in ({"data": {"packing": "none"}}, {"train": {"preflight": False}}):
+        assert "preflight" not in of(config, **without).phases
+
+
 def test_on_a_gpu_packed_rows_cost_a_mask_of_all_pairs_and_flash_attention_none() -> None:
     long = {"data": {"max_length": 2048}, "train": {"gradient_checkpointing": False}}
     config = LlamaConfig(**SHAPE | {"max_position_embeddings": 4096})

@@ -1,0 +1,58 @@
+"""Every module with code for GPUs, and which tests run it without one."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "sft_recipes"
+BRANCH = re.compile(
+    r"torch\.cuda\.|torch\.accelerator\.|\.is_cuda\b|device(?:\.type)? [!=]= \"c(?:uda|pu)\"|\"cuda\" if|if on_gpu|if cuda\b"
+)
+TESTS = {  # files below tests/
+    "doctor.py": ["test_doctor.py"],
+    "plan.py": ["test_plan.py"],
+    "planning/memory.py": ["planning/test_memory.py"],
+    "planning/optimizers.py": ["planning/test_optimizers.py"],
+    "scale/launch.py": ["scale/test_launch.py"],
+    "scale/ranks.py": ["cuda/test_machine.py"],
+    "talk.py": ["cuda/test_machine.py"],
+    "training/arguments.py": ["cuda/test_training.py"],
+    "training/attention.py": ["cuda/test_loading.py", "cuda/test_training.py", "training/test_attention.py"],
+    "training/facts.py": ["cuda/test_machine.py"],
+    "training/fitting.py": ["cuda/test_memory.py"],
+    "training/footprint.py": ["cuda/test_memory.py", "training/test_footprint.py"],
+    "training/head.py": ["cuda/test_training.py"],
+    "training/logging.py": ["cuda/test_memory.py", "cuda/test_machine.py"],
+    "training/model.py": ["cuda/test_loading.py", "training/test_model.py"],
+    "training/preflight.py": ["cuda/test_preflight.py", "cuda/test_memory.py"],
+    "training/sharded.py": ["cuda/test_machine.py"],
+    "training/stand_ins.py": ["cuda/test_memory.py", "training/test_footprint.py"],
+    "training/trainer.py": ["cuda/test_training.py"],
+}
+
+
+def branches() -> dict[str, list[str]]:
+    """Return the lines with code for GPUs, by module."""
+    found: dict[str, list[str]] = {}
+    for file in sorted(PACKAGE.rglob("*.py")):
+        for line in file.read_text("utf-8").splitlines():
+            code = re.sub(r"(?<!\S)#.*", "", line)
+            if BRANCH.search(code):
+                found.setdefault(file.relative_to(PACKAGE).as_posix(), []).append(code.strip())
+    return found
+
+
+def test_each_module_with_code_for_gpus_names_its_tests() -> None:
+    found = branches()
+    assert sum(map(len, found.values())) > 30
+    assert found.keys() - TESTS.keys() == set(), {name: found[name] for name in found.keys() - TESTS.keys()}
+    assert TESTS.keys() - found.keys() == set()
+
+
+@pytest.mark.parametrize("module", TESTS)
+def test_those_tests_are_there(module: str) -> None:
+    for file in TESTS[module]:
+        text = (ROOT / "tests" / file).read_text("utf-8")
+        assert re.search(r"cuda|gpu", text, re.IGNORECASE), file
