@@ -15,7 +15,7 @@ from sft_recipes.data.tokens import LightTokenizer
 from sft_recipes.errors import DataError, InputError, ModelError, OutputError, RecipeError, one_line
 from sft_recipes.planning import disk, host_memory
 from sft_recipes.planning.steps import count
-from sft_recipes.recipe import model_files
+from sft_recipes.recipe import machine, model_files
 from sft_recipes.recipe.check import accepted, verdict_on
 from sft_recipes.recipe.schema import Model, Recipe
 
@@ -161,9 +161,8 @@ def _check_host_memory(recipe: Recipe) -> Findings:
     model = host_memory.of_files(recipe)
     if model is None:
         return Findings([], [])
-    # Asking torch takes seconds. Device files of NVIDIA, and of AMD.
-    gpu = any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()
-    short = host_memory.lacking(host_memory.predict(recipe, model, "cuda" if gpu else "cpu"))
+    device = "cuda" if machine.trains_on_nvidia_gpu() else "cpu"
+    short = host_memory.lacking(host_memory.predict(recipe, model, device))
     return Findings([], [short] if short else [])
 
 

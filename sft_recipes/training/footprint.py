@@ -28,7 +28,11 @@ from sft_recipes.training.model import DTYPES, layers_of, load_config, settle_ty
 from sft_recipes.training.tracking import Tracker
 
 MOST_TOKENS = 2**22  # of a micro-batch: a trace goes through them in pieces
-ISOLATION_TOKENS = 16  # of each of the two documents that the preflight packs together
+# Tokens of each of the two documents in the isolation check. Evaluation mode switches checkpointing off, so their activations
+# are all kept: as much for 2 x 16 tokens as checkpointing keeps of 1,000 (about 70 and 2 hidden-sized values per token and
+# layer), and logits are built, 20 MB in float32 for a vocabulary of 150,000, about four times with their gradient. A training
+# step holds gradients, optimizer states and a whole layer's activations besides.
+ISOLATION_TOKENS = 16
 _KINDS: dict[str, list[Any]] = {}  # of layers, by config
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

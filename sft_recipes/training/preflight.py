@@ -17,14 +17,9 @@ from sft_recipes.data.sequences import IGNORED
 from sft_recipes.errors import ModelError, RunError, SFTRecipeError
 from sft_recipes.planning.memory import GIB
 from sft_recipes.recipe.schema import Recipe
-from sft_recipes.training import fitting, head
+from sft_recipes.training import fitting, footprint, head
 from sft_recipes.training.logging import peak_memory
 
-# Tokens of each of the two documents in the isolation check. Evaluation mode switches checkpointing off, so their activations
-# are all kept: as much for 2 x 16 tokens as checkpointing keeps of 1,000 (about 70 and 2 hidden-sized values per token and
-# layer), and logits are built, 20 MB in float32 for a vocabulary of 150,000, about four times with their gradient. A training
-# step holds gradients, optimizer states and a whole layer's activations besides.
-_ISOLATION_TOKENS = 16
 # Relative difference between a document's logits packed and alone. The two are computed in different shapes, which moves
 # logits by a few percent in half precision; positions that do not restart at a document move them far more.
 _MAX_LOGIT_SHIFT = 0.1
@@ -260,7 +255,7 @@ def _two_documents(trainer: Any) -> tuple[list[int], list[int]] | None:
         for row in dataset or ():
             start = 0
             for length in row["seq_lengths"][:2]:
-                found.append(row["input_ids"][start : start + min(length, _ISOLATION_TOKENS)])
+                found.append(row["input_ids"][start : start + min(length, footprint.ISOLATION_TOKENS)])
                 start += length
             if len(row["seq_lengths"]) > 1 or (len(found) > 1 and micro > 1):
                 return found[-2], found[-1]

@@ -11,8 +11,11 @@ BRANCH = re.compile(
     r"torch\.cuda\.|torch\.accelerator\.|\.is_cuda\b|device(?:\.type)? [!=]= \"c(?:uda|pu)\"|\"cuda\" if|if on_gpu|if cuda\b"
 )
 TESTS = {  # files below tests/
+    "checks.py": ["recipe/test_check.py", "planning/test_host_memory.py"],
     "doctor.py": ["test_doctor.py"],
+    "export/verify.py": ["export/test_reference.py"],
     "plan.py": ["test_plan.py"],
+    "planning/host_memory.py": ["planning/test_host_memory.py"],
     "planning/memory.py": ["planning/test_memory.py"],
     "planning/optimizers.py": ["planning/test_optimizers.py"],
     "scale/launch.py": ["scale/test_launch.py"],
@@ -24,6 +27,7 @@ TESTS = {  # files below tests/
     "training/fitting.py": ["cuda/test_memory.py"],
     "training/footprint.py": ["cuda/test_memory.py", "training/test_footprint.py"],
     "training/head.py": ["cuda/test_training.py"],
+    "training/kernels.py": ["training/test_kernels.py"],
     "training/logging.py": ["cuda/test_memory.py", "cuda/test_machine.py"],
     "training/model.py": ["cuda/test_loading.py", "training/test_model.py"],
     "training/preflight.py": ["cuda/test_preflight.py", "cuda/test_memory.py"],

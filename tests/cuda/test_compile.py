@@ -45,7 +45,6 @@ def batch(documents: list[int]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
-@pytest.mark.xfail(strict=True, reason="the attention breaks a layer's graph")
 def test_a_layer_is_one_graph_with_the_kernel_in_it(checkpointed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A break leaves a checkpointed layer uncompiled. Another number of documents or tokens makes no other graph."""
     config = LlamaConfig(

@@ -99,9 +99,6 @@ def attention_of(gpu: GPU, config: LlamaConfig, **sections: Any) -> str | None:
     return found
 
 
-OLD = pytest.mark.xfail(strict=True, reason="varlen is taken where its kernel cannot be used")
-
-
 @pytest.mark.parametrize(
     ("capability", "width", "taken"),
     [
@@ -109,10 +106,10 @@ OLD = pytest.mark.xfail(strict=True, reason="varlen is taken where its kernel ca
         (AMPERE, 128, "varlen"),
         (HOPPER, 64, "varlen"),
         (HOPPER, 256, "varlen"),
-        pytest.param(VOLTA, 64, None, marks=OLD),
-        pytest.param(TURING, 64, None, marks=OLD),
-        pytest.param(HOPPER, 20, None, marks=OLD),
-        pytest.param(HOPPER, 264, None, marks=OLD),
+        (VOLTA, 64, None),
+        (TURING, 64, None),
+        (HOPPER, 20, None),
+        (HOPPER, 264, None),
     ],
 )
 def test_packed_documents_take_the_kernel_where_it_runs(

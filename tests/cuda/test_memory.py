@@ -19,7 +19,6 @@ from tests.cuda.fake_gpu import GB, GPU, ROOT
 from tests.cuda.training import built, recipe_of, settings, write_model
 
 SCRIPT = runpy.run_path(str(ROOT / "docs" / "recipes.py"))
-PENDING = pytest.mark.xfail(strict=True, reason="the preflight runs before gradient checkpointing is switched on")
 LAYERS = 6  # of shipped recipes' models: enough for checkpointing to count
 # Activations of layers are most of it, so that a pass without checkpointing shows.
 DEEP = LlamaConfig(
@@ -33,9 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=() if "no layer" in case else PENDING, id=case) for case in CASES]
-)
+@pytest.mark.parametrize("case", CASES)
 def test_a_run_allocates_what_is_predicted(case: str, write_recipe: WriteRecipe, tmp_path: Path) -> None:
     """Of the whole run, from loading on, preflight included: what runs is the code of transformers, TRL and PEFT."""
     gpu, sections = GPU(), settings(**CASES[case])
@@ -51,9 +48,7 @@ def test_a_run_allocates_what_is_predicted(case: str, write_recipe: WriteRecipe,
     assert predicted.peak_bytes == pytest.approx(gpu.peak, rel=0.05)
 
 
-@pytest.mark.parametrize(
-    "name", ["gemma3_1b_full", *(pytest.param(name, marks=PENDING) for name in ("phi4_14b_lora", "qwen3_4b_long"))]
-)
+@pytest.mark.parametrize("name", ["gemma3_1b_full", "phi4_14b_lora", "qwen3_4b_long"])
 def test_a_shipped_recipe_allocates_what_is_predicted(name: str, write_recipe: WriteRecipe, tmp_path: Path) -> None:
     """Its own widths, vocabulary, length and settings, with full sequences and the preflight; of its layers a few.
 

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.conftest import WriteRecipe
 from tests.cuda.fake_gpu import GPU
 from tests.cuda.training import built, settings
@@ -21,7 +19,6 @@ def calls(write_recipe: WriteRecipe, folder: Path, **train: Any) -> int:
     return before + gpu.attention_calls
 
 
-@pytest.mark.xfail(strict=True, reason="the preflight runs before gradient checkpointing is switched on")
 def test_the_preflight_recomputes_as_training_does(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     """With checkpointing, each backward pass of a layer runs its attention once more: of two passes in the preflight."""
     more = {}

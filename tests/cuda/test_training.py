@@ -87,7 +87,8 @@ def test_the_host_waits_for_no_layer(write_recipe: WriteRecipe, tmp_path: Path) 
     ours = Counter({line: times for line, times in syncs[0].items() if line.startswith("sft_recipes/")})
     per_step = sum(times for line, times in ours.items() if "guards.py" in line) / 2
     assert per_step == 1
-    assert all("guards.py" in line or ", log: " in line for line in ours), ours
+    assert sum(times for line, times in ours.items() if ", mask_for: " in line) == 1  # in a whole run
+    assert all("guards.py" in line or ", log: " in line or ", mask_for: " in line for line in ours), ours
 
 
 def test_checkpointing_recomputes_each_layer(write_recipe: WriteRecipe, tmp_path: Path) -> None:
