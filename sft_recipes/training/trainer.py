@@ -3,11 +3,11 @@
 import math
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import peft
@@ -113,6 +113,10 @@ class Trainer(Saving, Shares, SFTTrainer):
             self.say(facts.preflight_line(self.preflight.results))
         if self.on_begin is not None:
             self.on_begin()
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with self.kernels.active(), _uncompiled_optimizer(self.recipe):
+            return super().train(*args, **kwargs)
 
     # --- Each step ---
 
@@ -291,9 +295,6 @@ def build(
     if recipe.train.compile:
         with _as_recipe_error(recipe, "train.compile"):
             compile_layers(trainer.model, warn)
-    elif recipe.train.optimizer in TORCHAO and not torch.cuda.is_available():
-        # torchao compiles its step, which on a CPU takes a C++ compiler and minutes.
-        torch.compiler.set_stance("force_eager")
     # Made here rather than with the first step, so that a name that cannot be used costs nothing.
     with _as_recipe_error(recipe, f"train.optimizer: {recipe.train.optimizer}"):
         trainer.create_optimizer()
@@ -349,8 +350,7 @@ def train(trainer: Trainer, checkpoint: Path | None, on_begin: Callable[[], None
         trainer.args.eval_on_start = False  # that was before the first step
         trainer.saved = checkpoint
     try:
-        with trainer.kernels.active():
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except SFTRecipeError:
         raise
     except Exception as error:
@@ -374,6 +374,13 @@ def train(trainer: Trainer, checkpoint: Path | None, on_begin: Callable[[], None
             f"{trainer.last_checkpoint_in_words()}"
         )
     stop.waits = None if saved else "the export is finished first, as there is no checkpoint of the last step"
+
+
+def _uncompiled_optimizer(recipe: Recipe) -> AbstractContextManager[Any]:
+    """Keep torchao from compiling its step on a CPU, which takes a C++ compiler and minutes."""
+    if recipe.train.optimizer in TORCHAO and not recipe.train.compile and not torch.cuda.is_available():
+        return cast(AbstractContextManager[Any], torch.compiler.set_stance("force_eager"))
+    return nullcontext()
 
 
 @contextmanager

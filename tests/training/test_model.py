@@ -231,6 +231,7 @@ def test_weights_are_read_onto_the_gpu_that_holds_all_of_them(
     config = model.load_config(recipe)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
     model._read(recipe, config)
     assert given.get("device_map") == device_map
