@@ -242,7 +242,7 @@ def work(connection: Connection, given: argparse.Namespace) -> None:
     log = os.open(given.out / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (1, 2):
         os.dup2(log, stream)
-    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     began = time.monotonic()
     import gpu_items
 

@@ -30,7 +30,7 @@ def _run(name: str, arguments: tuple[str, ...], cwd: Path) -> None:
     os.chdir(cwd)
     for number in (1, 2):
         os.dup2(os.open("said", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), number)
-    sys.stdout, sys.stderr = open(1, "w"), open(2, "w", buffering=1)  # noqa: SIM115
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.argv = [name, *arguments]
     sys.path.insert(0, str(BENCHMARKS))
     runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
