@@ -2,20 +2,34 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ruamel.yaml import YAML
 
+from sft_recipes.convert import conversion
+from sft_recipes.convert.draft import Draft, Entry, Outcome
+from sft_recipes.convert.rules import (
+    CONVERTERS,
+    TESTS,
+    Converter,
+    Rule,
+    Table,
+    as_list,
+    interval,
+    names,
+    number,
+    rules_of,
+    table,
+)
 from sft_recipes.errors import RecipeError
 from sft_recipes.recipe import load
-from sft_recipes.recipe.convert import conversion
-from sft_recipes.recipe.convert.conversion import TOOLS
-from sft_recipes.recipe.convert.draft import Draft, Lacking, Needless, To, follow, interval, listed, number
 from sft_recipes.recipe.load import field_names
-from sft_recipes.recipe.schema import Recipe
+from sft_recipes.recipe.schema import Recipe, WeightedSource
 from sft_recipes.recipe.upstream import OWNED, sft_config_fields
 from tests.commands import sft_recipe
 
@@ -54,7 +68,7 @@ def test_keys_are_dotted_and_none_is_another() -> None:
 def test_what_is_empty_is_said_to_be() -> None:
     draft = Draft("Tool", {"a": None, "b": "", "c": [], "d": {}, "e": 0, "f": False})
 
-    assert {key for key, fate in draft.fates.items() if fate.kind == "empty"} == {"a", "b", "c", "d"}
+    assert {key for key, outcome in draft.outcomes.items() if outcome.kind == "empty"} == {"a", "b", "c", "d"}
     assert draft.left() == ["e", "f"]
 
 
@@ -64,9 +78,9 @@ def test_a_value_that_a_recipe_does_not_take_is_not_carried() -> None:
     draft.carry("field", "trl.learning_rate", 1)
 
     assert draft.entries == {}
-    assert draft.fates["length"].kind == "lacking"
-    assert "a whole number of at least 2" in draft.fates["length"].words
-    assert draft.fates["field"].kind == "lacking"
+    assert draft.outcomes["length"].kind == "unsupported"
+    assert "a whole number of at least 2" in draft.outcomes["length"].note
+    assert draft.outcomes["field"].kind == "unsupported"
 
 
 def test_two_keys_that_say_different_things_are_not_both_carried() -> None:
@@ -75,8 +89,8 @@ def test_two_keys_that_say_different_things_are_not_both_carried() -> None:
         draft.carry(key, "train.micro_batch_size", draft.get(key))
 
     assert draft.entries["train.micro_batch_size"].value == 2
-    assert [draft.fates[key].kind for key in "abc"] == ["default", "lacking", "default"]
-    assert "is from a already" in draft.fates["b"].words
+    assert [draft.outcomes[key].kind for key in "abc"] == ["default", "unsupported", "default"]
+    assert "is from a already" in draft.outcomes["b"].note
 
 
 def test_one_key_can_say_two_things() -> None:
@@ -84,55 +98,163 @@ def test_one_key_can_say_two_things() -> None:
     draft.carry("precision", "model.dtype", "float16")
     draft.carry("precision", "train.mixed_precision", "bf16")
 
-    assert draft.fates["precision"].kind == "becomes"
-    assert draft.fates["precision"].words == "model.dtype: float16; train.mixed_precision: bf16"
+    assert draft.outcomes["precision"].kind == "becomes"
+    assert draft.outcomes["precision"].note == "model.dtype: float16; train.mixed_precision: bf16"
+
+
+def converter(config: dict[str, Any], text: str) -> Converter:
+    """A tool whose rules are given as the tables have them, run on a config."""
+    read = YAML(typ="safe").load(text)
+    parts = {part: rules_of(rules) for part, rules in read.get("parts", {}).items()}
+    made = Converter(Draft("Tool", config), Table("Tool", rules_of(read["rules"]), parts=parts))
+    made.run()
+    return made
 
 
 def test_rules() -> None:
-    draft = Draft(
-        "Tool", {"to": "b", "off": False, "odd": "z", "why": 1, "section": {"x": 1, "y": {"z": 0}}, "else": 1}
-    )
-    words = {"b": "sdpa"}
-    follow(draft, {
-        "to": To("model.attention", words), "odd": To("model.attention", words), "off": To("trl.tf32", off=(False,)),
-        "why": Needless("because"), "section.*": Lacking("do this"), "section.y.*": Lacking("do that"),
-    })  # fmt: skip
+    config = {"to": "b", "off": False, "odd": "z", "why": 1, "section": {"x": 1, "y": {"z": 0}}, "else": 1}
+    rules = """
+    rules:
+      to odd: {to: model.attention, values: {b: sdpa}}
+      off: {to: trl.tf32, off: [false]}
+      why: {not_needed: because}
+      section.*: {unsupported: do this}
+      section.y.*: {unsupported: do that}
+    """
+    draft = converter(config, rules).draft
 
-    assert {key: fate.kind for key, fate in draft.fates.items()} == {
-        "to": "becomes", "odd": "lacking", "off": "needless", "why": "needless", "section.x": "lacking",
-        "section.y.z": "needless",
+    assert {key: outcome.kind for key, outcome in draft.outcomes.items()} == {
+        "to": "becomes", "odd": "unsupported", "off": "not_needed", "why": "not_needed", "section.x": "unsupported",
+        "section.y.z": "not_needed",
     }  # fmt: skip
     assert draft.left() == ["else"]
 
 
+@pytest.mark.parametrize(
+    ("when", "applies"),
+    [
+        ("4", True), ("[3, 4]", True), ("5", False), ("given", True), ("missing", False), ("on", True), ("whole", True),
+        ("negative", False), ("{not: 4}", False), ("{not: missing}", True), ("{matches: '^4$'}", True),
+        ("{other: 1}", True), ("{other: 1, none: given}", False), ("{none|other: on}", True),
+        ("{=train.seed: 7}", True), ("{=train.epochs: missing}", True),
+    ],
+)  # fmt: skip
+def test_conditions(when: str, applies: bool) -> None:
+    rules = f"rules: {{seed: train.seed, key: [{{when: {when}, not_needed: first}}, {{not_needed: second}}]}}"
+    draft = converter({"seed": 7, "key": 4, "other": 1}, rules).draft
+
+    assert draft.outcomes["key"].note == ("first" if applies else "second")
+
+
+def test_the_first_rule_that_applies_is_taken_and_its_note_filled_in() -> None:
+    rules = (
+        "rules: {key: [{when: {matches: z}, not_needed: no}, {to: train.max_steps, convert: number, note: of $value}]}"
+    )
+    draft = converter({"key": "40"}, rules).draft
+
+    assert draft.entries["train.max_steps"] == Entry(40, "key; of 40")
+    assert draft.outcomes["key"] == Outcome("becomes", "train.max_steps: 40; of 40")
+
+
+def test_rules_run_in_the_order_of_the_table() -> None:
+    config = {"second": 3, "first": 2}
+
+    assert converter(config, "rules: {first: train.seed, second: train.seed}").draft.entries["train.seed"].value == 2
+
+
+def test_empty_keys_need_a_rule_that_says_so() -> None:
+    rules = "rules: {a: {to: train.seed}, b: {empty: true, assume: {data.max_length: 64}, comment: $key is null}}"
+    draft = converter({"a": None, "b": None}, rules).draft
+
+    assert draft.entries == {"data.max_length": Entry(64, "b is null")}
+    assert draft.outcomes["a"].kind == "empty"
+
+
+def test_sources_are_read_by_the_rules_of_a_part_and_may_have_to_agree() -> None:
+    rules = """
+    rules: {rows: {each: source, to: data.train, only: from, agree: {data.template: {carry: true, about: two templates}}}}
+    parts: {source: {from: .path, style: {to: {.format: alpaca, .data.template: $value}}, column: .columns.output}}
+    """
+    one = converter({"rows": [{"from": "a", "style": "alpaca", "column": "text", "odd": 1}]}, rules).draft
+    two = converter({"rows": [{"from": "a", "style": "alpaca"}, {"from": "b", "style": "chat"}]}, rules).draft
+
+    assert one.entries["data.train"].value == [{"path": "a", "format": "alpaca", "columns": {"output": "text"}}]
+    assert one.entries["data.template"] == Entry("alpaca", "rows[0].style")
+    assert one.left() == ["rows[0].odd"]
+    assert "data.template" not in two.entries
+    assert two.notes == ["two templates"]
+
+
 def test_values() -> None:
     assert [number(value) for value in ("2e-5", 3.0, "3", "x", True, None)] == [2e-5, 3, 3, "x", True, None]
-    assert [listed(value) for value in ("a, b,", ["a"], None)] == [["a", "b"], ["a"], None]
+    assert [as_list(value) for value in ("a, b,", ["a"], None)] == [["a", "b"], ["a"], None]
     assert [interval(value) for value in (500.0, 0.1, 0, "no", True)] == [500, 0.1, None, "no", True]
 
 
 # --- Tables ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tool", TOOLS.values(), ids=TOOLS)
-def test_tables_lead_to_keys_that_there_are(tool: Any) -> None:
-    keys = [rule.key for rule in tool.KEYS.values() if isinstance(rule, To)] + [*tool.NEEDS, *tool.DEFAULTS]
-    said = [key for group in tool.GROUPS for key in re.findall(r"\b[a-z]+\.[a-z_]+\b", group.__doc__.partition(":")[2])]
+def every_rule(tool: Table) -> Iterator[tuple[str, Rule]]:
+    """The keys of a tool, and all that can happen to each."""
+    sections = [tool.rules, *tool.parts.values()]
+    todo = [(key, rule) for section in sections for key, alternatives in section.items() for rule in alternatives]
+    todo += [(rule.keys, rule) for rule in (*tool.guards, *tool.refuse, *tool.notes)]
+    while todo:
+        key, rule = todo.pop()
+        yield key, rule
+        todo += [(key, also) for also in rule.also]
 
-    assert len(keys) > 10
+
+@pytest.mark.parametrize("tool", [table(name) for name in names()], ids=names())
+def test_tables_lead_to_keys_that_there_are(tool: Table) -> None:
+    keys = {key for _, rule in every_rule(tool) for key in rule.targets()} | {*tool.required, *tool.defaults}
+
+    assert len(keys) > 20
     for key in keys:
-        assert key in field_names() or key.removeprefix("trl.") in sft_config_fields() - OWNED.keys(), key
-    assert {key.partition(".")[0] for key in said} <= {*field_names(), "model", "dataset", "optimizer", "tokenizer",
-                                                       "checkpointer", "metric_logger"}  # fmt: skip
+        if key.startswith("."):
+            field, _, column = key[1:].partition(".")
+            assert field in (*WeightedSource.model_fields, "data"), key
+            assert bool(column) == (field in ("columns", "data")), key
+            assert field != "data" or key[1:] in field_names(), key
+        else:
+            assert key in field_names() or key.removeprefix("trl.") in sft_config_fields() - OWNED.keys(), key
 
 
-@pytest.mark.parametrize("tool", TOOLS.values(), ids=TOOLS)
-def test_defaults_are_taken_by_recipes(tool: Any) -> None:
-    draft = Draft("Tool", {"key": 1})
-    for to, value in tool.DEFAULTS.items():
-        draft.carry("key", to, value)
+@pytest.mark.parametrize("tool", [table(name) for name in names()], ids=names())
+def test_tables_use_words_that_there_are(tool: Table) -> None:
+    """And each rule says what happens to its key: a key without an outcome would be called unknown."""
+    for key, rule in every_rule(tool):
+        assert rule.convert == "" or rule.convert in CONVERTERS, key
+        assert rule.call == "" or callable(tool.function(rule.call)), key
+        assert rule.each == "" or rule.each in tool.parts, key
+        assert (
+            rule.to or rule.values or rule.not_needed or rule.unsupported or rule.assume or rule.about or rule.call
+        ), key
+        for test in rule.when.values() if isinstance(rule.when, dict) else [rule.when]:
+            assert not isinstance(test, str) or test in TESTS or " " not in test, key
 
-    assert set(draft.entries) == set(tool.DEFAULTS), draft.fates
+
+@pytest.mark.parametrize("tool", [table(name) for name in names()], ids=names())
+def test_constants_and_defaults_are_taken_by_recipes(tool: Table) -> None:
+    constants = [
+        (to, value) for _, rule in every_rule(tool) if isinstance(rule.to, dict) for to, value in rule.to.items()
+    ]
+    constants += [
+        (rule.to, value)
+        for _, rule in every_rule(tool)
+        if isinstance(rule.to, str) and isinstance(rule.values, dict)
+        for value in rule.values.values()
+    ]
+    defaults = [
+        (to, value["value"] if isinstance(value, dict) and "value" in value else value)
+        for to, value in tool.defaults.items()
+    ]
+
+    for to, value in [*constants, *defaults]:
+        if not to.startswith(".") and "$" not in str(value):
+            draft = Draft("Tool", {"key": 1})
+            draft.carry("key", to.removesuffix("+"), [value] if to.endswith("+") else value)
+            assert draft.entries, (to, value, draft.outcomes)
 
 
 # --- Which tool --------------------------------------------------------------------------------------------------------
@@ -193,7 +315,7 @@ def test_the_tool_can_be_named(tmp_path: Path) -> None:
     assert converted.tool == "trl sft"
     assert recipe.train.learning_rate == 1e-4
     assert recipe.data.train == "FILL_IN"
-    assert any(line.startswith("data.train: fill it in") for line in converted.remarks)
+    assert any(line.startswith("data.train: fill it in") for line in converted.notes)
 
 
 # --- The recipe and the account ----------------------------------------------------------------------------------------
@@ -208,7 +330,7 @@ def test_the_recipe_says_where_each_value_is_from(tmp_path: Path) -> None:
 
 
 def test_every_key_is_in_the_account(tmp_path: Path) -> None:
-    account = "\n".join(convert(tmp_path, AXOLOTL)[0].account())
+    account = "\n".join(convert(tmp_path, AXOLOTL)[0].report())
 
     assert account.startswith(f"{tmp_path / 'config.yaml'}: Axolotl, 9 keys\n")
     assert "\n  sequence_len: 1024 -> data.max_length: 1024\n" in account
@@ -224,16 +346,16 @@ def test_the_recipe_keeps_what_there_is_to_say_about_it(tmp_path: Path) -> None:
 
 
 def test_what_check_would_say_is_said(tmp_path: Path) -> None:
-    remarks = convert(tmp_path, AXOLOTL + "fsdp: [full_shard]\noptimizer: adamw_bnb_8bit\n")[0].remarks
+    notes = convert(tmp_path, AXOLOTL + "fsdp: [full_shard]\noptimizer: adamw_bnb_8bit\n")[0].notes
 
-    assert any(remark.startswith("train.optimizer: adamw_bnb_8bit is of bitsandbytes") for remark in remarks)
+    assert any(note.startswith("train.optimizer: adamw_bnb_8bit is of bitsandbytes") for note in notes)
 
 
 def test_tokens_are_not_shown(tmp_path: Path) -> None:
     converted, _ = convert(tmp_path, AXOLOTL + "comet_api_key: abc123def\nhub_token: ghi456jkl\n")
 
-    assert "abc123def" not in converted.text + "\n".join(converted.account())
-    assert "ghi456jkl" not in converted.text + "\n".join(converted.account())
+    assert "abc123def" not in converted.text + "\n".join(converted.report())
+    assert "ghi456jkl" not in converted.text + "\n".join(converted.report())
 
 
 def test_yaml_1_1_is_read_as_those_tools_read_it(tmp_path: Path) -> None:
@@ -273,10 +395,9 @@ SOME = st.sampled_from(["a", "path", "type"])
 VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(SOME, inner, max_size=2))
 
 
-def names(tool: Any) -> list[str]:
-    """Keys that a tool's module knows, with all that its functions look at, and some that nobody knows."""
-    grouped = [key for group in tool.GROUPS for key in re.findall(r"[a-z_0-9.]+", group.__doc__)]
-    return sorted({key.removesuffix(".*").rstrip(".") for key in (*tool.KEYS, *grouped, "strange", "x y", "a.b", "1")})
+def known_keys(tool: Table) -> list[str]:
+    """Keys that a tool's table knows, and some that nobody knows."""
+    return sorted({key.removesuffix(".*") for key in (*tool.rules, "strange", "x y", "a.b", "1")})
 
 
 def nested(flat: dict[str, Any]) -> dict[str, Any]:
@@ -290,24 +411,24 @@ def nested(flat: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-@pytest.mark.parametrize("source", TOOLS)
+@pytest.mark.parametrize("source", names())
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_no_key_of_any_config_goes_without_a_word(
     source: Any, data: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    tool = TOOLS[source]
-    flat = data.draw(st.dictionaries(st.sampled_from(names(tool)), VALUES, max_size=25))
+    tool = table(source)
+    flat = data.draw(st.dictionaries(st.sampled_from(known_keys(tool)), VALUES, max_size=25))
     config = nested(flat) | (
         {"optimizer": {"lr": 1}, "dataset": {"source": "x"}} if source == "torchtune" else {"do_train": True}
     )
     file = tmp_path_factory.getbasetemp() / "any.yaml"
     file.write_text(json.dumps(config).replace("Infinity", ".inf"), encoding="utf-8")
-    if tool.refusal(Draft(tool.NAME, config)):
+    if Converter(Draft(tool.name, config), tool).refusal():
         return
 
     account = conversion.convert(file, source)
 
-    assert set(account.fates) == set(Draft(tool.NAME, config).keys)
-    for key in account.fates:
-        assert any(key in line for line in account.account())
+    assert set(account.outcomes) == set(Draft(tool.name, config).keys)
+    for key in account.outcomes:
+        assert any(key in line for line in account.report())

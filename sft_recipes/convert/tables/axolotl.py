@@ -1,0 +1,27 @@
+"""Convert the keys of Axolotl for which a rule does not suffice."""
+
+import re
+from typing import Any
+
+from sft_recipes.convert.rules import Converter, Rule, as_list
+
+_NOT_LINEAR = re.compile(r"embed|\bw[tp]e\b|lm_head|norm")  # layers that all-linear leaves out
+
+
+def beyond_linear(converter: Converter, key: str, value: Any, _rule: Rule) -> None:
+    """Name the target modules that lora_target_linear, which comes first, leaves out."""
+    names = as_list(value) if isinstance(value, (str, list)) else []
+    if beyond := [str(name) for name in names if _NOT_LINEAR.search(str(name))]:
+        note = f"all-linear leaves out {', '.join(beyond)}; lora.modules_to_save trains such layers in full"
+        converter.draft.unsupported(key, note)
+    else:
+        converter.draft.not_needed(key, "as lora.target_modules says")
+
+
+def path(converter: Converter, key: str, value: Any, rule: Rule) -> None:
+    """Join the path of a data set and its one file."""
+    files = (converter.item or {}).get("data_files")
+    file = files[0] if isinstance(files, list) and len(files) == 1 else files
+    if isinstance(file, str) and isinstance(value, str):
+        value = file if value in ("json", "csv", "parquet") else f"{value.rstrip('/')}/{file}"
+    converter.carry(key, str(rule.to), value)
