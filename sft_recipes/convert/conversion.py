@@ -25,11 +25,11 @@ _MOST = 10_000  # keys of a config
 _KNOWN = "a config of trl sft, Axolotl, LLaMA-Factory or torchtune"
 HEADINGS: dict[Kind, str] = {
     "becomes": "in the recipe",
-    "default": "the default of a recipe",
-    "not_needed": "not needed in a recipe",
+    "default": "default of a recipe",
+    "not_needed": "not needed",
     "empty": "empty",
-    "unsupported": "no counterpart: for you to decide",
-    "unknown": "unknown: no key that is known here",
+    "unsupported": "not supported: needs your decision",
+    "unknown": "unknown key",
 }
 
 
@@ -77,11 +77,11 @@ def convert(file: str | Path, source: str | None = None) -> Converted:
     draft = Draft(tool.name, config)
     converter = Converter(draft, tool)
     if reason := converter.refusal():
-        raise RecipeError(f"{file}: {reason}; only supervised fine-tuning can be converted")
+        raise RecipeError(f"{file}: {reason}. Only supervised fine-tuning can be converted.")
     converter.run()
     _pass_on(draft)
     for key in draft.left():
-        draft.outcomes[key] = Outcome("unknown", f"look it up in {tool.name}'s documentation")
+        draft.outcomes[key] = Outcome("unknown", f"see the documentation of {tool.name}")
     converter.complete()
     text = _write(draft, str(file))
     outcomes = {key: draft.outcomes[key] for key in draft.keys}
@@ -96,20 +96,20 @@ def _read(file: Path) -> dict[Any, Any]:
         with warnings.catch_warnings(action="ignore"):  # 2e-5 is not a number to the letter of YAML 1.1
             config = yaml.load(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise RecipeError(f"{file}: cannot be read: {error.strerror}; expected {_KNOWN}") from None
+        raise RecipeError(f"{file}: cannot be read ({error.strerror}). Pass {_KNOWN}.") from None
     except MarkedYAMLError as error:
         mark, what = error.problem_mark or error.context_mark, str(error.problem or error.context)
         line = f":{mark.line + 1}" if mark else ""
         raise RecipeError(f"{file}{line}: not valid YAML: {' '.join(what.split())}") from None
     except (YAMLError, ValueError, RecursionError, OverflowError) as error:
         raise RecipeError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(config, dict):
-        raise RecipeError(f"{file}: has no keys; expected {_KNOWN}")
+    if not isinstance(config, dict) or not config:
+        raise RecipeError(f"{file}: contains no keys. Pass {_KNOWN}.")
     try:
         if sum(1 for _ in islice(leaves(config), _MOST + 1)) > _MOST:
             raise RecipeError(f"{file}: more than {_MOST:,} keys, including those of aliases (*). Write them out.")
     except RecursionError:
-        raise RecipeError(f"{file}: an alias (*) stands within what it means (&); write it out") from None
+        raise RecipeError(f"{file}: an alias (*) contains itself. Write it out.") from None
     return config
 
 
@@ -119,13 +119,11 @@ def _recognize(config: Mapping[Any, Any], file: str | Path) -> Table:
         if tool.marker and any(isinstance(section, Mapping) and tool.marker in section for section in config.values()):
             return tool
     if isinstance(config.get("model"), Mapping) and isinstance(config.get("data"), Mapping):
-        raise RecipeError(f"{file}: is a recipe already: sft-recipe check {file}")
+        raise RecipeError(f"{file}: is already a recipe. Run `sft-recipe check {file}`.")
     signs = [sum(sign in config for sign in tool.signs.split()) for tool in tables]
     if max(signs) < 2:
         some = ", ".join(str(key) for key in list(config)[:5])
-        raise RecipeError(
-            f"{file}: is no {_KNOWN.removeprefix('a ')}, by its keys ({some}); say with --from which it is"
-        )
+        raise RecipeError(f"{file}: is not recognized as {_KNOWN} (got keys {some}). Set the tool with --from.")
     return tables[signs.index(max(signs))]
 
 
@@ -176,9 +174,7 @@ def _write(draft: Draft, file: str) -> str:
     left = ["", "# Not in this recipe:"] if open_ else []
     left += [f"# {_line(key, draft.keys[key], outcome)}" for key, outcome in open_]
     left += ["", "# About this recipe:", *(f"#   {note}" for note in draft.notes)] if draft.notes else []
-    header = (
-        f"# From {one_line(file)} ({draft.tool}), by sft-recipe convert. Beside each value: the key that it is from."
-    )
+    header = f"# From {one_line(file)} ({draft.tool}), by sft-recipe convert. Each comment names the source of a value."
     return "\n".join([header, stream.getvalue().rstrip("\n"), *map(one_line, left)]) + "\n"
 
 

@@ -73,7 +73,7 @@ class Draft:
         if problem := _problem(to, value):
             self.unsupported(key, problem)
         elif to in self.entries and self.entries[to].value != value:
-            self.unsupported(key, f"{to} is from {self.entries[to].comment} already; look which of the two is meant")
+            self.unsupported(key, f"{to} is from {self.entries[to].comment} already. Decide which of the two you need.")
         else:
             self.entries[to] = Entry(value, f"{key}{'; ' + note if note else ''}")
             usual = to.partition(".")[0] != "trl" and value == default_of(to)
@@ -109,7 +109,7 @@ class Draft:
         """Set a placeholder if the recipe has no value for a required key."""
         if to not in self.entries:
             self.entries[to] = Entry(FILL_IN, what)
-            self.notes.append(f"{to}: fill it in: {what}")
+            self.notes.append(f"{to}: fill it in ({what})")
 
     def value(self, to: str) -> Any:
         """Return the recipe's value so far."""
@@ -157,10 +157,10 @@ def _problem(to: str, value: Any) -> str | None:
     """Return why a recipe rejects a value for a key, or None."""
     section, _, name = to.partition(".")
     if section == "trl":
-        return None if name in sft_config_fields() and name not in OWNED else f"no field of SFTConfig is called {name}"
+        return None if name in sft_config_fields() and name not in OWNED else f"SFTConfig has no field {name}"
     tried: dict[str, Any] = {**_MINIMAL, section: {**_MINIMAL.get(section, {}), name: value} if name else value}  # type: ignore[dict-item]
     try:
         Recipe.model_validate(tried)
     except ValidationError:
-        return f"{to} takes {expectation(schema_of(tuple(to.split('.'))))}; set it"
+        return f"{to} takes {expectation(schema_of(tuple(to.split('.'))))}. Set it."
     return None

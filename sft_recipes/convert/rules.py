@@ -169,7 +169,7 @@ class Converter:
     def complete(self) -> None:
         """Give the recipe what it requires, and the tool's defaults."""
         for to, key in self.table.required.items():
-            self.draft.need(to, f"{key} is not in the file")
+            self.draft.need(to, f"{key} is missing in the file")
         for to, value in self.table.defaults.items():
             rule = value if isinstance(value, Mapping) and "value" in value else {"value": value}
             if self.holds(None, rule.get("when")):
@@ -198,11 +198,11 @@ class Converter:
         ours = CONVERTERS[rule.convert](value) if rule.convert else value
         alone = rule.to is None and rule.when is None
         if value in (rule.off if rule.off is not None else _OFF if rule.unsupported and alone else ()):
-            self.draft.not_needed(key, "off, as here")
+            self.draft.not_needed(key, "off")
         elif rule.values is not None and not _among(ours, known := _known(rule.values)):
             if not last and not rule.unsupported:
                 return False
-            note = rule.unsupported or f"{rule.to} is left at its default; set it"
+            note = rule.unsupported or f"{rule.to} keeps its default. Set it."
             self.draft.unsupported(key, self.fill(note, key, value, known=", ".join(map(str, known))))
         elif rule.call:
             if self.table.function(rule.call)(self, key, value, rule) is False:
@@ -246,7 +246,7 @@ class Converter:
         for number, item in enumerate(value if isinstance(value, list) else [value]):
             here = f"{key}[{number}]" if isinstance(value, list) else key
             if rule.to == "data.eval" and sources:
-                self.draft.unsupported(here, "data.eval is one source; put the rows into one file")
+                self.draft.unsupported(here, "data.eval is a single source. Merge the rows into one file.")
             elif isinstance(item, Mapping):
                 self.source, self.item, self.into = {}, item, rule.to
                 self.apply(self.table.parts[rule.each], f"{here}.")

@@ -15,7 +15,7 @@ def warmup(converter: Converter, key: str, value: Any, rule: Rule) -> None:
         draft.carry(key, rule.to, float(f"{steps / total:.6g}"), f"{steps} of {total} steps")
     else:
         draft.unsupported(
-            key, f"set train.warmup_ratio, the share that {steps} are of the steps: sft-recipe plan says how many"
+            key, f"set train.warmup_ratio to {steps} divided by the number of steps (sft-recipe plan shows it)"
         )
 
 
@@ -24,8 +24,8 @@ def per_epoch(converter: Converter, key: str, value: Any, rule: Rule) -> None:
     draft, times = converter.draft, 1 if value == "epoch" else number(value)
     epochs = draft.value("train.epochs") or 1
     if draft.value("train.max_steps"):
-        draft.unsupported(key, f"with train.max_steps an epoch is no known fraction of the run; set {rule.to}")
+        draft.unsupported(key, f"with train.max_steps the length of an epoch is unknown. Set {rule.to}.")
     elif not isinstance(times, (int, float)) or isinstance(times, bool) or times * epochs < 1:
         draft.unsupported(key, f"set {rule.to}")
     else:
-        draft.carry(key, rule.to, float(f"{1 / (times * epochs):.6g}"), f"{times} an epoch, of {epochs:g}")
+        draft.carry(key, rule.to, float(f"{1 / (times * epochs):.6g}"), f"{times} per epoch, train.epochs: {epochs:g}")

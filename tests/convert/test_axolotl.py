@@ -120,7 +120,7 @@ def test_local_files_and_several_sources(tmp_path: Path) -> None:
 
     assert [source.path for source in recipe.data.train] == ["a.jsonl", "org/b"]  # type: ignore[union-attr]
     assert recipe.data.train_on == "assistant"
-    assert any("one for all data here" in note for note in converted.notes)
+    assert any("a recipe has one template" in note for note in converted.notes)
 
 
 def test_training_on_everything(tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_adapters(tmp_path: Path) -> None:
     )
     full = convert(tmp_path, BASE + ROWS + "lora_r: 8\nadapter:\n")
     assert full[1].lora is None
-    assert full[0].outcomes["lora_r"].note == "there is no adapter"
+    assert full[0].outcomes["lora_r"].note == "no adapter is trained"
 
 
 def test_long_texts_are_cut_into_pieces_where_all_are_of_type_completion(tmp_path: Path) -> None:
@@ -250,8 +250,8 @@ def test_long_texts_are_cut_into_pieces_where_all_are_of_type_completion(tmp_pat
 
     assert (recipe.data.overlong, other.data.overlong) == ("split", "drop")
     assert alone.outcomes["excess_length_strategy"].kind == "not_needed"
-    assert not any(note.startswith("data.overlong: one for all") for note in alone.notes)
-    assert any(note.startswith("data.overlong: one for all") for note in mixed.notes)
+    assert not any(note.startswith("data.overlong: a recipe has one setting") for note in alone.notes)
+    assert any(note.startswith("data.overlong: a recipe has one setting") for note in mixed.notes)
     assert convert(tmp_path, BASE + ROWS)[1].data.overlong == "drop"
 
 
@@ -267,7 +267,7 @@ def test_layers_beyond_linear_ones_are_not_lost(tmp_path: Path) -> None:
     keys = "adapter: lora\nlora_target_linear: true\nlora_target_modules: "
 
     kind, words = said(tmp_path, BASE + ROWS + keys + "[q_proj, embed_tokens, lm_head]\n", "lora_target_modules")
-    assert (kind, words.partition(";")[0]) == ("unsupported", "all-linear leaves out embed_tokens, lm_head")
+    assert (kind, words.partition(".")[0]) == ("unsupported", "all-linear does not cover embed_tokens, lm_head")
     assert said(tmp_path, BASE + ROWS + keys + "[q_proj]\n", "lora_target_modules")[0] == "not_needed"
 
 

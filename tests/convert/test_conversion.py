@@ -263,24 +263,24 @@ def test_constants_and_defaults_are_taken_by_recipes(tool: Table) -> None:
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
-        ("{}", "is no config of"),
-        ("[a, b]", "no keys"),
+        ("{}", "contains no keys"),
+        ("[a, b]", "contains no keys"),
         ("a: [", "not valid YAML"),
         ("a: 1\na: 2", "not valid YAML: found duplicate key"),
         ("a: !!python/name:os.system", "not valid YAML"),
-        ("a: &a {b: *a}", "stands within"),
+        ("a: &a {b: *a}", "contains itself"),
         (
             "a: &a {x: 1, y: 1}\n"
             + "".join(f"b{n}: &b{n} {{x: *b{n - 1}, y: *b{n - 1}}}\n" for n in range(1, 25)).replace("*b0", "*a"),
             "more than 10,000 keys",
         ),
-        ("compute_environment: LOCAL_MACHINE\nnum_processes: 8", r"by its keys \(compute_environment, num_processes\)"),
-        ("model: {name: x}\ndata: {train: x}\noutput_dir: x", "is a recipe already"),
+        ("compute_environment: LOCAL_MACHINE\nnum_processes: 8", r"got keys compute_environment, num_processes\)"),
+        ("model: {name: x}\ndata: {train: x}\noutput_dir: x", "is already a recipe"),
         ("base_model: x\nsequence_len: 1\nrl: dpo", "rl: dpo is preference training"),
         ("base_model: x\nsequence_len: 1\npretraining_dataset: x", "pretraining_dataset"),
         ("model_name_or_path: x\nstage: dpo\nfinetuning_type: lora", "stage: dpo is not sft"),
         ("model_name_or_path: x\nfinetuning_type: lora\ntemplate: llama3\nexport_dir: x", "does not train"),
-        ("model_name_or_path: x\ndataset_name: y\nbeta: 0.1", "beta is of DPO, KTO or GRPO"),
+        ("model_name_or_path: x\ndataset_name: y\nbeta: 0.1", "beta is a key of DPO, KTO or GRPO"),
         (
             "model: {_component_: a.b}\noptimizer: {}\ndataset: {}\na0: aaaa\n"
             + "".join(f"a{n}: {f'${{a{n - 1}}}' * 10}\n" for n in range(1, 10)),
@@ -290,7 +290,7 @@ def test_constants_and_defaults_are_taken_by_recipes(tool: Table) -> None:
             "base_model: x\nsequence_len: 8\nlr_scheduler_kwargs: {x: !!binary aGk=}",
             ": trl.lr_scheduler_kwargs.x: the tag",
         ),
-        ("model: {_component_: a.b}\nquantizer: {_component_: a.c}", "quantizer is of quantisation"),
+        ("model: {_component_: a.b}\nquantizer: {_component_: a.c}", "quantizer is for quantization"),
         ("model: {_component_: a.b}\nloss: {_component_: a.DPOLoss}\noptimizer: {}\ndataset: {}", "DPOLoss"),
     ],
 )
@@ -326,7 +326,7 @@ def test_the_recipe_says_where_each_value_is_from(tmp_path: Path) -> None:
 
     assert re.search(r"\n  max_length: 1024 +# sequence_len\n", text)
     assert re.search(r"\n  overlong: drop +# Axolotl's default\n", text)
-    assert text.endswith("# Not in this recipe:\n#   no_such_key.inner: 1 -> look it up in Axolotl's documentation\n")
+    assert text.endswith("# Not in this recipe:\n#   no_such_key.inner: 1 -> see the documentation of Axolotl\n")
 
 
 def test_every_key_is_in_the_account(tmp_path: Path) -> None:
@@ -334,15 +334,15 @@ def test_every_key_is_in_the_account(tmp_path: Path) -> None:
 
     assert account.startswith(f"{tmp_path / 'config.yaml'}: Axolotl, 9 keys\n")
     assert "\n  sequence_len: 1024 -> data.max_length: 1024\n" in account
-    assert "\nthe default of a recipe (2)\n  micro_batch_size: 2 -> train.micro_batch_size: 2\n" in account
+    assert "\ndefault of a recipe (2)\n  micro_batch_size: 2 -> train.micro_batch_size: 2\n" in account
     assert "\nempty (1)\n  wandb_project\n" in account
-    assert "\nunknown: no key that is known here (1)\n  no_such_key.inner: 1" in account
+    assert "\nunknown key (1)\n  no_such_key.inner: 1" in account
 
 
 def test_the_recipe_keeps_what_there_is_to_say_about_it(tmp_path: Path) -> None:
     text = convert(tmp_path, AXOLOTL.partition("datasets")[0])[0].text
 
-    assert text.endswith("\n\n# About this recipe:\n#   data.train: fill it in: datasets is not in the file\n")
+    assert text.endswith("\n\n# About this recipe:\n#   data.train: fill it in (datasets is missing in the file)\n")
 
 
 def test_what_check_would_say_is_said(tmp_path: Path) -> None:
@@ -382,7 +382,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert again.stderr == "new/recipe.yaml exists; choose another name with --out\n"
     assert missing.returncode == 2
     assert missing.stderr.startswith(
-        "nothing.yml: cannot be read: No such file or directory; expected a config of trl sft"
+        "nothing.yml: cannot be read (No such file or directory). Pass a config of trl sft"
     )
 
 

@@ -73,7 +73,7 @@ def test_a_whole_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert (recipe.eval.every, recipe.checkpoint.every, recipe.trl) == (500, 500, {"ddp_timeout": 180000000})
     assert judge(recipe, to_run=False).problems == []
     assert {outcome.kind for outcome in converted.outcomes.values()} == {"becomes", "default", "not_needed", "empty"}
-    assert any("identity, talks: data/dataset_info.json does not describe it here" in line for line in converted.notes)
+    assert any("identity, talks: not found in data/dataset_info.json" in line for line in converted.notes)
 
 
 def test_dataset_info_says_where_the_rows_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,7 +143,7 @@ def test_several_data_sets(tmp_path: Path) -> None:
 
     assert [source.path for source in recipe.data.train] == ["tatsu-lab/alpaca", "org/talk"]  # type: ignore[union-attr]
     assert recipe.data.packing == "bfd"
-    assert any(note.startswith("data.train_on: one for all") for note in converted.notes)
+    assert any(note.startswith("data.train_on: a recipe has one setting") for note in converted.notes)
 
 
 def test_qlora(tmp_path: Path) -> None:

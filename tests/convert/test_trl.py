@@ -177,7 +177,7 @@ def test_the_end_that_is_kept_is_not_missed_where_nothing_is_truncated(tmp_path:
 
 def test_a_prompt_and_a_completion_are_joined_by_the_template_that_is_named(tmp_path: Path) -> None:
     converted, _ = convert(tmp_path, BASE)
-    [note] = [note for note in converted.notes if note.startswith("data.template: TRL joins")]
+    [note] = [note for note in converted.notes if note.startswith("data.template: TRL concatenates")]
     source = re.search(r"save (.*) to a \.jinja file", note)
     assert source
     row = to_example({"prompt": " Two and\n", "completion": "two. "}, "prompt_completion", {}, "rows:1")
@@ -187,7 +187,7 @@ def test_a_prompt_and_a_completion_are_joined_by_the_template_that_is_named(tmp_
     assert rendered.text == " Two and\ntwo. </s>"
     assert [rendered.text[start:end] for start, end in rendered.trained] == ["two. </s>"]
     for keys in ("dataset_text_field: text", "chat_template_path: mine.jinja", "assistant_only_loss: true"):
-        assert not any("TRL joins" in each for each in convert(tmp_path, BASE + keys)[0].notes)
+        assert not any("TRL concatenates" in each for each in convert(tmp_path, BASE + keys)[0].notes)
 
 
 def test_mixtures(tmp_path: Path) -> None:
@@ -226,6 +226,6 @@ def test_adapters_are_those_of_peft_where_none_are_named(tmp_path: Path) -> None
 
     assert recipe.lora is not None
     assert (recipe.lora.target_modules, recipe.lora.dropout) == (["q_proj", "v_proj"], 0.05)
-    assert any(note.startswith("lora.target_modules: PEFT's choice") for note in converted.notes)
+    assert any(note.startswith("lora.target_modules: PEFT's default") for note in converted.notes)
     assert full[1].lora is None
     assert full[0].outcomes["lora_r"].kind == "not_needed"

@@ -12,14 +12,14 @@ def beyond_linear(converter: Converter, key: str, value: Any, _rule: Rule) -> No
     """Name the target modules that lora_target_linear, which comes first, leaves out."""
     names = as_list(value) if isinstance(value, (str, list)) else []
     if beyond := [str(name) for name in names if _NOT_LINEAR.search(str(name))]:
-        note = f"all-linear leaves out {', '.join(beyond)}; lora.modules_to_save trains such layers in full"
+        note = f"all-linear does not cover {', '.join(beyond)}. Use lora.modules_to_save to train them in full."
         converter.draft.unsupported(key, note)
     else:
-        converter.draft.not_needed(key, "as lora.target_modules says")
+        converter.draft.not_needed(key, "determined by lora.target_modules")
 
 
 def path(converter: Converter, key: str, value: Any, rule: Rule) -> None:
-    """Join the path of a data set and its one file."""
+    """Join the path of a dataset and its one file."""
     files = (converter.item or {}).get("data_files")
     file = files[0] if isinstance(files, list) and len(files) == 1 else files
     if isinstance(file, str) and isinstance(value, str):

@@ -43,7 +43,9 @@ def resolve(config: Mapping[Any, Any], file: str | Path) -> dict[Any, Any]:
             at = known.get(whole[1], at) if whole else filled
             left -= len(str(at))
             if left < 0:
-                raise RecipeError(f"{file}: what ${{...}} stand for is longer than {_MOST:,} characters; write it out")
+                raise RecipeError(
+                    f"{file}: the values of ${{...}} are longer than {_MOST:,} characters. Write them out."
+                )
         return at
 
     return {key: value(inner) for key, inner in config.items()}
@@ -53,21 +55,23 @@ def target_modules(converter: Converter, key: str, _value: Any, rule: Rule) -> N
     """Name the layers of model.lora_attn_modules and model.apply_lora_to_mlp as transformers does."""
     draft, said = converter.draft, converter.draft.get("model.lora_attn_modules")
     if key != ("model.lora_attn_modules" if said else "model.apply_lora_to_mlp"):
-        return draft.not_needed(key, "as lora says")
+        return draft.not_needed(key, "determined by lora")
     modules = [_LAYERS.get(str(module), str(module)) for module in said] if isinstance(said, list) else []
     modules += _MLP if draft.get("model.apply_lora_to_mlp") else []
     if re.search(r"lora_phi[34][^.]*$", str(draft.get("model._component_"))):
         modules = list(dict.fromkeys(_FUSED.get(module, module) for module in modules))
     if modules:
-        return draft.carry(key, str(rule.to), modules, "as transformers calls them")
-    return draft.not_needed(key, "as lora says")
+        return draft.carry(key, str(rule.to), modules, "names of transformers")
+    return draft.not_needed(key, "determined by lora")
 
 
 def steps(converter: Converter, key: str, value: Any, rule: Rule) -> None:
     """Multiply the steps per epoch by the number of epochs."""
     epochs, most = number(converter.draft.get("epochs")), number(value)
     known = isinstance(most, int) and isinstance(epochs, (int, float))
-    converter.draft.carry(key, str(rule.to), number(most * epochs) if known else most, "in all epochs" if known else "")
+    converter.draft.carry(
+        key, str(rule.to), number(most * epochs) if known else most, "for all epochs" if known else ""
+    )
 
 
 def betas(converter: Converter, key: str, value: Any, _rule: Rule) -> bool:

@@ -26,4 +26,4 @@ def mixer(converter: Converter, key: str, value: Any, _rule: Rule) -> None:
     """Convert the alignment-handbook's mixture: paths, and the share of each."""
     if isinstance(value, Mapping):
         sources = [{"path": str(path), "weight": part} for path, part in value.items()]
-        converter.draft.carry(key, "data.train", sources, "a part below 1 is a random one")
+        converter.draft.carry(key, "data.train", sources, "a share below 1 is sampled randomly")
