@@ -111,10 +111,6 @@ class Draft:
             self.entries[to] = Entry(FILL_IN, what)
             self.notes.append(f"{to}: fill it in ({what})")
 
-    def value(self, to: str) -> Any:
-        """Return the recipe's value so far."""
-        return self.entries[to].value if to in self.entries else default_of(to)
-
 
 def leaves(section: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, Any]]:
     """Yield every dotted key whose value is not a section, with its value."""

@@ -251,7 +251,7 @@ class Converter:
                 self.source, self.item, self.into = {}, item, rule.to
                 self.apply(self.table.parts[rule.each], f"{here}.")
                 read.append(self.source)
-                if source := _source(self.source):
+                if source := source_of(self.source):
                     sources[here] = source
         self.source, self.item, self.into = {}, None, ""
         if sources and rule.to == "data.eval":
@@ -298,18 +298,20 @@ class Converter:
         return _passes(value, when)
 
     def fill(self, text: Any, key: str, value: Any, **words: str) -> Any:
-        """Fill in $value, $key, $into, the table's words, and $name for a value of the config."""
+        """Fill in $value, its items $0 and $1, $key, $into, the table's words, and $name for a value of the config."""
+        if isinstance(text, list):
+            return [self.fill(inner, key, value) for inner in text]
         if isinstance(text, Mapping):
-            return {name: self.fill(inner, key, value) for name, inner in text.items()}
+            filled = {name: self.fill(inner, key, value) for name, inner in text.items()}
+            return {name: inner for name, inner in filled.items() if inner is not None}
         if not isinstance(text, str) or "$" not in text:
             return text
-        if text == "$value":
-            return value
+        if text in ("$value", "$0", "$1"):  # or an item of it
+            return value if text == "$value" else number(value[int(text[1])])
         if re.fullmatch(r"\$\w+", text):
             return self.look(text[1:])
-        return Template(text).safe_substitute(
-            self.table.words, value=value, key=key, into=self.into, last=str(value).rpartition(".")[2], **words
-        )
+        words |= {"key": key, "value": value, "last": str(value).rpartition(".")[2], "into": self.into}
+        return Template(text).safe_substitute({**self.table.words, **(self.item or {}), **words})
 
 
 def _names(key: str) -> Iterator[tuple[str, str]]:
@@ -347,7 +349,7 @@ def _among(value: Any, known: Any) -> bool:
     )
 
 
-def _source(entries: Mapping[str, Entry]) -> dict[str, Any]:
+def source_of(entries: Mapping[str, Entry]) -> dict[str, Any]:
     """Return a source of data as it stands in a recipe; empty without a path."""
     source: dict[str, Any] = {}
     for key, entry in entries.items():
@@ -406,11 +408,14 @@ CONVERTERS: Mapping[str, Callable[[Any], Any]] = {
     "names": lambda value: [
         name for name in (value if isinstance(value, list) else [value]) if name not in (None, "none")
     ],
-    "several": lambda value: [value] if isinstance(value, str) else value,
     "component": lambda value: str(value).rpartition(".")[2],
     "directory": lambda value: value.rstrip("/") or value if isinstance(value, str) else value,
     "pairs": lambda value: ", ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, Mapping) else value,
     "split": lambda value: part_of(value)[0],
+    "first": lambda value: value[0] if isinstance(value, list) else value,
+    "shares": lambda value: (
+        [{"path": k, "weight": v} for k, v in value.items()] if isinstance(value, Mapping) else value
+    ),
     "share": lambda value: part_of(value)[1],
 }
 TESTS: Mapping[str, Callable[[Any], bool]] = {
@@ -421,8 +426,8 @@ TESTS: Mapping[str, Callable[[Any], bool]] = {
     "whole": lambda value: isinstance(number(value), int) and value is not True and number(value) > 0,
     "positive": lambda value: isinstance(number(value), (int, float)) and number(value) > 0,
     "several": lambda value: isinstance(value, list) and len(value) > 1,
+    "a pair": lambda value: isinstance(value, list) and len(value) == 2,
     "a text": lambda value: isinstance(value, str),
     "a split": lambda value: part_of(value)[0] is not None and part_of(value)[1] is None,
     "a part": lambda value: part_of(value)[1] is not None,
-    "negative": lambda value: isinstance(number(value), (int, float)) and number(value) < 0,
 }

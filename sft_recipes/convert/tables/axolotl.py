@@ -16,12 +16,3 @@ def beyond_linear(converter: Converter, key: str, value: Any, _rule: Rule) -> No
         converter.draft.unsupported(key, note)
     else:
         converter.draft.not_needed(key, "determined by lora.target_modules")
-
-
-def path(converter: Converter, key: str, value: Any, rule: Rule) -> None:
-    """Join the path of a dataset and its one file."""
-    files = (converter.item or {}).get("data_files")
-    file = files[0] if isinstance(files, list) and len(files) == 1 else files
-    if isinstance(file, str) and isinstance(value, str):
-        value = file if value in ("json", "csv", "parquet") else f"{value.rstrip('/')}/{file}"
-    converter.carry(key, str(rule.to), value)

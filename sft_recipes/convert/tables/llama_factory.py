@@ -7,16 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_recipes.convert.draft import Draft
-from sft_recipes.convert.rules import Converter, Rule, as_list
-
-# Columns by their name in dataset_info.json: their name in a recipe, and the default in LLaMA-Factory.
-_COLUMNS = {
-    "prompt": ("instruction", "instruction"),
-    "query": ("input", "input"),
-    "response": ("output", "output"),
-    "messages": ("messages", "conversations"),
-}
-_READ = {"hf_hub_url", "file_name", "subset", "split", "columns", "formatting"}
+from sft_recipes.convert.rules import Converter, Rule, as_list, source_of
 
 
 def datasets(converter: Converter, key: str, value: Any, rule: Rule) -> None:
@@ -28,7 +19,7 @@ def datasets(converter: Converter, key: str, value: Any, rule: Rule) -> None:
     with suppress(OSError, ValueError):
         known = json.loads((Path(folder) / "dataset_info.json").read_text(encoding="utf-8"))
     known = known if isinstance(known, dict) else {}
-    sources = [_source(draft, str(name), known.get(str(name)), folder) for name in names]
+    sources = [_source(converter, str(name), known.get(str(name)), folder) for name in names]
     if to == "data.train" or len(sources) == 1:
         draft.carry(key, to, sources if to == "data.train" else sources[0])
     else:
@@ -47,22 +38,14 @@ def max_samples(converter: Converter, key: str, value: Any, rule: Rule) -> None:
         converter.draft.carry(key, str(rule.to), value * several, "for all datasets together" if several > 1 else "")
 
 
-def _source(draft: Draft, name: str, said: Any, folder: str) -> Any:
-    """Return a source made of a dataset's description, or its name without one."""
+def _source(converter: Converter, name: str, said: Any, folder: str) -> Any:
+    """Return the source that a dataset's description stands for, or its name without one."""
     if not isinstance(said, Mapping) or not (said.get("hf_hub_url") or said.get("file_name")):
         return name
-    messages, columns = said.get("formatting") == "sharegpt", said.get("columns") or {}
-    renamed = {_COLUMNS[theirs][0]: column for theirs, column in columns.items()
-               if theirs in _COLUMNS and column not in _COLUMNS[theirs]}  # fmt: skip
-    source = {
-        "path": said.get("hf_hub_url") or f"{folder}/{said['file_name']}",
-        "name": said.get("subset"),
-        "split": said.get("split"),
-        "format": "messages" if messages else "alpaca",
-        "columns": renamed,
-    }
-    beyond = {each for each in columns if each not in _COLUMNS and not (messages and each in ("system", "tools"))}
-    if beyond := beyond | (set(said) - _READ):
-        keys = ", ".join(sorted(beyond))
-        draft.notes.append(f"data.train: {name}: ignored keys of dataset_info.json: {keys}. Check it with preview.")
-    return {part: value for part, value in source.items() if value not in (None, {}, "train")}
+    path = said.get("hf_hub_url") or f"{folder}/{said['file_name']}"
+    reader = Converter(Draft(name, {"formatting": "alpaca", **said, "path": path}), converter.table)
+    reader.apply(converter.table.parts["description"])
+    if keys := ", ".join(sorted(reader.draft.left())):
+        note = f"data.train: {name}: ignored keys of dataset_info.json: {keys}. Check it with preview."
+        converter.draft.notes.append(note)
+    return source_of(reader.source)

@@ -74,14 +74,6 @@ def steps(converter: Converter, key: str, value: Any, rule: Rule) -> None:
     )
 
 
-def betas(converter: Converter, key: str, value: Any, _rule: Rule) -> bool:
-    """Convert the two coefficients of Adam."""
-    pair = value if isinstance(value, list) and len(value) == 2 else []
-    for index, each in enumerate(pair, start=1):
-        converter.draft.carry(key, f"trl.adam_beta{index}", number(each))
-    return bool(pair)
-
-
 def set_aside(converter: Converter, key: str, _value: Any, rule: Rule) -> bool:
     """Convert dataset_val to a fraction if it is the rest of the split of which dataset is a part."""
     draft, train, held_out = converter.draft, converter.draft.get("dataset"), converter.draft.get(key)
