@@ -49,12 +49,9 @@ class Converted:
         lines = [f"{self.file}: {self.tool}, {len(self.outcomes)} keys"]
         for kind, heading in HEADINGS.items():
             keys = [key for key in self.outcomes if self.outcomes[key].kind == kind]
+            listed = [_line(key, self.values[key], self.outcomes[key]) for key in keys]
             if keys:
-                lines += ["", f"{heading} ({len(keys)})"]
-            if keys and kind == "empty":
-                lines.append(f"  {', '.join(keys)}")
-            elif keys:
-                lines += [_line(key, self.values[key], self.outcomes[key]) for key in keys]
+                lines += ["", f"{heading} ({len(keys)})", *([f"  {', '.join(keys)}"] if kind == "empty" else listed)]
         if self.notes:
             lines += ["", f"about the recipe ({len(self.notes)})", *(f"  {note}" for note in self.notes)]
         return [one_line(line) for line in lines]
@@ -99,8 +96,9 @@ def _read(file: Path) -> dict[Any, Any]:
         raise RecipeError(f"{file}: cannot be read ({error.strerror}). Pass {_KNOWN}.") from None
     except MarkedYAMLError as error:
         mark, what = error.problem_mark or error.context_mark, str(error.problem or error.context)
-        line = f":{mark.line + 1}" if mark else ""
-        raise RecipeError(f"{file}{line}: not valid YAML: {' '.join(what.split())}") from None
+        raise RecipeError(
+            f"{file}{f':{mark.line + 1}' if mark else ''}: not valid YAML: {' '.join(what.split())}"
+        ) from None
     except (YAMLError, ValueError, RecursionError, OverflowError) as error:
         raise RecipeError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(config, dict) or not config:
@@ -166,8 +164,7 @@ def _write(draft: Draft, file: str) -> str:
     yaml = YAML()
     yaml.width = 10_000  # a line that is broken would take its comment along
     yaml.indent(mapping=2, sequence=4, offset=2)
-    null = "tag:yaml.org,2002:null"
-    yaml.representer.add_representer(type(None), lambda dumper, _: dumper.represent_scalar(null, "null"))
+    yaml.representer.add_representer(type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null"))
     stream = io.StringIO()
     yaml.dump(recipe, stream)
     open_ = [(key, said) for key, said in draft.outcomes.items() if said.kind in ("unsupported", "unknown")]
@@ -184,13 +181,10 @@ def _line(key: str, value: Any, outcome: Outcome) -> str:
 
 def _flow(value: Any) -> Any:
     """Put lists of plain values and mappings on one line, and each source of a list on its own."""
-    if isinstance(value, list):
-        inner = CommentedSeq(_flow(item) for item in value)
-        if not any(isinstance(item, dict) for item in value):
-            inner.fa.set_flow_style()
-        return inner
-    if isinstance(value, dict):
-        mapping = CommentedMap((key, _flow(item)) for key, item in value.items())
-        mapping.fa.set_flow_style()
-        return mapping
-    return value
+    if not isinstance(value, (list, dict)):
+        return value
+    plain = [_flow(item) for item in value] if isinstance(value, list) else {key: _flow(value[key]) for key in value}
+    inner = CommentedSeq(plain) if isinstance(value, list) else CommentedMap(plain)
+    if isinstance(value, dict) or not any(isinstance(item, dict) for item in value):
+        inner.fa.set_flow_style()
+    return inner

@@ -1,9 +1,10 @@
 """Read the tools' tables and apply them to a config. A tool is one file: tables/NAME.yaml.
 
-`rules` maps a key (or several, with spaces between; `section.*` is a section and all in it) to a rule, or to a list of
-rules of which the first that applies is taken. A rule that is a word is the recipe's key. The most specific key wins,
-and rules run in the table's order, those of shared tables (`include`) last. Where a table does not suffice, `call`
-names a function of the Python module beside it.
+`rules` maps a key to a rule, or to a list of rules of which the first that applies is taken. A rule that is just a word
+is the recipe's key; `Rule` has the fields of the others. Several keys have spaces between them, `section.*` is a section
+with all that is in it, and the most specific key wins. Rules run in the order of the table; `include` inserts groups of
+the shared training_arguments.yaml. If rules do not suffice, `call` names a function of tables/NAME.py, or of
+training_arguments.py.
 """
 
 import importlib
@@ -34,7 +35,7 @@ class Rule:
     """What happens to a key."""
 
     keys: str = ""  # of `refuse` (names) and `guards` (a regular expression)
-    when: Any = None  # a test of the value, or {key: test}; see `_holds`
+    when: Any = None  # a test of the value, or {key: test}; see `Converter.holds`
     empty: bool = False  # applies to an empty value, and only to one
     off: list[Any] | None = None  # values that ask for nothing
     convert: str = ""  # name in CONVERTERS
@@ -54,16 +55,10 @@ class Rule:
 
     def targets(self) -> list[str]:
         """Return the keys that the rule, or one applied with it, may set."""
-        to = self.values if self.to is None and isinstance(self.values, Mapping) else {}
-        keys = (
-            self.to
-            if isinstance(self.to, Mapping)
-            else [self.to]
-            if self.to
-            else [key for each in to.values() for key in each]
-        )
-        found = [*keys, *self.assume, *self.agree, *(key for also in self.also for key in also.targets())]
-        return [key.removesuffix("+") for key in found]
+        sections = [] if self.to or not isinstance(self.values, Mapping) else list(self.values.values())
+        keys = [self.to] if isinstance(self.to, str) else [key for each in (self.to or {}, *sections) for key in each]
+        keys += [*self.assume, *self.agree, *(key for also in self.also for key in also.targets())]
+        return [key.removesuffix("+") for key in keys]
 
 
 Rules = Mapping[str, Sequence[Rule]]
@@ -120,23 +115,21 @@ def table(name: str) -> Table:
 
 
 def rules_of(section: Mapping[str, Any]) -> dict[str, list[Rule]]:
+    """Return the rules for each key of a section of a table."""
     rules: dict[str, list[Rule]] = {}
     for names, said in section.items():
         if names.split()[0] == "include":  # groups of the shared rules, unless the tool has its own
             for group in said:
                 rules = {**rules, **rules_of(_load(SHARED)[group]), **rules}
         else:
-            rules |= {
-                name: [_rule(each) for each in (said if isinstance(said, list) else [said])] for name in names.split()
-            }
+            rules |= {name: [_rule(each) for each in items(said)] for name in names.split()}
     return rules
 
 
 def _rule(said: Any) -> Rule:
     if isinstance(said, str):
         return Rule(to=said)
-    also = said.get("also", [])
-    return Rule(**said | {"also": [_rule(each) for each in (also if isinstance(also, list) else [also])]})
+    return Rule(**said | {"also": [_rule(each) for each in items(said.get("also", []))]})
 
 
 class Converter:
@@ -196,8 +189,8 @@ class Converter:
         if rule.empty != (value in _EMPTY) or not self.holds(value, rule.when):
             return False
         ours = CONVERTERS[rule.convert](value) if rule.convert else value
-        alone = rule.to is None and rule.when is None
-        if value in (rule.off if rule.off is not None else _OFF if rule.unsupported and alone else ()):
+        usual = _OFF if rule.unsupported and rule.to is None and rule.when is None else ()
+        if value in (usual if rule.off is None else rule.off):
             self.draft.not_needed(key, "off")
         elif rule.values is not None and not _among(ours, known := _known(rule.values)):
             if not last and not rule.unsupported:
@@ -243,7 +236,7 @@ class Converter:
         """Read the sources of data in a section or list."""
         sources: dict[str, dict[str, Any]] = {}
         read: list[dict[str, Entry]] = []
-        for number, item in enumerate(value if isinstance(value, list) else [value]):
+        for number, item in enumerate(items(value)):
             here = f"{key}[{number}]" if isinstance(value, list) else key
             if rule.to == "data.eval" and sources:
                 self.draft.unsupported(here, "data.eval is a single source. Merge the rows into one file.")
@@ -276,26 +269,21 @@ class Converter:
     # --- Conditions and texts ------------------------------------------------------------------------------------------
 
     def look(self, name: str) -> Any:
-        """Return a value of the config, of the recipe so far (`=key`), or the first that is on of `one|other`."""
+        """Return a value of the config, recipe (`=key`) or source (`.key`); of `one|other`, the first that is on."""
         if name == "into":
             return self.into
-        if name.startswith("."):
-            return self.source[name[1:]].value if name[1:] in self.source else None
-        if name.startswith("="):
-            return self.draft.entries[name[1:]].value if name[1:] in self.draft.entries else None
-        found = [
-            self.draft.get(part) if self.item is None or "." in part else self.item.get(part)
-            for part in name.split("|")
-        ]
-        return next((value for value in found if value), next((value for value in found if value is not None), None))
+        entries = {".": self.source, "=": self.draft.entries}.get(name[0])
+        if entries is not None:
+            return entries[name[1:]].value if name[1:] in entries else None
+        at = self.draft if self.item is None else self.item
+        found = [(self.draft if "." in part else at).get(part) for part in name.split("|")]
+        return next(filter(None, found), next((value for value in found if value is not None), None))
 
     def holds(self, value: Any, when: Any) -> bool:
         """Return whether a value passes a test, or the values of keys all pass theirs."""
-        if when is None:
-            return True
         if isinstance(when, Mapping) and not when.keys() & {"not", "matches"}:
             return all(_passes(self.look(key), test) for key, test in when.items())
-        return _passes(value, when)
+        return when is None or _passes(value, when)
 
     def fill(self, text: Any, key: str, value: Any, **words: str) -> Any:
         """Fill in $value, its items $0 and $1, $key, $into, the table's words, and $name for a value of the config."""
@@ -329,10 +317,8 @@ def _passes(value: Any, test: Any) -> bool:
     if isinstance(test, Mapping):
         if "not" in test:
             return not _passes(value, test["not"])
-        texts = value if isinstance(value, list) else [value]
-        return value is not None and any(re.search(test["matches"], str(text)) for text in texts)
-    tests = test if isinstance(test, list) else [test]
-    return value in tests or (isinstance(value, list) and any(item in tests for item in value))
+        return value is not None and any(re.search(test["matches"], str(item)) for item in items(value))
+    return value in items(test) or any(item in items(test) for item in items(value))
 
 
 def _known(values: Any) -> Any:
@@ -343,10 +329,7 @@ def _known(values: Any) -> Any:
 
 
 def _among(value: Any, known: Any) -> bool:
-    return all(
-        isinstance(item, (str, int, float)) and item in known
-        for item in (value if isinstance(value, list) else [value])
-    )
+    return all(isinstance(item, (str, int, float)) and item in known for item in items(value))
 
 
 def source_of(entries: Mapping[str, Entry]) -> dict[str, Any]:
@@ -373,6 +356,11 @@ def number(value: Any) -> Any:
         except ValueError:
             return value
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
+
+
+def items(value: Any) -> list[Any]:
+    """Return a list as it is, and anything else as its one item."""
+    return value if isinstance(value, list) else [value]
 
 
 def as_list(value: Any) -> Any:
@@ -405,17 +393,13 @@ CONVERTERS: Mapping[str, Callable[[Any], Any]] = {
     "bool": bool,
     "not": lambda value: not value,
     "double": lambda value: 2 * value if isinstance(value, int) else value,
-    "names": lambda value: [
-        name for name in (value if isinstance(value, list) else [value]) if name not in (None, "none")
-    ],
+    "names": lambda value: [name for name in items(value) if name not in (None, "none")],
     "component": lambda value: str(value).rpartition(".")[2],
     "directory": lambda value: value.rstrip("/") or value if isinstance(value, str) else value,
     "pairs": lambda value: ", ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, Mapping) else value,
     "split": lambda value: part_of(value)[0],
     "first": lambda value: value[0] if isinstance(value, list) else value,
-    "shares": lambda value: (
-        [{"path": k, "weight": v} for k, v in value.items()] if isinstance(value, Mapping) else value
-    ),
+    "shares": lambda value: [{"path": k, "weight": v} for k, v in value.items()] if isinstance(value, dict) else value,
     "share": lambda value: part_of(value)[1],
 }
 TESTS: Mapping[str, Callable[[Any], bool]] = {

@@ -14,9 +14,7 @@ def warmup(converter: Converter, key: str, value: Any, rule: Rule) -> None:
     elif total and steps < total:
         draft.carry(key, rule.to, float(f"{steps / total:.6g}"), f"{steps} of {total} steps")
     else:
-        draft.unsupported(
-            key, f"set train.warmup_ratio to {steps} divided by the number of steps (sft-recipe plan shows it)"
-        )
+        draft.unsupported(key, f"set train.warmup_ratio to {steps} / number of steps (sft-recipe plan shows it)")
 
 
 def per_epoch(converter: Converter, key: str, value: Any, rule: Rule) -> None:

@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from sft_recipes.convert.draft import Draft
-from sft_recipes.convert.rules import Converter, Rule, as_list, source_of
+from sft_recipes.convert.rules import Converter, Rule, as_list, items, source_of
 
 
 def datasets(converter: Converter, key: str, value: Any, rule: Rule) -> None:
     """Look up the datasets' names, and set them as sources."""
-    draft, names, to = converter.draft, as_list(value), str(rule.to)
-    if not isinstance(names, list):
-        return
+    draft, names, to = converter.draft, items(as_list(value)), str(rule.to)
     folder, known = str(draft.get("dataset_dir", "data")), {}
     with suppress(OSError, ValueError):
         known = json.loads((Path(folder) / "dataset_info.json").read_text(encoding="utf-8"))
@@ -26,14 +24,12 @@ def datasets(converter: Converter, key: str, value: Any, rule: Rule) -> None:
         draft.unsupported(key, "data.eval is a single source. Merge the rows into one file.")
     missing = [str(name) for name in names if str(name) not in known]
     if missing and folder != "ONLINE":
-        where = f"{folder}/dataset_info.json"
-        draft.notes.append(f"{to}: {', '.join(missing)}: not found in {where}. Set the path or the hub id.")
+        draft.notes.append(f"{to}: {', '.join(missing)}: not found in {folder}/dataset_info.json. Set path or hub id.")
 
 
 def max_samples(converter: Converter, key: str, value: Any, rule: Rule) -> None:
     """Multiply the number of rows per dataset by the number of datasets."""
-    names = as_list(converter.draft.get("dataset"))
-    several = len(names) if isinstance(names, list) else 1
+    several = len(items(as_list(converter.draft.get("dataset"))))
     if isinstance(value, int):
         converter.draft.carry(key, str(rule.to), value * several, "for all datasets together" if several > 1 else "")
 
@@ -46,6 +42,5 @@ def _source(converter: Converter, name: str, said: Any, folder: str) -> Any:
     reader = Converter(Draft(name, {"formatting": "alpaca", **said, "path": path}), converter.table)
     reader.apply(converter.table.parts["description"])
     if keys := ", ".join(sorted(reader.draft.left())):
-        note = f"data.train: {name}: ignored keys of dataset_info.json: {keys}. Check it with preview."
-        converter.draft.notes.append(note)
+        converter.draft.notes.append(f"data.train: {name}: ignored in dataset_info.json: {keys}. Check with preview.")
     return source_of(reader.source)

@@ -54,15 +54,14 @@ def resolve(config: Mapping[Any, Any], file: str | Path) -> dict[Any, Any]:
 def target_modules(converter: Converter, key: str, _value: Any, rule: Rule) -> None:
     """Name the layers of model.lora_attn_modules and model.apply_lora_to_mlp as transformers does."""
     draft, said = converter.draft, converter.draft.get("model.lora_attn_modules")
-    if key != ("model.lora_attn_modules" if said else "model.apply_lora_to_mlp"):
-        return draft.not_needed(key, "determined by lora")
     modules = [_LAYERS.get(str(module), str(module)) for module in said] if isinstance(said, list) else []
     modules += _MLP if draft.get("model.apply_lora_to_mlp") else []
     if re.search(r"lora_phi[34][^.]*$", str(draft.get("model._component_"))):
         modules = list(dict.fromkeys(_FUSED.get(module, module) for module in modules))
-    if modules:
-        return draft.carry(key, str(rule.to), modules, "names of transformers")
-    return draft.not_needed(key, "determined by lora")
+    if modules and key == ("model.lora_attn_modules" if said else "model.apply_lora_to_mlp"):
+        draft.carry(key, str(rule.to), modules, "names of transformers")
+    else:
+        draft.not_needed(key, "determined by lora")
 
 
 def steps(converter: Converter, key: str, value: Any, rule: Rule) -> None:
@@ -76,9 +75,8 @@ def steps(converter: Converter, key: str, value: Any, rule: Rule) -> None:
 
 def set_aside(converter: Converter, key: str, _value: Any, rule: Rule) -> bool:
     """Convert dataset_val to a fraction if it is the rest of the split of which dataset is a part."""
-    draft, train, held_out = converter.draft, converter.draft.get("dataset"), converter.draft.get(key)
-    if not isinstance(train, Mapping) or not isinstance(held_out, Mapping):
-        return False
+    draft = converter.draft
+    train, held_out = (each if isinstance(each, Mapping) else {} for each in (draft.get("dataset"), draft.get(key)))
     (split, most), (same, rest) = part_of(train.get("split")), part_of(held_out.get("split"))
     alike = split == same and all(train.get(name) == held_out.get(name) for name in ("_component_", "source"))
     if not alike or not most or not rest or round(most + rest, 6) != 1:
