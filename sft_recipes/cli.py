@@ -343,9 +343,7 @@ def schema(
 
 @app.command()
 def convert(
-    file: Annotated[
-        str, typer.Argument(metavar="FILE", help="A config of trl sft, Axolotl, LLaMA-Factory or torchtune.")
-    ],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="The other tool's config (YAML or JSON).")],
     out: Annotated[Path | None, typer.Option(help="Where to write the recipe; by default it is shown.")] = None,
     source: Annotated[
         ConvertSource | None, typer.Option("--from", help="The tool that it is for; by default recognized by its keys.")

@@ -22,7 +22,8 @@ from sft_recipes.recipe.load import field_names
 from sft_recipes.recipe.upstream import OWNED, sft_config_fields
 
 _MOST = 10_000  # keys of a config
-_KNOWN = "a config of trl sft, Axolotl, LLaMA-Factory or torchtune"
+_TOOLS = [table(name) for name in names()]
+_KNOWN = f"a config of {', '.join(tool.name for tool in _TOOLS[:-1])} or {_TOOLS[-1].name}"
 HEADINGS: dict[Kind, str] = {
     "becomes": "in the recipe",
     "default": "default of a recipe",
@@ -112,17 +113,16 @@ def _read(file: Path) -> dict[Any, Any]:
 
 
 def _recognize(config: Mapping[Any, Any], file: str | Path) -> Table:
-    tables = [table(name) for name in names()]
-    for tool in tables:
+    for tool in _TOOLS:
         if tool.marker and any(isinstance(section, Mapping) and tool.marker in section for section in config.values()):
             return tool
     if isinstance(config.get("model"), Mapping) and isinstance(config.get("data"), Mapping):
         raise RecipeError(f"{file}: is already a recipe. Run `sft-recipe check {file}`.")
-    signs = [sum(sign in config for sign in tool.signs.split()) for tool in tables]
+    signs = [sum(sign in config for sign in tool.signs.split()) for tool in _TOOLS]
     if max(signs) < 2:
         some = ", ".join(str(key) for key in list(config)[:5])
         raise RecipeError(f"{file}: is not recognized as {_KNOWN} (got keys {some}). Set the tool with --from.")
-    return tables[signs.index(max(signs))]
+    return _TOOLS[signs.index(max(signs))]
 
 
 def _pass_on(draft: Draft) -> None:

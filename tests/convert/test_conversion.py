@@ -382,7 +382,8 @@ def test_the_command(tmp_path: Path) -> None:
     assert again.stderr == "new/recipe.yaml exists; choose another name with --out\n"
     assert missing.returncode == 2
     assert missing.stderr.startswith(
-        "nothing.yml: cannot be read (No such file or directory). Pass a config of trl sft"
+        "nothing.yml: cannot be read (No such file or directory). Pass a config of Axolotl, LLaMA-Factory, "
+        "torchtune or trl sft.\n"
     )
 
 
