@@ -229,3 +229,12 @@ def test_adapters_are_those_of_peft_where_none_are_named(tmp_path: Path) -> None
     assert any(note.startswith("lora.target_modules: PEFT's default") for note in converted.notes)
     assert full[1].lora is None
     assert full[0].outcomes["lora_r"].kind == "not_needed"
+
+
+def test_two_strategies_are_not_both_carried(tmp_path: Path) -> None:
+    keys = "deepspeed: ds_z3_config.json\nfsdp_config: {offload_params: false, reshard_after_forward: true}\n"
+    converted, recipe = convert(tmp_path, BASE + keys)
+
+    assert recipe.launch.strategy == "zero3"
+    for key in ("fsdp_config.offload_params", "fsdp_config.reshard_after_forward"):
+        assert converted.outcomes[key].kind == "unsupported"
