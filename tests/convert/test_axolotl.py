@@ -271,12 +271,27 @@ def test_layers_beyond_linear_ones_are_not_lost(tmp_path: Path) -> None:
     assert said(tmp_path, BASE + ROWS + keys + "[q_proj]\n", "lora_target_modules")[0] == "not_needed"
 
 
-def test_plugins_for_speed_are_not_missed(tmp_path: Path) -> None:
-    assert (
-        said(tmp_path, BASE + ROWS + "plugins: [axolotl.integrations.liger.LigerPlugin]\n", "plugins")[0]
-        == "not_needed"
-    )
-    assert (
-        said(tmp_path, BASE + ROWS + "plugins: [axolotl.integrations.spectrum.SpectrumPlugin]\n", "plugins")[0]
-        == "unsupported"
-    )
+LIGER = "axolotl.integrations.liger.LigerPlugin"
+CUT = "axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"
+SPECTRUM = "axolotl.integrations.spectrum.SpectrumPlugin"
+
+
+@pytest.mark.parametrize(
+    ("keys", "key", "kind", "kernels"),
+    [
+        (f"plugins: [{LIGER}]", "plugins", "becomes", "liger"),
+        (f"plugins: [{CUT}, {LIGER}]", "plugins", "becomes", "liger"),
+        (f"plugins: [{CUT}]", "plugins", "not_needed", "auto"),
+        (f"plugins: [{SPECTRUM}]", "plugins", "unsupported", "auto"),
+        (f"plugins: [{LIGER}, {SPECTRUM}]", "plugins", "unsupported", "liger"),
+        ("liger_rms_norm: true", "liger_rms_norm", "becomes", "liger"),
+        ("liger_rms_norm: false", "liger_rms_norm", "not_needed", "auto"),
+    ],
+)
+def test_liger_is_carried_and_other_plugins_for_speed_are_not_missed(
+    tmp_path: Path, keys: str, key: str, kind: str, kernels: str
+) -> None:
+    converted, recipe = convert(tmp_path, BASE + ROWS + keys + "\n")
+
+    assert converted.outcomes[key].kind == kind
+    assert recipe.train.kernels == kernels

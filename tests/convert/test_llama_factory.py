@@ -179,3 +179,11 @@ def test_keys(tmp_path: Path, keys: str, key: str, kind: str) -> None:
     outcome = convert(tmp_path, f"{text}{keys}\n")[0].outcomes[key]
 
     assert outcome.kind == ("unsupported" if key == "template" else kind), outcome
+
+
+@pytest.mark.parametrize(
+    ("keys", "kernels"),
+    [("", "auto"), ("enable_liger_kernel: true\n", "liger"), ("enable_liger_kernel: false\n", "none")],
+)
+def test_liger(tmp_path: Path, keys: str, kernels: str) -> None:
+    assert convert(tmp_path, BASE + keys)[1].train.kernels == kernels

@@ -238,3 +238,10 @@ def test_two_strategies_are_not_both_carried(tmp_path: Path) -> None:
     assert recipe.launch.strategy == "zero3"
     for key in ("fsdp_config.offload_params", "fsdp_config.reshard_after_forward"):
         assert converted.outcomes[key].kind == "unsupported"
+
+
+@pytest.mark.parametrize(
+    ("keys", "kernels"), [("", "auto"), ("use_liger_kernel: true\n", "liger"), ("use_liger_kernel: false\n", "none")]
+)
+def test_liger(tmp_path: Path, keys: str, kernels: str) -> None:
+    assert convert(tmp_path, BASE + keys)[1].train.kernels == kernels
