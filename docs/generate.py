@@ -9,10 +9,10 @@ import typer
 from pydantic import BaseModel
 
 from sft_recipes import cli
+from sft_recipes.convert.conversion import HEADINGS
+from sft_recipes.convert.draft import FILL_IN
+from sft_recipes.convert.rules import Table, names, table
 from sft_recipes.recipe import editors
-from sft_recipes.recipe.convert import trl_sft
-from sft_recipes.recipe.convert.conversion import HEADINGS, TOOLS
-from sft_recipes.recipe.convert.draft import FILL_IN, Lacking, To
 from sft_recipes.recipe.load import expectation, schema_of, section_class
 from sft_recipes.recipe.schema import Recipe, WeightedSource
 
@@ -106,68 +106,74 @@ def _help(command: Any, context: Any) -> str:
 
 
 def convert_page() -> str:
-    """What becomes of the keys of other tools."""
+    """The outcome of every key of other tools."""
     lines = [
-        "# Moving in from another tool",
+        "# Migrate from Axolotl, LLaMA-Factory, torchtune or TRL",
         "",
-        "Made from the tables in `sft_recipes/recipe/convert/` by `docs/generate.py`.",
+        "Generated from the tables in `sft_recipes/convert/` by `docs/generate.py`.",
         "",
         "```sh",
-        "sft-recipe convert axolotl.yml --out recipe.yaml   # which tool it is of is told by its keys; --from says so",
-        "sft-recipe check recipe.yaml                       # the recipe and its data",
-        "sft-recipe preview recipe.yaml                     # the very tokens: is it the text that you trained on there?",
+        "sft-recipe convert axolotl.yml --out recipe.yaml   # recognizes the tool by its keys, or set --from",
+        "sft-recipe check recipe.yaml                       # validates the recipe and its data",
+        "sft-recipe preview recipe.yaml                     # shows the tokens: compare them with your old training text",
         "```",
         "",
-        "The recipe has a comment beside each value: the key that it comes of, or the tool's default where the config says",
-        "nothing and a recipe would do otherwise. How often checkpoints and logs are written, and the seed, are a recipe's",
-        "own where the config says nothing. What the other tool was told on its command line is not in the file: a model or",
-        f"data set that is missing is `{FILL_IN}`, and processes are `--processes`.",
+        "Each value of the recipe has a comment: the key that it comes from, or the tool's default if the config does not",
+        "set the key and a recipe has a different default. Checkpoint and logging intervals and the seed keep the recipe's",
+        "defaults if the config does not set them. Settings from the other tool's command line are not in the file: a",
+        f"missing model or dataset becomes `{FILL_IN}`, and the number of processes is `--processes`.",
         "",
-        "On stderr, and never without a word, there is each key of the config under one of these headings:",
+        "`convert` reports every key of the config on stderr under one of these headings:",
         "",
         *(f"- *{heading}*" for heading in HEADINGS.values()),
         "",
-        "and after them what there is to say about the recipe, with what `check` would find in it. Keys that were not carried",
-        "over stand at the end of the recipe, too, with what there is to say about it that `check` does not find. A config",
-        "of anything else than supervised fine-tuning is refused. LLaMA-Factory's data sets are looked up in its",
-        "`dataset_info.json`, from the working directory.",
+        "Notes about the recipe follow, with what `check` finds in it. The end of the recipe repeats the notes and the keys",
+        "that are not supported or unknown. A config for anything but supervised fine-tuning is refused. The datasets of",
+        "LLaMA-Factory are looked up in its `dataset_info.json`, relative to the working directory.",
         "",
-        "TRL joins a prompt and a completion that are text as they are; a recipe without `data.template` puts them into the",
-        "Alpaca template. Where your rows are such, save this to a .jinja file, and set `data.template` to its path:",
+        "TRL concatenates a prompt and a completion that are plain text; a recipe without `data.template` renders them with",
+        "the Alpaca template. To keep TRL's behavior, save this to a .jinja file, and set `data.template` to its path:",
         "",
         "```jinja",
-        trl_sft.RAW,
+        table("trl").words["raw_template"],
         "```",
     ]
-    for tool in TOOLS.values():
-        lines += ["", f"## {tool.NAME}", "", "| key there | in a recipe |", "|---|---|", *_where_to(tool)]
-        lines += ["", "Where nothing is said:", ""]
-        lines.append(", ".join(f"`{key}: {_yaml(value)}`" for key, value in tool.DEFAULTS.items()) + ".")
-        lines += ["", "| without a counterpart | |", "|---|---|", *_lacking(tool)]
+    for tool in map(table, names()):
+        lines += [
+            "",
+            f"## {tool.name}",
+            "",
+            f"| key of {tool.name} | key of the recipe |",
+            "|---|---|",
+            *_converted(tool),
+        ]
+        defaults = {key: value["value"] if isinstance(value, dict) and "value" in value else value
+                    for key, value in tool.defaults.items()}  # fmt: skip
+        lines += [
+            "",
+            "Defaults of the tool, set if the config does not set the key and a recipe has another default:",
+            "",
+        ]
+        lines.append(", ".join(f"`{key}: {_yaml(value)}`" for key, value in defaults.items()) + ".")
+        for kind, heading in (("unsupported", "not supported"), ("not_needed", "not needed")):
+            lines += ["", f"| {heading} | |", "|---|---|", *_notes(tool, kind)]
     return "\n".join(lines) + "\n"
 
 
-def _where_to(tool: Any) -> list[str]:
-    groups = [
-        part.partition(": ") for group in tool.GROUPS for part in " ".join(str(group.__doc__).split()).split("; ")
-    ]
-    rules = [(key, rule.key) for key, rule in tool.KEYS.items() if isinstance(rule, To)]
-    lines = [f"| {_code(theirs)} | {_code(ours)} |" for theirs, _, ours in groups]
-    return lines + [f"| `{theirs}` | `{ours}` |" for theirs, ours in rules]
+def _converted(tool: Table) -> list[str]:
+    rows = {key: dict.fromkeys(to for rule in rules for to in rule.targets()) for key, rules in tool.rules.items()}
+    return [f"| `{key}` | {', '.join(f'`{each}`' for each in to)} |" for key, to in rows.items() if to]
 
 
-def _lacking(tool: Any) -> list[str]:
+def _notes(tool: Table, kind: str) -> list[str]:
+    """The keys that set nothing in a recipe, by the note with which they are reported."""
     keys: dict[str, list[str]] = {}
-    for key, rule in tool.KEYS.items():
-        if isinstance(rule, Lacking):
-            keys.setdefault(rule.todo, []).append(f"`{key}`")
-    return [f"| {', '.join(those)} | {todo} |".replace("(0|1)", "(0\\|1)") for todo, those in keys.items()]
-
-
-def _code(words: str) -> str:
-    """Names of keys, and what is in brackets as it is."""
-    names, bracket, said = words.partition(" (")
-    return ", ".join(f"`{name}`" for name in names.split(", ")) + bracket + said
+    for key, rules in tool.rules.items():
+        notes = [getattr(rule, kind) for rule in rules if getattr(rule, kind)]
+        others = [rule.unsupported for rule in rules if kind == "not_needed"]
+        if notes and not any(others) and not any(rule.targets() for rule in rules):
+            keys.setdefault(notes[-1], []).append(f"`{key}`")
+    return [f"| {', '.join(those)} | {note} |".replace("(0|1)", "(0\\|1)") for note, those in keys.items()]
 
 
 PAGES = {"recipe.md": recipe_page, "commands.md": commands_page, "convert.md": convert_page}

@@ -12,7 +12,7 @@ import traceback
 import warnings
 from pathlib import Path
 from threading import Thread
-from typing import Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -35,6 +35,11 @@ Overrides = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Replace a key, such as train.learning_rate=1e-4.")
 ]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Tokenise again, and keep nothing of it.")]
+if TYPE_CHECKING:
+    ConvertSource = str
+else:  # a tool is added by its table
+    TABLES = (Path(__file__).parent / "convert" / "tables").glob("*.yaml")
+    ConvertSource = Literal[tuple(sorted(table.stem.replace("_", "-") for table in TABLES))]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and what the libraries print.")]
 
 
@@ -338,27 +343,25 @@ def schema(
 
 @app.command()
 def convert(
-    file: Annotated[
-        str, typer.Argument(metavar="FILE", help="A config of trl sft, Axolotl, LLaMA-Factory or torchtune.")
-    ],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="The other tool's config (YAML or JSON).")],
     out: Annotated[Path | None, typer.Option(help="Where to write the recipe; by default it is shown.")] = None,
     source: Annotated[
-        Literal["trl", "axolotl", "llama-factory", "torchtune"] | None,
-        typer.Option("--from", help="Whose config it is; by default found from its keys."),
+        ConvertSource | None, typer.Option("--from", help="The tool that it is for; by default recognized by its keys.")
     ] = None,
 ) -> None:
-    """Turn another tool's config into a recipe.
+    """Convert another tool's config to a recipe.
 
-    What became of each of its keys is said on stderr.
+    Reports every key's outcome on stderr.
     """
-    from sft_recipes.recipe.convert import conversion
+    from sft_recipes.convert import conversion
+    from sft_recipes.recipe import shipped
 
     converted = conversion.convert(file, source)
     if out is None:
         print(converted.text, end="")
     else:
-        print(conversion.write(converted, out))
-    print(*converted.account(), sep="\n", file=sys.stderr)
+        print(shipped.write_new(out, converted.text))
+    print(*converted.report(), sep="\n", file=sys.stderr)
 
 
 @app.command()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from sft_recipes.recipe.check import judge
-from tests.recipe.test_convert import convert
+from tests.convert.test_conversion import convert
 
 LORA = """\
 ### model
@@ -72,10 +72,8 @@ def test_a_whole_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert (recipe.train.learning_rate, recipe.train.lr_scheduler, recipe.train.warmup_ratio) == (1e-4, "cosine", 0.1)
     assert (recipe.eval.every, recipe.checkpoint.every, recipe.trl) == (500, 500, {"ddp_timeout": 180000000})
     assert judge(recipe, to_run=False).problems == []
-    assert {fate.kind for fate in converted.fates.values()} == {"becomes", "default", "needless", "empty"}
-    assert any(
-        "identity, talks: data/dataset_info.json does not describe it here" in line for line in converted.remarks
-    )
+    assert {outcome.kind for outcome in converted.outcomes.values()} == {"becomes", "default", "not_needed", "empty"}
+    assert any("identity, talks: not found in data/dataset_info.json" in line for line in converted.notes)
 
 
 def test_dataset_info_says_where_the_rows_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,8 +97,8 @@ def test_dataset_info_says_where_the_rows_are(tmp_path: Path, monkeypatch: pytes
         {"path": "data/o.json", "format": "alpaca", "columns": {"instruction": "q", "output": "a"}},
         "unknown",
     ]
-    assert [remark.partition(":")[2].split(":")[0].strip() for remark in converted.remarks[:2]] == ["other", "unknown"]
-    assert "history" in converted.remarks[0]
+    assert [note.partition(":")[2].split(":")[0].strip() for note in converted.notes[:2]] == ["other", "unknown"]
+    assert "history" in converted.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -167,17 +165,25 @@ def test_where_it_runs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "key", "kind"),
     [
-        ("val_size: 100", "val_size", "lacking"),
-        ("template: default", "template", "needless"),
-        ("pissa_init: true", "pissa_init", "lacking"),
-        ("pissa_init: false", "pissa_init", "needless"),
+        ("val_size: 100", "val_size", "unsupported"),
+        ("template: default", "template", "not_needed"),
+        ("pissa_init: true", "pissa_init", "unsupported"),
+        ("pissa_init: false", "pissa_init", "not_needed"),
         ("flash_attn: fa2", "flash_attn", "becomes"),
         ("disable_gradient_checkpointing: true", "disable_gradient_checkpointing", "becomes"),
-        ("finetuning_type: freeze", "finetuning_type", "lacking"),
+        ("finetuning_type: freeze", "finetuning_type", "unsupported"),
     ],
 )
 def test_keys(tmp_path: Path, keys: str, key: str, kind: str) -> None:
     text = BASE.replace("template: llama3\n", "") if key == "template" else BASE
-    fate = convert(tmp_path, f"{text}{keys}\n")[0].fates[key]
+    outcome = convert(tmp_path, f"{text}{keys}\n")[0].outcomes[key]
 
-    assert fate.kind == ("lacking" if key == "template" else kind), fate
+    assert outcome.kind == ("unsupported" if key == "template" else kind), outcome
+
+
+@pytest.mark.parametrize(
+    ("keys", "kernels"),
+    [("", "auto"), ("enable_liger_kernel: true\n", "liger"), ("enable_liger_kernel: false\n", "none")],
+)
+def test_liger(tmp_path: Path, keys: str, kernels: str) -> None:
+    assert convert(tmp_path, BASE + keys)[1].train.kernels == kernels

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from sft_recipes.convert.tables import torchtune
 from sft_recipes.recipe.check import judge
-from sft_recipes.recipe.convert import torchtune
-from tests.recipe.test_convert import convert
+from tests.convert.test_conversion import convert
 
 LORA = """\
 output_dir: /tmp/torchtune/one
@@ -101,15 +101,15 @@ def test_a_whole_config(tmp_path: Path) -> None:
     assert (recipe.train.mixed_precision, recipe.train.gradient_checkpointing) == ("no", False)
     assert (recipe.log.to, recipe.output_dir) == (["wandb"], "/tmp/torchtune/one")
     assert judge(recipe, to_run=False).problems == []
-    assert {key for key, fate in converted.fates.items() if fate.kind == "lacking"} == set()
+    assert {key for key, outcome in converted.outcomes.items() if outcome.kind == "unsupported"} == set()
     assert recipe.log.project == "trials"
-    assert "unknown" not in {fate.kind for fate in converted.fates.values()}
+    assert "unknown" not in {outcome.kind for outcome in converted.outcomes.values()}
 
 
 def test_references_are_resolved() -> None:
     config = {"a": "${b.c}/x", "b": {"c": "${d}", "n": "${e}"}, "d": "deep", "e": 3, "self": "${self}", "none": "${z}"}
 
-    resolved = torchtune.resolved(config, "config.yaml")
+    resolved = torchtune.resolve(config, "config.yaml")
 
     assert (resolved["a"], resolved["b"]) == ("deep/x", {"c": "deep", "n": 3})
     assert (resolved["self"], resolved["none"]) == ("${self}", "${z}")
@@ -134,7 +134,7 @@ def test_data(tmp_path: Path, entry: str, source: dict[str, Any], train_on: str)
 
     assert recipe.data.train[0].model_dump(exclude_defaults=True) == source  # type: ignore[union-attr]
     assert recipe.data.train_on == train_on
-    assert all(fate.kind != "unknown" for fate in converted.fates.values())
+    assert all(outcome.kind != "unknown" for outcome in converted.outcomes.values())
 
 
 def test_several_data_sets(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_several_data_sets(tmp_path: Path) -> None:
 
     assert [source.path for source in recipe.data.train] == ["tatsu-lab/alpaca", "org/talk"]  # type: ignore[union-attr]
     assert recipe.data.packing == "bfd"
-    assert any(remark.startswith("data.train_on: one for all") for remark in converted.remarks)
+    assert any(note.startswith("data.train_on: a recipe has one setting") for note in converted.notes)
 
 
 def test_qlora(tmp_path: Path) -> None:
@@ -174,4 +174,4 @@ def test_sgd_has_no_weight_decay_by_default(tmp_path: Path) -> None:
 def test_the_adapter_on_the_head_is_not_dropped_silently(tmp_path: Path) -> None:
     model = "model: {_component_: x.lora_llama2_7b, lora_attn_modules: [q_proj], apply_lora_to_output: true}\n"
 
-    assert convert(tmp_path, BASE + model + ROWS)[0].fates["model.apply_lora_to_output"].kind == "lacking"
+    assert convert(tmp_path, BASE + model + ROWS)[0].outcomes["model.apply_lora_to_output"].kind == "unsupported"

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
+from sft_recipes.convert.rules import table
 from sft_recipes.data.accounting import SourceAccount
 from sft_recipes.data.formats import to_example
 from sft_recipes.data.sequences import Chosen, lay_out
 from sft_recipes.data.templates import Chat
 from sft_recipes.data.tokens import Documents
 from sft_recipes.recipe.check import judge
-from sft_recipes.recipe.convert import trl_sft
 from sft_recipes.recipe.upstream import sft_config_fields
-from tests.recipe.test_convert import convert
+from tests.convert.test_conversion import convert
 
 LORA = """\
 model_name_or_path: HuggingFaceTB/SmolLM2-135M
@@ -80,7 +80,9 @@ def test_a_whole_config(tmp_path: Path) -> None:
     assert (recipe.log.to, recipe.log.name) == (["wandb"], "first")
     assert recipe.trl == {"adam_beta2": 0.95, "lr_scheduler_kwargs": {"min_lr_rate": 0.1}}
     assert judge(recipe, to_run=False).problems == []
-    assert {key for key, fate in converted.fates.items() if fate.kind in ("lacking", "unknown")} == {"push_to_hub"}
+    assert {key for key, outcome in converted.outcomes.items() if outcome.kind in ("unsupported", "unknown")} == {
+        "push_to_hub"
+    }
 
 
 @pytest.mark.parametrize("text", [LORA, BASE, BASE + "max_steps: 20\nwarmup_steps: 5\nfp16: true\nbf16: false\n"])
@@ -109,24 +111,26 @@ def test_trl_comes_to_the_same_arguments(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("to", "name", "kind"),
-    [("trackio", "first", "becomes"), ("tensorboard", None, "needless"), ("none", None, "needless")],
+    [("trackio", "first", "becomes"), ("tensorboard", None, "not_needed"), ("none", None, "not_needed")],
 )
 def test_a_run_has_a_name_where_a_tracker_shows_it(tmp_path: Path, to: str, name: str | None, kind: str) -> None:
     converted, recipe = convert(tmp_path, BASE + f"report_to: {to}\nrun_name: first\n")
 
-    assert (recipe.log.name, converted.fates["run_name"].kind) == (name, kind)
+    assert (recipe.log.name, converted.outcomes["run_name"].kind) == (name, kind)
     assert judge(recipe, to_run=False).problems == []
 
 
 def test_every_field_of_trl_has_a_place(tmp_path: Path) -> None:
     """Whatever SFTConfig has, with a value of its kind: none of it is unknown."""
     names = sorted(sft_config_fields())
-    text = BASE + "".join(f"{name}: 1\n" for name in names if name not in trl_sft.KEYS and name not in ("output_dir",))
+    text = BASE + "".join(
+        f"{name}: 1\n" for name in names if name not in table("trl").rules and name not in ("output_dir",)
+    )
 
-    fates = convert(tmp_path, text)[0].fates
+    outcomes = convert(tmp_path, text)[0].outcomes
 
     assert len(names) > 100
-    assert [key for key, fate in fates.items() if fate.kind == "unknown"] == []
+    assert [key for key, outcome in outcomes.items() if outcome.kind == "unknown"] == []
 
 
 @pytest.mark.parametrize(
@@ -167,14 +171,14 @@ def test_wrapped_texts_lose_no_token_as_in_trl(tmp_path: Path) -> None:
 def test_the_end_that_is_kept_is_not_missed_where_nothing_is_truncated(tmp_path: Path) -> None:
     ends = BASE + "truncation_mode: keep_end\n"
 
-    assert convert(tmp_path, ends)[0].fates["truncation_mode"].kind == "lacking"
-    assert convert(tmp_path, ends + "packing: true\n")[0].fates["truncation_mode"].kind == "needless"
+    assert convert(tmp_path, ends)[0].outcomes["truncation_mode"].kind == "unsupported"
+    assert convert(tmp_path, ends + "packing: true\n")[0].outcomes["truncation_mode"].kind == "not_needed"
 
 
 def test_a_prompt_and_a_completion_are_joined_by_the_template_that_is_named(tmp_path: Path) -> None:
     converted, _ = convert(tmp_path, BASE)
-    [remark] = [remark for remark in converted.remarks if remark.startswith("data.template: TRL joins")]
-    source = re.search(r"save (.*) to a \.jinja file", remark)
+    [note] = [note for note in converted.notes if note.startswith("data.template: TRL concatenates")]
+    source = re.search(r"save (.*) to a \.jinja file", note)
     assert source
     row = to_example({"prompt": " Two and\n", "completion": "two. "}, "prompt_completion", {}, "rows:1")
 
@@ -183,7 +187,7 @@ def test_a_prompt_and_a_completion_are_joined_by_the_template_that_is_named(tmp_
     assert rendered.text == " Two and\ntwo. </s>"
     assert [rendered.text[start:end] for start, end in rendered.trained] == ["two. </s>"]
     for keys in ("dataset_text_field: text", "chat_template_path: mine.jinja", "assistant_only_loss: true"):
-        assert not any("TRL joins" in each for each in convert(tmp_path, BASE + keys)[0].remarks)
+        assert not any("TRL concatenates" in each for each in convert(tmp_path, BASE + keys)[0].notes)
 
 
 def test_mixtures(tmp_path: Path) -> None:
@@ -205,7 +209,9 @@ num_train_epochs: 4
         {"path": "org/three", "weight": 0.5},
     ]
     assert (recipe.data.eval, recipe.eval.every) == (0.1, 0.25)
-    assert {key for key, fate in converted.fates.items() if fate.kind == "lacking"} == {"datasets[2].fraction"}
+    assert {key for key, outcome in converted.outcomes.items() if outcome.kind == "unsupported"} == {
+        "datasets[2].fraction"
+    }
 
 
 def test_accelerate_config(tmp_path: Path) -> None:
@@ -220,6 +226,22 @@ def test_adapters_are_those_of_peft_where_none_are_named(tmp_path: Path) -> None
 
     assert recipe.lora is not None
     assert (recipe.lora.target_modules, recipe.lora.dropout) == (["q_proj", "v_proj"], 0.05)
-    assert any(remark.startswith("lora.target_modules: PEFT's choice") for remark in converted.remarks)
+    assert any(note.startswith("lora.target_modules: PEFT's default") for note in converted.notes)
     assert full[1].lora is None
-    assert full[0].fates["lora_r"].kind == "needless"
+    assert full[0].outcomes["lora_r"].kind == "not_needed"
+
+
+def test_two_strategies_are_not_both_carried(tmp_path: Path) -> None:
+    keys = "deepspeed: ds_z3_config.json\nfsdp_config: {offload_params: false, reshard_after_forward: true}\n"
+    converted, recipe = convert(tmp_path, BASE + keys)
+
+    assert recipe.launch.strategy == "zero3"
+    for key in ("fsdp_config.offload_params", "fsdp_config.reshard_after_forward"):
+        assert converted.outcomes[key].kind == "unsupported"
+
+
+@pytest.mark.parametrize(
+    ("keys", "kernels"), [("", "auto"), ("use_liger_kernel: true\n", "liger"), ("use_liger_kernel: false\n", "none")]
+)
+def test_liger(tmp_path: Path, keys: str, kernels: str) -> None:
+    assert convert(tmp_path, BASE + keys)[1].train.kernels == kernels

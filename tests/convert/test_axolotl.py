@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from sft_recipes.recipe.check import judge
-from tests.recipe.test_convert import convert
+from tests.convert.test_conversion import convert
 
 QLORA = """\
 base_model: NousResearch/Llama-3.2-1B
@@ -56,8 +56,8 @@ ROWS = "datasets:\n  - {path: org/data, type: alpaca}\n"
 
 def said(folder: Path, text: str, key: str) -> tuple[str, str]:
     """What became of a key."""
-    fate = convert(folder, text)[0].fates[key]
-    return fate.kind, fate.words
+    outcome = convert(folder, text)[0].outcomes[key]
+    return outcome.kind, outcome.note
 
 
 def test_a_whole_config(tmp_path: Path) -> None:
@@ -86,8 +86,8 @@ def test_a_whole_config(tmp_path: Path) -> None:
     assert (recipe.eval.every, recipe.checkpoint.every, recipe.log.every, recipe.log.to) == (0.125, 0.5, 1, ["wandb"])
     assert (recipe.log.project, recipe.log.name, recipe.trl) == ("trials", "first", {})
     assert judge(recipe, to_run=False).problems == []
-    assert {key for key, fate in converted.fates.items() if fate.kind == "lacking"} == set()
-    assert "unknown" not in {fate.kind for fate in converted.fates.values()}
+    assert {key for key, outcome in converted.outcomes.items() if outcome.kind == "unsupported"} == set()
+    assert "unknown" not in {outcome.kind for outcome in converted.outcomes.values()}
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_data(tmp_path: Path, entry: str, source: dict[str, Any], template: str 
     assert recipe.data.train[0].model_dump(exclude_defaults=True) == {"path": "d", **source}  # type: ignore[union-attr]
     assert recipe.data.template == template
     assert recipe.data.train_on == train_on
-    assert all(fate.kind != "unknown" for fate in converted.fates.values())
+    assert all(outcome.kind != "unknown" for outcome in converted.outcomes.values())
 
 
 def test_local_files_and_several_sources(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_local_files_and_several_sources(tmp_path: Path) -> None:
 
     assert [source.path for source in recipe.data.train] == ["a.jsonl", "org/b"]  # type: ignore[union-attr]
     assert recipe.data.train_on == "assistant"
-    assert any("one for all data here" in remark for remark in converted.remarks)
+    assert any("a recipe has one template" in note for note in converted.notes)
 
 
 def test_training_on_everything(tmp_path: Path) -> None:
@@ -158,8 +158,8 @@ def test_batch_size_of_a_whole_step(tmp_path: Path) -> None:
 
 def test_warmup_is_a_share_where_the_steps_are_known(tmp_path: Path) -> None:
     assert convert(tmp_path, BASE + ROWS + "warmup_steps: 10\nmax_steps: 200\n")[1].train.warmup_ratio == 0.05
-    assert said(tmp_path, BASE + ROWS + "warmup_steps: 10\n", "warmup_steps")[0] == "lacking"
-    assert said(tmp_path, BASE + ROWS + "saves_per_epoch: 2\nmax_steps: 200\n", "saves_per_epoch")[0] == "lacking"
+    assert said(tmp_path, BASE + ROWS + "warmup_steps: 10\n", "warmup_steps")[0] == "unsupported"
+    assert said(tmp_path, BASE + ROWS + "saves_per_epoch: 2\nmax_steps: 200\n", "saves_per_epoch")[0] == "unsupported"
 
 
 def test_validation(tmp_path: Path) -> None:
@@ -170,13 +170,13 @@ def test_validation(tmp_path: Path) -> None:
         "path": "org/test", "split": "test", "format": "alpaca",
     }  # fmt: skip
     assert recipe.eval.every == 50
-    assert converted.fates["test_datasets[1].path"].kind == "lacking"
+    assert converted.outcomes["test_datasets[1].path"].kind == "unsupported"
     number = convert(tmp_path, BASE + ROWS + "val_set_size: 500\n")
     assert number[1].data.eval == 0.02
-    assert number[0].fates["val_set_size"].kind == "lacking"
+    assert number[0].outcomes["val_set_size"].kind == "unsupported"
     none = convert(tmp_path, BASE + ROWS + "val_set_size: 0\neval_steps: 50\nevals_per_epoch: 1\n")
     assert none[1].data.eval is None
-    assert none[0].fates["eval_steps"].kind == none[0].fates["evals_per_epoch"].kind == "needless"
+    assert none[0].outcomes["eval_steps"].kind == none[0].outcomes["evals_per_epoch"].kind == "not_needed"
 
 
 def test_where_it_runs(tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_where_it_runs(tmp_path: Path) -> None:
     assert (recipe.launch.strategy, recipe.launch.cpu_offload) == ("zero3", True)
     recipe = convert(tmp_path, BASE + ROWS + "deepspeed: zero3_offload/ds_config.json\n")[1]
     assert (recipe.launch.strategy, recipe.launch.cpu_offload) == ("ddp", False)
-    assert said(tmp_path, BASE + ROWS + "deepspeed: zero3_offload/ds_config.json\n", "deepspeed")[0] == "lacking"
+    assert said(tmp_path, BASE + ROWS + "deepspeed: zero3_offload/ds_config.json\n", "deepspeed")[0] == "unsupported"
     recipe = convert(tmp_path, BASE + ROWS + "fsdp:\nfsdp_config:\ndeepspeed:\n")[1]
     assert recipe.launch.strategy == "ddp"
 
@@ -195,15 +195,19 @@ def test_where_it_runs(tmp_path: Path) -> None:
 def test_of_deepspeed_s_own_settings_the_stage_and_the_offload_are_carried(tmp_path: Path) -> None:
     zero = "zero_optimization: {stage: 3, overlap_comm: false, offload_optimizer: {device: cpu, pin_memory: true}}"
     converted, recipe = convert(tmp_path, f"{BASE}{ROWS}deepspeed: {{{zero}, gradient_clipping: 0.5}}\n")
-    inside = {key.removeprefix("deepspeed."): fate.kind for key, fate in converted.fates.items() if "deepspeed" in key}
+    inside = {
+        key.removeprefix("deepspeed."): outcome.kind
+        for key, outcome in converted.outcomes.items()
+        if "deepspeed" in key
+    }
 
     assert (recipe.launch.strategy, recipe.launch.cpu_offload) == ("zero3", True)
     assert inside == {
         "zero_optimization.stage": "becomes",
-        "zero_optimization.overlap_comm": "lacking",
+        "zero_optimization.overlap_comm": "unsupported",
         "zero_optimization.offload_optimizer.device": "becomes",
-        "zero_optimization.offload_optimizer.pin_memory": "lacking",
-        "gradient_clipping": "lacking",
+        "zero_optimization.offload_optimizer.pin_memory": "unsupported",
+        "gradient_clipping": "unsupported",
     }
 
 
@@ -212,7 +216,7 @@ def test_a_schedule_that_ends_above_zero(tmp_path: Path) -> None:
 
     assert recipe.train.lr_scheduler == "cosine_with_min_lr"
     assert recipe.trl == {"lr_scheduler_kwargs": {"min_lr_rate": 0.1}}
-    assert said(tmp_path, BASE + ROWS + "lr_scheduler: rex\n", "lr_scheduler")[0] == "lacking"
+    assert said(tmp_path, BASE + ROWS + "lr_scheduler: rex\n", "lr_scheduler")[0] == "unsupported"
 
 
 def test_settings_of_the_optimizer_are_text_to_transformers(tmp_path: Path) -> None:
@@ -236,7 +240,7 @@ def test_adapters(tmp_path: Path) -> None:
     )
     full = convert(tmp_path, BASE + ROWS + "lora_r: 8\nadapter:\n")
     assert full[1].lora is None
-    assert full[0].fates["lora_r"].words == "there is no adapter"
+    assert full[0].outcomes["lora_r"].note == "no adapter is trained"
 
 
 def test_long_texts_are_cut_into_pieces_where_all_are_of_type_completion(tmp_path: Path) -> None:
@@ -245,33 +249,49 @@ def test_long_texts_are_cut_into_pieces_where_all_are_of_type_completion(tmp_pat
     mixed, other = convert(tmp_path, BASE + one + two)
 
     assert (recipe.data.overlong, other.data.overlong) == ("split", "drop")
-    assert alone.fates["excess_length_strategy"].kind == "needless"
-    assert not any(remark.startswith("data.overlong: one for all") for remark in alone.remarks)
-    assert any(remark.startswith("data.overlong: one for all") for remark in mixed.remarks)
+    assert alone.outcomes["excess_length_strategy"].kind == "not_needed"
+    assert not any(note.startswith("data.overlong: a recipe has one setting") for note in alone.notes)
+    assert any(note.startswith("data.overlong: a recipe has one setting") for note in mixed.notes)
     assert convert(tmp_path, BASE + ROWS)[1].data.overlong == "drop"
 
 
 def test_the_template_is_of_the_source_that_has_it(tmp_path: Path) -> None:
     rows = "datasets:\n  - {path: a, type: completion}\n  - {path: b, type: alpaca}\n"
-    fates = convert(tmp_path, BASE + rows)[0].fates
+    outcomes = convert(tmp_path, BASE + rows)[0].outcomes
 
-    assert "data.template: alpaca" in fates["datasets[1].type"].words
-    assert "data.template" not in fates["datasets[0].type"].words
+    assert "data.template: alpaca" in outcomes["datasets[1].type"].note
+    assert "data.template" not in outcomes["datasets[0].type"].note
 
 
 def test_layers_beyond_linear_ones_are_not_lost(tmp_path: Path) -> None:
     keys = "adapter: lora\nlora_target_linear: true\nlora_target_modules: "
 
     kind, words = said(tmp_path, BASE + ROWS + keys + "[q_proj, embed_tokens, lm_head]\n", "lora_target_modules")
-    assert (kind, words.partition(";")[0]) == ("lacking", "all-linear leaves out embed_tokens, lm_head")
-    assert said(tmp_path, BASE + ROWS + keys + "[q_proj]\n", "lora_target_modules")[0] == "needless"
+    assert (kind, words.partition(".")[0]) == ("unsupported", "all-linear does not cover embed_tokens, lm_head")
+    assert said(tmp_path, BASE + ROWS + keys + "[q_proj]\n", "lora_target_modules")[0] == "not_needed"
 
 
-def test_plugins_for_speed_are_not_missed(tmp_path: Path) -> None:
-    assert (
-        said(tmp_path, BASE + ROWS + "plugins: [axolotl.integrations.liger.LigerPlugin]\n", "plugins")[0] == "needless"
-    )
-    assert (
-        said(tmp_path, BASE + ROWS + "plugins: [axolotl.integrations.spectrum.SpectrumPlugin]\n", "plugins")[0]
-        == "lacking"
-    )
+LIGER = "axolotl.integrations.liger.LigerPlugin"
+CUT = "axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"
+SPECTRUM = "axolotl.integrations.spectrum.SpectrumPlugin"
+
+
+@pytest.mark.parametrize(
+    ("keys", "key", "kind", "kernels"),
+    [
+        (f"plugins: [{LIGER}]", "plugins", "becomes", "liger"),
+        (f"plugins: [{CUT}, {LIGER}]", "plugins", "becomes", "liger"),
+        (f"plugins: [{CUT}]", "plugins", "not_needed", "auto"),
+        (f"plugins: [{SPECTRUM}]", "plugins", "unsupported", "auto"),
+        (f"plugins: [{LIGER}, {SPECTRUM}]", "plugins", "unsupported", "liger"),
+        ("liger_rms_norm: true", "liger_rms_norm", "becomes", "liger"),
+        ("liger_rms_norm: false", "liger_rms_norm", "not_needed", "auto"),
+    ],
+)
+def test_liger_is_carried_and_other_plugins_for_speed_are_not_missed(
+    tmp_path: Path, keys: str, key: str, kind: str, kernels: str
+) -> None:
+    converted, recipe = convert(tmp_path, BASE + ROWS + keys + "\n")
+
+    assert converted.outcomes[key].kind == kind
+    assert recipe.train.kernels == kernels
