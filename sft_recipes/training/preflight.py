@@ -227,10 +227,10 @@ def _know_the_language(trainer: Any, warnings: list[str]) -> dict[str, float]:
 def where_answers_end(data: Prepared, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """The tokens that end answers, which the export's generation config will list, and the rows that end in none of them or
     are cut before it. That most do has been seen to with the data."""
-    accounts = [each.account for each in data.train.chosen]
+    accounts = [each.stats for each in data.train.chosen]
     return {
         "tokens": tokenizer.convert_ids_to_tokens(data.stops),
-        "rows_without": sum(each.endless + each.truncated_rows for each in accounts),
+        "rows_without": sum(each.missing_eos + each.truncated_rows for each in accounts),
     }
 
 
