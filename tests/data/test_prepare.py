@@ -171,7 +171,7 @@ def test_columns_and_format_of_the_recipe(write_recipe: WriteRecipe, tmp_path: P
     assert data.train.stats.sources[0].template == "text"
 
 
-def test_overlong_rows_are_an_error_with_a_remedy(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+def test_overlong_rows_are_an_error_that_says_what_would_fit(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     write_rows(tmp_path / "train.jsonl", [*ROWS, {"instruction": "x " * 300, "output": "y"}])
     said = problem(write_recipe(), "data.eval=null")
 
