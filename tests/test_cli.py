@@ -147,8 +147,9 @@ def test_check_finds_every_problem_at_once(write_recipe: WriteRecipe, tmp_path: 
     assert [line.split(": ", 1)[1] for line in done.stderr.splitlines()] == [
         "unknown key 'train.sed'; did you mean 'seed'?",
         "train.lr_scheduler: 'cosin' is no name that is known here; did you mean 'cosine'?",
-        "no column 'output' in this row, it has 'instruction'; rename with data.columns: {output: YOUR_COLUMN}",
-        "no column 'instruction' in this row, it has 'output'; rename with data.columns: {instruction: YOUR_COLUMN}",
+        "column 'output' is missing (got 'instruction'). If it has another name, set data.columns: {output: YOUR_COLUMN}.",
+        "column 'instruction' is missing (got 'output'). "
+        "If it has another name, set data.columns: {instruction: YOUR_COLUMN}.",
     ]
 
 

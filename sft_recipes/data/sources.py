@@ -218,11 +218,7 @@ def _parquet(file: Path) -> Iterator[Row | DataError]:
                     yield Row(f"{file}:row {number}", _as_written(values))
     except UnicodeDecodeError:
         raise DataError(f"{file}:row {number + 1} or later: invalid UTF-8. Write the file again as UTF-8.") from None
-    except (
-        pyarrow.ArrowException,
-        ArithmeticError,
-        ValueError,
-    ) as error:  # ArithmeticError, ValueError: dates out of range
+    except (pyarrow.ArrowException, ArithmeticError, ValueError) as error:  # also for dates out of range
         raise DataError(f"{file}: invalid Parquet file: {_one_line(error)}. Download it again.") from None
 
 

@@ -129,14 +129,9 @@ class Work:
             yield from self._by_threads(first)
         else:
             yield from self._by_processes(chain(first, examples), processes)
-        if (
-            self.read > 1
-            and len(self.problems) == self.read
-            and len({line.partition(": ")[2] for line in self.problems}) == 1
-        ):
-            self.problems = [
-                f"{self.problems[0].rstrip('.')} (in all {self.read:,} rows)."
-            ]  # not a problem of single rows
+        distinct = {line.partition(": ")[2] for line in self.problems}
+        if 1 < self.read == len(self.problems) and len(distinct) == 1:
+            self.problems = [f"{self.problems[0]} This affects all {self.read:,} rows."]
         if self.rows.problems or self.problems:
             raise DataError(*self.rows.problems, *self.problems)
 

@@ -91,7 +91,7 @@ def test_a_system_message_takes_the_place_of_the_preamble() -> None:
 
 
 def test_a_role_that_alpaca_does_not_know() -> None:
-    with pytest.raises(DataError, match=r"f:1: the chat template rejects these messages: .*not 'tool'"):
+    with pytest.raises(DataError, match=r"f:1: the chat template rejects these messages: .*\(got 'tool'\)"):
         alpaca_chat()(Example("f:1", [{"role": "tool", "content": "x"}, {"role": "assistant", "content": "y"}]))
 
 
