@@ -76,12 +76,12 @@ def preview(
         # All rows where one is looked for, else as many as there is time for.
         train = prepare.prepare(loaded.recipe, tokenizer, seconds=None if rows else _SECONDS).train
         numbers = showing.choose(train, number, rows, loaded.recipe.train.seed)
-        for line in train.account.lines("train"):
+        for line in train.stats.lines("train"):
             console.print(line, highlight=False, markup=False)
         if not console.is_terminal:
             console.print(showing.LEGEND, markup=False)
         console.print()
-        for text in showing.show(train, numbers, tokenizer.backend, colours=console.is_terminal, ids=ids):
+        for text in showing.show(train, numbers, tokenizer.backend, colors=console.is_terminal, ids=ids):
             console.print(text)
 
 
@@ -101,7 +101,7 @@ def _examine_data(recipe: Recipe) -> Findings:
     data = prepare.prepare(recipe, tokenizer, seconds=_SECONDS)
     larger = 1 / data.share  # than the sample
     if recipe.data.max_train_samples:
-        larger = min(larger, recipe.data.max_train_samples / sum(source.rows for source in data.train.account.sources))
+        larger = min(larger, recipe.data.max_train_samples / sum(source.rows for source in data.train.stats.sources))
     anew = [
         f"tokens are those of tokenizer.json; transformers makes a {tokenizer.rebuilt} anew, and the run may count a few "
         "more or less"
@@ -118,7 +118,7 @@ def _steps(recipe: Recipe, data: prepare.Prepared, larger: float) -> str:
     about = "" if data.share == 1 else "about "
     epochs = steps.total / steps.per_epoch
     passes = f"{epochs:,.2f}".rstrip("0").rstrip(".") if epochs >= 1 else f"{epochs:.2g}"
-    account = data.train.account
+    account = data.train.stats
     tokens_a_step, trained_a_step = (
         round(number * recipe.sequences_per_step / account.sequences)
         for number in (account.tokens, account.trained_tokens)

@@ -256,7 +256,7 @@ def _amount(recipe: Recipe) -> Amount:
 
 def _counted(recipe: Recipe, data: prepare.Prepared) -> Amount:
     """From a sample of the rows, taken for all."""
-    account = data.train.account
+    account = data.train.stats
     rows = sum(source.rows for source in account.sources)
     larger = 1 / data.share
     if recipe.data.max_train_samples:

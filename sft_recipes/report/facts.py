@@ -39,24 +39,24 @@ _CHARTS: tuple[tuple[str, str | None, str | None, set[str]], ...] = (
 )
 # Of data.json, in words. What was lost is also said where it is nothing.
 _ROWS = {
-    "read": "rows read",
-    "set_aside": "set aside for validation",
-    "not_chosen": "not chosen",
+    "rows_read": "rows read",
+    "held_out": "set aside for validation",
+    "not_sampled": "not chosen",
     "kept": "rows kept",
     "dropped": "rows dropped",
     "truncated_rows": "rows truncated",
     "split_rows": "rows split",
-    "cut_tokens": "tokens cut",
+    "dropped_tokens": "tokens cut",
     "duplicates": "the same as an earlier row",
     "empty_answers": "without an answer",
-    "left_out": "of which the template leaves out or rewrites text",
-    "endless": "without an end that is trained on",
-    "in_training": "that are training rows too",
-    "prompts_in_training": "with the prompt of a training row",
+    "lossy_template": "of which the template leaves out or rewrites text",
+    "missing_eos": "without an end that is trained on",
+    "train_overlap": "that are training rows too",
+    "prompt_overlap": "with the prompt of a training row",
     "tokens": "tokens in sequences",
     "trained_tokens": "tokens trained on",
 }
-_LOST = ("dropped", "truncated_rows", "cut_tokens")
+_LOST = ("dropped", "truncated_rows", "dropped_tokens")
 
 
 @dataclass(frozen=True)
@@ -282,9 +282,9 @@ def _rows(name: str, account: Mapping[str, Any], recipe: Mapping[str, Any]) -> R
         counts = [source.get(key, 0) for source in sources]
         if key in _LOST or any(counts):
             table.append(Row(words, [_counted(count) for count in counts]))
-    lengths = dict.fromkeys(name for source in sources for name in source.get("length", {}))
+    lengths = dict.fromkeys(name for source in sources for name in source.get("token_lengths", {}))
     table += [
-        Row(f"tokens of a row, {length}", [_counted(source.get("length", {}).get(length)) for source in sources])
+        Row(f"tokens of a row, {length}", [_counted(source.get("token_lengths", {}).get(length)) for source in sources])
         for length in lengths
     ]
     most = recipe.get("data", {}).get("max_length")
@@ -292,7 +292,7 @@ def _rows(name: str, account: Mapping[str, Any], recipe: Mapping[str, Any]) -> R
     line = (
         f"{tokens:,} tokens, {trained:,} of them trained on{share}, in {account['sequences']:,} sequences"
         + (f" of at most {most:,}" if most else "")
-        + f"; packing {account['packing']}, {account['fill']:.1%} full"
+        + f"; packing {account['packing']}, {account['packing_efficiency']:.1%} full"
     )
     return Rows(
         name, line, [f"{source['path']} ({source['format']}, {source['template']})" for source in sources], table
