@@ -773,11 +773,11 @@ TALKED_TO: dict[str, tuple[Change, list[str], str]] = {
     "code of its own": (changed(CONFIG, model_type="mine", auto_map={"AutoConfig": "a.B"}), [],
         "model: its …Python code that comes with"),
     "a broken account of a run": (written("data.json", "{"), [],
-        "model/data.json: cannot be read: …; remove it to use the model"),
+        "model/data.json: cannot be read: …. Remove it to use the model"),
     "a prompt too long": (both(), ["--prompt", "x " * 2000],
-        "model: the prompt has 4001 tokens, and the model 1024…; shorten it"),
+        "model: the prompt is longer than the context length 1024 (got 4001). Shorten it."),
     "a prompt that is no Unicode": (both(), ["--prompt", "a\udce4"],
-        "--prompt and --input: not valid Unicode; give them in UTF-8"),
+        "--prompt and --input: not valid Unicode. Pass UTF-8 text."),
     "hardly any temperature": (both(), ["--temperature", "1e-320"], "model: cannot answer this prompt: "),
 }  # fmt: skip
 
@@ -823,7 +823,7 @@ COMMANDS = {
     "preview recipe.yaml --row none:1":
         "--row none:1: no training row stands there; expected a row's number, or a place such as",
     f"preview recipe.yaml --row {'9' * 5000}": "--row 999…: no training row stands there; expected a row's number, or a place",
-    "preview recipe.yaml --set model.name=a/b": "--set: model.name: the tokenizer of a/b cannot be had: ",
+    "preview recipe.yaml --set model.name=a/b": "--set: model.name: the tokenizer of a/b is unavailable: ",
     "new nothing": "no recipe 'nothing' ships; there are gemma3_1b_full, ",
     "new ../recipe": "no recipe '../recipe' ships; there are gemma3_1b_full, ",
     "new quickstart --out recipe.yaml": "recipe.yaml exists; choose another name with --out",
@@ -895,15 +895,15 @@ def test_reports_that_cannot_be_written(sft_recipe: Callable[..., Said]) -> None
 
     check_refused(
         sft_recipe, ["report", "mine", "--out", "recipe.yaml"],
-        "recipe.yaml: cannot be written: File exists; choose another --out",
+        "recipe.yaml: cannot be written: File exists. Choose another directory with --out.",
     )  # fmt: skip
 
 
 RUN_FILES = {
-    "recipe.resolved.json": ("{", "mine/recipe.resolved.json: not an object in JSON: …; it is not as the run wrote it"),
-    "data.json": ("[1, 2]", "mine/data.json: not an object in JSON: "),
-    "manifest.json": ("no", "mine/manifest.json: not an object in JSON: "),
-    "samples.jsonl": ('{"step": 1}\n', "mine: its files are not as a run wrote them, so there is no report (KeyError: "),
+    "recipe.resolved.json": ("{", "mine/recipe.resolved.json: not a JSON object: …. Restore the file as the run wrote it."),
+    "data.json": ("[1, 2]", "mine/data.json: not a JSON object: "),
+    "manifest.json": ("no", "mine/manifest.json: not a JSON object: "),
+    "samples.jsonl": ('{"step": 1}\n', "mine: unexpected content in the files of the run (KeyError: "),
 }  # fmt: skip
 
 
@@ -1006,7 +1006,7 @@ def test_an_output_directory_in_use(sft_recipe: Callable[..., Said]) -> None:
     check_refused(
         sft_recipe,
         ["run", "recipe.yaml"],
-        "recipe.yaml:4: output_dir: run is in use (it holds notes.txt); continue that run with --resume",
+        "recipe.yaml:4: output_dir: run is not empty (contains notes.txt). Choose another directory with --set",
     )
 
 

@@ -194,8 +194,8 @@ def test_the_resolved_recipe_and_the_manifest(trained: Trained) -> None:
         > manifest["preflight"]["predicted_peak_gib"]
         > 0
     )
-    assert list(manifest["data"]) == [str(folder.parent / "train.jsonl")]
-    assert all(len(digest) == 64 for digest in manifest["data"].values())
+    assert list(manifest["data_sha256"]) == [str(folder.parent / "train.jsonl")]
+    assert all(len(digest) == 64 for digest in manifest["data_sha256"].values())
 
 
 def test_metrics_have_what_the_design_names(trained: Trained) -> None:
@@ -204,7 +204,8 @@ def test_metrics_have_what_the_design_names(trained: Trained) -> None:
 
     assert [line["step"] for line in steps] == [1, 10, 20, 30, 40]
     for line in steps:
-        assert {"loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "memory", "epoch"} <= line.keys()
+        assert {"loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "epoch"} <= line.keys()
+        assert "peak_memory_gib" in line
     assert [line["tokens"] for line in steps] == sorted(line["tokens"] for line in steps)
 
 
@@ -332,5 +333,5 @@ def test_what_is_said_at_the_end_fails_no_run(write_recipe: WriteRecipe, monkeyp
     monkeypatch.setattr(run_folder, "finish", and_lose_the_log)
     folder, said = run(write_recipe(train={"max_steps": 1}))
 
-    assert f"warning: the summary could not be made: {folder}: no run here (metrics.jsonl is missing)" in said
+    assert f"warning: cannot create the summary: {folder}: not a run directory (metrics.jsonl is missing)" in said
     assert (folder / "model").is_dir()

@@ -59,7 +59,9 @@ def choose(recipe: Recipe, config: PreTrainedConfig, device: str) -> tuple[str |
         problem = problem or (
             None if _kernel_is_right() else "this GPU, where its kernel gives other numbers than sdpa"
         )
-    return (NAME, "packed documents, torch alone") if problem is None else (None, f"varlen does not go with {problem}")
+    if problem is not None:
+        return None, f"varlen does not go with {problem}"
+    return NAME, "packed documents, no flash-attn needed"
 
 
 def obstacle(config: PreTrainedConfig) -> str | None:

@@ -340,7 +340,7 @@ def test_embeddings_with_an_adapter_and_more_rows(tmp_path: Path) -> None:
 
 def test_two_merges_into_one_place(tmp_path: Path) -> None:
     with files.complete_or_not_there(tmp_path / "out"):
-        with pytest.raises(OutputError, match="out: is being written by another process"):
+        with pytest.raises(OutputError, match="out: another process is writing it"):
             merge.merge(adapter(tmp_path / "adapter", target_modules=["up_proj"]), tmp_path / "out")
         assert (tmp_path / ".out.partial").is_dir()
 

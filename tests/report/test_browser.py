@@ -133,7 +133,7 @@ def test_a_value_under_the_pointer(browser: Page, reports: dict[str, Path]) -> N
     lines = browser.value(f"{tip}.textContent").split("\n")
     assert lines[0] == "step 1,500 · 1,500,000 tokens · 00:12:30"
     assert lines[1] == f"as logged: {1 + 2 / 1500:.4f}"
-    assert [line.split(":")[0] for line in lines[1:]] == ["as logged", "training, smoothed", "validation"]
+    assert [line.split(":")[0] for line in lines[1:]] == ["as logged", "training, smoothed", "eval"]
     browser.move(place["left"] + place["width"] / 2, place["top"] - 300)
     assert browser.value(f"{tip}.hidden")
 
