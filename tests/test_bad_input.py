@@ -656,7 +656,7 @@ RUNS: dict[str, tuple[Change, list[str], str]] = {
         "--set: model.attention: flex_attention …; set sdpa"),
     "answers longer than the model": (both(), ["eval.generate=[a]", "eval.max_new_tokens=1020"],
         "--set: eval.max_new_tokens: 1020 tokens…; set at most"),
-    "an output that cannot be made": (both(), ["output_dir=/proc/run"], "--set: output_dir: /proc/run cannot be made"),
+    "an output that cannot be made": (both(), ["output_dir=/proc/run"], "--set: output_dir: /proc/run cannot be created"),
 }  # fmt: skip
 
 
@@ -830,10 +830,10 @@ COMMANDS = {
     "new quickstart --out .": ". exists; choose another name with --out",
     "new quickstart --out train.jsonl/a.yaml": "train.jsonl/a.yaml: cannot be written: …; choose another name with --out",
     f"new quickstart --out {'a' * 300}": "aaa…: cannot be written: File name too long; choose another name with --out",
-    "report none": "none: no run here (metrics.jsonl is missing)",
-    "report recipe.yaml": "recipe.yaml: no run here (metrics.jsonl is missing)",
-    "report none --watch": "none: no run here (metrics.jsonl is missing)",
-    "report none ./none": "none: given twice; a run is compared with others",
+    "report none": "none: not a run directory (metrics.jsonl is missing)",
+    "report recipe.yaml": "recipe.yaml: not a run directory (metrics.jsonl is missing)",
+    "report none --watch": "none: not a run directory (metrics.jsonl is missing)",
+    "report none ./none": "none: given twice. Pass each run once.",
     "generate builtin:tiny": "sft-recipe generate: Missing option '--prompt'. (see sft-recipe generate --help)",
     "generate none --prompt x": "none: no model here; expected a model or adapter directory, or a run that has finished",
     "generate recipe.yaml --prompt x": "recipe.yaml: no model here; expected a model or adapter directory",
@@ -845,9 +845,9 @@ COMMANDS = {
         "none: no adapter here; expected a directory with adapter_config.json, or a run that trained one",
     "merge builtin:tiny --out merged": "builtin:tiny: no adapter here; expected a directory with adapter_config.json",
     "merge none": "sft-recipe merge: Missing option '--out'. (see sft-recipe merge --help)",
-    "merge none --out merged --dtype int4": "--dtype int4: expected one of bfloat16, float16, float32",
-    "merge none --out merged --max-shard-size 5": "--max-shard-size 5: expected text such as 5GB or 500MB",
-    "merge none --out merged --max-shard-size 0GB": "--max-shard-size 0GB: expected text such as 5GB or 500MB",
+    "merge none --out merged --dtype int4": "--dtype: expected one of bfloat16, float16, float32 (got int4).",
+    "merge none --out merged --max-shard-size 5": "--max-shard-size: expected text such as 5GB or 500MB (got 5).",
+    "merge none --out merged --max-shard-size 0GB": "--max-shard-size: expected text such as 5GB or 500MB (got 0GB).",
 }  # fmt: skip
 MERGES = {
     "--out recipe.yaml": "recipe.yaml: in use; choose another --out, or remove it",
@@ -875,9 +875,9 @@ def test_merges(options: str, good_adapter: Path, sft_recipe: Callable[..., Said
 
 
 REPORTS = {
-    "nonsense\n": "mine/metrics.jsonl: not a file of one object a line: ",
-    "[1]\n": "mine/metrics.jsonl: not a file of one object a line: ",
-    "{}\n": "mine/metrics.jsonl: a line without 'step', so it is not the log of a run",
+    "nonsense\n": "mine/metrics.jsonl: not valid JSON Lines: ",
+    "[1]\n": "mine/metrics.jsonl: not valid JSON Lines: ",
+    "{}\n": "mine/metrics.jsonl: a line has no 'step'. Restore the file as the run wrote it.",
 }  # fmt: skip
 
 

@@ -46,7 +46,7 @@ def test_every_command_has_help(command: str) -> None:
         (["run", "none.yaml"], "none.yaml: no such recipe; `sft-recipe list` shows those that ship"),
         (["check", "none.yaml"], "none.yaml: no such recipe"),
         (["new", "nothing"], "no recipe 'nothing' ships"),
-        (["report", "none"], "none: no run here"),
+        (["report", "none"], "none: not a run directory"),
         (["generate", "none", "--prompt", "x"], "none: no model here"),
         (["merge", "none", "--out", "x"], "none: no adapter here"),
         (

@@ -46,8 +46,8 @@ class Terminal(io.StringIO):
 @pytest.mark.parametrize(
     ("columns", "figures"),
     [
-        (140, "loss 1.5000  0:00:00 left  lr 1.00e-04  12,345 tokens/s  1.0 GiB"),
-        (82, "loss 1.5000  ETA 0:00:00  lr 1.00e-04  12,345 tokens/s  peak 1.0 GiB"),
+        (140, "loss 1.5000  ETA 0:00:00  lr 1.00e-04  12,345 tokens/s  peak 1.0 GiB"),
+        (83, "loss 1.5000  ETA 0:00:00  lr 1.00e-04  12,345 tokens/s  peak 1.0 GiB"),
         (72, "loss 1.5000  ETA 0:00:00  lr 1.00e-04  12,345 tokens/s"),
         (50, "loss 1.5000  ETA 0:00:00"),
         (30, "loss 1.5000"),
@@ -231,7 +231,7 @@ def test_a_plot_that_fails_is_a_warning(write_recipe: WriteRecipe, monkeypatch: 
     monkeypatch.setattr(page, "learning_curve", fail)
     folder, said = run(write_recipe())
 
-    assert "warning: the report could not be made: no fonts" in said
+    assert "warning: cannot create the report: no fonts" in said
     assert run_folder.is_finished(folder)
     assert not list(folder.rglob("*.partial"))
 
