@@ -41,7 +41,7 @@ class Plan:
     capacity: float | None  # bytes of memory of a device
     attention: str
     kernels: str
-    found: Footprint
+    footprint: Footprint
     host: host_memory.HostMemory  # of the node of rank 0
     amount: Amount
     flops_per_token: float
@@ -49,7 +49,7 @@ class Plan:
 
     @property
     def fits(self) -> bool | None:
-        return None if self.capacity is None else memory.fits(self.found, self.capacity, self.device)
+        return None if self.capacity is None else memory.fits(self.footprint, self.capacity, self.device)
 
     @property
     def ranks(self) -> int:
@@ -72,8 +72,8 @@ class Plan:
         train, launch = self.recipe.train, self.recipe.launch
         return {
             "model": self.recipe.model.name,
-            "parameters": self.found.parameters,
-            "trainable_parameters": self.found.trained,
+            "parameters": self.footprint.parameters,
+            "trainable_parameters": self.footprint.trained,
             "device": self.device,
             "processes": self.ranks,
             "strategy": launch.strategy,
@@ -83,9 +83,9 @@ class Plan:
             "gradient_checkpointing": train.gradient_checkpointing,
             "gradient_accumulation_steps": self.recipe.accumulation,
             "sequences_per_step": self.recipe.sequences_per_step,
-            "peak_gib": round(self.found.peak_bytes / GIB, 3),
-            "parts_gib": {part: round(size / GIB, 3) for part, size in self.found.peak.items()},
-            "phases_gib": {name: round(sum(parts.values()) / GIB, 3) for name, parts in self.found.phases.items()},
+            "peak_gib": round(self.footprint.peak_bytes / GIB, 3),
+            "parts_gib": {part: round(size / GIB, 3) for part, size in self.footprint.peak.items()},
+            "phases_gib": {name: round(sum(parts.values()) / GIB, 3) for name, parts in self.footprint.phases.items()},
             "host_memory_gib": {stage: round(size / GIB, 3) for stage, size in self.host.stages.items()},
             "memory_gib": None if self.capacity is None else round(self.capacity / GIB, 3),
             "fits": self.fits,
@@ -108,18 +108,18 @@ class Plan:
 
     def lines(self) -> list[str]:
         """Return the console output."""
-        recipe, found = self.recipe, self.found
+        recipe, footprint = self.recipe, self.footprint
         method = "full fine-tuning" if recipe.lora is None else "QLoRA" if recipe.model.quantization else "LoRA"
         unit = "GPU" if self.device == "cuda" else "process"
         ranks = f"; {self.ranks} ranks, {recipe.launch.strategy}" if self.ranks > 1 else ""
         lines = [
-            f"model: {recipe.model.name}; {method}; trainable parameters {found.trained:,} of {found.parameters:,}; weights "
+            f"model: {recipe.model.name}; {method}; trainable parameters {footprint.trained:,} of {footprint.parameters:,}; weights "
             f"{recipe.model.quantization or recipe.model.dtype}; attention {self.attention}; kernels {self.kernels}{ranks}",
             f"step: {recipe.sequences_per_step} sequences of {recipe.data.max_length:,} tokens (micro-batch "
             f"{recipe.train.micro_batch_size} x accumulation {recipe.accumulation}); gradient checkpointing "
             f"{recipe.train.recomputed_in_words}",
-            f"peak memory: {memory.in_words(found.peak_bytes)} per {unit}: "
-            + ", ".join(f"{part} {memory.in_words(size)}" for part, size in found.peak.items() if size),
+            f"peak memory: {memory.in_words(footprint.peak_bytes)} per {unit}: "
+            + ", ".join(f"{part} {memory.in_words(size)}" for part, size in footprint.peak.items() if size),
         ]
         if self.capacity is not None:
             reserved = f" ({memory.CONTEXT / 2**20:.0f} MiB CUDA context, {1 - memory.SHARE:.0%} margin)"
@@ -158,8 +158,8 @@ def plan(
     loaded, problems = load.examine(recipe_file, [*overrides, *more])
     if loaded is None or problems:
         raise RecipeError(*problems)
-    if found := judge(loaded.recipe, to_run=False).problems:
-        raise RecipeError(*(loaded.placed(line) for line in found))
+    if problems := judge(loaded.recipe, to_run=False).problems:
+        raise RecipeError(*(loaded.placed(line) for line in problems))
     device = "cpu" if cpu else "cuda"
     with loaded.placing_errors():
         recipe = loaded.recipe

@@ -62,7 +62,7 @@ def test_what_would_make_it_fit(tmp_path: Path) -> None:
     assert kinds == ["micro-batch", "LoRA", "nf4", "8-bit optimizer", "fsdp2", "CPU offload"]
     by_kind = {each.kind: each for each in found.remedies}
     assert by_kind["LoRA"].fits
-    assert by_kind["nf4"].peak < by_kind["LoRA"].peak < found.found.peak_bytes
+    assert by_kind["nf4"].peak < by_kind["LoRA"].peak < found.footprint.peak_bytes
     assert not by_kind["micro-batch"].fits
     assert set(found.times()) == {"RTX-4090", "A10", "L4", "RTX-3090"}
     text = "\n".join(found.lines())
@@ -75,7 +75,7 @@ def test_what_would_make_it_fit(tmp_path: Path) -> None:
     # what is said of a change is what a plan of it says
     changed = plan(recipe(tmp_path), ["lora={}"], gpu_memory="24GB")
     assert changed.fits
-    assert changed.found.peak_bytes == pytest.approx(by_kind["LoRA"].peak)
+    assert changed.footprint.peak_bytes == pytest.approx(by_kind["LoRA"].peak)
 
 
 def test_auto_takes_what_fits(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_several_gpus(tmp_path: Path) -> None:
 
     assert four.ranks == 4
     # trained in float32 there: four bytes a weight, its gradient and two moments, in quarters
-    assert 4 * PARAMETERS < four.found.peak_bytes < one.found.peak_bytes
+    assert 4 * PARAMETERS < four.footprint.peak_bytes < one.footprint.peak_bytes
     assert four.times()["H100"][0] == pytest.approx(one.times()["H100"][0] / 4)
 
 
@@ -198,6 +198,6 @@ def test_checkpointing_of_a_gpu_that_is_not_known_is_all_layers(tmp_path: Path) 
     assert unknown.recipe.train.gradient_checkpointing is True
     assert any("auto is assumed to be true" in note for note in unknown.amount.notes)
     assert large.recipe.train.gradient_checkpointing is False
-    assert large.found.peak_bytes > unknown.found.peak_bytes
+    assert large.footprint.peak_bytes > unknown.footprint.peak_bytes
     assert "gradient checkpointing off" in large.lines()[1]
     assert small.fits
