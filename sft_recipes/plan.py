@@ -113,8 +113,9 @@ class Plan:
         unit = "GPU" if self.device == "cuda" else "process"
         ranks = f"; {self.ranks} ranks, {recipe.launch.strategy}" if self.ranks > 1 else ""
         lines = [
-            f"model: {recipe.model.name}; {method}; trainable parameters {footprint.trained:,} of {footprint.parameters:,}; weights "
-            f"{recipe.model.quantization or recipe.model.dtype}; attention {self.attention}; kernels {self.kernels}{ranks}",
+            f"model: {recipe.model.name}; {method}; trainable parameters {footprint.trained:,} of {footprint.parameters:,}; "
+            f"weights {recipe.model.quantization or recipe.model.dtype}; attention {self.attention}; kernels "
+            f"{self.kernels}{ranks}",
             f"step: {recipe.sequences_per_step} sequences of {recipe.data.max_length:,} tokens (micro-batch "
             f"{recipe.train.micro_batch_size} x accumulation {recipe.accumulation}); gradient checkpointing "
             f"{recipe.train.recomputed_in_words}",
@@ -172,9 +173,11 @@ def plan(
             )
         amount = _amount(recipe)
         from sft_recipes.training import fitting, footprint, kernels, stand_ins
+        from sft_recipes.training.attention import AMPERE
 
         config = footprint.config_of(recipe)
-        predict = fitting.predictor(config, device)
+        capability = card.capability if card else None  # if no GPU is named, Ampere or later is assumed
+        predict = fitting.predictor(config, device, capability)
         if capacity is not None or cpu:
             recipe = fitting.settled(recipe, predict, capacity or fitting.room(recipe, device), device)
         elif recipe.train.gradient_checkpointing == "auto":
@@ -182,24 +185,29 @@ def plan(
             amount.notes.append(
                 "train.gradient_checkpointing: auto is assumed to be true (least memory); --gpu-memory or --gpu resolves it"
             )
-        attention = stand_ins.named(recipe, config, device) or "eager"
+        attention = stand_ins.named(recipe, config, device, capability) or "eager"
         if cpu and attention not in ("varlen", "sdpa", "eager"):
             raise RecipeError(
                 f"model.attention: not supported for training on CPUs (got {attention}). Set sdpa or auto."
             )
         fused = kernels.select_kernels(recipe, config, device)
-        masked = stand_ins.masks_all_pairs(recipe, config, device)
+        masked = stand_ins.masks_all_pairs(recipe, config, device, capability)
         whole = predict(recipe)
         rank = sharding.on_rank(whole, recipe, device)
         remedies: list[changes.Remedy] = []
         if capacity is not None and not memory.fits(rank, capacity, device):
-            leaner = stand_ins.leaner_attention(recipe, config, device)
+            leaner = stand_ins.leaner_attention(recipe, config, device, capability)
             remedies = changes.remedies(recipe, predict, capacity, device, leaner)
         if ignored := [
             *(f"trl.{key}" for key in sorted(_NOT_PREDICTED & recipe.trl.keys())),
             *["train.compile"] * recipe.train.compile,
         ]:
             amount.notes.append(f"not included in the prediction: {', '.join(ignored)}")
+        earlier = [gpu.name for gpu in speed.gpus_of((capacity or 0) / 1e9) if gpu.capability < AMPERE]
+        if attention == "varlen" and card is None and earlier and not cpu:
+            amount.notes.append(
+                f"attention varlen: a GPU of compute capability 8.0 or later is assumed; --gpu {earlier[0]} is an earlier one"
+            )
         flops = speed.flops_per_token(recipe, whole, config.get_text_config(), amount.document, dense=masked)
         text = config.get_text_config()
         model = host_memory.of_footprint(whole, text.vocab_size * text.hidden_size)

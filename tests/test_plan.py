@@ -78,6 +78,28 @@ def test_what_would_make_it_fit(tmp_path: Path) -> None:
     assert changed.footprint.peak_bytes == pytest.approx(by_kind["LoRA"].peak)
 
 
+def test_a_gpu_before_ampere_masks_all_pairs(tmp_path: Path) -> None:
+    """Its memory is that of sdpa with a mask, and varlen is no remedy."""
+    written = recipe(tmp_path, lora={})
+    known, named, masked = (
+        plan(written, overrides, **where)
+        for overrides, where in (
+            ([], {"gpu_memory": "16GB"}),
+            ([], {"gpu": "T4"}),
+            (["model.attention=sdpa"], {"gpu": "T4"}),
+        )
+    )
+
+    assert (known.attention, named.attention) == ("varlen", "sdpa")
+    assert known.found.peak_bytes < named.found.peak_bytes == masked.found.peak_bytes
+    assert "attention" not in [each.kind for each in (*named.remedies, *masked.remedies)]
+    note = "attention varlen: a GPU of compute capability 8.0 or later is assumed; --gpu T4 is an earlier one"
+    assert note in known.amount.notes
+    assert not any("8.0" in each for each in named.amount.notes)
+    with pytest.raises(InputError, match=r"model.attention: varlen does not support GPUs .*below 8.0 \(got 7.5\)"):
+        plan(written, ["model.attention=varlen"], gpu="T4")
+
+
 def test_auto_takes_what_fits(tmp_path: Path) -> None:
     sections = {"data": {"max_length": 2048}, "train": {"micro_batch_size": "auto", "global_batch_size": 24}}
     written = recipe(tmp_path, lora={}, **sections)

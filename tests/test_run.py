@@ -154,6 +154,7 @@ def test_everything_the_design_names_is_there(trained: Trained) -> None:
         "learning_curve.png",
         "report.html",
         "probe.json",
+        "reference.safetensors",
     ]
 
     assert all((folder / name).stat().st_size > 100 for name in names)

@@ -28,9 +28,9 @@ from sft_recipes.files import replaced
 from sft_recipes.recipe.schema import Recipe
 
 Rows = Sequence[dict[str, list[int]]]
-Change = Callable[
-    [torch.nn.Module, str, torch.Tensor], None
-]  # of a weight in float32: its module, its name there, its values
+# Changes a weight in place before it is used. Gets its module, its name there, its values in the dtype of the computation, and
+# which of its rows these are (None: all).
+Change = Callable[[torch.nn.Module, str, torch.Tensor, torch.Tensor | None], None]
 
 FILE = "reference.safetensors"  # in a run's directory, beside probe.json
 _SHARDED = ("fsdp2", "zero3")  # strategies whose forward pass needs every rank
@@ -50,7 +50,7 @@ class Outputs:
     losses: list[torch.Tensor]  # (trained tokens,)
     hidden: list[
         torch.Tensor
-    ]  # (layers + 1, width): the embeddings and each layer's output, at the first of these positions
+    ]  # (layers + 1, width): embeddings and each layer's output, at the first of these positions
 
     @property
     def loss(self) -> float:
@@ -80,7 +80,8 @@ class Record:
     compute: str = "float32"  # dtype of the computation; that of the training if each rank only held shards
 
     def of_rows(self, chosen: Sequence[int]) -> "Record":
-        return Record(*(getattr(self, n) and getattr(self, n).of_rows(chosen) for n in _OF), self.compute)
+        base, rounded = (each and each.of_rows(chosen) for each in (self.base, self.rounded))
+        return Record(self.trained.of_rows(chosen), base, rounded, self.compute)
 
     def save(self, file: Path) -> None:
         tensors = {
@@ -104,11 +105,8 @@ def load(file: Path) -> Record | None:
 
             def read(name: str) -> Any:
                 rows = range(sum(key.startswith(f"{name}.") for key in known) // len(_PARTS))
-                return (
-                    Outputs(*([stream.get_tensor(f"{name}.{row}.{part}") for row in rows] for part in _PARTS))
-                    if rows
-                    else None
-                )
+                parts = ([stream.get_tensor(f"{name}.{row}.{part}") for row in rows] for part in _PARTS)
+                return Outputs(*parts) if rows else None
 
             trained, base, rounded = map(read, _OF)
             if trained is None:
@@ -156,8 +154,13 @@ def record(trainer: Any, recipe: Recipe, data: Prepared, folder: Path) -> None:
 def _round_shards(model: torch.nn.Module, dtype: torch.dtype) -> None:
     with torch.no_grad():
         for weight in model.parameters():
-            shard = weight.to_local() if isinstance(weight, DTensor) else getattr(weight, "ds_tensor", weight)
-            shard.copy_(shard.to(dtype))
+            # ZeRO-3 keeps small weights whole beside their shards; of others the weight itself is empty.
+            for held in (
+                weight.to_local() if isinstance(weight, DTensor) else weight,
+                getattr(weight, "ds_tensor", None),
+            ):
+                if held is not None:
+                    held.copy_(held.to(dtype))
 
 
 def rounding(dtype: torch.dtype) -> Change:

@@ -14,29 +14,31 @@ REACHED = (0.3, 0.5)
 
 @dataclass(frozen=True)
 class GPU:
-    """A GPU as its data sheet describes it: memory in 10^9 bytes, dense bfloat16 products in 10^12 operations a second."""
+    """A GPU as its data sheet describes it: memory in 10^9 bytes, dense bfloat16 products in 10^12 operations per second,
+    compute capability."""
 
     name: str
     gigabytes: int
     teraflops: float
+    capability: tuple[int, int]
 
 
 # NVIDIA's data sheets (SXM boards where there are several); rates without sparsity, and with float32 sums on GeForce cards.
 # T4 has no bfloat16: its float16 rate.
 GPUS = (
-    GPU("B200", 180, 2250),
-    GPU("H200", 141, 989),
-    GPU("H100", 80, 989),
-    GPU("A100-80GB", 80, 312),
-    GPU("A100-40GB", 40, 312),
-    GPU("L40S", 48, 362),
-    GPU("A6000", 48, 155),
-    GPU("RTX-5090", 32, 209),
-    GPU("RTX-4090", 24, 165),
-    GPU("A10", 24, 125),
-    GPU("L4", 24, 121),
-    GPU("RTX-3090", 24, 71),
-    GPU("T4", 16, 65),
+    GPU("B200", 180, 2250, (10, 0)),
+    GPU("H200", 141, 989, (9, 0)),
+    GPU("H100", 80, 989, (9, 0)),
+    GPU("A100-80GB", 80, 312, (8, 0)),
+    GPU("A100-40GB", 40, 312, (8, 0)),
+    GPU("L40S", 48, 362, (8, 9)),
+    GPU("A6000", 48, 155, (8, 6)),
+    GPU("RTX-5090", 32, 209, (12, 0)),
+    GPU("RTX-4090", 24, 165, (8, 9)),
+    GPU("A10", 24, 125, (8, 6)),
+    GPU("L4", 24, 121, (8, 9)),
+    GPU("RTX-3090", 24, 71, (8, 6)),
+    GPU("T4", 16, 65, (7, 5)),
 )
 
 

@@ -1,10 +1,11 @@
-"""Which attention a run takes; and `varlen`, which keeps packed documents apart with nothing but torch.
+"""Select a run's attention implementation, and provide `varlen`: attention over packed documents with torch alone.
 
-Packed documents share a row. sdpa keeps them apart by a mask of all pairs of the row's tokens, with which it has neither
-its fastest kernels nor grouped heads. `varlen` goes by where documents begin, which TRL's collator says: one kernel for all
-of them on CUDA, one causal call a document elsewhere. Where that is not said, it is sdpa with sdpa's mask.
+Packed documents share a row. sdpa isolates them with a mask of all token pairs, which rules out its fastest kernels and
+grouped heads. `varlen` isolates them by `cu_seq_lens`, which TRL's collator provides: one kernel for all documents on CUDA,
+one causal sdpa call per document on other devices. Without `cu_seq_lens` it is sdpa with sdpa's mask.
 """
 
+from collections.abc import Callable
 from functools import cache, partial
 from inspect import signature
 from typing import Any
@@ -14,7 +15,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import and_masks, sdpa_mask
+from transformers.masking_utils import sdpa_mask
 
 from sft_recipes.errors import ModelError
 from sft_recipes.recipe.schema import Recipe
@@ -22,68 +23,153 @@ from sft_recipes.recipe.upstream import installed
 from sft_recipes.training.arguments import padding_free
 
 NAME = "varlen"  # with "flash" in it transformers would ask for flash-attn
-# Of those in transformers 5.23: they change the mask before attention gets it, or do not tell it where documents begin.
+Capability = tuple[int, int]  # compute capability of a GPU, such as (8, 0)
+AMPERE: Capability = (8, 0)  # the first that flash attention 2, torch's varlen kernel, runs on
+WIDEST = 256  # width of a head, in flash attention 2
+# Model types of transformers 5.23 that change the mask before attention gets it, or do not pass cu_seq_lens on.
 _OWN_WAYS = {
     "axk2", "deepseek_v32", "doge", "dots3_note", "dots3_note_text", "glm_moe_dsa", "lfm3", "nemotron", "recurrent_gemma",
 }  # fmt: skip
-# What else models pass on, and that changes nothing of the result.
+# Other arguments that models pass to attention, and that do not change the result.
 _KNOWN = {
     "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "position_ids", "use_cache",
     "cache_position", "num_items_in_batch", "output_router_logits", "sliding_window", "is_causal",
 }  # fmt: skip
 
 
-# --- Which one -------------------------------------------------------------------------------------------------------
+# --- Selection -------------------------------------------------------------------------------------------------------
 
 
-def choose(recipe: Recipe, config: PreTrainedConfig, device: str) -> tuple[str | None, str]:
-    """The attention that a run on `device`, cuda or cpu, takes, and a few words of why. None: transformers' own choice.
+def select_implementation(
+    recipe: Recipe, config: PreTrainedConfig, device: str, capability: Capability | None = None
+) -> tuple[str | None, str]:
+    """Select the attention implementation of a run on `device`, cuda or cpu.
 
-    Raises ModelError for a varlen that the model cannot have.
+    `capability` is that of the GPU. If it is None, Ampere or later is assumed.
+
+    Returns: its name, None for transformers' own choice; and the reason, "" if there is nothing to explain.
+
+    Raises: ModelError if the recipe names varlen, and the model or the GPU cannot have it.
     """
-    wanted = recipe.model.attention
-    packed, problem = padding_free(recipe), obstacle(config)
-    if wanted == NAME and problem is not None:
-        raise ModelError(f"model.attention: varlen does not go with {problem}; set auto")
-    if wanted == NAME:
-        return NAME, "" if packed else "as sdpa, since no packed documents are kept apart"
-    if wanted != "auto":
+    wanted, packed = recipe.model.attention, padding_free(recipe)
+    if wanted not in ("auto", NAME):
         return wanted, ""
-    half = device == "cuda" and (recipe.model.dtype != "float32" or recipe.train.mixed_precision != "no")
-    if half and getattr(_architecture(config), "_supports_flash_attn", False) and installed("flash_attn"):
+    able = getattr(_architecture(config), "_supports_flash_attn", False) and (capability or AMPERE) >= AMPERE
+    if wanted == "auto" and device == "cuda" and _half(recipe) and able and installed("flash_attn"):
         return "flash_attention_2", "flash-attn is installed"
+    wrong = problem(recipe, config, device, capability)
+    if wanted == NAME and wrong is not None:
+        raise ModelError(f"model.attention: varlen does not support {wrong}. Set model.attention to auto.")
+    if wanted == NAME:
+        return NAME, "" if packed else "as sdpa, since no packed documents are isolated"
     if not packed:
         return None, ""
-    if problem is None and device == "cuda":
-        problem = None if half else "float32 on a GPU"
-        problem = problem or (
-            None if _kernel_is_right() else "this GPU, where its kernel gives other numbers than sdpa"
-        )
-    if problem is not None:
-        return None, f"varlen does not go with {problem}"
+    if wrong is not None:
+        return None, f"varlen does not support {wrong}"
     return NAME, "packed documents, no flash-attn needed"
 
 
+def problem(recipe: Recipe, config: PreTrainedConfig, device: str, capability: Capability | None = None) -> str | None:
+    """Return what of a run varlen does not support, None if nothing. Arguments as `select_implementation`'s."""
+    wrong = obstacle(config)
+    if wrong is not None or device != "cuda" or not padding_free(recipe):
+        return wrong
+    if not _half(recipe):
+        return "float32 on a GPU"
+    return kernel_obstacle(config, capability) or _trial(recipe, config, capability)
+
+
 def obstacle(config: PreTrainedConfig) -> str | None:
-    """What in a model varlen would have to leave out, in words; None where there is nothing."""
+    """Return what of a model's attention varlen would leave out, None if nothing."""
     architecture, text = _architecture(config), config.get_text_config(decoder=True)
     # What sdpa lacks (softcapping, sinks) varlen lacks too, and transformers says which models need it.
     as_sdpa = getattr(architecture, "_supports_attention_backend", False) and architecture._supports_sdpa
     # transformers before 5.22 says of Gemma 2 that sdpa will do, and leaves its softcapping out.
     softcaps = getattr(text, "attn_logit_softcapping", None) is not None
     if not as_sdpa or softcaps or config.model_type in _OWN_WAYS:
-        return f"the attention of a {config.model_type} model, which is another than transformers' sdpa"
+        return f"the attention of a {config.model_type} model, which differs from transformers' sdpa"
     if not getattr(text, "is_causal", True):
-        return "a model whose tokens see those behind them"
+        return "a model whose tokens attend to later ones"
     dropout = (name for name in text.to_dict() if "att" in name and "drop" in name and getattr(text, name))
     return next((f"dropout in attention ({name} in the model's config)" for name in dropout), None)
+
+
+def kernel_obstacle(config: PreTrainedConfig, capability: Capability | None) -> str | None:
+    """Return why torch's varlen kernel cannot run a model on a GPU, None if it can.
+
+    Decided from config and GPU before the training, because a layer that finds out has to wait for the GPU to split documents.
+    """
+    if capability is not None and capability < AMPERE:
+        return "GPUs of compute capability below 8.0 (got {}.{})".format(*capability)
+    for width, of_values in sorted(head_widths(config)):
+        if width % 8 or width > WIDEST:
+            return f"attention heads of this width on a GPU: a multiple of 8, at most {WIDEST} (got {width})"
+        if of_values > width:
+            return f"values wider than keys on a GPU (got {of_values} and {width})"
+    return None
+
+
+def head_widths(config: PreTrainedConfig) -> set[tuple[int, int]]:
+    """Return the widths of a head's keys and values, of all layers."""
+    widths = set()
+    for layer in config.get_text_config(decoder=True).per_layer_config:
+        latent, rotary = (getattr(layer, f"qk_{part}_head_dim", None) for part in ("nope", "rope"))
+        # Models with latent attention call the width of the rotary part head_dim.
+        width = latent + rotary if latent and rotary else getattr(layer, "head_dim", None)
+        width = width or layer.hidden_size // layer.num_attention_heads
+        widths.add((width, getattr(layer, "v_head_dim", None) or width))
+    return widths
+
+
+def select_here(recipe: Recipe, config: PreTrainedConfig) -> tuple[str | None, str]:
+    """`select_implementation` for a run on this machine."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return select_implementation(recipe, config, device, capability_here())
+
+
+def capability_here() -> Capability | None:
+    """Return the compute capability of this process's GPU, None without one."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
 
 
 def _architecture(config: PreTrainedConfig) -> Any:
     return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
 
 
+def _half(recipe: Recipe) -> bool:
+    """Return True if attention is computed in half precision."""
+    return recipe.model.dtype != "float32" or recipe.train.mixed_precision != "no"
+
+
+def _trial(recipe: Recipe, config: PreTrainedConfig, capability: Capability | None) -> str | None:
+    """Try the kernel in the model's widths if a GPU of this capability is here; return what is wrong, None if nothing."""
+    if capability is None or capability_here() != capability:
+        return None
+    text = config.get_text_config(decoder=True)
+    heads = text.num_attention_heads
+    groups = heads // (getattr(text, "num_key_value_heads", None) or heads)
+    # The kernel runs in autocast's type, else in the weights'.
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
+        recipe.train.mixed_precision, getattr(torch, recipe.model.dtype)
+    )
+    right = all(_kernel_is_right(*widths, max(groups, 1), half) for widths in head_widths(config))
+    return None if right else "this GPU, on which torch's varlen kernel differs from sdpa"
+
+
 # --- varlen ----------------------------------------------------------------------------------------------------------
+
+
+class LazyMask:
+    """sdpa's mask of a row without padding, built only if sdpa runs.
+
+    Attributes:
+        build: returns the mask as sdpa takes it, a tensor, or None if causal attention needs no mask.
+        window: how many tokens of its document a token attends to, itself included. None: all before it.
+        chunk: as `window`, for attention within chunks of so many tokens. None: no chunks.
+    """
+
+    def __init__(self, build: Callable[[], Any], window: int | None = None, chunk: int | None = None) -> None:
+        self.build, self.window, self.chunk = build, window, chunk
 
 
 def attend(
@@ -94,27 +180,40 @@ def attend(
     attention_mask: Any,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention of queries (rows, heads, tokens, width) within documents; (rows, tokens, heads, width).
+    """Attend causally within documents; the attention function that transformers calls in each layer.
 
-    `cu_seq_lens_q` says where documents begin, and where the last ends. Without it, with a mask that is a tensor, or with
-    keys of tokens before, it is sdpa. Raises ModelError for what a layer asks for and would not get.
+    torch.compile traces it without a graph break: a break would leave the whole layer uncompiled if the layer is
+    checkpointed. It never waits for a GPU.
+
+    `query`, `key` and `value` are (rows, heads, tokens, width); keys and values may have fewer heads. `attention_mask` is a
+    LazyMask, or what sdpa takes. `cu_seq_lens_q` among the other arguments says where documents begin, and where the last one
+    ends. Without it, with a mask that is a tensor, or with keys of earlier tokens, sdpa runs.
+
+    Returns: (rows, tokens, heads, width); and None, for the attention weights.
+
+    Raises: ModelError if the layer asks for something that varlen does not support.
     """
     starts, mask = kwargs.get("cu_seq_lens_q"), attention_mask
-    if starts is None or isinstance(mask, torch.Tensor) or query.shape[0] > 1 or query.shape[2] != key.shape[2]:
-        return sdpa_attention_forward(module, query, key, value, mask() if callable(mask) else mask, **kwargs)
-    longest = kwargs.get("max_length_q") or int(starts.diff().max())
-    window = mask.keywords.get("local_size") if isinstance(mask, partial) else None
-    if window is not None and longest <= window:
-        window = None
-    if window is not None and window != kwargs.get("sliding_window"):  # chunks, which only the mask knows
-        return sdpa_attention_forward(module, query, key, value, mask(), **kwargs)
-    scaling = kwargs.pop("scaling", None)
+    longest = kwargs.get("max_length_q") or query.shape[2]  # a bound is enough, and the true one is on the device
+    lazy = isinstance(mask, LazyMask)
+    in_chunks = lazy and mask.chunk is not None and longest > mask.chunk
+    if (
+        starts is None
+        or in_chunks
+        or isinstance(mask, torch.Tensor)
+        or query.shape[0] > 1
+        or query.shape[2] != key.shape[2]
+    ):
+        return sdpa_attention_forward(module, query, key, value, mask.build() if lazy else mask, **kwargs)
+    window, scaling = mask.window if lazy else None, kwargs.pop("scaling", None)
     _refuse_unknown(module, kwargs)
-    if torch.is_autocast_enabled(query.device.type):  # which knows sdpa, and not the kernel
+    if torch.is_autocast_enabled(query.device.type):  # which casts for sdpa, and not for the kernel
         half = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(half), key.to(half), value.to(half)
-    if _kernel_takes(query):
+    if query.is_cuda:
         return _kernel(query, key, value, starts, longest, scaling, window), None
+    if torch.compiler.is_compiling():  # lengths are values, of which a graph knows nothing
+        return _ByDocument.apply(query, key, value, starts, scaling, window), None
     return by_document(query, key, value, starts.diff().tolist(), scaling, window), None
 
 
@@ -129,8 +228,8 @@ def _refuse_unknown(module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
         unknown.append("is_causal: false")
     if unknown:
         raise ModelError(
-            f"model.attention: varlen knows nothing of what {type(module).__name__} asks for "
-            f"({', '.join(unknown)}); set sdpa, or eager"
+            f"model.attention: varlen does not support what {type(module).__name__} passes to attention "
+            f"(got {', '.join(unknown)}). Set model.attention to sdpa or eager."
         )
 
 
@@ -142,8 +241,13 @@ def by_document(
     scaling: float | None = None,
     window: int | None = None,
 ) -> torch.Tensor:
-    """One causal call of sdpa for each document of so many tokens; (1, tokens, heads, width). A token sees the last `window`
-    tokens of its document, itself among them."""
+    """Attend with one causal call of sdpa per document.
+
+    `query`, `key` and `value` are (1, heads, tokens, width); keys and values may have fewer heads. `lengths` are the tokens
+    of each document. A token attends to the last `window` tokens of its document, itself included, or to all if it is None.
+
+    Returns: (1, tokens, heads, width).
+    """
     done = []
     for q, k, v in zip(*(each.split(lengths, dim=2) for each in (query, key, value)), strict=True):
         band, tokens = None, q.shape[2]
@@ -156,15 +260,61 @@ def by_document(
     return torch.cat(done, dim=1)
 
 
-def _kernel_takes(query: torch.Tensor) -> bool:
-    """Half precision on a GPU from Ampere on, in widths of flash attention 2."""
-    half = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
-    return (
-        half
-        and query.shape[-1] % 8 == 0
-        and query.shape[-1] <= 256
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
-    )
+# `by_document` and its gradients as nodes of a compiled graph, which cannot split documents: their lengths are values.
+_ARGUMENTS = "Tensor query, Tensor key, Tensor value, Tensor starts, float? scaling, SymInt? window"
+torch.library.define("sft_recipes::by_document", f"({_ARGUMENTS}) -> Tensor")
+torch.library.define(
+    "sft_recipes::by_document_backward", f"(Tensor gradient, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.impl("sft_recipes::by_document", "CPU")  # type: ignore[untyped-decorator]
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, *how: Any) -> torch.Tensor:
+    return by_document(query, key, value, starts.diff().tolist(), *how).contiguous()
+
+
+@torch.library.register_fake("sft_recipes::by_document")  # type: ignore[untyped-decorator]
+def _(query: torch.Tensor, _key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
+    return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+
+
+@torch.library.impl("sft_recipes::by_document_backward", "CPU")  # type: ignore[untyped-decorator]
+def _(gradient: torch.Tensor, *inputs: Any) -> tuple[torch.Tensor, ...]:
+    *tensors, starts, scaling, window = inputs
+    with torch.enable_grad():
+        query, key, value = (each.detach().requires_grad_() for each in tensors)
+        out = by_document(query, key, value, starts.diff().tolist(), scaling, window)
+    return tuple(each.contiguous() for each in torch.autograd.grad(out, (query, key, value), gradient))
+
+
+@torch.library.register_fake("sft_recipes::by_document_backward")  # type: ignore[untyped-decorator]
+def _(_gradient: torch.Tensor, *inputs: Any) -> tuple[torch.Tensor, ...]:
+    return tuple(each.new_empty(each.shape) for each in inputs[:3])
+
+
+class _ByDocument(torch.autograd.Function):
+    """`by_document` in a compiled graph.
+
+    The backward pass runs the forward pass again, because an operator keeps no autograd graph: 9 instead of 7 products of the
+    size of a document's attention matrix.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
+        *tensors, ctx.scaling, ctx.window = inputs
+        ctx.save_for_backward(*tensors)
+        return torch.ops.sft_recipes.by_document(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        found = torch.ops.sft_recipes.by_document_backward(gradient, *ctx.saved_tensors, ctx.scaling, ctx.window)
+        return *found, None, None, None
+
+
+# --- torch's kernel --------------------------------------------------------------------------------------------------
+
+# From torch 2.12 on; 2.11 takes fewer heads of keys as they are.
+_GROUPS_HEADS = "enable_gqa" in signature(varlen_attn).parameters
 
 
 def _kernel(
@@ -176,40 +326,35 @@ def _kernel(
     scaling: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    """torch's kernel for documents of several lengths; its arguments changed from version to version."""
-    takes, width, wanted = signature(varlen_attn).parameters, query.shape[-1], value.shape[-1]
-    options: dict[str, Any] = {}
-    if "window_size" in takes:  # torch 2.11 on; tokens before one's own that are seen, and none behind
-        options["window_size"] = (-1 if window is None else window - 1, 0)
-    elif window is None:
-        options["is_causal"] = True
-    else:
-        return by_document(query, key, value, starts.diff().tolist(), scaling, window)
-    if "enable_gqa" in takes:  # 2.12 on; before, fewer heads of keys were taken as they are
-        options["enable_gqa"] = query.shape[1] != key.shape[1]
-    if "scale" in takes:
-        options["scale"] = scaling
-    elif scaling is not None:
-        query = query * (scaling * width**0.5)
-    rows = (each[0].transpose(0, 1) for each in (query, key, pad(value, (0, width - wanted))))
-    # The same object twice tells newer versions that queries and keys are the same tokens.
-    return varlen_attn(*rows, starts, starts, longest, longest, **options)[None, ..., :wanted]
+    """Attend with torch's kernel for documents of several lengths; arguments and result as `by_document`'s.
+
+    In half precision, for the GPUs and widths of `kernel_obstacle`.
+    """
+    width, of_values = query.shape[-1], value.shape[-1]
+    if of_values < width:
+        value = pad(value, (0, width - of_values))
+    found = varlen_attn(
+        *(each.squeeze(0).transpose(0, 1) for each in (query, key, value)),
+        # The same object twice tells newer versions that queries and keys are the same tokens.
+        starts,
+        starts,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0),  # tokens before one's own, and none behind
+        **({"enable_gqa": query.shape[1] != key.shape[1]} if _GROUPS_HEADS else {}),
+    )
+    return found.narrow(-1, 0, of_values).unsqueeze(0)
 
 
 @cache
-def _kernel_is_right() -> bool:
-    """Whether torch's kernel gives here, and its gradients are, what a call of sdpa a document gives, to bfloat16's rounding;
-    true where there is no GPU to try it on, as for a plan."""
-    if not torch.cuda.is_available():
-        return True
+def _kernel_is_right(width: int, of_values: int, groups: int, half: torch.dtype) -> bool:
+    """Check torch's kernel and its gradients against one call of sdpa per document, to bfloat16's rounding, on this GPU."""
     random = torch.Generator("cuda").manual_seed(0)
-    made = [
-        torch.randn(1, heads, 48, 64, device="cuda", dtype=torch.bfloat16, generator=random, requires_grad=True)
-        for heads in (4, 2, 2)
+    made = query, key, value = [
+        torch.randn(1, heads, 48, size, device="cuda", dtype=half, generator=random, requires_grad=True)
+        for heads, size in ((2 * groups, width), (2, width), (2, of_values))
     ]
-    if not _kernel_takes(made[0]):
-        return True
-    query, key, value = made
     starts = torch.tensor([0, 5, 17, 48], dtype=torch.int32, device="cuda")
     try:
         found = _kernel(query, key, value, starts, 31, None, None)
@@ -223,21 +368,40 @@ def _kernel_is_right() -> bool:
     return all(bool((one - other).norm() < 0.02 * other.norm()) for one, other in pairs)
 
 
+# --- Registration ----------------------------------------------------------------------------------------------------
+
+
 def mask_for(
-    *, mask_function: Any, attention_mask: torch.Tensor | None = None, use_vmap: bool = False, **how: Any
+    *, mask_function: Any, q_length: int, kv_length: int, attention_mask: torch.Tensor | None = None, **how: Any
 ) -> Any:
-    """sdpa's mask; for packed documents only the means to make it, which `attend` needs where it is not told the documents.
+    """Make the mask of rows for `attend`; the mask function that transformers calls once per mask.
 
-    Packed are those that transformers found by positions that start again: causal *and* of the same document. What models
-    add to that (blocks that see each other, functions of their own) is not it.
+    Returns: a LazyMask for rows without padding, of one document or several; else sdpa's mask. So is a mask that a model adds
+    functions of its own to.
     """
-    make = partial(sdpa_mask, mask_function=mask_function, attention_mask=attention_mask, use_vmap=use_vmap, **how)
-    causal = "allow_is_bidirectional_skip" not in how and not use_vmap
-    whole = how.get("allow_is_causal_skip", True)  # transformers asks for a mask where there is more than one document
-    same_document = getattr(mask_function, "__code__", None) is and_masks().__code__
-    return make if causal and not whole and same_document and attention_mask is None else make()
+    build = partial(
+        sdpa_mask,
+        mask_function=mask_function,
+        q_length=q_length,
+        kv_length=kv_length,
+        attention_mask=attention_mask,
+        **how,
+    )
+    causal = "allow_is_bidirectional_skip" not in how and not how.get("use_vmap", False)
+    if not causal or attention_mask is not None or q_length != kv_length:
+        return build()
+    # transformers forbids to skip the mask of packed documents, and that of blocks of tokens, such as an image's, that attend
+    # to each other.
+    if not how.get("allow_is_causal_skip", True):
+        tokens = torch.arange(q_length - 1, device=how.get("device"))
+        row = tokens.new_zeros(())
+        if mask_function(row, row, tokens, tokens + 1).any():
+            return build()
+    size = how.get("local_size")
+    if size is not None and size == getattr(how["config"], "attention_chunk_size", None):
+        return LazyMask(build, chunk=size)
+    return LazyMask(build, window=size)
 
 
-# The compiler would make another program for each number of documents.
-AttentionInterface.register(NAME, torch.compiler.disable(attend))
+AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, mask_for)

@@ -21,7 +21,7 @@ def in_words(recipe: Recipe, trainer: Any) -> list[str]:
     if recipe.train.deterministic:
         on_cpu = "" if on_gpu else " (train.deterministic has no effect on CPUs)"
         deterministic = f"; deterministic algorithms only{on_cpu}"
-    _, why = attention.choose(recipe, trainer.model.config, "cuda" if on_gpu else "cpu")
+    _, why = attention.select_here(recipe, trainer.model.config)
     return [
         f"model: {recipe.model.name}; {method}; trainable parameters {trained:,} of {total:,} ({trained / total:.2%}); "
         f"weights {recipe.model.quantization or recipe.model.dtype}; "

@@ -18,6 +18,7 @@ from sft_recipes.planning.changes import Predict
 from sft_recipes.planning.memory import Footprint
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.training import footprint, stand_ins
+from sft_recipes.training.attention import Capability, capability_here
 
 # Of the host's memory that tensors may come to: oneDNN makes buffers of its own beside torch's allocator (SmolLM2 in bfloat16,
 # 4,096 tokens, checkpointed: 4.3 GiB predicted, 10.2 in the process).
@@ -26,25 +27,25 @@ _SHARE_OF_HOST = 0.4
 _ENOUGH = 4096
 # What a footprint does not depend on: changes of it need no other run.
 _IRRELEVANT = {"eval", "checkpoint", "log", "export", "output_dir", "launch"}
-_PREDICTORS: dict[tuple[str, str], Predict] = {}  # by config and device
+_PREDICTORS: dict[tuple[str, str, Capability | None], Predict] = {}  # by config, device, and its compute capability
 
 
-def predictor(config: PreTrainedConfig, device: str) -> Predict:
-    """Predictions for one model; each is made once in a process."""
-    key = config.to_json_string(use_diff=False), device
+def predictor(config: PreTrainedConfig, device: str, capability: Capability | None = None) -> Predict:
+    """Predictions for one model; each is made once in a process. `capability`: the GPU's, None if unknown."""
+    key = config.to_json_string(use_diff=False), device, capability
     if key not in _PREDICTORS:
-        _PREDICTORS[key] = _predictor(config, device)
+        _PREDICTORS[key] = _predictor(config, device, capability)
     return _PREDICTORS[key]
 
 
-def _predictor(config: PreTrainedConfig, device: str) -> Predict:
+def _predictor(config: PreTrainedConfig, device: str, capability: Capability | None) -> Predict:
     @cache
     def predicted(relevant: str, accumulates: bool) -> Footprint:
         recipe = Recipe.model_validate(json.loads(relevant) | {"output_dir": "x"})
         # Only whether there is more than one micro-batch matters.
         steps = {"global_batch_size": None, "gradient_accumulation_steps": 2 if accumulates else 1}
         train = recipe.train.model_copy(update=steps)
-        return footprint.predict(recipe.model_copy(update={"train": train}), config, device)
+        return footprint.predict(recipe.model_copy(update={"train": train}), config, device, capability)
 
     def predict(recipe: Recipe) -> Footprint:
         return predicted(recipe.model_dump_json(exclude=_IRRELEVANT), recipe.accumulation > 1)
@@ -134,7 +135,7 @@ def resolved(recipe: Recipe, run_dir: Path) -> Recipe:
         return recipe
     try:
         config, device = footprint.config_of(recipe), _device()
-        return settled(recipe, predictor(config, device), room(recipe, device), device)
+        return settled(recipe, predictor(config, device, capability_here()), room(recipe, device), device)
     except ModelError:
         if recipe.train.micro_batch_size == "auto":
             raise
@@ -156,13 +157,13 @@ def _as_begun(recipe: Recipe, run_dir: Path) -> Recipe:
 def here(recipe: Recipe) -> Footprint:
     """What one rank is predicted to take on this machine. Raises ModelError where that cannot be said."""
     config, device = footprint.config_of(recipe), _device()
-    return sharding.on_rank(predictor(config, device)(recipe), recipe, device)
+    return sharding.on_rank(predictor(config, device, capability_here())(recipe), recipe, device)
 
 
 def model_flops_per_token(recipe: Recipe, document: float) -> float:
     """Operations that the model takes to train on a token, of documents of that mean length. Raises ModelError."""
     config, device = footprint.config_of(recipe), _device()
-    whole = predictor(config, device)(recipe)
+    whole = predictor(config, device, capability_here())(recipe)
     return speed.flops_per_token(recipe, whole, config.get_text_config(), document, model_only=True)
 
 
@@ -174,12 +175,13 @@ def advice(recipe: Recipe) -> str:
     config, device = footprint.config_of(recipe), _device()
     total = torch.cuda.mem_get_info()[1] if device == "cuda" else psutil.virtual_memory().total
     capacity = total if device == "cuda" else _SHARE_OF_HOST * total
-    predict = predictor(config, device)
+    predict = predictor(config, device, capability_here())
     rank = sharding.on_rank(predict(recipe), recipe, device)
     said = f"{memory.in_words(rank.peak_bytes)} are predicted, and the device has {memory.in_words(total)}"
     if memory.fits(rank, capacity, device):
         return f"{said}: something else takes memory there, or gaps between blocks"
-    found = changes.remedies(recipe, predict, capacity, device, stand_ins.leaner_attention(recipe, config, device))
+    leaner = stand_ins.leaner_attention(recipe, config, device, capability_here())
+    found = changes.remedies(recipe, predict, capacity, device, leaner)
     fitting = "; ".join(f"{each.kind}, {each.in_words()}" for each in found if each.fits)
     return f"{said}; a single change that would fit: {fitting or 'none'}"
 

@@ -22,6 +22,7 @@ from sft_recipes.planning.memory import Footprint, extrapolate
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.training import stand_ins
 from sft_recipes.training.arguments import CHECKPOINTING, padding_free
+from sft_recipes.training.attention import Capability
 from sft_recipes.training.kernels import select_kernels
 from sft_recipes.training.model import DTYPES, layers_of, load_config, settle_types, with_adapters
 from sft_recipes.training.tracking import Tracker
@@ -31,8 +32,16 @@ _KINDS: dict[str, list[Any]] = {}  # of layers, by config
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def predict(recipe: Recipe, config: PreTrainedConfig, device: str, *, whole: bool = False) -> Footprint:
-    """What one process takes that trains the whole model on `device`, cuda or cpu.
+def predict(
+    recipe: Recipe,
+    config: PreTrainedConfig,
+    device: str,
+    capability: Capability | None = None,
+    *,
+    whole: bool = False,
+) -> Footprint:
+    """What one process takes that trains the whole model on `device`, cuda or cpu; `capability` is the GPU's, None if
+    unknown.
 
     Traced with few layers and extrapolated where there are more of the same, unless `whole`. Raises ModelError for a model
     that cannot be run without its values.
@@ -49,10 +58,12 @@ def predict(recipe: Recipe, config: PreTrainedConfig, device: str, *, whole: boo
         layers = config.get_text_config().num_hidden_layers
         repeats = None if whole else _repeats(config, recipe)
         if repeats is None:
-            return _traced(recipe, config, device)
+            return _traced(recipe, config, device, capability)
         first, period = repeats
         least = first + (layers - first) % period
-        few, more = (_traced(recipe, _with_layers(config, least + n * period), device, period) for n in (2, 4))
+        few, more = (
+            _traced(recipe, _with_layers(config, least + n * period), device, capability, period) for n in (2, 4)
+        )
         return extrapolate(few, more, layers)
     except (ModelError, MemoryError):
         raise
@@ -116,26 +127,28 @@ def _with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     return smaller
 
 
-def _traced(recipe: Recipe, config: PreTrainedConfig, device: str, period: int = 1) -> Footprint:
+def _traced(
+    recipe: Recipe, config: PreTrainedConfig, device: str, capability: Capability | None, period: int = 1
+) -> Footprint:
     # A model that reads whether attention can do without a mask: not where documents are packed, nor where rows of a
     # micro-batch are padded.
     rows_are_full = recipe.data.cross_document_attention or recipe.train.micro_batch_size == 1
     causal = rows_are_full and not padding_free(recipe)
     tracker = Tracker(block=512 if device == "cuda" else 1, truth=causal)
     with torch.device("meta"):
-        model = _model(recipe, config, device)
+        model = _model(recipe, config, device, capability)
     # `tracker` has to be entered last, to see tensors before FakeTensorMode replaces its results.
     with FakeTensorMode(allow_non_fake_inputs=True), tracker:
         return _Step(recipe, model, tracker, device, period).run()
 
 
-def _model(recipe: Recipe, config: PreTrainedConfig, device: str) -> Any:
+def _model(recipe: Recipe, config: PreTrainedConfig, device: str, capability: Capability | None) -> Any:
     """The model as it is trained, with parameters that have only shapes."""
     config = copy.deepcopy(config)
     model = AutoModelForCausalLM.from_config(
         config,
         dtype=DTYPES[recipe.model.dtype],
-        attn_implementation=stand_ins.attention(recipe, config, device),
+        attn_implementation=stand_ins.attention(recipe, config, device, capability),
         trust_remote_code=recipe.model.trust_remote_code,
     )
     if recipe.model.quantization:

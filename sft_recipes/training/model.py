@@ -1,8 +1,9 @@
 """Tokenizer and model, as the recipe wants them trained."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import wraps
 from json import JSONDecodeError
 from pickle import UnpicklingError
 from typing import Any
@@ -14,6 +15,9 @@ from accelerate import init_empty_weights
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import TrainableTokensWrapper
 from safetensors import SafetensorError
+
+# Not documented: how many graphs have been compiled. Without it a layer that runs eagerly all the same goes unnoticed.
+from torch._dynamo.utils import counters
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -32,7 +36,7 @@ from sft_recipes.errors import ModelError, RunError
 from sft_recipes.recipe import model_files, schema
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.training import sharded
-from sft_recipes.training.attention import choose
+from sft_recipes.training.attention import select_here
 from sft_recipes.training.lora_addition import add_in_place
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -205,7 +209,7 @@ def attention(recipe: Recipe, config: PreTrainedConfig) -> str | None:
     """The attention implementation; None is transformers' own choice, sdpa where the model has it."""
     if recipe.model.attention == "flex_attention" and not torch.cuda.is_available():
         raise ModelError("model.attention: flex_attention has no backward pass on CPU; set sdpa, or auto")
-    return choose(recipe, config, "cuda" if torch.cuda.is_available() else "cpu")[0]
+    return select_here(recipe, config)[0]
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
@@ -357,12 +361,47 @@ def layers_of(model: PreTrainedModel) -> list[torch.nn.Module]:
     return list(next((part for part in lists if isinstance(part[0], GradientCheckpointingLayer)), lists[0]))
 
 
-def compile_layers(model: Any, backend: str = "inductor") -> None:
-    """Compile the layers, which have one code, for any number of tokens. The rest stays as it is: the loss takes another
-    number of trained tokens from each micro-batch, and would be compiled anew for it. Raises ValueError."""
-    model.enable_input_require_grads()  # so that the first layer is as the others
-    for layer in layers_of(model):
-        layer.compile(dynamic=True, backend=backend)
+def compile_layers(model: Any, warn: Callable[[str], None], backend: str | Callable[..., Any] = "inductor") -> None:
+    """Compile the model's layers for training steps, for any number of tokens and documents.
+
+    All layers share the graphs: one for each kind of layer (with a window, with experts), one more of each if only some
+    layers are checkpointed, and one for the first layer if nothing below it is trained. Checkpointing is part of a graph: the
+    compiled backward pass recomputes. The loss is not compiled: it takes another number of trained tokens from each
+    micro-batch, and would be compiled for each. Nor are evaluation, answers and the preflight's probes. Counted, evaluation
+    alone would take a graph per kind of layer, two under checkpointing; and torch runs layers eagerly after 8 graphs.
+
+    `warn` is called once if nothing of a layer can be compiled. Raises: ValueError if the model's layers are not found.
+    """
+    layers = layers_of(model)
+    for layer in layers:
+        # Its forward and not the layer, so that the hooks of FSDP2 and DeepSpeed on the layer stay outside of the graph.
+        layer.forward = _in_training(layer, torch.compile(layer.forward, dynamic=True, backend=backend))
+    before = counters["stats"]["unique_graphs"]
+
+    def look(layer: torch.nn.Module, *_: Any) -> None:
+        if _trains(layer):
+            hook.remove()
+            if counters["stats"]["unique_graphs"] == before:
+                warn(
+                    f"train.compile: torch cannot compile the layers of a {model.config.model_type} model. Set it to false."
+                )
+
+    hook = layers[-1].register_forward_hook(look)
+
+
+def _in_training(layer: torch.nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the layer's forward, compiled for training steps only."""
+    eager = layer.forward
+
+    @wraps(eager)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return compiled(*args, **kwargs) if _trains(layer) else eager(*args, **kwargs)
+
+    return forward
+
+
+def _trains(layer: torch.nn.Module) -> bool:
+    return layer.training and torch.is_grad_enabled()
 
 
 @contextmanager

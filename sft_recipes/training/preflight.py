@@ -399,9 +399,8 @@ def _longest_rows(dataset: Any, number: int) -> list[dict[str, Any]]:
 def _train_micro_batch(trainer: Any, rows: list[dict[str, Any]], *, last: bool = True) -> int:
     """Run forward and backward as a training step does; returns the number of trained tokens.
 
-    After the `last` micro-batch of a step DeepSpeed takes the step itself.
-    DDP does not sum these gradients: its first synchronized pass lays its buckets out anew, and with more than two ranks sums
-    would round differently in the first step.
+    After the `last` micro-batch of a step DeepSpeed takes the step itself. DDP does not sum these gradients: after its first
+    synchronized pass it rebuilds its buckets, which with more than two ranks would change the rounding of sums in training.
     """
     inputs = trainer.data_collator(rows)
     trained_tokens = (inputs["labels"][..., 1:] != IGNORED).sum()
@@ -421,7 +420,7 @@ def _train_micro_batch(trainer: Any, rows: list[dict[str, Any]], *, last: bool =
 
 
 def _step(trainer: Any, *, keep_gradients: bool) -> None:
-    """Create the optimizer's states. Not with fp16's loss scaler, which would skip the step if a gradient overflows."""
+    """Create the optimizer's states. Not through fp16's loss scaler, which would skip the step if a gradient overflows."""
     if trainer.is_deepspeed_enabled:
         return
     if trainer.recipe.train.optimizer.startswith(_TRIAL_STEPS):

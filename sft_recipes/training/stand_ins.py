@@ -20,15 +20,18 @@ from sft_recipes.recipe.schema import Recipe
 from sft_recipes.training import attention as varlen
 from sft_recipes.training import head
 from sft_recipes.training.arguments import padding_free
+from sft_recipes.training.attention import Capability
 from sft_recipes.training.tracking import Tracker
 
 VARIABLE = "traced_varlen"  # attention that knows where documents begin, and needs no mask
 BY_DOCUMENT = "traced_by_document"  # the same on a CPU: one call of sdpa for each
 
 
-def attention(recipe: Recipe, config: PreTrainedConfig, device: str) -> str | None:
-    """The implementation that is traced for the one that the run takes."""
-    name = named(recipe, config, device)
+def attention(
+    recipe: Recipe, config: PreTrainedConfig, device: str, capability: Capability | None = None
+) -> str | None:
+    """Return the implementation that is traced for the run's; of a GPU of this compute capability, see `named`."""
+    name = named(recipe, config, device, capability)
     if name == varlen.NAME and not padding_free(recipe):
         return "sdpa"
     if name == varlen.NAME and device == "cpu":
@@ -36,34 +39,41 @@ def attention(recipe: Recipe, config: PreTrainedConfig, device: str) -> str | No
     return name if name in ("sdpa", "eager", None) else VARIABLE
 
 
-def named(recipe: Recipe, config: PreTrainedConfig, device: str) -> str | None:
-    """The implementation that the run takes; None for a model that has no other than its own.
+def named(recipe: Recipe, config: PreTrainedConfig, device: str, capability: Capability | None = None) -> str | None:
+    """Return the run's implementation; None for a model that has only its own.
 
-    Raises ModelError where the model cannot have it.
+    `capability` is that of the GPU. If it is None, Ampere or later is assumed.
+
+    Raises: ModelError if model or GPU cannot have it.
     """
-    chosen, _ = varlen.choose(recipe, config, device)
+    chosen, _ = varlen.select_implementation(recipe, config, device, capability)
     if chosen is None and getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), "_supports_sdpa", True):
         return "sdpa"
     return chosen
 
 
-def leaner_attention(recipe: Recipe, config: PreTrainedConfig, device: str) -> str | None:
-    """An implementation that takes less memory than that of the recipe, None where there is none."""
-    used = attention(recipe, config, device)
+def leaner_attention(
+    recipe: Recipe, config: PreTrainedConfig, device: str, capability: Capability | None = None
+) -> str | None:
+    """Return an implementation that takes less memory than the recipe's, None if there is none."""
+    used = attention(recipe, config, device, capability)
     model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if used in ("eager", None):
         return "sdpa" if getattr(model, "_supports_sdpa", False) else None
-    packed = masks_all_pairs(recipe, config, device)
-    if packed and varlen.obstacle(config) is None:
+    packed = masks_all_pairs(recipe, config, device, capability)
+    if packed and varlen.problem(recipe, config, device, capability) is None:
         return varlen.NAME
     masks = packed or recipe.train.micro_batch_size != 1
-    able = device == "cuda" and getattr(model, "_supports_flash_attn", False)
+    recent = capability is None or capability >= varlen.AMPERE
+    able = device == "cuda" and recent and getattr(model, "_supports_flash_attn", False)
     return "flash_attention_2" if used == "sdpa" and masks and able else None
 
 
-def masks_all_pairs(recipe: Recipe, config: PreTrainedConfig, device: str) -> bool:
-    """Whether packed documents are kept apart by a mask of all pairs of the micro-batch's tokens."""
-    return attention(recipe, config, device) == "sdpa" and padding_free(recipe)
+def masks_all_pairs(
+    recipe: Recipe, config: PreTrainedConfig, device: str, capability: Capability | None = None
+) -> bool:
+    """Return True if packed documents are isolated by a mask of all token pairs of the micro-batch."""
+    return attention(recipe, config, device, capability) == "sdpa" and padding_free(recipe)
 
 
 class _Attention(torch.autograd.Function):

@@ -215,8 +215,7 @@ class Trainer(Saving, Shares, SFTTrainer):
     def answers(self) -> dict[str, float]:
         """Answer the prompts now, and write the answers down; how many are right, where that is known."""
         assert self.samples is not None
-        # As the model is trained and validated; but not compiled, as each token of an answer has other shapes.
-        with self.accelerator.autocast(), torch.compiler.set_stance("force_eager"):
+        with self.accelerator.autocast():  # as the model is trained and validated
             return self.samples.take(self.model, self.state.global_step)
 
     def prediction_step(
@@ -291,7 +290,7 @@ def build(
     trainer.kernels = apply_kernels(trainer.model, recipe)
     if recipe.train.compile:
         with _as_recipe_error(recipe, "train.compile"):
-            compile_layers(trainer.model)
+            compile_layers(trainer.model, warn)
     elif recipe.train.optimizer in TORCHAO and not torch.cuda.is_available():
         # torchao compiles its step, which on a CPU takes a C++ compiler and minutes.
         torch.compiler.set_stance("force_eager")

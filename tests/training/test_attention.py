@@ -1,9 +1,12 @@
 """varlen against sdpa with its mask of all pairs, which is the truth here."""
 
 import copy
+import inspect
 import json
+import re
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +14,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
     DeepseekV3Config,
     Gemma2Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
+    Glm4MoeConfig,
     GPT2Config,
     GPTNeoXConfig,
     GptOssConfig,
@@ -37,8 +45,9 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from sft_recipes.errors import ModelError
 from sft_recipes.recipe.schema import Recipe
-from sft_recipes.training import attention, trainer
+from sft_recipes.training import attention, model, trainer
 from tests.conftest import WriteRecipe, build, metrics, run
+from tests.training import graphs
 
 ROUNDING = 1e-5  # float32, relative: sums in another order
 SHAPE: dict[str, Any] = {
@@ -223,6 +232,72 @@ def test_documents_do_not_see_each_other_to_the_last_bit(write_recipe: WriteReci
     assert (found["attention"], found["gradient_leak"]) == ("varlen", 0)
 
 
+# --- Compiled --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3, experts", "deepseek, values narrower than keys"])
+def test_compiled_it_is_the_same_to_the_bit_without_a_graph_break(name: str) -> None:
+    """Of two layers one is checkpointed. Rows of several numbers of tokens and documents, one document alone first."""
+    rows = [[40], LENGTHS, [7, 9], [3] * 20]
+    network = model_of(MODELS[name], "varlen").train()
+    network.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=2)
+    eager = [loss_and_gradients(network, batch_of(lengths)) for lengths in rows]
+    torch.compiler.reset()
+    counters.clear()
+    runs: Counter[str] = Counter()
+    compiled_graphs = []
+
+    model.compile_layers(network, pytest.fail, graphs.counting(runs))
+    for lengths, (loss, gradients) in zip(rows, eager, strict=True):
+        found, found_gradients = loss_and_gradients(network, batch_of(lengths))
+        assert found == loss
+        assert all(torch.equal(found_gradients[each], gradients[each]) for each in gradients)
+        compiled_graphs.append(counters["stats"]["unique_graphs"])
+
+    assert runs == {"forward": 2 * len(rows), "backward": 2 * len(rows)}  # each layer of each row
+    assert not counters["graph_break"]
+    assert compiled_graphs[1:] == compiled_graphs[1:2] * 3
+    assert compiled_graphs[-1] <= 4  # two layers, and what the row of one document had alone
+
+
+def test_on_a_gpu_a_layer_waits_for_nothing_and_is_one_graph() -> None:
+    """On tensors without values, which raise when a value is asked for; torch's kernel knows its shapes there."""
+    with FakeTensorMode(), torch.no_grad():
+        query, key, value = (
+            torch.empty(1, heads, 64, width, dtype=torch.bfloat16, device="cuda")
+            for heads, width in ((4, 64), (2, 64), (2, 32))
+        )
+        starts = torch.empty(5, dtype=torch.int32, device="cuda")
+        mask = attention.LazyMask(lambda: pytest.fail("made a mask"), window=7)
+
+        def layer(longest: int | None) -> torch.Tensor:
+            how = {"cu_seq_lens_q": starts, "max_length_q": longest}
+            return attention.attend(torch.nn.Module(), query, key, value, mask, **how)[0]
+
+        compiled = torch.compile(layer, backend="eager", fullgraph=True, dynamic=True)
+        for out in (layer(30), layer(None), compiled(30)):
+            assert (out.shape, out.dtype, out.device.type) == ((1, 64, 4, 32), torch.bfloat16, "cuda")
+        with pytest.raises(DataDependentOutputException):
+            attention.by_document(query, key, value, starts.diff().tolist())
+
+
+def test_a_model_that_cannot_be_compiled_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.compiler.reset()
+    monkeypatch.setitem(
+        attention.AttentionInterface._global_mapping, "varlen", torch.compiler.disable(attention.attend)
+    )
+    network, said = model_of(MODELS["llama"], "varlen"), []
+    network.train().activation_checkpointing_enable({"use_reentrant": False})
+    model.compile_layers(network, said.append, graphs.counting(Counter()))
+    with torch.no_grad():
+        network(**batch_of(LENGTHS), use_cache=False)
+    assert said == []
+    for _ in range(2):
+        loss_and_gradients(network, batch_of(LENGTHS))
+
+    assert said == ["train.compile: torch cannot compile the layers of a llama model. Set it to false."]
+
+
 # --- Where there are no packed documents -----------------------------------------------------------------------------
 
 
@@ -262,7 +337,9 @@ def test_keys_of_tokens_before_are_left_to_sdpa(calls: list[list[int]]) -> None:
     query, key = torch.randn(1, 4, 2, 8), torch.randn(1, 4, 6, 8)
     starts, mask = torch.tensor([0, 2], dtype=torch.int32), torch.ones(1, 1, 2, 6, dtype=torch.bool).tril(4)
 
-    found, _ = attention.attend(torch.nn.Module(), query, key, key, partial(mask.clone), cu_seq_lens_q=starts)
+    found, _ = attention.attend(
+        torch.nn.Module(), query, key, key, attention.LazyMask(mask.clone), cu_seq_lens_q=starts
+    )
 
     assert torch.equal(found, scaled_dot_product_attention(query, key, key, mask).transpose(1, 2))
     assert calls == []
@@ -293,16 +370,16 @@ def recipe_of(**sections: Any) -> Recipe:
 REFUSED: dict[str, tuple[PreTrainedConfig, str]] = {
     "softcapping": (
         Gemma2Config(**SHAPE, head_dim=16),
-        "the attention of a gemma2 model, which is another",
+        "the attention of a gemma2 model, which differs",
     ),
-    "sinks": (GptOssConfig(**SHAPE, head_dim=16), "the attention of a gpt_oss model, which is another"),
+    "sinks": (GptOssConfig(**SHAPE, head_dim=16), "the attention of a gpt_oss model, which differs"),
     "where documents begin is not passed on": (
         NemotronConfig(**SHAPE),
-        "the attention of a nemotron model, which is another",
+        "the attention of a nemotron model, which differs",
     ),
     "dropout": (GPT2Config(), r"dropout in attention \(attn_pdrop in the model's config\)"),
     "dropout by another name": (LlamaConfig(**SHAPE, attention_dropout=0.1), r"\(attention_dropout in"),
-    "both directions": (LlamaConfig(**SHAPE, is_causal=False), "whose tokens see those behind them"),
+    "both directions": (LlamaConfig(**SHAPE, is_causal=False), "whose tokens attend to later ones"),
 }
 
 
@@ -310,16 +387,18 @@ REFUSED: dict[str, tuple[PreTrainedConfig, str]] = {
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_models_that_need_what_it_lacks_are_refused(what: str, device: str) -> None:
     config, why = REFUSED[what]
-    with pytest.raises(ModelError, match=rf"^model.attention: varlen does not go with .*{why}.*; set auto$"):
-        attention.choose(recipe_of(model={"attention": "varlen"}), config, device)
-    assert attention.choose(recipe_of(), config, device)[0] is None
+    with pytest.raises(
+        ModelError, match=rf"^model.attention: varlen does not support .*{why}.*\. Set model.attention to auto\.$"
+    ):
+        attention.select_implementation(recipe_of(model={"attention": "varlen"}), config, device)
+    assert attention.select_implementation(recipe_of(), config, device)[0] is None
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_auto_takes_it_for_packed_documents(name: str, device: str) -> None:
     def chosen(**sections: Any) -> tuple[str | None, str]:
-        return attention.choose(recipe_of(**sections), MODELS[name], device)
+        return attention.select_implementation(recipe_of(**sections), MODELS[name], device)
 
     assert chosen() == ("varlen", "packed documents, no flash-attn needed")
     assert chosen(data={"packing": "none"}) == (None, "")
@@ -342,7 +421,9 @@ def test_what_a_layer_asks_for_is_never_left_out(asked: dict[str, Any]) -> None:
     starts = torch.tensor([0, 2, 6], dtype=torch.int32)
 
     attention.attend(torch.nn.Module(), query, query, query, None, cu_seq_lens_q=starts, dropout=0.0, softcap=None)
-    with pytest.raises(ModelError, match=rf"knows nothing of what Module asks for \({next(iter(asked))}.*\); set sdpa"):
+    with pytest.raises(
+        ModelError, match=rf"does not support what Module passes to attention \(got {next(iter(asked))}"
+    ):
         attention.attend(torch.nn.Module(), query, query, query, None, cu_seq_lens_q=starts, **asked)
 
 
@@ -370,6 +451,117 @@ def test_masks_that_are_more_than_causal_within_documents_are_made() -> None:
     ahead = {name: each for name, each in row.items() if name != "position_ids"} | {"config": both_ways}
     assert isinstance(create_bidirectional_sliding_window_mask(**ahead), torch.Tensor)
     assert create_causal_mask(**row | {"config": both_ways}) is None  # as for sdpa: every token sees every other
+
+
+# --- On which GPU ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("capability", [None, (7, 0), (7, 5), (8, 0), (8, 9), (9, 0), (12, 0)])
+@pytest.mark.parametrize("width", [32, 42, 128, 256, 264])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_gpu_takes_it_if_its_kernel_can(capability: tuple[int, int] | None, width: int, dtype: str) -> None:
+    config = Qwen3Config(**SHAPE, head_dim=width)
+    wrong = {
+        r"float32 on a GPU": dtype == "float32",
+        r"GPUs of compute capability below 8.0 \(got 7": capability is not None and capability < (8, 0),
+        rf"a multiple of 8, at most 256 \(got {width}\)": width in (42, 264),
+    }
+    expected = [why for why, here in wrong.items() if here]
+
+    def chosen(device: str = "cuda", **more: Any) -> tuple[str | None, str]:
+        sections = {"model": {"dtype": dtype, **more}, "train": {"mixed_precision": "no"}}
+        return attention.select_implementation(recipe_of(**sections), config, device, capability)
+
+    name, reason = chosen()
+    assert name == (None if expected else "varlen")
+    assert not expected or re.match(f"varlen does not support .*{expected[0]}", reason)
+    if expected:
+        with pytest.raises(ModelError, match=rf"^model.attention: varlen does not support .*{expected[0]}.*to auto\.$"):
+            chosen(attention="varlen")
+    else:
+        assert chosen(attention="varlen")[0] == "varlen"
+    assert chosen("cpu")[0] == "varlen"
+
+
+def test_float32_weights_under_autocast_are_half() -> None:
+    recipe = recipe_of(model={"dtype": "float32"}, train={"mixed_precision": "bf16"})
+    assert attention.select_implementation(recipe, MODELS["llama"], "cuda", (8, 0))[0] == "varlen"
+
+
+def test_rows_without_packing_need_no_kernel() -> None:
+    recipe = recipe_of(model={"attention": "varlen"}, data={"packing": "none"})
+    assert attention.select_implementation(recipe, MODELS["llama"], "cuda", (7, 5))[0] == "varlen"
+
+
+def test_a_gpu_before_ampere_has_no_flash_attention_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "installed", lambda _: True)
+    for capability, name in (((7, 5), None), ((8, 0), "flash_attention_2"), (None, "flash_attention_2")):
+        assert attention.select_implementation(recipe_of(), MODELS["llama"], "cuda", capability)[0] == name
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_the_kernel_is_tried_in_the_widths_of_the_model(right: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def trial(*how: Any) -> bool:
+        tried.append(how)
+        return right
+
+    monkeypatch.setattr(attention, "_kernel_is_right", trial)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    config = MODELS["deepseek, values narrower than keys"]
+    recipe = recipe_of(model={"dtype": "float32"}, train={"mixed_precision": "fp16"})
+
+    name, reason = attention.select_here(recipe, config)
+    assert tried == [(16, 12, 1, torch.float16)]
+    assert name == ("varlen" if right else None)
+    assert right or "differs from sdpa" in reason
+    assert attention.select_implementation(recipe, config, "cuda")[0] == "varlen"  # a plan for another GPU
+    assert len(tried) == 1
+
+
+WIDTHS: dict[str, tuple[PreTrainedConfig, set[tuple[int, int]]]] = {
+    "by the heads": (MODELS["llama"], {(16, 16)}),
+    "said": (Qwen3Config(**SHAPE, head_dim=24), {(24, 24)}),
+    "glm4_moe": (Glm4MoeConfig(), {(42, 42)}),
+    "latent": (MODELS["deepseek, values narrower than keys"], {(16, 12)}),
+    "of several kinds of layers": (Gemma4TextConfig(), {(256, 256), (512, 512)}),
+}
+
+
+@pytest.mark.parametrize("name", WIDTHS)
+def test_the_widths_of_heads_are_in_the_config(name: str) -> None:
+    config, widths = WIDTHS[name]
+    assert attention.head_widths(config) == widths
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_they_are_those_that_attention_gets(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = set()
+
+    def attend(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **how: Any) -> Any:
+        seen.add((query.shape[-1], value.shape[-1]))
+        return attention.attend(module, query, key, value, *args, **how)
+
+    monkeypatch.setitem(attention.AttentionInterface._global_mapping, "varlen", attend)
+    model_of(MODELS[name], "varlen")(**batch_of(LENGTHS), use_cache=False)
+
+    assert seen == attention.head_widths(MODELS[name])
+
+
+def test_models_that_need_a_tensor_for_a_mask_are_known() -> None:
+    """Where a model says so, a mask that is made later would be none: put it into _OWN_WAYS."""
+    supported = [
+        architecture
+        for config, architecture in MODEL_FOR_CAUSAL_LM_MAPPING.items()
+        if getattr(architecture, "_supports_attention_backend", False)
+        and architecture._supports_sdpa
+        and config.model_type not in attention._OWN_WAYS
+    ]
+    assert len(supported) > 50
+    for architecture in supported:
+        assert "allow_is_causal_skip=False" not in inspect.getsource(sys.modules[architecture.__module__]), architecture
 
 
 # --- The run ---------------------------------------------------------------------------------------------------------
@@ -406,21 +598,6 @@ def within(
     return attention.by_document(query, key, value, starts.diff().tolist(), scale, size)[0]
 
 
-def of_2_10(
-    query: Any,
-    key: Any,
-    value: Any,
-    cu_seq_q: Any,
-    cu_seq_k: Any,
-    max_q: int,
-    max_k: int,
-    is_causal: bool = False,
-    return_aux: Any = None,
-) -> Any:
-    scale = query.shape[-1] ** -0.5
-    return within(query, key, value, cu_seq_q, max_q, (-1, 0 if is_causal else -1), scale)
-
-
 def of_2_11(
     query: Any,
     key: Any,
@@ -437,7 +614,7 @@ def of_2_11(
     return within(query, key, value, cu_seq_q, max_q, window_size, scale or query.shape[-1] ** -0.5)
 
 
-def of_2_13(
+def of_2_12(
     query: Any,
     key: Any,
     value: Any,
@@ -456,13 +633,14 @@ def of_2_13(
     return within(query, key, value, cu_seq_q, max_q, window_size, scale or query.shape[-1] ** -0.5)
 
 
-@pytest.mark.parametrize("version", [of_2_10, of_2_11, of_2_13])
+@pytest.mark.parametrize("version", [of_2_11, of_2_12])
 @pytest.mark.parametrize("window", [None, 3])
 def test_the_kernel_of_each_torch_is_asked_for_the_same(
     version: Callable[..., Any], window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Functions with the arguments of the versions stand for kernels that need a GPU."""
     monkeypatch.setattr(attention, "varlen_attn", version)
+    monkeypatch.setattr(attention, "_GROUPS_HEADS", version is of_2_12)
     query, key, value = torch.randn(1, 4, 9, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 6)
     starts = torch.tensor([0, 1, 4, 9], dtype=torch.int32)
 
@@ -481,7 +659,7 @@ def on_gpu() -> Iterator[str]:
 
 @pytest.mark.gpu
 def test_on_a_gpu_auto_has_tried_the_kernel(on_gpu: str) -> None:
-    assert attention._kernel_is_right()
+    assert attention._kernel_is_right(64, 64, 2, torch.bfloat16)
 
 
 @pytest.mark.gpu

@@ -38,6 +38,7 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "8-bit states of bitsandbytes": {"train": {"optimizer": "adamw_bnb_8bit"}},
     "adafactor": {"train": {"optimizer": "adafactor"}},
+    "a preflight": LORA | {"train": {"preflight": True}},
     "noise": {"trl": {"neftune_noise_alpha": 5.0}},
 }
 

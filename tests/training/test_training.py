@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from collections import Counter
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -27,6 +28,7 @@ from sft_recipes.report import page
 from sft_recipes.training import model, trainer
 from tests import conftest
 from tests.conftest import ROWS, WriteRecipe, metrics, run, write_rows
+from tests.training import graphs
 
 TINY = Path(__file__).parents[2] / "sft_recipes" / "builtin" / "tiny"
 UNEQUAL = [
@@ -109,34 +111,61 @@ def test_the_rate_of_every_step_is_that_of_the_formula(write_recipe: WriteRecipe
     )
 
 
+@pytest.mark.parametrize(
+    ("lora", "checkpointing", "most"),
+    [
+        (None, True, 1),
+        ({"rank": 2, "dropout": 0.1}, True, 1),
+        ({"rank": 2}, 2, 2),
+        ({"rank": 2}, False, 2),  # the first layer is given what needs no gradient
+    ],
+    ids=["full", "lora", "every other layer", "none"],
+)
 def test_compiled_layers_train_the_same_and_are_compiled_once(
-    write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lora: dict[str, Any] | None,
+    checkpointing: bool | int,
+    most: int,
+    write_recipe: WriteRecipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Micro-batches of many lengths. Traced and differentiated as for any backend; inductor would take minutes here."""
     write_rows(tmp_path / "train.jsonl", UNEQUAL)
     torch.compiler.set_stance("default")  # which another test's optimizer may have changed
-    monkeypatch.setattr(trainer, "compile_layers", partial(model.compile_layers, backend="aot_eager"))
+    torch.compiler.reset()
     recipe = write_recipe(
-        lora={"rank": 2}, train={"gradient_checkpointing": 2},
+        lora=lora, train={"gradient_checkpointing": checkpointing},
         log={"every": 1}, eval={"generate": ["Say it."], "max_new_tokens": 3},
     )  # fmt: skip
-    logged, graphs = [], []
+    runs: Counter[str] = Counter()
+    monkeypatch.setattr(trainer, "compile_layers", partial(model.compile_layers, backend=graphs.counting(runs)))
+    logged: list[list[dict[str, Any]]] = []
+    steps: list[dict[str, int]] = []
+    compiled_graphs: list[int] = []
 
-    class Graphs(TrainerCallback):
+    class Steps(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            assert "inference" not in runs  # evaluation and answers are not compiled
+            runs.clear()
+
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            graphs.append(counters["stats"]["unique_graphs"])
+            steps.append(dict(runs))
+            compiled_graphs.append(counters["stats"]["unique_graphs"])
 
     for compiled in (False, True):
         counters.clear()
-        overrides = ["train.max_steps=5", "eval.every=5", f"train.compile={str(compiled).lower()}"]
+        overrides = ["train.max_steps=5", "eval.every=2", f"train.compile={str(compiled).lower()}"]
         sft = conftest.build(recipe, tmp_path / str(compiled), *overrides)
-        sft.add_callback(Graphs())
-        sft.train()
+        sft.add_callback(Steps())
+        trainer.train(sft, None)
         logged.append([line for line in metrics(tmp_path / str(compiled)) if "loss" in line])
         assert len({batch["input_ids"].shape for batch in sft.get_train_dataloader()}) > 3
 
-    assert graphs[:5] == [0] * 5
-    assert 0 < graphs[5] == graphs[-1] < 20
+    assert steps[:5] == [{}] * 5
+    # 4 layers, 2 micro-batches per step. The graph of the backward pass recomputes what is checkpointed.
+    assert steps[5:] == [{"forward": 8, "backward": 8}] * 5
+    assert not counters["graph_break"]
+    assert 0 < compiled_graphs[5] == compiled_graphs[-1] <= most
     for eager, fast in zip(*logged, strict=True):
         assert fast["loss"] == pytest.approx(eager["loss"], rel=1e-5)
         assert fast["grad_norm"] == pytest.approx(eager["grad_norm"], rel=1e-4)
