@@ -304,6 +304,7 @@ def test_prompts_answered_with_what_is_expected(tmp_path: Path) -> None:
     assert samples[0]["expected"] == "word 1"
     assert samples[1]["expected"] is None
     assert "exact match:" in said
+    assert "Sample answers (2 of 2, all in samples.jsonl)" in said
     assert "before:" in said
 
 
