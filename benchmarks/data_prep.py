@@ -203,7 +203,7 @@ args = argparse.Namespace(**{vars(args)!r})
 tokenizer, before = tokens.from_directory(Path(args.model)), peak()
 data = ours({str(file)!r}, args, tokenizer, packing="bfd").train
 table = data.table()
-print(f"{{len(data.row):,}} rows, {{data.account.tokens:,}} tokens: {{peak() - before:.2f}} GiB beyond {{before:.2f}}")
+print(f"{{len(data.row):,}} rows, {{data.stats.tokens:,}} tokens: {{peak() - before:.2f}} GiB beyond {{before:.2f}}")
 """
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 

@@ -77,12 +77,12 @@ def preview(
         # Specific rows require all data; otherwise the time limit applies.
         train = prepare.prepare(loaded.recipe, tokenizer, seconds=None if rows else _SECONDS).train
         numbers = showing.choose(train, number, rows, loaded.recipe.train.seed)
-        for line in train.account.lines("train"):
+        for line in train.stats.lines("train"):
             console.print(line, highlight=False, markup=False)
         if not console.is_terminal:
             console.print(showing.LEGEND, markup=False)
         console.print()
-        for text in showing.show(train, numbers, tokenizer.backend, colours=console.is_terminal, ids=ids):
+        for text in showing.show(train, numbers, tokenizer.backend, colors=console.is_terminal, ids=ids):
             console.print(text)
 
 
@@ -102,7 +102,7 @@ def _check_data(recipe: Recipe) -> Findings:
     data = prepare.prepare(recipe, tokenizer, seconds=_SECONDS)
     scale = 1 / data.share  # all data / tokenized sample
     if recipe.data.max_train_samples:
-        scale = min(scale, recipe.data.max_train_samples / sum(source.rows for source in data.train.account.sources))
+        scale = min(scale, recipe.data.max_train_samples / sum(source.rows for source in data.train.stats.sources))
     rebuilt = [
         f"tokens: counted with tokenizer.json; the run rebuilds the tokenizer ({tokenizer.rebuilt}), so its counts may "
         "differ slightly"
@@ -119,10 +119,9 @@ def _schedule(recipe: Recipe, data: prepare.Prepared, scale: float) -> str:
     about = "" if data.share == 1 else "about "
     epochs = steps.total / steps.per_epoch
     passes = f"{epochs:,.2f}".rstrip("0").rstrip(".") if epochs >= 1 else f"{epochs:.2g}"
-    account = data.train.account
+    stats = data.train.stats
     tokens_per_step, trained_per_step = (
-        round(number * recipe.sequences_per_step / account.sequences)
-        for number in (account.tokens, account.trained_tokens)
+        round(number * recipe.sequences_per_step / stats.sequences) for number in (stats.tokens, stats.trained_tokens)
     )
     return (
         f"schedule: {about}{steps.total:,} steps, {steps.warmup:,} of warmup; {recipe.sequences_per_step} sequences per "

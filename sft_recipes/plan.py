@@ -257,13 +257,13 @@ def _amount(recipe: Recipe) -> Amount:
 
 def _counted(recipe: Recipe, data: prepare.Prepared) -> Amount:
     """Extrapolate from the sample of rows that was tokenized."""
-    account = data.train.account
-    rows = sum(source.rows for source in account.sources)
+    stats = data.train.stats
+    rows = sum(source.rows for source in stats.sources)
     scale = 1 / data.share
     if recipe.data.max_train_samples:
         scale = min(scale, recipe.data.max_train_samples / rows)
     steps = count(recipe, round(len(data.train) * scale)).total
-    sequence_tokens = account.tokens / max(1, len(data.train))
+    sequence_tokens = stats.tokens / max(1, len(data.train))
     return Amount(steps, round(steps * recipe.sequences_per_step * sequence_tokens), data.train.mean_document())
 
 

@@ -85,7 +85,7 @@ def test_check_counts_rows_tokens_and_steps(write_recipe: WriteRecipe) -> None:
     done = sft_recipe("check", str(write_recipe(model={"dtype": "bfloat16"})))
 
     assert done.returncode == 0
-    assert "18 rows of alpaca as alpaca" in done.stdout
+    assert "18 rows; format alpaca, template alpaca; " in done.stdout
     assert "schedule: 3 steps, 1 of warmup; 4 sequences per step; 3 steps per epoch, 1 epoch; about " in done.stdout
     assert done.stdout.endswith("recipe.yaml: OK\n")
     assert "warning: " in done.stderr
@@ -104,7 +104,9 @@ def test_check_says_epochs_and_tokens_a_step(
 ) -> None:
     recipe = write_recipe(data={"packing": "none", "overlong": "drop"}, train={"max_steps": max_steps})
     done = sft_recipe("check", str(recipe))
-    tokens, trained = re.findall(r"^train: ([\d,]+) tokens, ([\d,]+) trained on", done.stdout, re.MULTILINE)[0]
+    tokens, trained = re.findall(
+        r"^train: [\d,]+ sequences, ([\d,]+) tokens, ([\d,]+) trained", done.stdout, re.MULTILINE
+    )[0]
     a_step = [round(int(number.replace(",", "")) * 4 / sequences) for number in (tokens, trained)]
 
     assert said.format(*(f"{number:,}" for number in a_step)) in done.stdout
@@ -116,7 +118,7 @@ def test_check_warns_of_data_that_teaches_something_else(write_recipe: WriteReci
 
     assert done.returncode == 0
     [line] = done.stderr.splitlines()
-    assert line.startswith("warning: --set: data.eval: 24 of 24 validation rows are training rows too, first ")
+    assert line.startswith("warning: --set: data.eval: 24 of 24 evaluation rows are also training rows (first: ")
 
 
 def test_check_looks_for_room(write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,8 +147,9 @@ def test_check_finds_every_problem_at_once(write_recipe: WriteRecipe, tmp_path: 
     assert [line.split(": ", 1)[1] for line in done.stderr.splitlines()] == [
         "unknown key 'train.sed'; did you mean 'seed'?",
         "train.lr_scheduler: 'cosin' is no name that is known here; did you mean 'cosine'?",
-        "no column 'output' in this row, it has 'instruction'; rename with data.columns: {output: YOUR_COLUMN}",
-        "no column 'instruction' in this row, it has 'output'; rename with data.columns: {instruction: YOUR_COLUMN}",
+        "column 'output' is missing (got 'instruction'). If it has another name, set data.columns: {output: YOUR_COLUMN}.",
+        "column 'instruction' is missing (got 'output'). "
+        "If it has another name, set data.columns: {instruction: YOUR_COLUMN}.",
     ]
 
 
@@ -234,7 +237,7 @@ def test_errors_go_to_stderr_without_a_traceback_unless_asked(write_recipe: Writ
     recipe = str(write_recipe(data={"train": "none.jsonl"}))
     plain, debug = sft_recipe("run", recipe), sft_recipe("run", recipe, "--debug")
 
-    assert plain.stderr.splitlines() == [f"none.jsonl: no such file (working directory {Path.cwd()})"]
+    assert plain.stderr.splitlines() == [f"none.jsonl: file not found (working directory: {Path.cwd()})."]
     assert "Traceback" in debug.stderr
     assert plain.returncode == 2
 

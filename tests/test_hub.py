@@ -154,6 +154,7 @@ def test_a_split_that_is_not_there(write_recipe: WriteRecipe, data_hub: dict[str
     done = sft_recipe(data_hub, "run", recipe)
 
     assert done.returncode == 2
-    assert "me/rows: no split 'dev' on the hub, it has 'train', 'validation', 'test'" in done.stderr.replace(
-        "'test', 'validation'", "'validation', 'test'"
+    assert (
+        "me/rows: the Hub dataset has no split 'dev' (available: 'train', 'validation', 'test')"
+        in done.stderr.replace("'test', 'validation'", "'validation', 'test'")
     )

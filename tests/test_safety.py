@@ -318,7 +318,7 @@ def test_a_template_that_does_what_none_may(case: str, write_recipe: WriteRecipe
         checks.check(str(write_recipe(data={"template": str(template)})))
 
     [line] = caught.value.lines
-    assert f"data.template: {template} does what no chat template may, and is not used: " in line
+    assert f"data.template: {template}: the template violates the sandbox: " in line
 
 
 def test_the_template_of_a_model_is_in_the_same_sandbox(
@@ -333,7 +333,7 @@ def test_the_template_of_a_model_is_in_the_same_sandbox(
     for arguments in (("run", recipe), ("check", recipe), ("generate", folder, "--prompt", "Hi")):
         code, _, said = command(*arguments)
         assert code == 2
-        assert "does what no chat template may, and is not used: it does not come to an end" in said.splitlines()[-1]
+        assert "the template violates the sandbox: it does not terminate" in said.splitlines()[-1]
 
 
 # --- Secrets ---------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What became of every row and token: the numbers of data.json."""
+"""Count rows and tokens per source (data.json)."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -11,80 +11,88 @@ from numpy.typing import NDArray
 
 @dataclass
 class SourceAccount:
-    """One source. read = set_aside + not_chosen + rows, but for a weight above 1, by which a row counts as often as it is
-    seen; rows = kept + dropped; tokens are those in sequences, trained_tokens those among them that have a label."""
+    """Statistics of one source.
+
+    rows_read = held_out + not_sampled + rows, unless a weight above 1 repeats rows; rows = kept + dropped. `tokens` counts
+    the tokens in sequences, `trained_tokens` those with a label other than -100.
+    """
 
     path: str
     format: str
     template: str
-    read: int = 0  # rows of the source; of validation rows set aside from it, as many as these are
-    set_aside: int = 0  # for validation
-    not_chosen: int = 0  # because of a weight below 1, or the most samples
+    rows_read: int = 0  # of the source; for an evaluation split of training rows: the rows of that split
+    held_out: int = 0  # for evaluation
+    not_sampled: int = 0  # because of a weight below 1 or a limit on samples
     rows: int = 0
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)  # reason -> rows
-    duplicates: int = 0  # rows whose tokens are those of an earlier row
+    duplicates: int = 0  # rows with the same tokens as an earlier row
     empty_answers: int = 0
-    left_out: int = 0  # rows whose text lacks, or has otherwise, something that a message says
-    endless: int = 0  # training rows whose answer ends in no end token that is trained on
-    in_training: int = 0  # validation rows that are training rows too
-    prompts_in_training: int = 0  # other validation rows that have the prompt of a training row
+    lossy_template: int = 0  # rows of which the template drops or rewrites some text
+    missing_eos: int = 0  # training rows whose answer has no EOS token in the loss
+    train_overlap: int = 0  # evaluation rows that are also training rows
+    prompt_overlap: int = 0  # other evaluation rows with the prompt of a training row
     truncated_rows: int = 0
     split_rows: int = 0
-    cut_tokens: int = 0  # of kept rows, but not in a sequence
+    dropped_tokens: int = 0  # of kept rows, in no sequence
     tokens: int = 0
     trained_tokens: int = 0
-    lengths: dict[str, int] = field(default_factory=dict)  # percentiles over the rows, before cutting
-    sampled: str = ""  # where not all rows were read: what was
+    token_lengths: dict[str, int] = field(default_factory=dict)  # percentiles over rows, before truncation
+    sampled: str = ""  # describes the sample if not all rows were read
 
     def as_dict(self) -> dict[str, Any]:
         return {
             "path": self.path,
             "format": self.format,
             "template": self.template,
-            "read": self.read,
-            "set_aside": self.set_aside,
-            "not_chosen": self.not_chosen,
+            "rows_read": self.rows_read,
+            "held_out": self.held_out,
+            "not_sampled": self.not_sampled,
             "rows": self.rows,
             "kept": self.kept,
             "dropped": dict(self.dropped),
             "duplicates": self.duplicates,
             "empty_answers": self.empty_answers,
-            "left_out": self.left_out,
-            "endless": self.endless,
-            "in_training": self.in_training,
-            "prompts_in_training": self.prompts_in_training,
+            "lossy_template": self.lossy_template,
+            "missing_eos": self.missing_eos,
+            "train_overlap": self.train_overlap,
+            "prompt_overlap": self.prompt_overlap,
             "truncated_rows": self.truncated_rows,
             "split_rows": self.split_rows,
-            "cut_tokens": self.cut_tokens,
+            "dropped_tokens": self.dropped_tokens,
             "tokens": self.tokens,
             "trained_tokens": self.trained_tokens,
-            "length": self.lengths,
+            "token_lengths": self.token_lengths,
         }
 
     def line(self) -> str:
-        """The account in words."""
-        facts = [f"{self.rows:,} rows of {self.format} as {self.template}"]
-        facts += [self.sampled] if self.sampled else []
-        facts += [f"{self.set_aside:,} more set aside for validation"] if self.set_aside else []
-        facts += [f"{self.not_chosen:,} more not chosen"] if self.not_chosen else []
-        facts += [f"{count:,} dropped ({reason})" for reason, count in self.dropped.items()]
-        facts += [f"{self.duplicates:,} the same as an earlier one"] if self.duplicates else []
-        facts += [f"{self.empty_answers:,} without an answer"] if self.empty_answers else []
-        facts += [f"{self.left_out:,} of which the template leaves out or rewrites some text"] if self.left_out else []
-        facts += [f"{self.endless:,} without an end that is trained on"] if self.endless else []
-        facts += [f"{self.in_training:,} that are training rows too"] if self.in_training else []
-        facts += [f"{self.prompts_in_training:,} with the prompt of a training row"] if self.prompts_in_training else []
-        facts += [f"{self.truncated_rows:,} truncated"] if self.truncated_rows else []
-        facts += [f"{self.split_rows:,} split"] if self.split_rows else []
-        facts += [f"{self.cut_tokens:,} tokens cut"] if self.cut_tokens else []
-        spread = ", ".join(f"{name} {length:,}" for name, length in self.lengths.items())
-        return f"{self.path}: {', '.join(facts)}; tokens a row: {spread}"
+        """Format as one console line; counts of 0 are omitted."""
+        counts = {
+            "held out for evaluation": self.held_out,
+            "not sampled": self.not_sampled,
+            **{f"dropped ({reason})": count for reason, count in self.dropped.items()},
+            "identical to an earlier row": self.duplicates,
+            "with an empty answer": self.empty_answers,
+            "with text dropped or rewritten by the template": self.lossy_template,
+            "without an EOS token in the loss": self.missing_eos,
+            "also in the training data": self.train_overlap,
+            "with the prompt of a training row": self.prompt_overlap,
+            "truncated": self.truncated_rows,
+            "split": self.split_rows,
+            "tokens dropped": self.dropped_tokens,
+        }
+        fields = [
+            f"{self.rows:,} rows" + (f" from {self.sampled}" if self.sampled else ""),
+            f"format {self.format}, template {self.template}",
+            ", ".join(f"{count:,} {name}" for name, count in counts.items() if count),
+            "tokens per row: " + ", ".join(f"{name} {length:,}" for name, length in self.token_lengths.items()),
+        ]
+        return f"{self.path}: {'; '.join(filter(None, fields))}"
 
 
 @dataclass
 class Account:
-    """The training or the validation rows."""
+    """Statistics of the training or the evaluation data."""
 
     sources: list[SourceAccount] = field(default_factory=list)
     sequences: int = 0
@@ -100,8 +108,8 @@ class Account:
         return sum(source.trained_tokens for source in self.sources)
 
     @property
-    def fill(self) -> float:
-        """Tokens / (sequences x max_length)."""
+    def packing_efficiency(self) -> float:
+        """Tokens / (sequences x max_length), from 0 to 1."""
         return self.tokens / (self.sequences * self.max_length) if self.sequences else 0.0
 
     def as_dict(self) -> dict[str, Any]:
@@ -111,20 +119,20 @@ class Account:
             "trained_tokens": self.trained_tokens,
             "sequences": self.sequences,
             "packing": self.packing,
-            "fill": round(self.fill, 4),
+            "packing_efficiency": round(self.packing_efficiency, 4),
         }
 
     def lines(self, name: str) -> list[str]:
-        """The account in words, a line a source and one for all."""
+        """Format as console lines: one per source and one in total."""
         return [
             *(f"{name}: {source.line()}" for source in self.sources),
-            f"{name}: {self.tokens:,} tokens, {self.trained_tokens:,} trained on, in {self.sequences:,} sequences "
-            f"(packing {self.packing}, {self.fill:.1%} full)",
+            f"{name}: {self.sequences:,} sequences, {self.tokens:,} tokens, {self.trained_tokens:,} trained "
+            f"({self.trained_tokens / max(self.tokens, 1):.1%}); packing {self.packing}, {self.packing_efficiency:.1%} full",
         ]
 
 
 def percentiles(lengths: Sequence[int] | NDArray[np.int64]) -> dict[str, int]:
-    """Smallest, median, 90th and 99th percentile, largest; {} of nothing."""
+    """Return minimum, median, 90th and 99th percentile and maximum; {} if there are no lengths."""
     if not len(lengths):
         return {}
     values = np.percentile(lengths, [0, 50, 90, 99, 100], method="higher").astype(int).tolist()

@@ -1,8 +1,8 @@
-"""Tokenised sources on disk, so that a second run need not tokenise again.
+"""Cache tokenized sources on disk.
 
-An entry is a directory whose name is a hash of all that decides its content; it gets that name when it is complete. So it
-is never stale, and runs that write the same entry at once, or are killed while they write, do no harm. What the disk has
-changed since is found by a checksum, and made again.
+An entry is a directory named by a hash of everything that determines its content, and is renamed into place once it is
+complete. So entries are never stale, and concurrent or killed writers do no harm. A checksum detects corruption; a corrupt
+entry is rebuilt.
 """
 
 import contextlib
@@ -24,24 +24,24 @@ from typing import Any
 
 import numpy as np
 
-from sft_recipes.data.tokens import ONE_EACH, Documents
+from sft_recipes.data.tokens import PER_DOCUMENT, Documents
 from sft_recipes.errors import RunError
 
-_UNUSED = 30 * 24 * 3600  # seconds after which an entry that no run used is removed
-_ABANDONED = 24 * 3600  # seconds after which nothing is being written any more
-_PARTIAL = "partial-"  # begins the names of entries that are being written
+_UNUSED = 30 * 24 * 3600  # seconds after which an unused entry is removed
+_ABANDONED = 24 * 3600  # seconds after which a partial entry is removed
+_PARTIAL = "partial-"  # prefix of entries that are being written
 
 
 def folder() -> Path:
-    """Where entries are kept: in $SFT_RECIPES_CACHE, or sft-recipes in the user's cache directory."""
-    own = os.environ.get("SFT_RECIPES_CACHE")
-    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sft-recipes"
-    return (Path(own) if own else usual) / "tokenised"
+    """Return the cache directory: in $SFT_RECIPES_CACHE, or in sft-recipes of the user's cache."""
+    override = os.environ.get("SFT_RECIPES_CACHE")
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sft-recipes"
+    return (Path(override) if override else default) / "tokenized"
 
 
-def key(**decides: Any) -> str:
-    """The name of the entry that `decides` makes, together with the code of this package's data stage."""
-    return hashlib.sha256(json.dumps([_code(), decides], sort_keys=True).encode()).hexdigest()
+def key(**inputs: Any) -> str:
+    """Hash the inputs of an entry, together with the code of the data pipeline, to its name."""
+    return hashlib.sha256(json.dumps([_code(), inputs], sort_keys=True).encode()).hexdigest()
 
 
 @cache
@@ -56,63 +56,63 @@ def _code() -> str:
 
 
 def stored(name: str | None, make: Callable[[], Iterable[Documents]], complete: Callable[[], bool]) -> Documents:
-    """The documents of entry `name`, made and kept if they are not there; memory-mapped.
+    """Return the memory-mapped documents of entry `name`; if it does not exist, make and cache it.
 
-    They are not kept where `name` is None, or where `complete` says afterwards that these are not all.
+    Nothing is cached if `name` is None, or if `complete()` is False after `make()`.
     """
     entry = folder() / name if name else None
-    if entry is not None and (found := _read(entry)) is not None:
+    if entry is not None and (cached := _read(entry)) is not None:
         with contextlib.suppress(OSError):
             os.utime(entry)
-        return found
+        return cached
     if entry is not None:
-        with contextlib.suppress(OSError):  # the cache is full, or cannot be written: another place will do
-            return _made(entry, make, complete)
+        with contextlib.suppress(OSError):  # the cache is full or read-only: fall back to a temporary directory
+            return _build(entry, make, complete)
     try:
-        return _made(None, make, complete)
+        return _build(None, make, complete)
     except OSError as error:
         raise RunError(
-            f"the tokenised data cannot be written: {error}; set TMPDIR or SFT_RECIPES_CACHE to a directory with room"
+            f"cannot write the tokenized data: {error}. Set TMPDIR or SFT_RECIPES_CACHE to a directory with free space."
         ) from error
 
 
-def _made(entry: Path | None, make: Callable[[], Iterable[Documents]], complete: Callable[[], bool]) -> Documents:
-    with _room(entry) as partial:
+def _build(entry: Path | None, make: Callable[[], Iterable[Documents]], complete: Callable[[], bool]) -> Documents:
+    with _temporary_dir(entry) as partial:
         _write(partial, make())
         if entry is not None and complete():
-            with contextlib.suppress(OSError):  # another run was faster, or the cache cannot be written
+            with contextlib.suppress(OSError):  # a concurrent run finished first, or the cache is read-only
                 _remove_unused(entry.parent)
                 if entry.exists() and _read(entry) is None:
-                    shutil.rmtree(entry)  # it was cut off, or damaged
-                for file in partial.iterdir():  # a name must not outlive, in a power cut, what it names
+                    shutil.rmtree(entry)  # truncated or corrupt
+                for file in partial.iterdir():  # after a power failure, no entry may have its name without its content
                     with file.open("rb") as written:
                         os.fsync(written.fileno())
                 partial.rename(entry)
                 partial = entry
         documents = _read(partial)
     if documents is None:
-        raise OSError(f"{partial}: what was written cannot be read back")
+        raise OSError(f"{partial}: the written data cannot be read back")
     return documents
 
 
 @contextmanager
-def _room(entry: Path | None) -> Iterator[Path]:
-    """A new directory beside the entry, or in the system's own place; it is gone afterwards, unless renamed."""
+def _temporary_dir(entry: Path | None) -> Iterator[Path]:
+    """Create a directory beside the entry, or in TMPDIR; it is removed afterwards unless it was renamed."""
     parent = None
     if entry is not None:
         with contextlib.suppress(OSError):
             entry.parent.mkdir(parents=True, exist_ok=True)
             parent = entry.parent if os.access(entry.parent, os.W_OK) else None
-    made = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=parent))
+    temporary = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=parent))
     try:
-        yield made
+        yield temporary
     finally:
-        shutil.rmtree(made, ignore_errors=True)  # what is mapped from it stays readable
+        shutil.rmtree(temporary, ignore_errors=True)  # files that are memory-mapped stay readable
 
 
 def _write(into: Path, batches: Iterable[Documents]) -> None:
     lengths = array("q")
-    rest: dict[str, list[Any]] = {name: [] for name in ONE_EACH}
+    per_document: dict[str, list[Any]] = {name: [] for name in PER_DOCUMENT}
     checksums = [0, 0]
     with (into / "ids").open("wb") as ids, (into / "trained").open("wb") as trained:
         for batch in batches:
@@ -120,20 +120,20 @@ def _write(into: Path, batches: Iterable[Documents]) -> None:
                 stream.write(values.data)
                 checksums[number] = zlib.crc32(values.data, checksums[number])
             lengths.extend(np.diff(batch.offsets).tolist())
-            for name, parts in rest.items():
+            for name, parts in per_document.items():
                 parts.append(getattr(batch, name))
     offsets = np.concatenate([[0], np.cumsum(np.frombuffer(lengths, dtype=np.int64))])
-    columns = {name: np.concatenate(parts) for name, parts in rest.items()}
+    columns = {name: np.concatenate(parts) for name, parts in per_document.items()}
     np.savez(into / "documents.npz", offsets=offsets, checksums=checksums, allow_pickle=False, **columns)
 
 
 def _read(entry: Path) -> Documents | None:
-    """The documents in a directory; None where there are none, or not all."""
+    """Memory-map the documents of an entry; None if it is missing, incomplete or corrupt."""
     try:
-        with np.load(entry / "documents.npz") as rest:
-            columns = {name: rest[name] for name in ("offsets", *ONE_EACH)}
-            checksums = rest["checksums"].tolist()
-        # asarray: slicing a memmap takes ten times as long as slicing an array.
+        with np.load(entry / "documents.npz") as stored_columns:
+            columns = {name: stored_columns[name] for name in ("offsets", *PER_DOCUMENT)}
+            checksums = stored_columns["checksums"].tolist()
+        # asarray: slicing a memmap is ten times slower than slicing an array.
         ids = np.asarray(np.memmap(entry / "ids", dtype=np.int32, mode="r"))
         trained = np.asarray(np.memmap(entry / "trained", dtype=np.bool_, mode="r"))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
@@ -144,7 +144,7 @@ def _read(entry: Path) -> Documents | None:
 
 
 def _remove_unused(parent: Path) -> None:
-    for names, age in (("[0-9a-f]" * 64, _UNUSED), (f"{_PARTIAL}*", _ABANDONED)):  # nothing else, should it be there
+    for names, age in (("[0-9a-f]" * 64, _UNUSED), (f"{_PARTIAL}*", _ABANDONED)):  # leaves other files alone
         for entry in parent.glob(names):
             with contextlib.suppress(OSError):
                 if time.time() - entry.stat().st_mtime > age:

@@ -1,4 +1,4 @@
-"""Which rows are trained on, and which are validated on. Works on numbers of rows alone."""
+"""Select training and evaluation rows by number: split, weights, limits."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,62 +13,62 @@ from sft_recipes.recipe.schema import Data
 
 @dataclass(frozen=True)
 class Choice:
-    """Rows of each training source, and of each source of validation rows, ascending.
+    """Row numbers per training and per evaluation source, ascending.
 
-    Where `data.eval` is a fraction, the validation rows are of the training sources; `set_aside` says how many of each.
+    If `data.eval` is a fraction, `eval` refers to the training sources. `held_out` counts the rows held out of each.
     """
 
     train: list[Ints]
     eval: list[Ints]
-    set_aside: list[int]
+    held_out: list[int]
 
 
 def choose(
     sizes: Sequence[int], weights: Sequence[float], eval_sizes: Sequence[int], data: Data, rng: np.random.Generator
 ) -> Choice:
-    """What is trained and validated on. Raises DataError where no rows are left to train on."""
+    """Select the training and evaluation rows. Raises DataError if no training rows are left."""
     rows = [np.arange(size) for size in sizes]
     eval_rows = [np.arange(size) for size in eval_sizes]
-    aside = [0] * len(sizes)
+    held_out = [0] * len(sizes)
     if isinstance(data.eval, float):
-        eval_rows = set_aside(sizes, data.eval, rng)
-        aside = [len(some) for some in eval_rows]
-        rows = [np.setdiff1d(all_rows, some) for all_rows, some in zip(rows, eval_rows, strict=True)]
-    rows = [weighted(some, weight, rng) for some, weight in zip(rows, weights, strict=True)]
+        eval_rows = hold_out(sizes, data.eval, rng)
+        held_out = [len(evaluated) for evaluated in eval_rows]
+        rows = [np.setdiff1d(all_rows, evaluated) for all_rows, evaluated in zip(rows, eval_rows, strict=True)]
+    rows = [weighted(source_rows, weight, rng) for source_rows, weight in zip(rows, weights, strict=True)]
     rows = limited(rows, data.max_train_samples, rng if data.shuffle else None)
     if not sum(map(len, rows)):
-        raise DataError("data.train: no rows are left to train on; look at the weights, and at data.eval")
-    return Choice(rows, limited(eval_rows, data.max_eval_samples, None), aside)
+        raise DataError("data.train: no training rows are left. Raise the weights of the sources.")
+    return Choice(rows, limited(eval_rows, data.max_eval_samples, None), held_out)
 
 
-def set_aside(sizes: Sequence[int], fraction: float, rng: np.random.Generator) -> list[Ints]:
-    """Random rows of each source, a `fraction` of all and at least one."""
+def hold_out(sizes: Sequence[int], fraction: float, rng: np.random.Generator) -> list[Ints]:
+    """Sample a `fraction` of all rows, at least one; returns row numbers per source."""
     total = sum(sizes)
     count = max(1, round(fraction * total))
     if count >= total:
         raise DataError(
-            f"data.eval: {fraction} of {total} rows leaves nothing to train on; set data.eval: null, or give more rows"
+            f"data.eval: no training rows are left (got {fraction} of {total:,} rows). Set data.eval: null, or add rows."
         )
     return _by_source(np.sort(rng.choice(total, count, replace=False)), sizes)
 
 
 def weighted(rows: Ints, weight: float, rng: np.random.Generator) -> Ints:
-    """Each row as often as the weight says; of a fraction, a random part."""
+    """Repeat each row `weight` times; a fractional part samples that share of the rows."""
     whole, part = divmod(weight, 1)
-    some = rng.choice(rows, round(part * len(rows)), replace=False)
-    return np.sort(np.concatenate([np.repeat(rows, int(whole)), some]))
+    sampled = rng.choice(rows, round(part * len(rows)), replace=False)
+    return np.sort(np.concatenate([np.repeat(rows, int(whole)), sampled]))
 
 
 def limited(rows: list[Ints], most: int | None, rng: np.random.Generator | None) -> list[Ints]:
-    """`most` rows over all sources: random ones, or without `rng` the first."""
-    sizes = [len(some) for some in rows]
+    """Limit all sources to `most` rows in total: a random sample, or the first rows if `rng` is None."""
+    sizes = [len(source_rows) for source_rows in rows]
     if most is None or most >= sum(sizes):
         return rows
     chosen = np.sort(rng.choice(sum(sizes), most, replace=False)) if rng else np.arange(most)
-    return [some[which] for some, which in zip(rows, _by_source(chosen, sizes), strict=True)]
+    return [source_rows[index] for source_rows, index in zip(rows, _by_source(chosen, sizes), strict=True)]
 
 
 def _by_source(numbers: Ints, sizes: Sequence[int]) -> list[Ints]:
-    """Numbers of rows counted over all sources, as numbers within each."""
+    """Convert row numbers over all sources to row numbers per source."""
     edges = np.cumsum([0, *sizes])
     return [numbers[(numbers >= a) & (numbers < b)] - a for a, b in pairwise(edges)]

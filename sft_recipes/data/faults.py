@@ -1,4 +1,4 @@
-"""What is wrong with data that trains well, and teaches something else than its author wants."""
+"""Warn about data that trains without errors but teaches the wrong thing."""
 
 import contextlib
 import re
@@ -16,118 +16,119 @@ from sft_recipes.errors import DataError, ModelError, RecipeError
 from sft_recipes.recipe import model_files
 from sft_recipes.recipe.schema import Data
 
-_INSTRUCT = {"instruct", "chat", "it", "sft", "dpo"}  # words in the names of models that have learned a chat template
+_INSTRUCT = {"instruct", "chat", "it", "sft", "dpo"}  # words in the names of instruction-tuned models
 _QUESTION = [{"role": "user", "content": "Hello"}]
 _ANSWER = {"role": "assistant", "content": "Hi"}
 
 
 def overlap(train: Sequences, held_out: Sequences, data: Data) -> list[str]:
-    """A warning where validation rows are training rows too, and so say nothing of what was learned. Counts them, and those
-    that only have the prompt of one, in the account of the validation rows."""
-    known, asked = (np.unique(_column(train.chosen, name)) for name in ("digests", "prompts"))
+    """Warn about evaluation rows that are also training rows; count them and shared prompts."""
+    train_rows, train_prompts = (np.unique(_column(train.chosen, name)) for name in ("digests", "prompts"))
     first = None
-    for each in held_out.chosen:
-        same = np.isin(each.documents.digests[each.rows], known)
-        prompts = each.documents.prompts[each.rows]
-        each.account.in_training = int(same.sum())
-        each.account.prompts_in_training = int((np.isin(prompts, asked) & (prompts != 0) & ~same).sum())
+    for source in held_out.chosen:
+        same = np.isin(source.documents.digests[source.rows], train_rows)
+        prompts = source.documents.prompts[source.rows]
+        source.stats.train_overlap = int(same.sum())
+        source.stats.prompt_overlap = int((np.isin(prompts, train_prompts) & (prompts != 0) & ~same).sum())
         if same.any() and first is None:
-            first = _place(each, int(each.rows[np.argmax(same)]))
-    count = sum(each.account.in_training for each in held_out.chosen)
+            first = _place(source, int(source.rows[np.argmax(same)]))
+    count = sum(source.stats.train_overlap for source in held_out.chosen)
     if not count:
         return []
-    prompts_only = sum(each.account.prompts_in_training for each in held_out.chosen)
-    of = sum(each.account.rows for each in held_out.chosen)
+    prompts_only = sum(source.stats.prompt_overlap for source in held_out.chosen)
+    total = sum(source.stats.rows for source in held_out.chosen)
     remedy = (
-        "take the duplicates out of data.train"
+        "Remove the duplicates from data.train."
         if isinstance(data.eval, float)
-        else "take them out of data.train or of data.eval"
+        else "Remove them from data.train or from data.eval."
     )
     return [
-        f"data.eval: {_at_least(held_out, train)}{count:,} of {of:,} validation rows are training rows too, first {first}"
-        f"{f', and {prompts_only:,} more have the prompt of one' if prompts_only else ''}; the validation loss is lower than "
-        f"on new rows: {remedy}"
+        f"data.eval: {_at_least(held_out, train)}{count:,} of {total:,} evaluation rows are also training rows (first: "
+        f"{first}{f'; {prompts_only:,} more share a prompt with one' if prompts_only else ''}), so the evaluation loss is too "
+        f"low. {remedy}"
     ]
 
 
 def without_end(train: Sequences) -> list[str]:
-    """A warning where answers do not end in an end token that is trained on. Counts them in the account.
+    """Warn about answers without an EOS token in the loss, and count them in the statistics.
 
-    Raises DataError where none does: the model would never stop.
+    Raises DataError if no answer has one, because the model would never stop.
     """
     kept = 0
     first = None
-    for number, each in enumerate(train.chosen):
+    for number, source in enumerate(train.chosen):
         rows = np.unique(train.row[train.source == number])
-        endless = rows[~each.documents.ended[rows]]
-        each.account.endless = len(endless)
+        missing = rows[~source.documents.ended[rows]]
+        source.stats.missing_eos = len(missing)
         kept += len(rows)
-        if len(endless) and first is None:
-            first = _place(each, int(endless[0]))
-    endless_rows = sum(each.account.endless for each in train.chosen)
-    if endless_rows:
-        said = (
-            "end in no token that is trained on and ends a turn, so the model would not learn to stop; let the template "
-            "close the turn within {% generation %} or right behind it, or set data.train_on: all"
+        if len(missing) and first is None:
+            first = _place(source, int(missing[0]))
+    count = sum(source.stats.missing_eos for source in train.chosen)
+    if count:
+        problem = (
+            "an EOS token that is in the loss, so the model would not learn to stop. Move the end-of-turn token inside "
+            "{% generation %} or directly after it, or set data.train_on: all."
         )
-        if endless_rows == kept:
-            raise DataError(f"data.template: the answers of all {kept:,} rows {said}")
+        if count == kept:
+            raise DataError(f"data.template: none of the {kept:,} answers ends with {problem}")
         return [
-            f"data.template: the answers of {_at_least(train)}{endless_rows:,} of {kept:,} rows, first {first}, {said}"
+            f"data.template: {_at_least(train)}{count:,} of {kept:,} answers (first: {first}) do not end with {problem}"
         ]
-    cut = sum(each.account.truncated_rows for each in train.chosen if each.account.format != "text")
-    if 2 * cut > kept:
+    truncated = sum(source.stats.truncated_rows for source in train.chosen if source.stats.format != "text")
+    if 2 * truncated > kept:
         return [
-            f"data.overlong: truncate cuts off the end of {cut:,} of {kept:,} rows, and the end token with it, so the model "
-            "would hardly learn to stop; raise data.max_length, or set data.overlong: split or drop"
+            f"data.overlong: truncate removes the EOS token of {truncated:,} of {kept:,} rows, so the model would hardly "
+            "learn to stop. Raise data.max_length, or set data.overlong to split or drop."
         ]
     return []
 
 
-def another_template(way: Way, model: str, tokenizer: LightTokenizer) -> list[str]:
-    """A warning where a model that has learned its own chat template is trained with another one."""
-    if way.chat_source is None or tokenizer.chat_template is None:
+def another_template(renderer: Way, model: str, tokenizer: LightTokenizer) -> list[str]:
+    """Warn if an instruction-tuned model is trained with different prompts than its chat template's."""
+    if renderer.chat_source is None or tokenizer.chat_template is None:
         return []
     try:
         used, own = (
             Chat(source, "all", tokenizer.specials, tokenizer.special_texts)
-            for source in (way.chat_source, tokenizer.chat_template)
+            for source in (renderer.chat_source, tokenizer.chat_template)
         )
         bos = tokenizer.specials.get("bos_token", "")
         prompts = {
             chat.render(_QUESTION, model, add_generation_prompt=True).removeprefix(bos).strip() for chat in (used, own)
         }
-        answered = own.render([*_QUESTION, _ANSWER], model).rstrip()
-    except (DataError, RecipeError):  # a template that refuses so plain a conversation is not for such
+        conversation = own.render([*_QUESTION, _ANSWER], model).rstrip()
+    except (DataError, RecipeError):  # a template that rejects this conversation cannot be compared
         return []
-    if len(prompts) == 1 or not _is_instruct(model, answered, tokenizer):
+    if len(prompts) == 1 or not _is_instruct(model, conversation, tokenizer):
         return []
     return [
-        f"data.template: {way.name} writes other prompts than the chat template of {model}, which looks like a model that "
-        "was trained with its own; set data.template: chat to build on that"
+        f"data.template: {renderer.name} writes different prompts than the chat template of {model}, which looks "
+        "instruction-tuned. Set data.template: chat to use the prompts that the model knows."
     ]
 
 
-def _is_instruct(model: str, answered: str, tokenizer: LightTokenizer) -> bool:
-    """Whether a model has learned its chat template. Base models carry one too, but they end a text otherwise than with the
-    token that closes a turn in it; where the name says which of the two it is, the name counts."""
+def _is_instruct(model: str, conversation: str, tokenizer: LightTokenizer) -> bool:
+    """Guess whether a model is instruction-tuned: from its name, else from its EOS tokens.
+
+    Base models may have a chat template too, but their EOS token is not the one that ends a turn in it.
+    """
     words = set(re.split(r"[^a-z0-9]+", Path(model).name.lower()))
     if "base" in words or words & _INSTRUCT:
         return "base" not in words
     ends = [tokenizer.specials.get("eos_token")]
-    with contextlib.suppress(ModelError):  # said when the model is loaded
+    with contextlib.suppress(ModelError):  # reported when the model is loaded
         ends += [tokenizer.backend.id_to_token(token) for token in model_files.end_tokens(model)]
-    return any(answered.endswith(end) for end in ends if end)
+    return any(conversation.endswith(end) for end in ends if end)
 
 
 def _column(chosen: Sequence[Chosen], name: str) -> NDArray[np.uint64]:
-    return np.concatenate([getattr(each.documents, name)[each.rows] for each in chosen])
+    return np.concatenate([getattr(source.documents, name)[source.rows] for source in chosen])
 
 
 def _place(chosen: Chosen, row: int) -> str:
-    """`file:line` of a row."""
+    """Return `file:line` of a row."""
     return next(iter(chosen.places([row]).values()))
 
 
 def _at_least(*sequences: Sequences) -> str:
-    return "at least " if any(each.account.sampled for some in sequences for each in some.chosen) else ""
+    return "at least " if any(source.stats.sampled for part in sequences for source in part.chosen) else ""

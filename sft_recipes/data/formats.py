@@ -1,4 +1,4 @@
-"""What a row of the data says, whatever its columns are called."""
+"""Convert rows of every format to examples: messages or plain text."""
 
 import contextlib
 import json
@@ -9,63 +9,63 @@ from typing import Any
 
 from sft_recipes.errors import DataError, shown
 
-# The columns a format needs, and those it takes where they are there. `columns:` in a recipe renames.
+# Required columns per format; `data.columns` in a recipe renames them.
 NEEDS = {
     "alpaca": ("instruction", "output"),
     "prompt_completion": ("prompt", "completion"),
     "messages": ("messages",),
     "text": ("text",),
 }
-# Other usual names of the same columns, looked for when the recipe does not rename.
+# Common aliases, used if the recipe does not rename the column.
 ALSO = {"completion": ("response",), "messages": ("conversations",)}
-# ShareGPT's words, and those that are taken as they are. Templates leave out what they do not know, without a word.
+# ShareGPT's roles, and those used unchanged. Others are an error, because templates silently skip unknown roles.
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
 _KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
-_SHOWN = 20  # columns of a row that are named
-_WEIGHTS = ("weight", "train")  # of single messages, in other tools
+_SHOWN = 20  # columns listed in a message
+_WEIGHTS = ("weight", "train")  # per-message loss weights of other tools
 
 
 @dataclass(slots=True)
 class Example:
-    """One row: messages of `role` and `content` (an Alpaca input stays apart, as `input`), or plain text."""
+    """One row: messages with `role` and `content` (and `input` for an Alpaca input), or plain text."""
 
     place: str  # file:line
     messages: list[dict[str, Any]] = field(default_factory=list)
     text: str = ""
-    tools: list[Any] | None = None  # functions that the assistant may call, for templates that have a place for them
+    tools: list[Any] | None = None  # functions that the assistant may call, for templates that render them
 
     @property
     def empty(self) -> bool:
-        """Whether there is no answer in it."""
+        """Return True if the answer (plain text: the text) is blank and calls no tool."""
         if not self.messages:
             return not self.text.strip()
         return not self.messages[-1]["content"].strip() and "tool_calls" not in self.messages[-1]
 
 
 def find_format(row: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:
-    """The first format whose columns the row has, or None."""
+    """Return the first format whose required columns the row has, or None."""
     return next((name for name, needs in NEEDS.items() if all(_column(row, need, columns) for need in needs)), None)
 
 
 def columns_of(format: str) -> tuple[str, ...]:
-    """The columns that `columns` can rename in rows of a format."""
+    """Return the columns of a format that `data.columns` can rename."""
     return (*NEEDS[format], "input") if format == "alpaca" else NEEDS[format]
 
 
 def unknown(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -> str:
-    """The problem of a row that no format fits."""
+    """Return the error message for a row that matches no format."""
     for name, column in columns.items():
         if column not in row:
-            return f"{place}: no column '{column}' in this row, which data.columns takes for '{name}'; it has {_names(row)}"
-    needs = " or ".join("+".join(needs) for needs in NEEDS.values())
+            return f"{place}: column '{column}' is missing, which data.columns maps to '{name}' (got {_names(row)})."
+    *others, last = ("+".join(needs) for needs in NEEDS.values())
     return (
-        f"{place}: cannot tell the format from the columns {_names(row)}; expected {needs}; "
-        "rename with data.columns, such as {prompt: YOUR_COLUMN, completion: YOUR_COLUMN}"
+        f"{place}: unrecognized columns {_names(row)} (expected {', '.join(others)} or {last}). "
+        "Map them with data.columns, e.g. {prompt: YOUR_COLUMN, completion: YOUR_COLUMN}."
     )
 
 
 def to_example(row: Mapping[str, Any], format: str, columns: Mapping[str, str], place: str) -> Example:
-    """Read `row` as `format`. Raises DataError where a column is missing or holds something else than text."""
+    """Convert a row. Raises DataError if a column is missing or has the wrong type."""
     if format == "messages":
         return Example(place, _messages(row, columns, place), tools=_tools(row, place))
     if format == "text":
@@ -82,11 +82,11 @@ def to_example(row: Mapping[str, Any], format: str, columns: Mapping[str, str], 
 
 
 def _column(row: Mapping[str, Any], name: str, columns: Mapping[str, str]) -> str | None:
-    """The row's own name for the column `name`, or None."""
+    """Return the name that the row uses for the column `name`, or None."""
     if name in columns:
         return columns[name] if columns[name] in row else None
     names = (name, *ALSO.get(name, ()))
-    # One that is null in this row is so because other rows have it.
+    # A column that only other rows fill is null in this row of a table.
     filled = next((other for other in names if row.get(other) is not None), None)
     return filled or next((other for other in names if other in row), None)
 
@@ -95,12 +95,12 @@ def _text(row: Mapping[str, Any], name: str, columns: Mapping[str, str], place: 
     column = _column(row, name, columns)
     if column is None:
         raise DataError(
-            f"{place}: no column '{columns.get(name, name)}' in this row, it has {_names(row)}; "
-            f"rename with data.columns: {{{name}: YOUR_COLUMN}}"
+            f"{place}: column '{columns.get(name, name)}' is missing (got {_names(row)}). "
+            f"If it has another name, set data.columns: {{{name}: YOUR_COLUMN}}."
         )
     value = row[column]
     if not isinstance(value, str):
-        raise DataError(f"{place}: '{column}' must be text, got {shown(value)}")
+        raise DataError(f"{place}: '{column}' must be text (got {shown(value)}).")
     return value
 
 
@@ -108,28 +108,30 @@ def _messages(row: Mapping[str, Any], columns: Mapping[str, str], place: str) ->
     column = _column(row, "messages", columns)
     if column is None:
         raise DataError(
-            f"{place}: no column '{columns.get('messages', 'messages')}' in this row, it has {_names(row)}; "
-            "rename with data.columns: {messages: YOUR_COLUMN}"
+            f"{place}: column '{columns.get('messages', 'messages')}' is missing (got {_names(row)}). "
+            "If it has another name, set data.columns: {messages: YOUR_COLUMN}."
         )
     turns = row[column]
     if not isinstance(turns, list) or not turns:
-        raise DataError(f"{place}: '{column}' must be a list of messages, got {shown(turns)}")
+        raise DataError(f"{place}: '{column}' must be a non-empty list of messages (got {shown(turns)}).")
     messages = []
     for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, Mapping):
-            raise DataError(f"{place}: message {number} must have 'role' and 'content', got {shown(turn)}")
+            raise DataError(f"{place}: message {number} must have 'role' and 'content' (got {shown(turn)}).")
         messages.append(_message(turn, f"{place}: message {number}"))
-    system = row.get("system")  # as ShareGPT's rows have it
+    system = row.get("system")  # a column in ShareGPT data
     if isinstance(system, str) and system.strip() and column != "system":
         if messages[0]["role"] == "system" and messages[0]["content"] != system:
-            raise DataError(f"{place}: both the column 'system' and the first message are system prompts; keep one")
+            raise DataError(
+                f"{place}: both the column 'system' and the first message are system prompts. Keep only one."
+            )
         if messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": system})
     return messages
 
 
 def _message(turn: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """`role` and `content`, and whatever else a template may ask for; of tool calls, arguments that are JSON are read."""
+    """Normalize a message: `role`, `content`, any other keys, and tool calls with parsed arguments."""
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
     calls = turn.get("tool_calls")
     if isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
@@ -138,24 +140,24 @@ def _message(turn: Mapping[str, Any], place: str) -> dict[str, Any]:
     if content is None and calls:
         content = ""
     if not isinstance(role, str) or not isinstance(content, str):
-        raise DataError(f"{place} must have a text 'role' and 'content', got {shown(turn)}")
-    if found := next((key for key in _WEIGHTS if turn.get(key) is not None), None):
-        raise DataError(f"{place} has '{found}', which is not supported; choose with data.train_on, and take it out")
+        raise DataError(f"{place} must have a text 'role' and 'content' (got {shown(turn)}).")
+    if weight := next((key for key in _WEIGHTS if turn.get(key) is not None), None):
+        raise DataError(f"{place} has '{weight}', which is not supported. Remove it and use data.train_on instead.")
     role = _ROLES.get(role, role)
     if role not in _KNOWN_ROLES:
-        raise DataError(f"{place} has the role '{role}'; expected one of {', '.join((*_KNOWN_ROLES, *_ROLES))}")
+        raise DataError(f"{place} has an unknown role '{role}' (expected {', '.join((*_KNOWN_ROLES, *_ROLES))}).")
     others = {key: value for key, value in turn.items() if key not in ("role", "from", "content", "value")}
     message: dict[str, Any] = {"role": role, "content": content}
     message |= {key: value for key, value in others.items() if value is not None}
     if calls:
         if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
-            raise DataError(f"{place}: 'tool_calls' must be a list of objects, got {shown(calls)}")
+            raise DataError(f"{place}: 'tool_calls' must be a list of objects (got {shown(calls)}).")
         message["tool_calls"] = [_call(call) for call in calls]
     return message
 
 
 def _call(call: Mapping[str, Any]) -> dict[str, Any]:
-    """A tool call whose arguments are an object: OpenAI writes them as JSON, templates expect what it means."""
+    """Parse the arguments of a tool call: OpenAI writes them as JSON text, templates expect an object."""
     inner = call.get("function")
     if isinstance(inner, Mapping):
         return {**call, "function": _call(inner)}
@@ -172,9 +174,9 @@ def _tools(row: Mapping[str, Any], place: str) -> list[Any] | None:
         try:
             tools = json.loads(tools) if tools.strip() else None
         except ValueError:
-            raise DataError(f"{place}: 'tools' must be a list of functions, got {shown(tools)}") from None
+            raise DataError(f"{place}: 'tools' must be a list of functions (got {shown(tools)}).") from None
     if tools is not None and not isinstance(tools, list):
-        raise DataError(f"{place}: 'tools' must be a list of functions, got {shown(tools)}")
+        raise DataError(f"{place}: 'tools' must be a list of functions (got {shown(tools)}).")
     return tools or None
 
 

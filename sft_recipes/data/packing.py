@@ -1,4 +1,4 @@
-"""Which pieces of which documents make up each sequence. Works on lengths alone."""
+"""Assign pieces of documents to sequences, given only their lengths in tokens."""
 
 from bisect import bisect_left, insort
 from collections import defaultdict
@@ -12,7 +12,7 @@ Ints = NDArray[np.int64]
 
 
 class Layout(NamedTuple):
-    """Pieces in the order in which they stand: of which document, from its token `start` up to `end`, in which sequence."""
+    """Pieces in order: tokens [start, end) of `document`, placed in `sequence`; shapes (pieces,)."""
 
     document: Ints
     start: Ints
@@ -21,43 +21,43 @@ class Layout(NamedTuple):
 
 
 def one_each(lengths: Sequence[int] | Ints) -> Layout:
-    """Each document alone."""
+    """Put each document in its own sequence."""
     every = np.arange(len(lengths))
     return Layout(every, np.zeros_like(every), np.asarray(lengths, dtype=np.int64), every)
 
 
 def best_fit_decreasing(lengths: Sequence[int] | Ints, capacity: int) -> Layout:
-    """Whole documents, longest first, each into the fullest sequence that still has room for it.
+    """Put whole documents, longest first, into the fullest sequence that still has space for them.
 
-    Johnson, Near-optimal bin packing algorithms (1973). Sequences with the same room left are interchangeable, so they
-    are kept by room, of which there are at most `capacity` values. Sequences are numbered, and documents stand in them,
-    by the order in which the documents came. Raises ValueError for a document longer than `capacity`.
+    Best-fit decreasing (Johnson, Near-optimal bin packing algorithms, 1973). Sequences with the same free space are
+    interchangeable, so they are indexed by free space, which has at most `capacity` values. Sequences, and documents
+    within them, keep the order of the input. Raises ValueError if a document is longer than `capacity`.
     """
     sizes = np.asarray(lengths, dtype=np.int64)
     order = np.argsort(-sizes, kind="stable")
     if len(sizes) and sizes[order[0]] > capacity:
-        raise ValueError(f"document {order[0]} has {sizes[order[0]]} tokens, more than a sequence of {capacity}")
+        raise ValueError(f"document {order[0]} has {sizes[order[0]]} tokens, more than the capacity {capacity}")
     opened = 0
-    with_room: defaultdict[int, list[int]] = defaultdict(list)  # room -> sequences
-    rooms: list[int] = []  # the keys of with_room that are not empty, ascending
-    chosen = []
+    by_space: defaultdict[int, list[int]] = defaultdict(list)  # free space -> sequences
+    spaces: list[int] = []  # free spaces of at least one sequence, ascending
+    assigned = []
     for length in sizes[order].tolist():
-        at = bisect_left(rooms, length)
-        if at < len(rooms):
-            room = rooms[at]
-            sequence = with_room[room].pop()
-            if not with_room[room]:
-                del rooms[at]
+        at = bisect_left(spaces, length)
+        if at < len(spaces):
+            space = spaces[at]
+            sequence = by_space[space].pop()
+            if not by_space[space]:
+                del spaces[at]
         else:
-            room, sequence = capacity, opened
+            space, sequence = capacity, opened
             opened += 1
-        if left := room - length:
-            if not with_room[left]:
-                insort(rooms, left)
-            with_room[left].append(sequence)
-        chosen.append(sequence)
+        if left := space - length:
+            if not by_space[left]:
+                insort(spaces, left)
+            by_space[left].append(sequence)
+        assigned.append(sequence)
     sequence_of = np.empty(len(sizes), dtype=np.int64)
-    sequence_of[order] = chosen
+    sequence_of[order] = assigned
     _, first, number = np.unique(sequence_of, return_index=True, return_inverse=True)
     sequence_of = np.argsort(np.argsort(first))[number]  # by the first document in each
     by_sequence = np.argsort(sequence_of, kind="stable")
@@ -65,7 +65,7 @@ def best_fit_decreasing(lengths: Sequence[int] | Ints, capacity: int) -> Layout:
 
 
 def wrapped(lengths: Sequence[int] | Ints, capacity: int) -> Layout:
-    """Documents one after the other, cut every `capacity` tokens; the last sequence may be shorter."""
+    """Concatenate the documents and cut every `capacity` tokens; the last sequence may be shorter."""
     ends = np.cumsum(np.asarray(lengths, dtype=np.int64))
     total = int(ends[-1]) if len(ends) else 0
     begins = np.union1d((ends - lengths)[np.asarray(lengths) > 0], np.arange(0, total, capacity))
@@ -75,7 +75,7 @@ def wrapped(lengths: Sequence[int] | Ints, capacity: int) -> Layout:
 
 
 def split(lengths: Sequence[int] | Ints, capacity: int) -> Layout:
-    """Each document alone, in as few pieces of at most `capacity` tokens as it takes, all about as long."""
+    """Split each document into the fewest pieces of at most `capacity` tokens, of about equal length."""
     sizes = np.asarray(lengths, dtype=np.int64)
     pieces = -(-sizes // capacity)
     document = np.repeat(np.arange(len(sizes)), pieces)

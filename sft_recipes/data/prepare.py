@@ -1,7 +1,7 @@
-"""The way of the data: sources → examples → text → documents of token ids → sequences, and an account of every one."""
+"""Run the data pipeline: sources → examples → text → tokenized documents → sequences, with statistics."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +17,13 @@ from sft_recipes.data.tokenising import Tokenised, tokenise_all
 from sft_recipes.data.tokens import Encoder, LightTokenizer
 from sft_recipes.data.ways import refuse_two_templates, way_of
 from sft_recipes.errors import DataError, ModelError
+from sft_recipes.recipe import model_files
 from sft_recipes.recipe.schema import Data, Recipe
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Messages up to an assistant's turn, and the token ids that were trained as its prompt."""
+    """Messages before an assistant turn, and the token ids of their prompt in training."""
 
     messages: list[dict[str, Any]]
     ids: list[int]
@@ -30,115 +31,135 @@ class Prompt:
 
 @dataclass
 class Prepared:
-    """All that is trained and validated on."""
+    """Training and evaluation data."""
 
     train: Sequences
     eval: Sequences | None
-    chat_template: str | None  # for the exported tokenizer; None: the tokenizer keeps what it has
-    stops: list[int]  # tokens that end the documents, the most frequent first
-    prompt: Prompt | None  # one that was trained on, to check the chat template with
-    share: float  # of the training rows that were read; below 1 where time ran out
-    warnings: list[str]  # of data that trains well, and teaches something else than was wanted; lines begin with a key
+    chat_template: str | None  # for the exported tokenizer; None keeps its own
+    stops: list[int]  # EOS tokens of the documents, most frequent first
+    prompt: Prompt | None  # a prompt as trained, to verify the chat template
+    share: float  # fraction of the training rows that was read; below 1 if time ran out
+    warnings: list[str]  # each begins with a recipe key
 
     def as_dict(self) -> dict[str, Any]:
-        return {"train": self.train.account.as_dict(), "eval": self.eval.account.as_dict() if self.eval else None}
+        return {"train": self.train.stats.as_dict(), "eval": self.eval.stats.as_dict() if self.eval else None}
 
     def lines(self) -> list[str]:
-        return self.train.account.lines("train") + (self.eval.account.lines("eval") if self.eval else [])
+        return self.train.stats.lines("train") + (self.eval.stats.lines("eval") if self.eval else [])
 
 
 def prepare(
     recipe: Recipe, tokenizer: LightTokenizer, *, cached: bool = True, seconds: float | None = None
 ) -> Prepared:
-    """Everything from files to sequences. Raises DataError with a line for each of the first problems.
+    """Build training and evaluation sequences. Raises DataError with one line per problem.
 
-    `cached` takes tokenised sources from the cache, and puts them there. `seconds` ends the tokenising of each source
-    after that time: what is prepared then is a sample, its first rows.
+    `cached` reads and writes the tokenization cache. `seconds` limits the time to tokenize each source; only the rows
+    read until then are used.
     """
     data, rng = recipe.data, np.random.default_rng(recipe.train.seed)
     # Rows
     opened = open_all(data)
-    firsts = {rows.format or "": first for rows, first in reversed(opened)}
-    refuse_two_templates(data, firsts)
+    first_of = {rows.format or "": first for rows, first in reversed(opened)}
+    refuse_two_templates(data, first_of)
 
     # Text and tokens
     with _said_of(recipe.model.name):
         encoder = Encoder(tokenizer)
-        ways = {found: way_of(data, found, first, tokenizer, encoder) for found, first in firsts.items()}
-        tokenised = tokenise_all(opened, data, ways, encoder, tokenizer, cached=cached, seconds=seconds)
+        renderers = {format: way_of(data, format, first, tokenizer, encoder) for format, first in first_of.items()}
+        tokenized = tokenise_all(opened, data, renderers, encoder, tokenizer, cached=cached, seconds=seconds)
 
-    # Which rows for what
+    # Train and eval split
     weights = [source.weight for source in train_sources(data)]
-    train, held_out = tokenised[: len(weights)], tokenised[len(weights) :]
-    choice = choosing.choose(_sizes(train), weights, _sizes(held_out), data, rng)
+    train, evaluation = tokenized[: len(weights)], tokenized[len(weights) :]
+    selection = choosing.choose(_sizes(train), weights, _sizes(evaluation), data, rng)
 
     # Sequences
-    trained = _chosen(train, choice.train, _sizes(train), choice.set_aside)
-    train_sequences = lay_out(trained, data, rng if data.shuffle else None)
-    if not train_sequences.account.trained_tokens:
-        raise DataError("data.train: no token of the whole data set is trained on; check data.format and data.train_on")
+    train_rows = _chosen(train, selection.train, _sizes(train), selection.held_out)
     if isinstance(data.eval, float):
-        validated = _chosen(train, choice.eval, choice.set_aside)
+        eval_rows = _chosen(train, selection.eval, selection.held_out)
     else:
-        validated = _chosen(held_out, choice.eval, _sizes(held_out))
-    validated = [each for each in validated if each.account.read]
-    eval_sequences = lay_out(validated, data, None) if validated else None
-    if eval_sequences is not None and not eval_sequences.account.trained_tokens:
-        raise DataError("data.eval: no token of the validation rows is trained on; validation would be empty")
+        eval_rows = _chosen(evaluation, selection.eval, _sizes(evaluation))
+    eval_rows = [selected for selected in eval_rows if selected.stats.rows_read]
+    sufficient = _sufficient_length([*train_rows, *eval_rows], recipe.model.name)
+    train_sequences = lay_out(train_rows, data, rng if data.shuffle else None, sufficient)
+    if not train_sequences.stats.trained_tokens:
+        raise DataError(
+            "data.train: no trained tokens in the dataset (all labels are masked). Check data.format and data.train_on."
+        )
+    eval_sequences = lay_out(eval_rows, data, None, sufficient) if eval_rows else None
+    if eval_sequences is not None and not eval_sequences.stats.trained_tokens:
+        raise DataError(
+            "data.eval: no trained tokens in the evaluation rows (all labels are masked). "
+            "Check their format, or set data.eval: null."
+        )
 
-    # What it would teach
-    warnings = [line for way in ways.values() for line in faults.another_template(way, recipe.model.name, tokenizer)]
+    # Warnings
+    warnings = [
+        line
+        for renderer in renderers.values()
+        for line in faults.another_template(renderer, recipe.model.name, tokenizer)
+    ]
     warnings += faults.without_end(train_sequences)
     if eval_sequences is not None:
         warnings += faults.overlap(train_sequences, eval_sequences, data)
 
-    stops = [each.documents.stops[some] for each, some in zip(train, choice.train, strict=True)]
-    spoken = next((each for each in train if each.way.chat_source is not None), None)
+    stops = [source.documents.stops[rows] for source, rows in zip(train, selection.train, strict=True)]
+    chat = next((source for source in train if source.renderer.chat_source is not None), None)
     return Prepared(
         train_sequences,
         eval_sequences,
-        spoken.way.chat_source if spoken else None,
+        chat.renderer.chat_source if chat else None,
         _most_frequent_first(np.concatenate(stops)),
-        _trained_prompt(spoken, data, encoder, tokenizer) if spoken else None,
-        sum(_sizes(train)) / sum(each.total for each in train),
+        _trained_prompt(chat, data, encoder, tokenizer) if chat else None,
+        sum(_sizes(train)) / sum(source.total for source in train),
         warnings,
     )
 
 
 @contextmanager
 def _said_of(model: str) -> Iterator[None]:
-    """What is wrong with a tokenizer names the model that it is of."""
+    """Prefix errors of the tokenizer with the model's name."""
     try:
         yield
     except ModelError as error:
         raise ModelError(*(f"model.name: {model}: {line}" for line in error.lines)) from None
 
 
-def _sizes(tokenised: Sequence[Tokenised]) -> list[int]:
-    return [len(each.documents) for each in tokenised]
+def _sufficient_length(chosen: Sequence[Chosen], model: str) -> int | None:
+    """Return the smallest `max_length` that fits all rows; None if the model's context is shorter."""
+    longest = max(int(np.diff(selected.documents.offsets)[selected.rows].max(initial=0)) for selected in chosen)
+    with suppress(ModelError):
+        folder = model_files.directory(model)
+        context = model_files.positions(model_files.config(folder)) if folder else None
+        return longest if context is None or longest <= context else None
+    return longest
+
+
+def _sizes(tokenized: Sequence[Tokenised]) -> list[int]:
+    return [len(source.documents) for source in tokenized]
 
 
 def fingerprints(recipe: Recipe) -> dict[str, str]:
-    """SHA-256 of every source's content."""
-    found = {}
-    for each, splits in with_splits(recipe.data):
-        found[each.path] = sources.fingerprint(each.path, each.name, splits)
+    """Return the SHA-256 of the content of every source, by path."""
+    hashes = {}
+    for source, splits in with_splits(recipe.data):
+        hashes[source.path] = sources.fingerprint(source.path, source.name, splits)
     if isinstance(recipe.eval.generate, str):
-        found[recipe.eval.generate] = sources.fingerprint(recipe.eval.generate)
-    return found
+        hashes[recipe.eval.generate] = sources.fingerprint(recipe.eval.generate)
+    return hashes
 
 
 def _chosen(
-    tokenised: Sequence[Tokenised], rows: Sequence[Ints], read: Sequence[int], set_aside: Sequence[int] = ()
+    tokenized: Sequence[Tokenised], rows: Sequence[Ints], rows_read: Sequence[int], held_out: Sequence[int] = ()
 ) -> list[Chosen]:
-    """Rows of each source, chosen from as many as were `read` and not `set_aside`, with an account to be filled."""
+    """Combine the selected rows of each source with its documents and new statistics."""
     chosen = []
-    for each, some, there, aside in zip(tokenised, rows, read, set_aside or [0] * len(rows), strict=True):
-        account = SourceAccount(each.rows.source.path, each.rows.format or "", each.way.name, there, aside)
-        account.not_chosen = there - aside - len(np.unique(some))
-        if each.total > len(each.documents):
-            account.sampled = f"of the first {len(each.documents):,} of about {each.total:,}"
-        chosen.append(Chosen(each.documents, some, account, each.rows.places))
+    for source, selected, read, held in zip(tokenized, rows, rows_read, held_out or [0] * len(rows), strict=True):
+        stats = SourceAccount(source.rows.source.path, source.rows.format or "", source.renderer.name, read, held)
+        stats.not_sampled = read - held - len(np.unique(selected))
+        if source.total > len(source.documents):
+            stats.sampled = f"the first {len(source.documents):,} of about {source.total:,}"
+        chosen.append(Chosen(source.documents, selected, stats, source.rows.places))
     return chosen
 
 
@@ -147,20 +168,19 @@ def _most_frequent_first(stops: Ints) -> list[int]:
     return [int(stop) for stop in values[np.argsort(-counts, kind="stable")]]
 
 
-def _trained_prompt(tokenised: Tokenised, data: Data, encoder: Encoder, tokenizer: LightTokenizer) -> Prompt | None:
-    """A plain prompt as it is trained on: a made-up one, or where the template wants another kind that of the first row."""
+def _trained_prompt(source: Tokenised, data: Data, encoder: Encoder, tokenizer: LightTokenizer) -> Prompt | None:
+    """Encode a prompt as in training: "Hello", or the first row's if the template rejects that."""
     completion = data.model_copy(update={"train_on": "completion"})
-    found, first = tokenised.rows.format or "", tokenised.first
-    way = way_of(completion, found, first, tokenizer, encoder)
-    made_up = Example("", [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}])
-    for example in (made_up, first):
+    renderer = way_of(completion, source.rows.format or "", source.first, tokenizer, encoder)
+    hello = Example("", [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}])
+    for example in (hello, source.first):
         try:
-            rendered = way.render(example)
+            rendered = renderer.render(example)
             break
         except DataError:
             continue
     else:
-        return None  # its prompts cannot be told from its answers, which only train_on: all does without
+        return None  # prompt and answer cannot be separated, which only train_on: all allows
     ids, trained = encoder.encode([rendered])[0]
     messages = example.messages[:-1]
     return Prompt(

@@ -1,4 +1,4 @@
-"""The prompts of eval.generate, and what is expected of their answers."""
+"""Load the prompts of eval.generate and their expected answers."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,37 +11,37 @@ from sft_recipes.recipe.schema import Data, Prompt, Recipe
 
 @dataclass(frozen=True)
 class Question:
-    """Messages up to the answer, and the right answer where it is known."""
+    """A prompt as messages, and the expected answer if known."""
 
     messages: list[dict[str, Any]]
     expected: str | None
 
     @property
     def text(self) -> str:
-        """What is asked last, for a table."""
+        """Return the last message as text, for tables."""
         last = self.messages[-1]
         return "\n".join(filter(None, [last["content"], last.get("input")]))
 
 
 def questions(recipe: Recipe) -> list[Question]:
-    """`eval.generate`, written in the recipe or read from a file. Its rows are as those of the data, of which the answer is
-    what is expected, or have `prompt`, and `input` and `expected` where they are known, as prompts in a recipe have.
+    """Load `eval.generate` from the recipe or from a file.
 
-    Raises DataError with a line for each of the first rows that are neither.
+    Rows of a file have a format of the training data, whose answer is the expected one, or the columns of a prompt in a
+    recipe: `prompt`, optionally `input` and `expected`. Raises DataError with one line for each of the first invalid rows.
     """
-    wanted = recipe.eval.generate
-    if not isinstance(wanted, str):
-        return [_of_prompt(Prompt(prompt=each) if isinstance(each, str) else each) for each in wanted]
-    found, problems = list[Question](), list[str]()
-    for row in sources.read(wanted):
+    generate = recipe.eval.generate
+    if not isinstance(generate, str):
+        return [_of_prompt(Prompt(prompt=prompt) if isinstance(prompt, str) else prompt) for prompt in generate]
+    loaded, problems = list[Question](), list[str]()
+    for row in sources.read(generate):
         try:
-            found += _of_row(row, recipe.data)
+            loaded += _of_row(row, recipe.data)
         except DataError as error:
             problems += error.lines
     reading.raise_all(problems)
-    if not found:
-        raise DataError(f"{wanted}: no rows")
-    return found
+    if not loaded:
+        raise DataError(f"{generate}: the source contains no rows.")
+    return loaded
 
 
 def _of_prompt(prompt: Prompt) -> Question:
@@ -59,20 +59,20 @@ def _of_row(row: sources.Row | DataError, data: Data) -> Iterator[Question]:
         raise DataError(formats.unknown(row.values, data.columns, row.place))
     messages = formats.to_example(row.values, format, data.columns, row.place).messages
     if not messages:
-        raise DataError(f"{row.place}: eval.generate needs prompts, and this is plain text; expected a column 'prompt'")
+        raise DataError(f"{row.place}: eval.generate needs prompts (got plain text). Add a column 'prompt'.")
     answered = messages[-1]["role"] == "assistant"
-    asked, answer = (messages[:-1], messages[-1]["content"]) if answered else (messages, "")
-    if not asked:
-        raise DataError(f"{row.place}: eval.generate needs a prompt before the answer")
-    yield Question(asked, answer if answer.strip() else None)
+    prompt, answer = (messages[:-1], messages[-1]["content"]) if answered else (messages, "")
+    if not prompt:
+        raise DataError(f"{row.place}: eval.generate needs a prompt before the answer. Add a user message.")
+    yield Question(prompt, answer if answer.strip() else None)
 
 
 def _prompt(row: sources.Row) -> Prompt:
-    """A row written as a prompt in a recipe; null is left out, as tables have it where other rows have a value."""
+    """Convert a row with the columns of a prompt in a recipe; nulls, which tables contain, are ignored."""
     values = {name: value for name, value in row.values.items() if value is not None}
     for name, value in values.items():
         if name not in Prompt.model_fields:
-            raise DataError(f"{row.place}: a prompt has no '{name}'; expected {', '.join(Prompt.model_fields)}")
+            raise DataError(f"{row.place}: unknown column '{name}' (expected {', '.join(Prompt.model_fields)}).")
         if not isinstance(value, str):
-            raise DataError(f"{row.place}: '{name}' must be text, got {shown(value)}")
+            raise DataError(f"{row.place}: '{name}' must be text (got {shown(value)}).")
     return Prompt(**values)

@@ -1,4 +1,4 @@
-"""Sources opened, and their rows as examples: what is trained on, before it is text."""
+"""Read sources and convert rows to examples."""
 
 import time
 from collections.abc import Collection, Iterator, Sequence
@@ -9,36 +9,36 @@ from sft_recipes.data.formats import Example
 from sft_recipes.errors import DataError
 from sft_recipes.recipe.schema import Data, Source, WeightedSource
 
-_SHOWN = 20  # problems of the data that are listed; the rest are counted
+_SHOWN = 20  # problems that are listed; the rest are counted
 
 
 def train_sources(data: Data) -> list[WeightedSource]:
-    """The sources of training rows."""
+    """Return the sources of training rows."""
     listed = [data.train] if isinstance(data.train, str) else data.train
     return [WeightedSource(path=source) if isinstance(source, str) else source for source in listed]
 
 
 def eval_sources(data: Data) -> list[Source]:
-    """The source of validation rows; none where they are set aside from the training rows."""
+    """Return the sources of evaluation rows; none if those are held out of the training rows."""
     if isinstance(data.eval, str):
         return [Source(path=data.eval)]
     return [data.eval] if isinstance(data.eval, Source) else []
 
 
 def every_source(data: Data) -> list[Source]:
-    """The sources of training and validation rows."""
+    """Return the sources of training and evaluation rows."""
     return [*train_sources(data), *eval_sources(data)]
 
 
 def with_splits(data: Data) -> list[tuple[Source, tuple[str, ...]]]:
-    """Every source with the splits of a hub data set that are meant by it."""
+    """Return every source with the splits to look for if it is a Hub dataset."""
     train: list[Source] = list(train_sources(data))
-    usual = [(train, sources.TRAIN), (eval_sources(data), sources.HELD_OUT)]
-    return [(source, (source.split,) if source.split else splits) for listed, splits in usual for source in listed]
+    defaults = [(train, sources.TRAIN), (eval_sources(data), sources.HELD_OUT)]
+    return [(source, (source.split,) if source.split else splits) for listed, splits in defaults for source in listed]
 
 
 class Rows:
-    """The examples of one source. What is wrong with the other rows is found in `problems` afterwards."""
+    """Iterable over the valid examples of one source; afterwards `problems` describes the invalid rows."""
 
     def __init__(self, source: Source, data: Data, splits: tuple[str, ...]) -> None:
         self.source, self.splits = source, splits
@@ -47,9 +47,9 @@ class Rows:
         self.problems: list[str] = []
 
     def __iter__(self) -> Iterator[Example]:
-        nothing, good = True, False
+        empty, any_valid = True, False
         for row in sources.read(self.source.path, self.source.name, self.splits):
-            nothing = False
+            empty = False
             try:
                 if isinstance(row, DataError):
                     raise row
@@ -61,22 +61,22 @@ class Rows:
                 example = formats.to_example(row.values, self.format, self.columns, row.place)
             except DataError as error:
                 self.problems += error.lines
-                if not good and len(self.problems) >= _SHOWN:
-                    return  # the others will be no better
+                if not any_valid and len(self.problems) >= _SHOWN:
+                    return  # the other rows are likely invalid too
             else:
-                good = True
+                any_valid = True
                 yield example
-        if nothing:
-            raise DataError(f"{self.source.path}: no rows")
+        if empty:
+            raise DataError(f"{self.source.path}: the source contains no rows.")
 
     def places(self, numbers: Collection[int]) -> dict[int, str]:
-        """`file:line` of examples, counted from 0."""
+        """Return `file:line` of rows, numbered from 0."""
         rows = islice(sources.read(self.source.path, self.source.name, self.splits), max(numbers) + 1)
         return {n: row.place for n, row in enumerate(rows) if n in numbers and isinstance(row, sources.Row)}
 
 
 def open_all(data: Data) -> list[tuple[Rows, Example]]:
-    """Every source with its first example, by which its format is known."""
+    """Open every source and detect its format from its first example, which is returned too."""
     opened = []
     problems: list[str] = []
     for source, splits in with_splits(data):
@@ -94,16 +94,19 @@ def open_all(data: Data) -> list[tuple[Rows, Example]]:
     used = {name for rows, _ in opened for name in formats.columns_of(rows.format or "")}
     known = {
         name for format in formats.NEEDS for name in formats.columns_of(format)
-    }  # of others, the recipe's check tells
+    }  # unknown names are reported by the validation of the recipe
     if opened and (unused := [name for name in data.columns if name in known - used]):
-        found = " and ".join(sorted({rows.format or "" for rows, _ in opened}))
-        problems.append(f"data.columns: no source has use for '{unused[0]}': the rows were read as {found}")
+        detected = " and ".join(sorted({rows.format or "" for rows, _ in opened}))
+        problems.append(
+            f"data.columns: '{unused[0]}' is not a column of the format of any source (got {detected}). "
+            "Remove it, or set data.format."
+        )
     raise_all(problems)
     return opened
 
 
 def read(source: Source, data: Data) -> list[Example]:
-    """Examples of one source. Raises DataError with a line for each of the first rows that cannot be read."""
+    """Return all examples of a source. Raises DataError with one line for each of the first invalid rows."""
     rows = Rows(source, data, sources.TRAIN)
     examples = list(rows)
     raise_all(rows.problems)
@@ -111,7 +114,7 @@ def read(source: Source, data: Data) -> list[Example]:
 
 
 def look_through(source: Source, data: Data, seconds: float) -> tuple[int, int]:
-    """How many rows of a source can be read in that time, and about how many there are. Raises DataError as `read`."""
+    """Read rows for at most `seconds`; returns the rows read and the approximate total. Raises DataError."""
     rows, deadline = Rows(source, data, sources.TRAIN), time.monotonic() + seconds
     number, cut_short = 0, False
     for _ in rows:
@@ -123,7 +126,7 @@ def look_through(source: Source, data: Data, seconds: float) -> tuple[int, int]:
 
 
 def raise_all(problems: Sequence[str]) -> None:
-    """Raise DataError with the first of the problems, if there are any."""
+    """Raise DataError with the first problems, if there are any."""
     if problems:
-        more = [f"... and {len(problems) - _SHOWN:,} more rows like these"] if len(problems) > _SHOWN else []
+        more = [f"... and {len(problems) - _SHOWN:,} more rows with errors."] if len(problems) > _SHOWN else []
         raise DataError(*problems[:_SHOWN], *more)

@@ -1,4 +1,4 @@
-"""From documents to the sequences that are trained on: what fits, what is packed together, and the account of it."""
+"""Build training sequences from documents: apply max_length, pack, and count what was dropped."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,24 +17,27 @@ from sft_recipes.recipe.schema import Data
 if TYPE_CHECKING:
     import pyarrow
 
-IGNORED = -100  # the label of a token that is not trained on, as torch's cross entropy has it
-_BATCH = 4096  # sequences that are put together at once
+IGNORED = -100  # label of a token that is not in the loss; the default of torch's cross entropy
+_BATCH = 4096  # sequences per record batch
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """Rows of one source, ascending; a row that stands there twice is seen twice."""
+    """Selected rows of one source, ascending; a repeated row is trained repeatedly."""
 
     documents: Documents
     rows: Ints
-    account: SourceAccount
-    places: Callable[[Collection[int]], dict[int, str]]  # file:line of rows
+    stats: SourceAccount
+    places: Callable[[Collection[int]], dict[int, str]]  # row number -> file:line
 
 
 @dataclass
 class Sequences:
-    """Pieces of documents laid out in sequences: piece p is ids[start[p]:end[p]] of the documents of its source, and
-    sequence s the pieces from bounds[s] up to bounds[s + 1]."""
+    """Sequences of pieces of documents, as indices.
+
+    Piece p is ids[start[p]:end[p]] of the documents of source[p]; sequence s consists of pieces bounds[s] to
+    bounds[s + 1] - 1.
+    """
 
     chosen: Sequence[Chosen]
     source: Ints
@@ -42,43 +45,43 @@ class Sequences:
     start: Ints
     end: Ints
     bounds: Ints
-    account: Account
-    isolated: bool  # documents in one sequence do not see each other
+    stats: Account
+    isolated: bool  # documents in one sequence do not attend to each other
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
 
     def table(self) -> "pyarrow.Table":
-        """One row a sequence: input_ids, labels (not shifted; IGNORED where not trained), seq_lengths.
+        """Return one row per sequence: input_ids, labels (not shifted; IGNORED if not trained), seq_lengths.
 
-        `seq_lengths` are the lengths of what sees itself alone: the documents, or the whole sequence. The first token of
-        each has no context within it, so it is not trained on.
+        `seq_lengths` are the lengths of the attention segments: the documents, or the whole sequence. The first token of a
+        segment has no context, so its label is IGNORED.
         """
         import pyarrow
 
         return pyarrow.Table.from_batches(self._batches())
 
     def mean_document(self) -> float:
-        """Length in tokens of what sees itself alone, as a token meets it: of all tokens the mean length of theirs."""
+        """Return the mean attention segment length in tokens, averaged over tokens."""
         lengths = (self.end - self.start).astype(np.float64)
         if not self.isolated:
             lengths = np.diff(np.concatenate([[0.0], np.cumsum(lengths)])[self.bounds])
         return float((lengths**2).sum() / max(lengths.sum(), 1.0))
 
     def __getitem__(self, sequence: int) -> dict[str, list[int]]:
-        """One row of the table."""
+        """Return one row of the table."""
         if not 0 <= sequence < len(self):
             raise IndexError(sequence)
         columns = self._columns(sequence, sequence + 1)
         return {name: values.tolist() for name, (values, _) in columns.items()}
 
     def places(self, numbers: Iterable[int]) -> list[dict[int, str]]:
-        """`file:line` of all documents in these sequences, by source and row; each file is read once."""
-        wanted: list[set[int]] = [set() for _ in self.chosen]
+        """Return per source the `file:line` of all rows in these sequences; each file is read once."""
+        rows_of: list[set[int]] = [set() for _ in self.chosen]
         for number in numbers:
             for piece in range(int(self.bounds[number]), int(self.bounds[number + 1])):
-                wanted[int(self.source[piece])].add(int(self.row[piece]))
-        return [each.places(rows) if rows else {} for each, rows in zip(self.chosen, wanted, strict=True)]
+                rows_of[int(self.source[piece])].add(int(self.row[piece]))
+        return [source.places(rows) if rows else {} for source, rows in zip(self.chosen, rows_of, strict=True)]
 
     def _batches(self) -> Iterator["pyarrow.RecordBatch"]:
         import pyarrow
@@ -92,7 +95,7 @@ class Sequences:
             yield pyarrow.record_batch(arrays, names=list(columns))
 
     def _columns(self, first: int, last: int) -> dict[str, tuple[NDArray[np.int32], Ints]]:
-        """Columns of the sequences from `first` up to `last`: values end to end, and where each sequence begins."""
+        """Return name -> (concatenated values, offsets of the sequences) for sequences `first` to `last` - 1."""
         bounds = self.bounds[first : last + 1]
         pieces = slice(int(bounds[0]), int(bounds[-1]))
         bounds = bounds - bounds[0]
@@ -104,10 +107,10 @@ class Sequences:
         ids = np.concatenate([documents.ids[begin:end] for documents, begin, end in parts])
         trained = np.concatenate([documents.trained[begin:end] for documents, begin, end in parts])
         offsets = np.concatenate([[0], np.cumsum(self.end[pieces] - self.start[pieces])])
-        alone = np.arange(len(offsets)) if self.isolated else bounds  # what sees itself alone
+        segments = np.arange(len(offsets)) if self.isolated else bounds  # attention segments
         labels = np.where(trained, ids, np.int32(IGNORED))
-        labels[offsets[alone[:-1]]] = IGNORED
-        lengths = np.diff(offsets[alone]).astype(np.int32)
+        labels[offsets[segments[:-1]]] = IGNORED
+        lengths = np.diff(offsets[segments]).astype(np.int32)
         per_sequence = bounds if self.isolated else np.arange(len(bounds))
         return {
             "input_ids": (ids, offsets[bounds]),
@@ -116,27 +119,29 @@ class Sequences:
         }
 
 
-def lay_out(chosen: Sequence[Chosen], data: Data, rng: np.random.Generator | None) -> Sequences:
-    """Documents into sequences, in the order of `rng`, or as they come. Fills the accounts.
+def lay_out(
+    chosen: Sequence[Chosen], data: Data, rng: np.random.Generator | None, sufficient: int | None = None
+) -> Sequences:
+    """Build sequences from documents, shuffled by `rng` if given, and fill in the statistics.
 
-    Raises DataError where rows are too long and `overlong` is `error`.
+    Raises DataError if rows are too long and `overlong` is `error`; it recommends the `max_length` that is `sufficient`.
     """
     isolated = not data.cross_document_attention
-    account = Account([each.account for each in chosen], packing=data.packing, max_length=data.max_length)
+    totals = Account([selected.stats for selected in chosen], packing=data.packing, max_length=data.max_length)
     _look_at(chosen)
-    # Whatever is cut is cut from these: stretches of tokens, by the document they come from.
-    source = np.repeat(np.arange(len(chosen)), [len(each.rows) for each in chosen])
-    row = np.concatenate([each.rows for each in chosen])
-    start = np.concatenate([each.documents.offsets[each.rows] for each in chosen])
-    end = np.concatenate([each.documents.offsets[each.rows + 1] for each in chosen])
+    # The tokens [start, end) of every selected document; they are truncated, split and dropped below.
+    source = np.repeat(np.arange(len(chosen)), [len(selected.rows) for selected in chosen])
+    row = np.concatenate([selected.rows for selected in chosen])
+    start = np.concatenate([selected.documents.offsets[selected.rows] for selected in chosen])
+    end = np.concatenate([selected.documents.offsets[selected.rows + 1] for selected in chosen])
     document = np.arange(len(row))
     over = (end - start > data.max_length) & (data.packing != "wrapped" or data.overlong in ("drop", "truncate"))
     if over.any():
         if data.overlong == "error":
-            raise DataError(_overlong_message(chosen, source, row, end - start, over, data.max_length))
+            raise DataError(_overlong_message(chosen, source, row, start, end, data.max_length, sufficient))
         if data.overlong == "drop":
-            for number, each in enumerate(chosen):
-                each.account.dropped["overlong"] = int((over & (source == number)).sum())
+            for number, selected in enumerate(chosen):
+                selected.stats.dropped["overlong"] = int((over & (source == number)).sum())
             document, start, end = document[~over], start[~over], end[~over]
         elif data.overlong == "truncate":
             end = np.minimum(end, start + data.max_length)
@@ -145,21 +150,21 @@ def lay_out(chosen: Sequence[Chosen], data: Data, rng: np.random.Generator | Non
             document = pieces.document
             start, end = start[document] + pieces.start, start[document] + pieces.end
 
-    # A piece without a trained token teaches nothing; its first token is never predicted.
-    teaches = _trained(chosen, source[document], start + 1, end) > 0
-    document, start, end = document[teaches], start[teaches], end[teaches]
+    # Drop pieces without a trained token. The first token of a piece is never predicted.
+    useful = _trained(chosen, source[document], start + 1, end) > 0
+    document, start, end = document[useful], start[useful], end[useful]
     kept = np.unique(document)
-    for number, each in enumerate(chosen):
-        mine = kept[source[kept] == number]
-        each.account.kept = len(mine)
-        each.account.dropped["no trained token"] = each.account.rows - len(mine) - each.account.dropped["overlong"]
-        each.account.dropped = +each.account.dropped  # without what is 0
-        cut = int(over[mine].sum())
-        each.account.truncated_rows = cut if data.overlong == "truncate" else 0
-        each.account.split_rows = cut if data.overlong == "split" else 0
-        offsets, rows = each.documents.offsets, row[mine]
-        whole = int((offsets[rows + 1] - offsets[rows]).sum())
-        each.account.cut_tokens = whole - int((end - start)[source[document] == number].sum())
+    for number, selected in enumerate(chosen):
+        stats, of_source = selected.stats, kept[source[kept] == number]
+        stats.kept = len(of_source)
+        stats.dropped["no trained token"] = stats.rows - len(of_source) - stats.dropped["overlong"]
+        stats.dropped = +stats.dropped  # removes zeros
+        overlong = int(over[of_source].sum())
+        stats.truncated_rows = overlong if data.overlong == "truncate" else 0
+        stats.split_rows = overlong if data.overlong == "split" else 0
+        offsets, rows = selected.documents.offsets, row[of_source]
+        total = int((offsets[rows + 1] - offsets[rows]).sum())
+        stats.dropped_tokens = total - int((end - start)[source[document] == number].sum())
 
     if rng is not None:
         order = rng.permutation(len(document))
@@ -175,68 +180,81 @@ def lay_out(chosen: Sequence[Chosen], data: Data, rng: np.random.Generator | Non
         document[layout.document], start[layout.document] + layout.start, start[layout.document] + layout.end,
     )  # fmt: skip
     bounds = np.append(np.flatnonzero(np.diff(layout.sequence, prepend=-1)), len(layout.sequence))
-    sequences = Sequences(chosen, source[document], row[document], start, end, bounds, account, isolated)
-    account.sequences = len(sequences)
+    sequences = Sequences(chosen, source[document], row[document], start, end, bounds, totals, isolated)
+    totals.sequences = len(sequences)
     _count(sequences)
     return sequences
 
 
 def _look_at(chosen: Sequence[Chosen]) -> None:
-    """Rows, lengths, empty answers, duplicates: what is to be said of rows before any is left out."""
-    seen = [np.unique(each.rows) for each in chosen]  # a weight is no duplicate
-    digests = np.concatenate([each.documents.digests[rows] for each, rows in zip(chosen, seen, strict=True)])
+    """Count rows, lengths, empty answers, lossy rows and duplicates, before any row is dropped."""
+    distinct = [np.unique(selected.rows) for selected in chosen]  # rows repeated by a weight are not duplicates
+    digests = np.concatenate(
+        [selected.documents.digests[rows] for selected, rows in zip(chosen, distinct, strict=True)]
+    )
     first = np.zeros(len(digests), dtype=bool)
     first[np.unique(digests, return_index=True)[1]] = True
     at = 0
-    for each, rows in zip(chosen, seen, strict=True):
-        each.account.rows = len(each.rows)
-        each.account.lengths = percentiles(np.diff(each.documents.offsets)[each.rows])
-        each.account.empty_answers = int(each.documents.empty[each.rows].sum())
-        each.account.left_out = int(each.documents.left_out[each.rows].sum())
-        each.account.duplicates = int((~first[at : at + len(rows)]).sum())
+    for selected, rows in zip(chosen, distinct, strict=True):
+        stats, documents = selected.stats, selected.documents
+        stats.rows = len(selected.rows)
+        stats.token_lengths = percentiles(np.diff(documents.offsets)[selected.rows])
+        stats.empty_answers = int(documents.empty[selected.rows].sum())
+        stats.lossy_template = int(documents.lossy[selected.rows].sum())
+        stats.duplicates = int((~first[at : at + len(rows)]).sum())
         at += len(rows)
 
 
 def _count(sequences: Sequences) -> None:
-    """Tokens and trained tokens of each source, as the table has them."""
+    """Count the tokens and trained tokens of each source in the sequences."""
     begin = sequences.start.copy()
-    begin[slice(None) if sequences.isolated else sequences.bounds[:-1]] += 1  # the first one's label is IGNORED
+    begin[slice(None) if sequences.isolated else sequences.bounds[:-1]] += 1  # the first label of a segment is IGNORED
     order = np.lexsort((begin, sequences.source))
     trained = np.empty(len(order), dtype=np.int64)
     trained[order] = _trained(sequences.chosen, sequences.source[order], begin[order], sequences.end[order])
-    for number, each in enumerate(sequences.chosen):
-        mine = sequences.source == number
-        each.account.tokens = int((sequences.end - sequences.start)[mine].sum())
-        each.account.trained_tokens = int(trained[mine].sum())
+    for number, selected in enumerate(sequences.chosen):
+        of_source = sequences.source == number
+        selected.stats.tokens = int((sequences.end - sequences.start)[of_source].sum())
+        selected.stats.trained_tokens = int(trained[of_source].sum())
 
 
 def _trained(chosen: Sequence[Chosen], source: Ints, start: Ints, end: Ints) -> Ints:
-    """How many tokens from `start` up to `end` are trained on; ascending within each source."""
+    """Count trained tokens per range [start, end); ranges ascend within each source."""
     counts = np.zeros(len(source), dtype=np.int64)
-    for number, each in enumerate(chosen):
-        mask = each.documents.trained.view(np.int8)
-        some = np.flatnonzero((source == number) & (start < end))
-        if not len(some):
+    for number, selected in enumerate(chosen):
+        mask = selected.documents.trained.view(np.int8)
+        ranges = np.flatnonzero((source == number) & (start < end))
+        if not len(ranges):
             continue
-        last = len(mask) - 1  # reduceat takes no index behind the last; what ends there is made up for
-        edges = np.stack([start[some], np.minimum(end[some], last)], axis=1).ravel()
+        last = len(mask) - 1  # the largest index that reduceat accepts; the last token is added below
+        edges = np.stack([start[ranges], np.minimum(end[ranges], last)], axis=1).ravel()
         sums = np.add.reduceat(mask, edges, dtype=np.int64)[::2]
-        sums[start[some] == last] = 0
-        counts[some] = sums + np.where(end[some] > last, mask[last], 0)
+        sums[start[ranges] == last] = 0
+        counts[ranges] = sums + np.where(end[ranges] > last, mask[last], 0)
     return counts
 
 
 def _overlong_message(
-    chosen: Sequence[Chosen], source: Ints, row: Ints, lengths: Ints, over: NDArray[np.bool_], most: int
+    chosen: Sequence[Chosen], source: Ints, row: Ints, start: Ints, end: Ints, max_length: int, sufficient: int | None
 ) -> str:
+    """Describe the lengths of all rows, and recommend only settings that work."""
+    lengths = end - start
+    over = lengths > max_length
     spread = percentiles(lengths)
     longest = int(np.argmax(lengths))
     [place] = chosen[source[longest]].places([int(row[longest])]).values()
     sampled = "".join(
-        f" ({each.account.sampled} rows of {each.account.path})" for each in chosen if each.account.sampled
+        f"; counted in {selected.stats.sampled} rows of {selected.stats.path}"
+        for selected in chosen
+        if selected.stats.sampled
     )
+    trained = _trained(chosen, source, start + 1, np.minimum(end, start + max_length)) > 0
+    values = [name for name, works in (("drop", trained[~over].any()), ("truncate", trained.any())) if works]
+    remedy = f"data.overlong to {', '.join(values)}{' or ' if values else ''}split"
+    if sufficient is not None:
+        caveat = " (rows that were not counted may be longer)" if sampled else ""
+        remedy = f"data.max_length to at least {sufficient}{caveat}, or {remedy}"
     return (
-        f"data.max_length: {int(over.sum()):,} of {len(lengths):,} rows{sampled} are longer than {most} tokens: half of all "
-        f"have up to {spread['p50']}, 90 % up to {spread['p90']}, 99 % up to {spread['p99']}, the longest {spread['max']} "
-        f"({place}); set data.max_length to one of these, or data.overlong: drop, truncate or split"
+        f"data.max_length: {int(over.sum()):,} of {len(lengths):,} rows exceed {max_length:,} tokens (p50 {spread['p50']:,}, "
+        f"p90 {spread['p90']:,}, p99 {spread['p99']:,}, max {spread['max']:,}; longest: {place}{sampled}). Set {remedy}."
     )

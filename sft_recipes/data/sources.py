@@ -1,4 +1,4 @@
-"""Rows from where the data is: local files of four kinds, files of the project's own, data sets on the hub."""
+"""Iterate over the rows of local files, built-in files and Hub datasets, with their locations."""
 
 import csv
 import glob
@@ -16,43 +16,43 @@ from sft_recipes.errors import DataError, shown
 from sft_recipes.recipe import model_files
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-TRAIN = ("train",)  # of a hub data set's splits, those that are meant where none is named: the first that is there
+TRAIN = ("train",)  # default splits of a Hub dataset; the first one that exists is read
 HELD_OUT = ("validation", "test")
-QUICK = 1 << 28  # bytes that are hashed, or whose lines are counted, in less than a second
-_BEYOND = (
-    "cannot be read as JSON: a number of thousands of digits, or brackets within thousands of others; take them out"
+QUICK = 1 << 28  # bytes that can be hashed, or whose lines can be counted, in less than a second
+_JSON_LIMITS = (
+    "JSON exceeds the parser's limits: numbers of thousands of digits or deeply nested brackets. Remove them."
 )
 BUILTIN = Path(__file__).parent.parent / "builtin"
 
 
-@dataclass(slots=True)  # frozen ones take thrice as long to make
+@dataclass(slots=True)  # creating a frozen dataclass takes three times as long
 class Row:
-    """One row as it was read, and `file:line` (of a table: `file:row N`)."""
+    """One row and its location, `file:line` (tables: `file:row N`)."""
 
     place: str
     values: Mapping[str, Any]
 
 
 def files(path: str) -> list[Path] | None:
-    """The files that `path` (a file, glob or `builtin:` name) means, in order; None where it can only be a hub id.
+    """List the files of `path` (file, directory, glob, `builtin:` name) in order; None for a Hub id.
 
-    Raises DataError where it looks like a file and is none.
+    Raises DataError if `path` cannot be a Hub id and no file matches it.
     """
     if path.startswith("builtin:"):
         found = [BUILTIN / path.removeprefix("builtin:")]
         if not found[0].is_file():
-            shipped = sorted(file.relative_to(BUILTIN).as_posix() for file in BUILTIN.glob("*/*.jsonl"))
+            bundled = sorted(file.relative_to(BUILTIN).as_posix() for file in BUILTIN.glob("*/*.jsonl"))
             raise DataError(
-                f"{path}: no such built-in data; there is {', '.join(f'builtin:{name}' for name in shipped)}"
+                f"{path}: unknown built-in dataset. Choose one of {', '.join(f'builtin:{name}' for name in bundled)}."
             )
         return found
     if reason := model_files.unusable(path):
-        raise DataError(f"{path}: {reason}; expected the path of a file, or a hub id")
+        raise DataError(f"{path}: {reason}. Use the path of a file, or a Hub id.")
     if any(sign in path for sign in "*?[") and not Path(path).exists():
-        found_paths = map(Path, glob.glob(path, recursive=True))  # noqa: PTH207  # absolute ones too
+        found_paths = map(Path, glob.glob(path, recursive=True))  # noqa: PTH207  # Path.glob rejects absolute patterns
         matches = sorted(match for match in found_paths if match.is_file())
         if not matches:
-            raise DataError(f"{path}: no file matches this pattern (working directory {Path.cwd()})")
+            raise DataError(f"{path}: no file matches this pattern (working directory: {Path.cwd()}).")
         return matches
     file = Path(path).expanduser()
     if file.is_file():
@@ -60,15 +60,15 @@ def files(path: str) -> list[Path] | None:
     if file.is_dir():
         inside = sorted(child for child in file.iterdir() if _kind(child))
         if not inside:
-            raise DataError(f"{path}: this directory holds no data files ({', '.join(SUFFIXES)}, each also .gz)")
+            raise DataError(f"{path}: this directory contains no data files ({', '.join(SUFFIXES)}, optionally .gz).")
         return inside
     if _kind(file) or not model_files.could_be_hub_id(path):
-        raise DataError(f"{path}: no such file (working directory {Path.cwd()})")
+        raise DataError(f"{path}: file not found (working directory: {Path.cwd()}).")
     return None
 
 
 def fingerprint(path: str, name: str | None = None, splits: tuple[str, ...] = TRAIN) -> str:
-    """SHA-256 over the content that `path` means, as `read` takes it."""
+    """Return the SHA-256 of the content of `path`: of its files, or of the Arrow buffers of a Hub dataset."""
     digest = hashlib.sha256()
     found = files(path)
     for file in found or []:
@@ -82,12 +82,12 @@ def fingerprint(path: str, name: str | None = None, splits: tuple[str, ...] = TR
 
 
 def state(path: str) -> list[tuple[int, int]]:
-    """Size and time of the last change of the files that `path` means; [] of what is on the hub."""
+    """Return (size in bytes, mtime in ns) of each file of `path`; [] for a Hub dataset."""
     return [(file.stat().st_size, file.stat().st_mtime_ns) for file in files(path) or []]
 
 
 def count(path: str, name: str | None = None, splits: tuple[str, ...] = TRAIN) -> int:
-    """About how many rows there are, without reading them: lines where there are lines."""
+    """Count the rows of `path` without parsing them: approximate for files of lines, exact otherwise."""
     found = files(path)
     if found is None:
         return len(_from_hub(path, name, splits)[0])
@@ -108,33 +108,33 @@ def _count(file: Path) -> int:
         while part := content.read(1 << 20):
             lines += part.count(b"\n")
             read += len(part)
-            if read > QUICK:  # the rest is taken to be like it
+            if read > QUICK:  # extrapolate
                 return int(lines * file.stat().st_size / raw.tell())
         return lines
 
 
 def read(path: str, name: str | None = None, splits: tuple[str, ...] = TRAIN) -> Iterator[Row | DataError]:
-    """The rows of all files that `path` means; a row that cannot be read comes as the error that says why.
+    """Yield the rows of all files of `path`; an invalid row is yielded as the DataError that describes it.
 
-    Of a hub data set, those of its configuration `name` and of the first of `splits` that it has. A file that cannot be
-    read at all raises DataError.
+    Of a Hub dataset, `name` is the configuration, and the first of `splits` that exists is read. Raises DataError if a file
+    cannot be read at all.
     """
     found = files(path)
     if found is None:
         yield from _hub(path, name, splits)
         return
     if name is not None or splits not in (TRAIN, HELD_OUT):
-        raise DataError(f"{path}: name and split choose from a data set on the hub, and this is a file; leave them out")
+        raise DataError(f"{path}: 'name' and 'split' apply only to Hub datasets, and this is a file. Remove them.")
     for file in found:
         kind = _kind(file)
         if kind is None:
-            raise DataError(f"{file}: unknown kind of file; expected {', '.join(SUFFIXES)}, each also .gz")
+            raise DataError(f"{file}: unsupported file type (expected {', '.join(SUFFIXES)}, optionally .gz).")
         if file.stat().st_size == 0:
-            raise DataError(f"{file}: the file is empty; expected rows")
+            raise DataError(f"{file}: the file is empty.")
         try:
             yield from {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}[kind](file)
         except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{file}: cannot be read: {' '.join(str(error).split())}; get the file again") from None
+            raise DataError(f"{file}: cannot read the file: {_one_line(error)}. Download it again.") from None
 
 
 def _kind(file: Path) -> str | None:
@@ -155,11 +155,11 @@ def _jsonl(file: Path) -> Iterator[Row | DataError]:
             try:
                 values = json.loads(line.decode())
             except UnicodeDecodeError:
-                yield DataError(f"{place}: not valid UTF-8; save the file as UTF-8")
+                yield DataError(f"{place}: invalid UTF-8. Save the file as UTF-8.")
             except json.JSONDecodeError as error:
-                yield DataError(f"{place}: not valid JSON: {error.msg} at column {error.colno}")
+                yield DataError(f"{place}:{error.colno}: invalid JSON: {_json_error(error)}.")
             except (ValueError, RecursionError):
-                yield DataError(f"{place}: {_BEYOND}")
+                yield DataError(f"{place}: {_JSON_LIMITS}")
             else:
                 yield _row(place, values)
 
@@ -171,38 +171,38 @@ def _json(file: Path) -> Iterator[Row | DataError]:
         rows = json.loads(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{file}:{line}: not valid UTF-8; save the file as UTF-8") from None
+        raise DataError(f"{file}:{line}: invalid UTF-8. Save the file as UTF-8.") from None
     except json.JSONDecodeError as error:
-        hint = "; a file with one object a line is .jsonl" if error.msg == "Extra data" else ""
-        raise DataError(f"{file}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}{hint}") from None
+        hint = " Rename a file with one object per line to .jsonl." if error.msg == "Extra data" else ""
+        raise DataError(f"{file}:{error.lineno}:{error.colno}: invalid JSON: {_json_error(error)}.{hint}") from None
     except (ValueError, RecursionError):
-        raise DataError(f"{file}: {_BEYOND}") from None
+        raise DataError(f"{file}: {_JSON_LIMITS}") from None
     if not isinstance(rows, list):
-        raise DataError(f"{file}: expected a list of objects, got {shown(rows)}")
+        raise DataError(f"{file}: expected a list of objects (got {shown(rows)}).")
     for number, values in enumerate(rows, start=1):
         yield _row(f"{file}:row {number}", values)
 
 
 def _csv(file: Path) -> Iterator[Row | DataError]:
-    csv.field_size_limit(1 << 30)  # Python's own limit, 128 KiB a field, is shorter than a long document
+    csv.field_size_limit(1 << 30)  # the default, 128 KiB per field, is shorter than a long document
     with _bytes(file) as stream:
         reader = csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), strict=True)
         try:
             names = reader.fieldnames or []
             if len(set(names)) < len(names):
-                raise DataError(f"{file}:1: a column stands twice in the header: {', '.join(map(repr, names))}")
+                raise DataError(f"{file}:1: duplicate column in the header (got {', '.join(map(repr, names))}).")
             for values in reader:
                 place = f"{file}:{reader.line_num}"
                 if None in values or None in values.values():
                     yield DataError(
-                        f"{place}: expected {len(reader.fieldnames or [])} fields as in the header, got another number"
+                        f"{place}: number of fields differs from the header (expected {len(reader.fieldnames or [])})."
                     )
                 else:
                     yield Row(place, values)
         except UnicodeDecodeError:
-            raise DataError(f"{file}:{reader.line_num + 1} or later: not valid UTF-8; save the file as UTF-8") from None
+            raise DataError(f"{file}:{reader.line_num + 1} or later: invalid UTF-8. Save the file as UTF-8.") from None
         except csv.Error as error:
-            raise DataError(f"{file}:{reader.line_num + 1} or later: not valid CSV: {error}") from None
+            raise DataError(f"{file}:{reader.line_num + 1} or later: invalid CSV: {error}.") from None
 
 
 def _parquet(file: Path) -> Iterator[Row | DataError]:
@@ -217,11 +217,9 @@ def _parquet(file: Path) -> Iterator[Row | DataError]:
                     number += 1
                     yield Row(f"{file}:row {number}", _as_written(values))
     except UnicodeDecodeError:
-        raise DataError(f"{file}:row {number + 1} or later: not valid UTF-8") from None
-    except (pyarrow.ArrowException, ArithmeticError, ValueError) as error:  # dates of a year 12000, too
-        raise DataError(
-            f"{file}: not a valid parquet file: {' '.join(str(error).split())}; get the file again"
-        ) from None
+        raise DataError(f"{file}:row {number + 1} or later: invalid UTF-8. Write the file again as UTF-8.") from None
+    except (pyarrow.ArrowException, ArithmeticError, ValueError) as error:  # also for dates out of range
+        raise DataError(f"{file}: invalid Parquet file: {_one_line(error)}. Download it again.") from None
 
 
 def _hub(path: str, name: str | None, splits: tuple[str, ...]) -> Iterator[Row]:
@@ -231,7 +229,7 @@ def _hub(path: str, name: str | None, splits: tuple[str, ...]) -> Iterator[Row]:
 
 
 def _as_written(values: Any) -> Any:
-    """A row of a table without the nulls that Arrow puts into objects for the keys that other rows' objects have."""
+    """Remove the nulls that Arrow adds to nested objects for keys that occur only in other rows."""
     return {name: _without_nulls(value) if isinstance(value, (list, dict)) else value for name, value in values.items()}
 
 
@@ -242,29 +240,39 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _from_hub(path: str, name: str | None, splits: tuple[str, ...]) -> tuple[Any, str]:
-    """A data set on the hub, as `datasets` keeps it, and which of its splits that is."""
+    """Load a Hub dataset; returns it and the name of the split."""
     import datasets
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     try:
-        there = datasets.get_dataset_split_names(path, name)
-        split = next((wanted for wanted in splits if wanted in there), there[0] if len(there) == 1 else None)
+        available = datasets.get_dataset_split_names(path, name)
+        split = next((s for s in splits if s in available), available[0] if len(available) == 1 else None)
         if split is None or (splits not in (TRAIN, HELD_OUT) and split not in splits):
             raise DataError(
-                f"{path}: no split {' or '.join(map(repr, splits))} on the hub, it has {', '.join(map(repr, there))}; "
-                f"choose one with {{path: {path}, split: {there[0]}}}"
+                f"{path}: the Hub dataset has no split {' or '.join(map(repr, splits))} "
+                f"(available: {', '.join(map(repr, available))}). Choose one with {{path: {path}, split: {available[0]}}}."
             )
         return datasets.load_dataset(path, name, split=split), split
     except DataError:
         raise
     except (OSError, ValueError, RuntimeError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled) as error:
-        reason = " ".join(str(error).split())[:300]
         raise DataError(
-            f"{path}: no such file, and not to be had from the hub either ({type(error).__name__}: {reason})"
+            f"{path}: no such local file, and it cannot be loaded from the Hub "
+            f"({type(error).__name__}: {_one_line(error)[:300]})."
         ) from None
 
 
 def _row(place: str, values: Any) -> Row | DataError:
     if isinstance(values, dict):
         return Row(place, values)
-    return DataError(f"{place}: expected an object with columns, got {shown(values)}")
+    return DataError(f"{place}: expected an object with columns (got {shown(values)}).")
+
+
+def _json_error(error: json.JSONDecodeError) -> str:
+    """Return the parser's message without the position, which is part of the row's location."""
+    text = error.msg.removesuffix(" at").removesuffix(" starting").rstrip(": ")
+    return text[:1].lower() + text[1:]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")

@@ -1,9 +1,8 @@
-"""From an example to the text the model reads, and which stretches of it are trained on.
+"""Render examples as text, with the character ranges that are trained.
 
-Two kinds of text come out. The Alpaca template and plain text hold no special tokens: whatever looks like one in the data
-is encoded as text, and the encoder adds BOS and EOS. A chat template (the tokenizer's own, a Jinja file) writes its special
-tokens itself: the encoder reads them from the text, and an example whose own text contains one is refused, because it
-could end a turn that the data did not end.
+The Alpaca template and plain text write no special tokens: the data is encoded as plain text, even if it looks like a
+special token, and the encoder adds BOS and EOS. A chat template (the tokenizer's or a Jinja file) writes special tokens
+itself, and the encoder parses them. So an example whose own text contains one is an error: it could end a turn early.
 """
 
 import json
@@ -29,38 +28,38 @@ _WITH_INPUT = ", paired with an input that provides further context"
 _REQUEST = ". Write a response that appropriately completes the request.\n\n"
 
 
-BOS = "{{- bos_token }}"  # goes before a chat template that does not write BOS
+BOS = "{{- bos_token }}"  # prepended to a chat template that does not write BOS
 
 
 @dataclass(slots=True)
 class Rendered:
-    """Text of one document; `trained` are [start, end) character ranges; `writes_specials`: it holds special tokens."""
+    """Text of one document; `trained` are [start, end) character ranges."""
 
     place: str
     text: str
     trained: list[tuple[int, int]]
-    writes_specials: bool
-    empty: bool = False  # nothing but white space is there to be answered
-    left_out: bool = False  # the text lacks something that a message says
+    writes_specials: bool  # the text contains special tokens to be parsed
+    empty: bool = False  # the answer is blank
+    lossy: bool = False  # the template drops or rewrites part of a message
 
 
 Template = Callable[[Example], Rendered]
 
 
 def alpaca_prompt(instruction: str, input: str = "") -> str:
-    """The prompt of the Alpaca template, up to and with the newline after `### Response:`."""
+    """Return the Alpaca prompt, including the newline after `### Response:`."""
     if input:
         return f"{_PREAMBLE}{_WITH_INPUT}{_REQUEST}### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
     return f"{_PREAMBLE}{_REQUEST}### Instruction:\n{instruction}\n\n### Response:\n"
 
 
 def alpaca_chat_template() -> str:
-    """The Alpaca prompt as a chat template, so that a server's chat endpoint speaks the format of the training."""
+    """Return the Alpaca prompt as a chat template, so that chat endpoints use the training format."""
     return resources.files("sft_recipes.data").joinpath("alpaca.jinja").read_text(encoding="utf-8")
 
 
 class Alpaca:
-    """One instruction and its response; the encoder adds EOS, which is trained on with the response."""
+    """Template for one instruction and its response; the encoder adds EOS, which is trained too."""
 
     def __init__(self, train_on: str = "completion") -> None:
         self.train_all = train_on == "all"
@@ -74,17 +73,21 @@ class Alpaca:
 
 
 def plain(example: Example) -> Rendered:
-    """Plain text, all of it trained on."""
+    """Render plain text; all of it is trained."""
     whole = [(0, len(example.text))] if example.text else []
     return Rendered(example.place, example.text, whole, writes_specials=False, empty=example.empty)
 
 
 class Chat:
-    """A chat template: a Jinja program from `messages` to text, run in a sandbox.
+    """Chat template: a Jinja program from `messages` to text, run in a sandbox.
 
-    `train_on`: `completion` is the last message, `assistant` every assistant message, each with what the template writes
-    to close it; `all` is the whole text. `variables` are the tokenizer's special tokens by name (`bos_token`, ...);
-    `forbidden` the texts that the tokenizer would read as special tokens; `bos` one that every text begins with, once.
+    Args:
+        train_on: `completion` (the last message) or `assistant` (every assistant message), each with the end of the turn;
+            or `all` (the whole text).
+        variables: Special tokens of the tokenizer by name (`bos_token`, ...).
+        forbidden: Texts that the tokenizer parses as special tokens.
+        bos: BOS token that every text begins with exactly once, or None.
+        name: Prefix of error messages.
     """
 
     def __init__(
@@ -103,46 +106,49 @@ class Chat:
         self.environment = _environment()
         try:
             self.template = self.environment.from_string(source)
-        except Exception as error:  # TemplateError, and what Python says of the program that a template is made into
+        except Exception as error:  # TemplateError, or any error of Python compiling the generated program
             line = f" (line {error.lineno})" if isinstance(error, TemplateSyntaxError) else ""
-            raise DataError(
-                f"{self.name}: not a valid Jinja template: {error}{line}; mend it, or choose another"
-            ) from None
+            raise DataError(f"{self.name}: invalid Jinja template: {error}{line}. Fix it, or use another.") from None
 
     def __call__(self, example: Example) -> Rendered:
         messages = as_chat(example.messages)
-        refused = (*self.forbidden, _OPEN, _CLOSE) if self.marks else self.forbidden
-        for written in _texts([messages, example.tools]):
-            if found := next((token for token in refused if token in written), None):
+        forbidden = (*self.forbidden, _OPEN, _CLOSE) if self.marks else self.forbidden
+        for text in _texts([messages, example.tools]):
+            if special := next((token for token in forbidden if token in text), None):
                 raise DataError(
-                    f"{example.place}: the text contains {found!r}, which this tokenizer reads as a special token; take it "
-                    "out (in rows of a prompt and an answer with data.template: alpaca it would stay text)"
+                    f"{example.place}: text contains the special token {special!r}. Remove it; for prompt/answer rows, "
+                    "data.template: alpaca encodes it as plain text instead."
                 )
-        for key, there in (("tool_calls", any("tool_calls" in m for m in messages)), ("tools", example.tools)):
-            if there and key not in self.source:
-                raise DataError(f"{example.place}: the row has '{key}', for which the chat template has no place")
+        for key, used in (("tool_calls", any("tool_calls" in m for m in messages)), ("tools", example.tools)):
+            if used and key not in self.source:
+                raise DataError(
+                    f"{example.place}: the chat template does not render '{key}'. Remove '{key}' from the row, or set "
+                    "data.template to a template that renders it."
+                )
         if messages[-1]["role"] != "assistant":
             raise DataError(
-                f"{example.place}: the last message must be from the assistant, got '{messages[-1]['role']}'"
+                f"{example.place}: the last message must have the role assistant (got '{messages[-1]['role']}')."
             )
         marked = self._render(messages, example, add_generation_prompt=False)
         text = self._unmarked(marked)
         trained = self._trained(messages, text, marked, example)
         if self.train_on != "all" and not example.empty and not any(text[start:end].strip() for start, end in trained):
             raise DataError(
-                f"{example.place}: the chat template leaves the answer out, so there is nothing to train on"
+                f"{example.place}: the chat template drops the answer, so nothing would be trained. Fix the template."
             )
         if self.bos:
-            text, trained = _with_once(self.bos, text, trained)
-        left_out = any(
+            text, trained = _with_bos_once(self.bos, text, trained)
+        lossy = any(
             message["content"].strip() not in text
-            or any(said and key not in ("role", "content") and key not in self.source for key, said in message.items())
+            or any(
+                value and key not in ("role", "content") and key not in self.source for key, value in message.items()
+            )
             for message in messages
         )
-        return Rendered(example.place, text, trained, writes_specials=True, empty=example.empty, left_out=left_out)
+        return Rendered(example.place, text, trained, writes_specials=True, empty=example.empty, lossy=lossy)
 
     def render(self, messages: list[dict[str, Any]], place: str, *, add_generation_prompt: bool = False) -> str:
-        """The text of messages. Raises DataError where the template refuses them, RecipeError where it does what none may."""
+        """Render messages. Raises DataError if they are rejected, RecipeError on a sandbox violation."""
         return self._unmarked(self._render(messages, Example(place), add_generation_prompt=add_generation_prompt))
 
     def _render(self, messages: list[dict[str, Any]], example: Example, *, add_generation_prompt: bool) -> str:
@@ -160,37 +166,40 @@ class Chat:
             OverflowError,
             MemoryError,
             RecursionError,
-        ) as error:  # of the template, whatever the row
+        ) as error:  # the template's fault, not the row's
             raise RecipeError(
-                f"{self.name} does what no chat template may, and is not used: {str(error) or 'it fills the memory'}"
+                f"{self.name}: the template violates the sandbox: {str(error) or 'it exhausts memory'}. Use another template."
             ) from None
-        except Exception as error:  # whatever a program does, division by zero included
-            raise DataError(f"{example.place}: the chat template refuses these messages: {error}") from None
+        except Exception as error:  # a template can raise anything, such as ZeroDivisionError
+            raise DataError(
+                f"{example.place}: the chat template rejects these messages: {str(error).rstrip('.')}."
+            ) from None
 
     def _trained(
         self, messages: list[dict[str, Any]], text: str, marked: str, example: Example
     ) -> list[tuple[int, int]]:
         if self.train_on == "all":
             return [(0, len(text))]
-        # An assistant's message that begins a conversation answers nothing.
+        # An assistant message that begins a conversation is no answer.
         indices = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i]
-        found = self._marked(marked, text)
-        if self.train_on == "assistant" and found:
-            return found
-        if self.train_on == "completion" and found and len(found) == sum(m["role"] == "assistant" for m in messages):
-            return found[-1:]
+        generated = self._marked(marked, text)
+        if self.train_on == "assistant" and generated:
+            return generated
+        turns = sum(m["role"] == "assistant" for m in messages)
+        if self.train_on == "completion" and generated and len(generated) == turns:
+            return generated[-1:]
         indices = indices if self.train_on == "assistant" else indices[-1:]
         ranges = []
         for index in indices:
             before = self._unmarked(self._render(messages[:index], example, add_generation_prompt=True))
             upto = self._unmarked(self._render(messages[: index + 1], example, add_generation_prompt=False))
             if not upto.startswith(before) or not text.startswith(upto):
-                if found:
-                    return found[-1:]
+                if generated:
+                    return generated[-1:]
                 other = "completion or all" if self.train_on == "assistant" else "all"
                 raise DataError(
-                    f"{example.place}: the chat template renders message {index + 1} differently once others precede or "
-                    f"follow it, so its tokens cannot be told apart; use data.train_on: {other}"
+                    f"{example.place}: the chat template renders message {index + 1} differently depending on the others, "
+                    f"so its tokens cannot be located (data.train_on: {self.train_on}). Set data.train_on to {other}."
                 )
             ranges.append((len(before), len(upto)))
         return ranges
@@ -199,7 +208,7 @@ class Chat:
         return text.replace(_OPEN, "").replace(_CLOSE, "") if self.marks else text
 
     def _marked(self, marked: str, text: str) -> list[tuple[int, int]]:
-        """What stands between generation marks, each with the special token right behind it, which ends the turn."""
+        """Return the ranges inside generation marks, with the special token directly after them."""
         ranges, at = [], 0
         for part in marked.split(_OPEN)[1:]:
             at = marked.index(_OPEN + part, at)
@@ -207,14 +216,14 @@ class Chat:
             end = start + len(part.partition(_CLOSE)[0])
             closing = [token for token in self.forbidden if text.startswith(token, end)]
             if text[start:end].rstrip().endswith(self.forbidden):
-                closing = []  # the turn ends within the mark, and what follows is the next one's
+                closing = []  # the turn ends inside the mark; what follows belongs to the next turn
             ranges.append((start, end + max(map(len, closing), default=0)))
             at += 1
         return ranges
 
 
 def as_chat(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """An Alpaca row for a chat template that has no input field: the input follows the instruction after an empty line."""
+    """Merge Alpaca inputs into the content, after a blank line, for templates without an input field."""
     return [
         {"role": message["role"], "content": f"{message['content']}\n\n{message['input']}"}
         if message.get("input")
@@ -223,12 +232,12 @@ def as_chat(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-# Stand around what a template marks as generated; from Unicode's private use, and refused in data.
+# Enclose what a template marks as generated; private-use characters, forbidden in data.
 _OPEN, _CLOSE = "\U0010fffc", "\U0010fffd"
 
 
-def _with_once(bos: str, text: str, trained: list[tuple[int, int]]) -> tuple[str, list[tuple[int, int]]]:
-    """The text with `bos` before it once, also where the template writes it for some rows only; ranges moved with it."""
+def _with_bos_once(bos: str, text: str, trained: list[tuple[int, int]]) -> tuple[str, list[tuple[int, int]]]:
+    """Return text and ranges with exactly one leading `bos`; templates may write it for some rows only."""
     moved = text
     while moved.startswith(bos):
         moved = moved[len(bos) :]
@@ -238,7 +247,7 @@ def _with_once(bos: str, text: str, trained: list[tuple[int, int]]) -> tuple[str
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every text in nested lists and mappings."""
+    """Yield every string in nested lists and mappings."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -249,7 +258,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 class _Generation(Extension):
-    """`{% generation %} … {% endgeneration %}`, transformers' mark around the assistant's text."""
+    """Jinja extension for transformers' mark `{% generation %} … {% endgeneration %}`."""
 
     tags = {"generation"}
 
@@ -261,28 +270,28 @@ class _Generation(Extension):
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox keeps a template from Python and from changing what it is given; this one also ends what would not
-    end by itself, or not fit into memory: a template comes with a model, from anyone."""
+    """Jinja sandbox with limits on time and memory, because templates come with models from anyone.
 
-    intercepted_binops = frozenset({"*", "**"})  # computed while rendering, and by us: 9**9**9 would take for ever
-    _passes = (
-        1_000_000  # of loops and macros in one rendering, and numbers in ranges; a long conversation takes a thousand
-    )
-    _seconds = 10.0  # of computing
+    Jinja's own sandbox only blocks access to Python and changes of its inputs.
+    """
+
+    intercepted_binops = frozenset({"*", "**"})  # evaluated by call_binop: 9**9**9 would never finish
+    _passes = 1_000_000  # loop and macro iterations and range items per rendering; a long conversation takes 1,000
+    _seconds = 10.0  # of CPU time per rendering
     _binary_digits = 1000
 
     def begin(self) -> None:
-        """Before each rendering."""
+        """Reset the limits before a rendering."""
         self._left, self._until = self._passes, time.thread_time() + self._seconds
 
     def spend(self, passes: int) -> None:
         self._left -= passes
         if self._left < 0 or (self._left % 64 == 0 and time.thread_time() > self._until):
-            raise OverflowError("it does not come to an end")
+            raise OverflowError("it does not terminate")
 
     @property
     def one_pass(self) -> None:
-        """Stands in every loop and macro; a call would take as long as all else of a short loop."""
+        """Count one iteration. A property, because a call would double the time of a short loop."""
         self.spend(1)
 
     def range(self, *bounds: int) -> range:
@@ -293,15 +302,15 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         for one, times in ((left, right), (right, left)):
             if isinstance(one, Sized) and isinstance(times, int):
-                self.spend(len(one) * max(0, times))  # a text or a list, so many times
+                self.spend(len(one) * max(0, times))  # repetition of a string or list
         if isinstance(left, int) and isinstance(right, int):
             digits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
             if digits > self._binary_digits:
-                raise OverflowError("it computes with numbers of any length")
+                raise OverflowError("it computes numbers that are too large")
         return super().call_binop(context, operator, left, right)
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:
-        """Jinja would write nothing in its place, and go on."""
+        """Raise an error; Jinja's own method renders nothing and continues."""
         raise SecurityError(f"access to attribute {attribute!r} of {type(obj).__name__!r} object is unsafe")
 
     def _generate(self, source: nodes.Template, *rest: Any, **options: Any) -> str:
@@ -314,9 +323,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 def _environment() -> _Sandbox:
-    """The environment in which transformers renders chat templates (`utils/chat_template_utils.py`), without its torch."""
+    """Return the Jinja environment of transformers (`utils/chat_template_utils.py`), without torch."""
 
-    def refuse(message: str) -> None:
+    def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
     environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
@@ -325,8 +334,8 @@ def _environment() -> _Sandbox:
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # Jinja's own escapes HTML and sorts keys
 
     environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = refuse
+    environment.globals["raise_exception"] = raise_exception
     environment.globals["range"] = environment.range
-    environment.globals.pop("lipsum")  # no use in a chat, and as long as one asks for
+    environment.globals.pop("lipsum")  # useless in a chat template, and unlimited in length
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment

@@ -1,4 +1,4 @@
-"""Rows of every source as documents of token ids, from the cache or anew."""
+"""Tokenize all sources in threads or processes, using the cache."""
 
 import ctypes
 import datetime
@@ -29,60 +29,59 @@ from sft_recipes.data.ways import Way
 from sft_recipes.errors import DataError, RunError
 from sft_recipes.recipe.schema import Data
 
-_BATCH = 500  # rows that are tokenised at once, or
-_CHARACTERS = 2_000_000  # as many as have these
-# Threads within one tokenizer are the faster way on few cores (benchmarks/data_prep.py); on many they wait for each other
-# (huggingface/tokenizers#1900) and for Python, which renders the rows. Then each process has a tokenizer of its own.
+_BATCH = 500  # rows per batch, unless they exceed
+_CHARACTERS = 2_000_000  # this many characters
+# The threads of one tokenizer are faster on few cores (benchmarks/data_prep.py). On many cores they wait for each other
+# (huggingface/tokenizers#1900) and for Python rendering the rows, so each process gets its own tokenizer.
 _CORES_FOR_PROCESSES = 8
-_BATCHES_FOR_PROCESSES = 8  # a source with fewer is done before they have started
+_BATCHES_FOR_PROCESSES = 8  # a source with fewer batches is done before the processes have started
 
-Sent = Future[
-    tuple[Documents | None, list[str]]
-]  # to a process: the documents of a batch, and what is wrong with its rows
+BatchResult = Future[tuple[Documents | None, list[str]]]  # documents of a batch, and problems of its rows
 
 
 @dataclass(frozen=True)
 class Tokenised:
-    """One source as token ids, as far as it was read."""
+    """One tokenized source, as far as it was read."""
 
     rows: Rows
-    way: Way
+    renderer: Way
     first: Example
     documents: Documents
-    total: int  # rows there are
+    total: int  # rows of the source, approximate if not all were read
 
 
 def tokenise_all(
     opened: Sequence[tuple[Rows, Example]],
     data: Data,
-    ways: Mapping[str, Way],
+    renderers: Mapping[str, Way],
     encoder: Encoder,
     tokenizer: LightTokenizer,
     *,
     cached: bool,
     seconds: float | None,
 ) -> list[Tokenised]:
-    """Every opened source as documents. Raises DataError with the problems of all their rows.
+    """Tokenize every opened source. Raises DataError with the problems of all rows.
 
-    `cached` takes them from the cache, and puts them there; `seconds` ends the work on each source after that time.
+    `cached` reads and writes the cache; `seconds` is a time limit per source.
     """
-    tokenised = []
+    tokenized = []
     problems: list[str] = []
-    of_tokenizer = hashlib.sha256(tokenizer.backend.to_str().encode()).hexdigest() if cached else ""
+    tokenizer_hash = hashlib.sha256(tokenizer.backend.to_str().encode()).hexdigest() if cached else ""
     for rows, first in opened:
         assert rows.format is not None
-        way, source = ways[rows.format], rows.source
-        before = sources.state(source.path)  # what changes while it is read is not kept under the old name
+        renderer, source = renderers[rows.format], rows.source
+        before = sources.state(source.path)  # a source that changes while it is read is not cached
         name = None
-        # A look at the data that is bounded in time has none to hash a large file.
+        # With a time limit, there is no time to hash a large file.
         if cached and (seconds is None or sum(size for size, _ in before) <= sources.QUICK):
-            written = way.chat_source or ""
+            template = renderer.chat_source or ""
             name = cache.key(
                 content=sources.fingerprint(source.path, source.name, rows.splits), path=source.path, format=rows.format,
-                columns=rows.columns, way=way.name, template=written, train_on=data.train_on, tokenizer=of_tokenizer,
-                specials=dict(tokenizer.specials), day=str(datetime.date.today()) if "strftime_now" in written else "",
+                columns=rows.columns, renderer=renderer.name, template=template, train_on=data.train_on,
+                tokenizer=tokenizer_hash, specials=dict(tokenizer.specials),
+                day=str(datetime.date.today()) if "strftime_now" in template else "",
             )  # fmt: skip
-        work = Work(rows, way.render, encoder, seconds)
+        work = Work(rows, renderer.render, encoder, seconds)
 
         def complete(work: Work = work, before: object = before) -> bool:
             return not work.cut_short and sources.state(work.rows.source.path) == before
@@ -94,14 +93,14 @@ def tokenise_all(
             problems += error.lines
             continue
         total = sources.count(source.path, source.name, rows.splits) if work.cut_short else len(documents)
-        tokenised.append(Tokenised(rows, way, first, documents, total))
+        tokenized.append(Tokenised(rows, renderer, first, documents, total))
     raise_all(problems)
-    return tokenised
+    return tokenized
 
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Rows hold no cycles; the collector would look through all that is imported each time so many of them are made."""
+    """Disable the garbage collector, which would repeatedly scan all objects; rows have no cycles."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -112,7 +111,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 class Work:
-    """Tokenises the rows of a source, as long as there is time."""
+    """Tokenization of the rows of one source, within an optional time limit."""
 
     def __init__(self, rows: Rows, render: Template, encoder: Encoder, seconds: float | None) -> None:
         self.rows, self.render, self.encoder = rows, render, encoder
@@ -122,7 +121,7 @@ class Work:
         self.problems: list[str] = []
 
     def batches(self) -> Iterator[Documents]:
-        """Documents of some hundred rows at a time. Raises DataError with everything that is wrong with the rows."""
+        """Yield the documents of batches of rows. Raises DataError with the problems of all rows."""
         examples = self._examples()
         if self.deadline is not None or (processes := _processes()) < 2:
             yield from self._by_threads(examples)
@@ -130,17 +129,14 @@ class Work:
             yield from self._by_threads(first)
         else:
             yield from self._by_processes(chain(first, examples), processes)
-        if (
-            self.read > 1
-            and len(self.problems) == self.read
-            and len({line.partition(": ")[2] for line in self.problems}) == 1
-        ):
-            self.problems = [f"{self.problems[0]} (and so all {self.read:,} rows)"]  # one fault, and none of the rows'
+        distinct = {line.partition(": ")[2] for line in self.problems}
+        if 1 < self.read == len(self.problems) and len(distinct) == 1:
+            self.problems = [f"{self.problems[0]} This affects all {self.read:,} rows."]
         if self.rows.problems or self.problems:
             raise DataError(*self.rows.problems, *self.problems)
 
     def _examples(self) -> Iterator[list[Example]]:
-        """Batches of rows, as long as there is time."""
+        """Yield batches of rows until the time limit."""
         examples, batch, characters = iter(self.rows), list[Example](), 0
         for example in examples:
             self.read += 1
@@ -156,25 +152,25 @@ class Work:
             yield batch
 
     @property
-    def _good(self) -> bool:
-        """With a problem nothing will come of it; what else is wrong is still worth knowing."""
+    def _valid(self) -> bool:
+        """Return True if there are no problems so far. Otherwise rows are still checked, but not tokenized."""
         return not self.problems and not self.rows.problems
 
     def _by_threads(self, batches: Iterable[list[Example]]) -> Iterator[Documents]:
-        """While one batch is tokenised, in Rust and on every core, others are read and put together."""
+        """Read and assemble batches while another one is tokenized by Rust on all cores."""
         waiting: tuple[list[Rendered], Future[list[Encoding]]] | None = None
         with ThreadPoolExecutor(1) as pool:
             for batch in batches:
-                rendered, wrong = _rendered(batch, self.render)
-                self.problems += wrong
-                if self._good:
-                    tokenising = pool.submit(self.encoder.tokenise, rendered)
-                    yield from self._put_together(waiting)
-                    waiting = rendered, tokenising
-            if self._good:
-                yield from self._put_together(waiting)
+                rendered, problems = _render_all(batch, self.render)
+                self.problems += problems
+                if self._valid:
+                    tokenizing = pool.submit(self.encoder.tokenize, rendered)
+                    yield from self._assemble(waiting)
+                    waiting = rendered, tokenizing
+            if self._valid:
+                yield from self._assemble(waiting)
 
-    def _put_together(self, waiting: tuple[list[Rendered], Future[list[Encoding]]] | None) -> Iterator[Documents]:
+    def _assemble(self, waiting: tuple[list[Rendered], Future[list[Encoding]]] | None) -> Iterator[Documents]:
         if waiting is not None:
             try:
                 yield self.encoder.documents(waiting[0], waiting[1].result())
@@ -182,9 +178,9 @@ class Work:
                 self.problems += error.lines
 
     def _by_processes(self, batches: Iterable[list[Example]], processes: int) -> Iterator[Documents]:
-        """Each batch is rendered, tokenised and put together in one of the processes; they end with this one."""
-        waiting: deque[tuple[list[Example], Sent]] = deque()
-        _OF_WORKER.update(render=self.render, encoder=self.encoder)
+        """Render and tokenize each batch in one of several processes, which end with this one."""
+        waiting: deque[tuple[list[Example], BatchResult]] = deque()
+        _WORKER.update(render=self.render, encoder=self.encoder)
         with ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _set_up_worker) as pool:
             for batch in batches:
                 waiting.append((batch, pool.submit(_in_worker, batch)))
@@ -193,20 +189,21 @@ class Work:
             while waiting:
                 yield from self._received(waiting)
 
-    def _received(self, waiting: deque[tuple[list[Example], Sent]]) -> Iterator[Documents]:
-        """What the first batch has become."""
+    def _received(self, waiting: deque[tuple[list[Example], BatchResult]]) -> Iterator[Documents]:
+        """Wait for the first batch and yield its documents."""
         try:
-            documents, wrong = waiting[0][1].result()
+            documents, problems = waiting[0][1].result()
         except BrokenProcessPool as error:
-            rows = [row for batch, sent in waiting if not sent.done() or sent.exception() for row in batch]
+            rows = [row for batch, result in waiting if not result.done() or result.exception() for row in batch]
             longest = max(rows, key=_characters)
             raise RunError(
-                f"{longest.place}: a process that tokenised the rows from {rows[0].place} to {rows[-1].place} was killed, "
-                f"most likely because memory ran out; this is the longest of them, with {_characters(longest):,} characters"
+                f"{longest.place}: a process that tokenized rows {rows[0].place} to {rows[-1].place} was killed, most likely "
+                f"because memory ran out. This row is the longest of them ({_characters(longest):,} characters). Shorten or "
+                "remove it."
             ) from error
         waiting.popleft()
-        self.problems += wrong
-        if documents is not None and self._good:
+        self.problems += problems
+        if documents is not None and self._valid:
             yield documents
 
 
@@ -215,36 +212,36 @@ def _characters(example: Example) -> int:
 
 
 def _processes() -> int:
-    """How many processes tokenise: 1 where threads do it."""
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1  # elsewhere forking is not safe
+    """Return the number of processes to tokenize with; 1 means threads."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1  # fork is unsafe on other systems
     return cores if cores >= _CORES_FOR_PROCESSES else 1
 
 
-_PR_SET_PDEATHSIG = 1  # of Linux' prctl.h
-_OF_WORKER: dict[str, Any] = {}  # template and encoder, which a process has from birth: they cannot be sent
+_PR_SET_PDEATHSIG = 1  # from <sys/prctl.h>
+_WORKER: dict[str, Any] = {}  # template and encoder, inherited by fork because they cannot be pickled
 
 
 def _set_up_worker() -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive forking
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # also where the parent is killed
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the workers
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # in case the parent is killed
 
 
 def _in_worker(batch: list[Example]) -> tuple[Documents | None, list[str]]:
-    rendered, wrong = _rendered(batch, _OF_WORKER["render"])
+    rendered, problems = _render_all(batch, _WORKER["render"])
     try:
-        return (None, wrong) if wrong else (_OF_WORKER["encoder"].encode(rendered), [])
+        return (None, problems) if problems else (_WORKER["encoder"].encode(rendered), [])
     except DataError as error:
         return None, list(error.lines)
 
 
-def _rendered(batch: list[Example], render: Template) -> tuple[list[Rendered], list[str]]:
-    """The texts of rows, and what is wrong with the others."""
+def _render_all(batch: list[Example], render: Template) -> tuple[list[Rendered], list[str]]:
+    """Render rows; returns the valid ones and the problems of the others."""
     rendered: list[Rendered] = []
-    wrong: list[str] = []
+    problems: list[str] = []
     for example in batch:
         try:
             rendered.append(render(example))
         except DataError as error:
-            wrong += error.lines
-    return rendered, wrong
+            problems += error.lines
+    return rendered, problems

@@ -1,4 +1,4 @@
-"""By which template the rows of a format become text."""
+"""Choose the template that renders a source's rows."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -13,52 +13,52 @@ from sft_recipes.recipe.schema import Data
 
 @dataclass(frozen=True)
 class Way:
-    """How rows of one format become text."""
+    """Rendering of the rows of one format."""
 
     name: str
     render: templates.Template
-    chat_source: str | None  # the same as a chat template; None: the text is not made of messages
+    chat_source: str | None  # as a chat template (Jinja); None for plain text
 
 
-def refuse_two_templates(data: Data, found: Collection[str]) -> None:
-    """Raise DataError where sources of these formats would get different templates."""
-    if data.template is None and "messages" in found and len(found) > 1:
+def refuse_two_templates(data: Data, formats: Collection[str]) -> None:
+    """Raise DataError if sources of these formats would be rendered with different templates."""
+    if data.template is None and "messages" in formats and len(formats) > 1:
         raise DataError(
-            f"data.train: the sources are {' and '.join(sorted(found))}; say with data.template which one "
-            "template they share"
+            f"data.train: sources of different formats need one template (got {' and '.join(sorted(formats))}). "
+            "Set data.template."
         )
 
 
-def way_of(data: Data, found: str, first: Example, tokenizer: LightTokenizer, encoder: Encoder) -> Way:
-    """The way of rows in the format `found`, of which `first` is one. Raises DataError where there is none."""
-    name = data.template or ("chat" if found == "messages" else "alpaca")
-    if found == "text":
+def way_of(data: Data, format: str, first: Example, tokenizer: LightTokenizer, encoder: Encoder) -> Way:
+    """Choose the template for rows of a format, given the first row. Raises DataError if there is none."""
+    name = data.template or ("chat" if format == "messages" else "alpaca")
+    if format == "text":
         if data.template is not None:
-            raise DataError(f"data.template: {data.template} has no use for plain text; leave it out")
+            raise DataError(f"data.template: plain text takes no template (got {data.template}). Remove data.template.")
         return Way("text", templates.plain, None)
     if name == "alpaca":
         source = templates.alpaca_chat_template()
     elif name == "chat":
         if tokenizer.chat_template is None:
             raise DataError(
-                "data.template: chat, and the tokenizer has no chat template; set data.template: alpaca, or the path "
-                "of a .jinja file"
+                "data.template: the tokenizer has no chat template (got chat). "
+                "Set data.template to alpaca or to the path of a .jinja file."
             )
         source = tokenizer.chat_template
     else:
         source = _template_file(name)
     bos = tokenizer.specials.get("bos_token")
-    called = f"data.template: {'the chat template of the tokenizer' if name == 'chat' else name}"
+    label = f"data.template: {'the chat template of the tokenizer' if name == 'chat' else name}"
 
     def chat_of(source: str, bos: str | None = None) -> templates.Chat:
-        return templates.Chat(source, data.train_on, tokenizer.specials, tokenizer.special_texts, bos, called)
+        return templates.Chat(source, data.train_on, tokenizer.specials, tokenizer.special_texts, bos, label)
 
     chat = chat_of(source)
-    # Each document begins with BOS where the tokenizer adds one, and the template does not.
+    # If the tokenizer adds BOS but the template does not write it, prepend it.
     if encoder.bos and bos and not _renders(chat, first).startswith(bos):
         source = templates.BOS + source
         chat = chat_of(source)
-    if name == "alpaca" and found != "messages":
+    if name == "alpaca" and format != "messages":
         return Way(name, templates.Alpaca(data.train_on), source)
     if encoder.bos and bos:
         chat = chat_of(source, bos)
@@ -66,7 +66,7 @@ def way_of(data: Data, found: str, first: Example, tokenizer: LightTokenizer, en
 
 
 def _renders(chat: templates.Chat, example: Example) -> str:
-    """The text of a row, "" where the template refuses it: that is said with all other rows that are wrong."""
+    """Render a row; "" if the template rejects it, which is reported later with all other invalid rows."""
     try:
         return chat.render(example.messages, example.place)
     except DataError:
@@ -76,9 +76,9 @@ def _renders(chat: templates.Chat, example: Example) -> str:
 def _template_file(name: str) -> str:
     try:
         return Path(name).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:  # of a file that is not UTF-8, of a name with a null character
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a null character in the path
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise DataError(
-            f"data.template: '{name}' is neither alpaca nor chat, and no template file that can be read: {reason}; expected "
-            "alpaca, chat, or the path of a .jinja file"
+            f"data.template: cannot read the template file: {reason} (got '{name}'). "
+            "Set it to alpaca, chat, or the path of a .jinja file."
         ) from None

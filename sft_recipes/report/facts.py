@@ -39,24 +39,24 @@ _CHARTS: tuple[tuple[str, str | None, str | None, set[str]], ...] = (
 )
 # Labels of the keys of data.json. Those in _LOST are shown even if they are 0.
 _ROWS = {
-    "read": "rows read",
-    "set_aside": "rows held out for evaluation",
-    "not_chosen": "rows not sampled",
+    "rows_read": "rows read",
+    "held_out": "rows held out for evaluation",
+    "not_sampled": "rows not sampled",
     "kept": "rows kept",
     "dropped": "rows dropped",
     "truncated_rows": "rows truncated",
     "split_rows": "rows split",
-    "cut_tokens": "tokens dropped from kept rows",
+    "dropped_tokens": "tokens dropped from kept rows",
     "duplicates": "duplicate rows",
     "empty_answers": "rows with an empty answer",
-    "left_out": "rows with text that the template drops or rewrites",
-    "endless": "rows without an EOS token in the loss",
-    "in_training": "rows that are also training rows",
-    "prompts_in_training": "rows with the prompt of a training row",
+    "lossy_template": "rows with text that the template drops or rewrites",
+    "missing_eos": "rows without an EOS token in the loss",
+    "train_overlap": "rows that are also training rows",
+    "prompt_overlap": "rows with the prompt of a training row",
     "tokens": "tokens in sequences",
     "trained_tokens": "trained tokens",
 }
-_LOST = ("dropped", "truncated_rows", "cut_tokens")
+_LOST = ("dropped", "truncated_rows", "dropped_tokens")
 
 
 @dataclass(frozen=True)
@@ -273,28 +273,29 @@ class Rows:
 
 def data(run: Run) -> list[Rows]:
     """Return the statistics of the training and the evaluation data."""
-    accounts = {"Training": run.data.get("train"), "Evaluation": run.data.get("eval")}
-    return [_rows(name, account, run.recipe) for name, account in accounts.items() if account]
+    splits = {"Training": run.data.get("train"), "Evaluation": run.data.get("eval")}
+    return [_rows(name, stats, run.recipe) for name, stats in splits.items() if stats]
 
 
-def _rows(name: str, account: Mapping[str, Any], recipe: Mapping[str, Any]) -> Rows:
-    sources, tokens, trained = account["sources"], account["tokens"], account["trained_tokens"]
+def _rows(name: str, stats: Mapping[str, Any], recipe: Mapping[str, Any]) -> Rows:
+    sources, tokens, trained = stats["sources"], stats["tokens"], stats["trained_tokens"]
     table = []
     for key, label in _ROWS.items():
         counts = [source.get(key, 0) for source in sources]
         if key in _LOST or any(counts):
             table.append(Row(label, [_counted(count) for count in counts]))
-    lengths = dict.fromkeys(name for source in sources for name in source.get("length", {}))
+    lengths = dict.fromkeys(name for source in sources for name in source.get("token_lengths", {}))
     table += [
-        Row(f"tokens per row, {length}", [_counted(source.get("length", {}).get(length)) for source in sources])
+        Row(f"tokens per row, {length}", [_counted(source.get("token_lengths", {}).get(length)) for source in sources])
         for length in lengths
     ]
     most = recipe.get("data", {}).get("max_length")
     share = f" ({trained / tokens:.1%})" if tokens else ""
     line = (
-        f"{account['sequences']:,} sequences"
+        f"{stats['sequences']:,} sequences"
         + (f" of at most {most:,} tokens" if most else "")
-        + f", {tokens:,} tokens, {trained:,} trained{share}; packing {account['packing']}, {account['fill']:.1%} full"
+        + f", {tokens:,} tokens, {trained:,} trained{share}; packing {stats['packing']}, "
+        + f"{stats['packing_efficiency']:.1%} full"
     )
     return Rows(
         name, line, [f"{source['path']} ({source['format']}, {source['template']})" for source in sources], table

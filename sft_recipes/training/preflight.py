@@ -352,10 +352,10 @@ def _loss_per_token(trainer: Any, tokens: list[int]) -> float:
 
 def eos_statistics(data: Prepared, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """EOS tokens that end answers, which the exported generation config will list, and the number of rows without one."""
-    accounts = [each.account for each in data.train.chosen]
+    accounts = [each.stats for each in data.train.chosen]
     return {
         "tokens": tokenizer.convert_ids_to_tokens(data.stops),
-        "rows_without": sum(each.endless + each.truncated_rows for each in accounts),
+        "rows_without": sum(each.missing_eos + each.truncated_rows for each in accounts),
     }
 
 

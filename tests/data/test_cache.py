@@ -42,7 +42,7 @@ def kept(name: str | None, how: Callable[[], Iterator[Documents]] = make, *, com
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SFT_RECIPES_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "tokenised"
+    return tmp_path / "cache" / "tokenized"
 
 
 ROWS = [[1, 2], [3], [4, 5, 6]]
@@ -86,7 +86,7 @@ def test_an_entry_that_is_not_whole_is_made_again(folder: Path, name: str, how: 
         file.write_bytes(file.read_bytes()[:-1])
 
     assert kept("a") == ROWS
-    assert kept("a", refuse) == ROWS  # it has taken the place of the broken one
+    assert kept("a", refuse) == ROWS  # the corrupt entry was replaced
 
 
 def test_a_full_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +103,7 @@ def test_a_full_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_two_at_once(folder: Path) -> None:
-    """While one writes an entry, another finishes it."""
+    """A second run finishes an entry while the first one writes it."""
 
     def slowly() -> Iterator[Documents]:
         yield documents([1, 2], [3])
@@ -146,7 +146,7 @@ def test_entries_that_no_run_used_go(folder: Path) -> None:
 
 def test_a_cache_that_cannot_be_written(folder: Path) -> None:
     folder.parent.mkdir(exist_ok=True)
-    folder.write_text("a file stands in its place")
+    folder.write_text("a file in its place")
 
     assert kept("a") == ROWS
 
@@ -167,4 +167,4 @@ def test_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("SFT_RECIPES_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
-    assert cache.folder() == tmp_path / "sft-recipes" / "tokenised"
+    assert cache.folder() == tmp_path / "sft-recipes" / "tokenized"

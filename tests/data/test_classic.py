@@ -22,7 +22,7 @@ ROWS = [{"prompt": f"Say {n} <|endoftext|>.", "response": f"word {n}</s>"} for n
 
 
 def stream(folder: Path) -> list[int]:
-    """The documents end to end, by the definition."""
+    """Concatenate the documents, by definition."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokens: list[int] = []
     for row in ROWS:
@@ -68,7 +68,7 @@ def test_documents_are_shuffled_and_not_chunks(tmp_path: Path) -> None:
     begin, ends = tokenizer.bos_token, [sorted(text.split(tokenizer.bos_token)[:-1]) for text in texts]
     assert texts[0] != texts[1]
     assert texts[1].startswith(begin)
-    assert len(set(ends[0]) & set(ends[1])) >= len(ROWS) - 1  # all but what is cut off at the end
+    assert len(set(ends[0]) & set(ends[1])) >= len(ROWS) - 1  # except the document truncated at the end
 
 
 def test_one_epoch_in_batches(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_a_tokenizer_that_only_encodes(tmp_path: Path) -> None:
 
 def test_rows_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0]) + "\n{\n")
-    with pytest.raises(DataError, match=r"rows.jsonl:2: not valid JSON"):
+    with pytest.raises(DataError, match=r"rows.jsonl:2:2: invalid JSON"):
         PackedSFTDataset(AutoTokenizer.from_pretrained(TINY), tmp_path / "rows.jsonl", 4, shuffle=False)
 
 

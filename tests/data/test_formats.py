@@ -67,24 +67,24 @@ def test_nothing_known() -> None:
         (
             {"instruction": "q"},
             "alpaca",
-            "f:1: no column 'output' in this row, it has 'instruction'; rename with data.columns",
+            "f:1: column 'output' is missing (got 'instruction'). If it has another name, set data.columns",
         ),
-        ({"instruction": "q", "output": 3}, "alpaca", "f:1: 'output' must be text, got 3"),
-        ({"instruction": None, "output": "a"}, "alpaca", "f:1: 'instruction' must be text, got null"),
+        ({"instruction": "q", "output": 3}, "alpaca", "f:1: 'output' must be text (got 3)."),
+        ({"instruction": None, "output": "a"}, "alpaca", "f:1: 'instruction' must be text (got null)."),
         ({"instruction": "q", "input": 1, "output": "a"}, "alpaca", "'input' must be text"),
-        ({"messages": "hello"}, "messages", "'messages' must be a list of messages, got 'hello'"),
-        ({"messages": []}, "messages", "must be a list of messages"),
+        ({"messages": "hello"}, "messages", "'messages' must be a non-empty list of messages (got 'hello')."),
+        ({"messages": []}, "messages", "must be a non-empty list of messages"),
         ({"messages": ["x"]}, "messages", "message 1 must have 'role' and 'content'"),
         ({"messages": [USER, {"role": "user"}]}, "messages", "message 2 must have a text 'role' and 'content'"),
         (
             {"messages": [USER, {"from": "function_call", "value": "x"}]},
             "messages",
-            "message 2 has the role 'function_call'; expected one of system, developer, user, assistant, tool",
+            "message 2 has an unknown role 'function_call' (expected system, developer, user, assistant, tool",
         ),
         ({"messages": [{**USER, "weight": 0}]}, "messages", "f:1: message 1 has 'weight', which is not supported"),
         ({"messages": [{**USER, "tool_calls": 3}]}, "messages", "message 1: 'tool_calls' must be a list of objects"),
-        ({"messages": [USER], "tools": "{"}, "messages", "'tools' must be a list of functions, got '{'"),
-        ({}, "messages", "no column 'messages' in this row, it has none"),
+        ({"messages": [USER], "tools": "{"}, "messages", "'tools' must be a list of functions (got '{')."),
+        ({}, "messages", "column 'messages' is missing (got none)."),
         ({"text": ["x" * 100]}, "text", "..."),
     ],
 )
@@ -96,7 +96,7 @@ def test_rows_that_are_wrong(row: dict[str, Any], format: str, said: str) -> Non
 
 
 def test_tool_calls_and_what_else_a_message_has() -> None:
-    """Arguments and tools that are written as JSON are read; what is null, as in parquet, is not there."""
+    """Arguments and tools are parsed from JSON; nulls, as in Parquet, are removed."""
     call = {"id": "1", "function": {"name": "add", "arguments": '{"a": 1}'}}
     turns = [
         {"role": "user", "content": [{"type": "text", "text": "1+"}, {"type": "text", "text": "1?"}], "name": None},

@@ -40,7 +40,7 @@ def trained_text(row: dict[str, Any]) -> str:
 
 
 def words(data: Prepared) -> list[str]:
-    """The trained answers in the order in which they stand."""
+    """Return the trained answers in order."""
     return [f"word {w}" for row in table(data) for w in trained_text(row).split("word ")[1:]]
 
 
@@ -79,7 +79,7 @@ def test_packed_sequences_hold_every_token_once(write_recipe: WriteRecipe, packi
     everything = sorted(token for row in table(alone) for token in row["input_ids"])
     assert sorted(token for row in table(packed) for token in row["input_ids"]) == everything
     assert all(sum(row["seq_lengths"]) == len(row["input_ids"]) <= 200 for row in table(packed))
-    assert packed.train.account.tokens == len(everything)
+    assert packed.train.stats.tokens == len(everything)
     assert len(packed.train) < len(alone.train)
 
 
@@ -114,7 +114,7 @@ def test_shuffling_is_seeded(write_recipe: WriteRecipe) -> None:
     assert sorted(one) == sorted(in_order)
 
 
-def test_a_fraction_is_set_aside_for_validation(write_recipe: WriteRecipe) -> None:
+def test_a_fraction_is_held_out_for_evaluation(write_recipe: WriteRecipe) -> None:
     data = prepared(write_recipe(), "data.eval=0.25", "data.packing=none")
     assert data.eval is not None
 
@@ -157,7 +157,7 @@ def test_weights_repeat_rows(write_recipe: WriteRecipe, tmp_path: Path) -> None:
 
     assert all(seen.count(row["output"]) == 2 for row in ROWS[:4])
     assert sum(seen.count(row["output"]) for row in ROWS[4:8]) == 2
-    assert [source.rows for source in data.train.account.sources] == [8, 2]
+    assert [source.rows for source in data.train.stats.sources] == [8, 2]
 
 
 def test_columns_and_format_of_the_recipe(write_recipe: WriteRecipe, tmp_path: Path) -> None:
@@ -168,18 +168,35 @@ def test_columns_and_format_of_the_recipe(write_recipe: WriteRecipe, tmp_path: P
     assert sorted(words(prepared(write_recipe(), columns, "data.eval=null"))) == [f"word {n}" for n in range(4)]
     data = prepared(write_recipe(), "data.format=text", "data.eval=null")
     assert data.chat_template is None
-    assert data.train.account.sources[0].template == "text"
+    assert data.train.stats.sources[0].template == "text"
 
 
 def test_overlong_rows_are_an_error_that_says_what_would_fit(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     write_rows(tmp_path / "train.jsonl", [*ROWS, {"instruction": "x " * 300, "output": "y"}])
     said = problem(write_recipe(), "data.eval=null")
 
-    assert "data.max_length: 1 of 25 rows are longer than 200 tokens" in said
-    assert "half of all have up to" in said
-    assert "the longest" in said
-    assert f"{tmp_path / 'train.jsonl'}:25" in said
-    assert "data.overlong: drop, truncate or split" in said
+    assert "data.max_length: 1 of 25 rows exceed 200 tokens" in said
+    assert "(p50 " in said
+    assert ", max " in said
+    assert f"longest: {tmp_path / 'train.jsonl'}:25)" in said
+    assert "or data.overlong to drop, truncate or split." in said
+
+
+def test_only_settings_that_work_are_recommended_for_overlong_rows(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """The max_length fits the evaluation rows and the model; drop and truncate leave trained tokens."""
+    longer, longest = ({"instruction": "Go.", "output": "y " * times} for times in (300, 400))
+    write_rows(tmp_path / "train.jsonl", [*ROWS, longer])
+    held_out = f"data.eval={write_rows(tmp_path / 'eval.jsonl', [longest])}"
+    said = problem(write_recipe(), held_out)
+    sufficient = int(said.partition("Set data.max_length to at least ")[2].partition(",")[0])
+    prepared(write_recipe(), held_out, f"data.max_length={sufficient}")
+    with pytest.raises(DataError, match=f"Set data.max_length to at least {sufficient},"):
+        prepared(write_recipe(), held_out, f"data.max_length={sufficient - 1}")
+
+    write_rows(tmp_path / "train.jsonl", [{"instruction": "x " * 300, "output": "y"}])
+    assert problem(write_recipe(), "data.eval=null").endswith(", or data.overlong to split.")
+    write_rows(tmp_path / "train.jsonl", [{"instruction": "Go.", "output": "y " * 9000}])
+    assert problem(write_recipe(), "data.eval=null").endswith("). Set data.overlong to truncate or split.")
 
 
 def test_overlong_rows_dropped_truncated_or_split_are_counted(write_recipe: WriteRecipe, tmp_path: Path) -> None:
@@ -187,21 +204,21 @@ def test_overlong_rows_dropped_truncated_or_split_are_counted(write_recipe: Writ
     accounts = {}
     for overlong in ("drop", "truncate", "split"):
         data = prepared(write_recipe(), "data.eval=null", f"data.overlong={overlong}", "data.packing=none")
-        accounts[overlong] = data.train.account.sources[0]
+        accounts[overlong] = data.train.stats.sources[0]
         assert max(len(row["input_ids"]) for row in table(data)) <= 200
-    length = accounts["drop"].lengths["max"]
+    length = accounts["drop"].token_lengths["max"]
 
     assert accounts["drop"].dropped == {"overlong": 1}
     assert accounts["drop"].kept == 24
     assert accounts["truncate"].truncated_rows == 1
-    assert accounts["truncate"].cut_tokens == length - 200
+    assert accounts["truncate"].dropped_tokens == length - 200
     assert accounts["split"].split_rows == 1
     assert accounts["split"].tokens == accounts["drop"].tokens + length
 
 
 def test_a_row_cut_down_to_its_prompt_is_dropped_and_counted(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     write_rows(tmp_path / "train.jsonl", [*ROWS, {"instruction": "x " * 300, "output": "y"}])
-    account = prepared(write_recipe(), "data.eval=null", "data.overlong=truncate").train.account.sources[0]
+    account = prepared(write_recipe(), "data.eval=null", "data.overlong=truncate").train.stats.sources[0]
 
     assert account.dropped == {"no trained token": 1}
     assert account.kept == 24
@@ -211,9 +228,7 @@ def test_a_row_cut_down_to_its_prompt_is_dropped_and_counted(write_recipe: Write
 def test_nothing_trained_at_all_is_an_error(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     write_rows(tmp_path / "train.jsonl", [{"instruction": "x " * 300, "output": "y"}] * 3)
 
-    assert "no token of the whole data set is trained on" in problem(
-        write_recipe(), "data.eval=null", "data.overlong=truncate"
-    )
+    assert "no trained tokens in the dataset" in problem(write_recipe(), "data.eval=null", "data.overlong=truncate")
 
 
 def test_every_bad_row_at_once(write_recipe: WriteRecipe, tmp_path: Path) -> None:
@@ -222,17 +237,17 @@ def test_every_bad_row_at_once(write_recipe: WriteRecipe, tmp_path: Path) -> Non
     )
     lines = problem(write_recipe()).splitlines()
 
-    assert "train.jsonl:2: not valid JSON" in lines[0]
-    assert "train.jsonl:3: no column 'output'" in lines[1]
+    assert "train.jsonl:2:1: invalid JSON" in lines[0]
+    assert "train.jsonl:3: column 'output' is missing" in lines[1]
     assert len(lines) == 21
-    assert lines[-1] == "... and 12 more rows like these"
+    assert lines[-1] == "... and 12 more rows with errors."
 
 
 def test_rows_of_no_known_format(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     write_rows(tmp_path / "train.jsonl", [{"frage": "a", "antwort": "b"}] * 3)
 
     said = problem(write_recipe())
-    assert "cannot tell the format from the columns 'frage', 'antwort'" in said
+    assert "unrecognized columns 'frage', 'antwort'" in said
     assert "data.columns" in said
     assert len(said.splitlines()) == 1
 
@@ -242,7 +257,7 @@ def test_sources_of_two_formats_need_one_template(write_recipe: WriteRecipe, tmp
     file = write_rows(tmp_path / "chats.jsonl", chats)
     both = f"data.train=[{tmp_path / 'train.jsonl'}, {file}]"
 
-    assert "the sources are alpaca and messages; say with data.template" in problem(write_recipe(), both)
+    assert "need one template (got alpaca and messages). Set data.template." in problem(write_recipe(), both)
     assert (
         len(prepared(write_recipe(), both, "data.template=alpaca", "data.eval=null", "data.packing=none").train) == 27
     )
@@ -282,21 +297,23 @@ def test_a_first_row_with_special_text_or_a_newline_is_like_any_other(
 def test_sources_that_are_left_empty(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     one = write_rows(tmp_path / "one.jsonl", ROWS[:1])
     listed = f"data.train=[{{path: {one}, weight: 0.3}}, {tmp_path / 'train.jsonl'}]"
-    account = prepared(write_recipe(), listed, "data.eval=null").train.account
+    account = prepared(write_recipe(), listed, "data.eval=null").train.stats
 
     assert [source.rows for source in account.sources] == [0, 24]
-    assert "no rows are left" in problem(write_recipe(), f"data.train=[{{path: {one}, weight: 0.3}}]", "data.eval=null")
+    assert "no training rows are left" in problem(
+        write_recipe(), f"data.train=[{{path: {one}, weight: 0.3}}]", "data.eval=null"
+    )
 
 
 def test_an_empty_text_is_dropped_and_counted(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     write_rows(tmp_path / "train.jsonl", [{"text": "hello fox"}, {"text": ""}])
-    [source] = prepared(write_recipe(), "data.eval=null").train.account.sources
+    [source] = prepared(write_recipe(), "data.eval=null").train.stats.sources
 
     assert (source.kept, source.dropped, source.empty_answers) == (1, {"no trained token": 1}, 1)
 
 
 def test_columns_that_no_source_has_use_for(write_recipe: WriteRecipe) -> None:
-    assert "no source has use for 'prompt': the rows were read as alpaca" in problem(
+    assert "'prompt' is not a column of the format of any source (got alpaca)" in problem(
         write_recipe(), "data.columns={prompt: q}"
     )
 
@@ -306,31 +323,31 @@ def test_every_source_that_cannot_be_read_at_once(write_recipe: WriteRecipe, tmp
     lines = problem(write_recipe(), f"data.train=[{tmp_path / 'train.jsonl'}, {empty}, none.jsonl]").splitlines()
 
     assert [line.split(": ")[1].split(" (")[0] for line in lines] == [
-        "the file is empty; expected rows",
-        "no such file",
+        "the file is empty.",
+        "file not found",
     ]
 
 
-def test_too_few_rows_to_set_some_aside(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+def test_too_few_rows_to_hold_some_out(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     write_rows(tmp_path / "train.jsonl", ROWS[:1])
 
-    assert "leaves nothing to train on" in problem(write_recipe())
+    assert "no training rows are left" in problem(write_recipe())
 
 
 def test_a_template_that_is_missing(write_recipe: WriteRecipe) -> None:
     assert "the tokenizer has no chat template" in problem(write_recipe(), "data.template=chat")
-    assert "neither alpaca nor chat" in problem(write_recipe(), "data.template=none.jinja")
+    assert "cannot read the template file" in problem(write_recipe(), "data.template=none.jinja")
 
 
 def test_a_template_for_plain_text(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     write_rows(tmp_path / "train.jsonl", [{"text": "hello"}] * 5)
 
-    assert "has no use for plain text" in problem(write_recipe(), "data.template=alpaca")
+    assert "plain text takes no template" in problem(write_recipe(), "data.template=alpaca")
 
 
 @pytest.mark.parametrize("packing", ["none", "bfd", "wrapped", "wrapped crossing"])
 @pytest.mark.parametrize("train_on", ["completion", "all"])
-def test_the_account_adds_up(write_recipe: WriteRecipe, packing: str, train_on: str) -> None:
+def test_the_statistics_add_up(write_recipe: WriteRecipe, packing: str, train_on: str) -> None:
     crossing = f"data.cross_document_attention={str('crossing' in packing).lower()}"
     data = prepared(write_recipe(), f"data.packing={packing.split()[0]}", crossing, f"data.train_on={train_on}")
     rows = table(data)
@@ -339,13 +356,13 @@ def test_the_account_adds_up(write_recipe: WriteRecipe, packing: str, train_on: 
     assert account["tokens"] == sum(len(row["input_ids"]) for row in rows)
     assert account["trained_tokens"] == sum(label != IGNORED for row in rows for label in row["labels"])
     assert account["sequences"] == len(rows)
-    assert account["fill"] == pytest.approx(account["tokens"] / (len(rows) * 200), abs=1e-4)
+    assert account["packing_efficiency"] == pytest.approx(account["tokens"] / (len(rows) * 200), abs=1e-4)
     [source] = account["sources"]
     assert source["rows"] == source["kept"] == 18
-    assert source["cut_tokens"] == 0
+    assert source["dropped_tokens"] == 0
     if packing == "bfd":
-        assert source["length"]["max"] == max(length for row in rows for length in row["seq_lengths"])
-    assert any("18 rows of alpaca as alpaca" in line for line in data.lines())
+        assert source["token_lengths"]["max"] == max(length for row in rows for length in row["seq_lengths"])
+    assert any("18 rows; format alpaca, template alpaca; " in line for line in data.lines())
 
 
 def test_stops_are_the_tokens_that_end_the_documents(write_recipe: WriteRecipe) -> None:
@@ -358,31 +375,29 @@ def test_stops_are_the_tokens_that_end_the_documents(write_recipe: WriteRecipe) 
 def test_duplicates_and_empty_answers_are_counted(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     again = write_rows(tmp_path / "again.jsonl", [ROWS[0], {"instruction": "x", "output": " "}, ROWS[1], ROWS[1]])
     sources = f"data.train=[{{path: {tmp_path / 'train.jsonl'}, weight: 2}}, {again}]"
-    accounts = prepared(write_recipe(), sources, "data.eval=null").train.account.sources
+    accounts = prepared(write_recipe(), sources, "data.eval=null").train.stats.sources
 
     assert [source.duplicates for source in accounts] == [0, 3]
     assert [source.empty_answers for source in accounts] == [0, 1]
-    assert "3 the same as an earlier one, 1 without an answer" in accounts[1].line()
+    assert "3 identical to an earlier row, 1 with an empty answer" in accounts[1].line()
 
 
-def test_every_row_that_was_read_is_accounted_for(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+def test_every_row_that_was_read_is_counted(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     half = write_rows(tmp_path / "half.jsonl", [{**row, "input": "x"} for row in ROWS])
     sources = f"data.train=[{tmp_path / 'train.jsonl'}, {{path: {half}, weight: 0.5}}]"
     data = prepared(write_recipe(), sources, "data.eval=0.25", "data.max_train_samples=20", "data.max_eval_samples=5")
 
     assert data.eval is not None
-    train, validation = (each.account.sources for each in (data.train, data.eval))
-    assert [each.read for each in train] == [24, 24]
-    assert all(each.read == each.set_aside + each.not_chosen + each.rows for each in train + validation)
-    assert sum(each.set_aside for each in train) == sum(each.read for each in validation) == 12
+    train, validation = (each.stats.sources for each in (data.train, data.eval))
+    assert [each.rows_read for each in train] == [24, 24]
+    assert all(each.rows_read == each.held_out + each.not_sampled + each.rows for each in train + validation)
+    assert sum(each.held_out for each in train) == sum(each.rows_read for each in validation) == 12
     assert sum(each.rows for each in train) == 20
-    assert sum(each.not_chosen for each in validation) == 7
-    assert (
-        f"{train[1].set_aside} more set aside for validation, {train[1].not_chosen} more not chosen" in train[1].line()
-    )
+    assert sum(each.not_sampled for each in validation) == 7
+    assert f"{train[1].held_out} held out for evaluation, {train[1].not_sampled} not sampled" in train[1].line()
 
 
-def test_text_that_a_template_leaves_out_is_counted(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+def test_text_that_a_template_drops_is_counted(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     (tmp_path / "t.jinja").write_text(
         "{% for m in messages if m.role != 'developer' %}{{ m.content }}</s>{% endfor %}", "utf-8"
     )
@@ -391,19 +406,21 @@ def test_text_that_a_template_leaves_out_is_counted(write_recipe: WriteRecipe, t
     write_rows(tmp_path / "train.jsonl", [{"messages": turns}, {"messages": told}])
     data = prepared(write_recipe(), f"data.template={tmp_path / 't.jinja'}", "data.eval=null")
 
-    assert data.as_dict()["train"]["sources"][0]["left_out"] == 1
-    assert "1 of which the template leaves out or rewrites some text" in data.lines()[0]
+    assert data.as_dict()["train"]["sources"][0]["lossy_template"] == 1
+    assert "1 with text dropped or rewritten by the template" in data.lines()[0]
 
 
-def test_a_part_without_a_trained_token_is_counted_as_cut(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    """A prompt longer than a sequence: its first part teaches nothing, the row stays."""
+def test_tokens_of_a_piece_without_a_trained_token_are_counted_as_dropped(
+    write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    """If a prompt exceeds max_length, its first pieces have no trained token; the row is kept."""
     write_rows(tmp_path / "train.jsonl", [{"instruction": "x " * 300, "output": "y"}, *ROWS])
     data = prepared(write_recipe(), "data.eval=null", "data.overlong=split")
-    [source] = data.train.account.sources
+    [source] = data.train.stats.sources
 
     assert source.kept == source.rows == 25
-    longest = source.lengths["max"]
-    assert source.cut_tokens == longest * 3 // 4  # of four pieces the last holds the answer
+    longest = source.token_lengths["max"]
+    assert source.dropped_tokens == longest * 3 // 4  # the last of four pieces contains the answer
     assert source.tokens == sum(len(row["input_ids"]) for row in table(data))
 
 
@@ -412,25 +429,25 @@ def test_a_second_time_it_comes_from_the_cache(write_recipe: WriteRecipe, monkey
     first = prepared(recipe)
 
     def refuse(*_: object) -> None:
-        raise AssertionError("tokenised again")
+        raise AssertionError("tokenized again")
 
-    # What is encoded for other reasons, such as the prompt to check the chat template with, is a single row.
+    # Single rows are encoded without `batches`, such as the prompt to verify the chat template.
     monkeypatch.setattr(tokenising.Work, "batches", refuse)
     assert table(prepared(recipe)) == table(first)
     assert table(prepared(recipe, "train.seed=3", "data.packing=none")) != table(first)
     for other in ("data.train_on=all", "data.template=chat"):
-        with pytest.raises(AssertionError, match="tokenised again"):
+        with pytest.raises(AssertionError, match="tokenized again"):
             prepared(recipe, other, kind="chat")
-    with pytest.raises(AssertionError, match="tokenised again"):
+    with pytest.raises(AssertionError, match="tokenized again"):
         prepared(recipe, kind="bytes")
-    with pytest.raises(AssertionError, match="tokenised again"):
+    with pytest.raises(AssertionError, match="tokenized again"):
         prepare.prepare(load.load(recipe).recipe, tokenizers.make("bytes+bos"), cached=False)
 
 
-def test_rows_that_changed_are_tokenised_again(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+def test_changed_rows_are_tokenized_again(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     recipe, file = write_recipe(), tmp_path / "train.jsonl"
     prepared(recipe)
-    file.write_text(file.read_text("utf-8").replace("word 3", "word 4"), "utf-8")  # as long, and in the same second
+    file.write_text(file.read_text("utf-8").replace("word 3", "word 4"), "utf-8")  # same length, within the same second
 
     assert "word 3" not in words(prepared(recipe, "data.eval=null", "data.packing=none"))
 
@@ -442,14 +459,17 @@ def test_a_sample_where_there_is_too_little_time(write_recipe: WriteRecipe, tmp_
 
     assert data.share == 500 / 2400
     short = load.load(tmp_path / "recipe.yaml", ["data.max_length=9", "data.eval=null"]).recipe
-    said = r"500 of 500 rows \(of the first 500 of about 2,400 rows of .*\) are longer than 9 "
-    with pytest.raises(DataError, match=said):
+    expected = (
+        r"500 of 500 rows exceed 9 tokens \(.*; counted in the first 500 of about 2,400 rows of .*\)\. "
+        r"Set data.max_length to at least \d+ \(rows that were not counted may be longer\), or data.overlong to split\."
+    )
+    with pytest.raises(DataError, match=expected):
         prepare.prepare(short, tokenizers.make("bytes+bos"), seconds=0, cached=False)
-    assert data.train.account.sources[0].rows == 500
-    assert "of the first 500 of about 2,400" in data.lines()[0]
-    whole = prepare.prepare(recipe, tokenizers.make("bytes+bos"))  # the sample was not kept as if it were all
+    assert data.train.stats.sources[0].rows == 500
+    assert "500 rows from the first 500 of about 2,400;" in data.lines()[0]
+    whole = prepare.prepare(recipe, tokenizers.make("bytes+bos"))  # the sample was not cached
     assert whole.share == 1
-    assert whole.train.account.sources[0].rows == 2400
+    assert whole.train.stats.sources[0].rows == 2400
 
 
 @given(
@@ -459,7 +479,7 @@ def test_a_sample_where_there_is_too_little_time(write_recipe: WriteRecipe, tmp_
 )
 @settings(max_examples=40, deadline=None)
 def test_every_token_of_every_kept_row_once(lengths: list[int], packing: str, seed: int) -> None:
-    """Of rows of any length, packed any way and split where they do not fit."""
+    """With rows of any length, packed any way and split if they do not fit."""
     with TemporaryDirectory() as folder:
         rows = [{"instruction": str(n), "output": " ".join(["fox"] * length)} for n, length in enumerate(lengths)]
         file = write_rows(Path(folder) / "rows.jsonl", rows)

@@ -10,11 +10,11 @@ from tests.conftest import WriteRecipe, write_rows
 
 
 def shown(
-    recipe: Path, *overrides: str, number: int = 1, rows: tuple[str, ...] = (), ids: bool = False, colours: bool = False
+    recipe: Path, *overrides: str, number: int = 1, rows: tuple[str, ...] = (), ids: bool = False, colors: bool = False
 ) -> str:
     said = io.StringIO()
     console = Console(
-        file=said, width=1000, highlight=False, force_terminal=colours, color_system="standard" if colours else None
+        file=said, width=1000, highlight=False, force_terminal=colors, color_system="standard" if colors else None
     )
     preview(str(recipe), overrides, number, rows, ids=ids, console=console)
     return said.getvalue()
@@ -35,16 +35,16 @@ def test_documents_of_a_packed_sequence(write_recipe: WriteRecipe) -> None:
         write_recipe(), "data.packing=wrapped", "data.cross_document_attention=true", "data.max_length=128"
     )
 
-    assert apart.count("positions 0 to ") == apart.count("train.jsonl:") - 1 > 1  # one line says what the data is
+    assert apart.count("positions 0 to ") == apart.count("train.jsonl:") - 1 > 1  # one line with statistics of the data
     assert together.count("positions 0 to ") == 1
-    assert ", a part: positions" in together
+    assert " (part): positions" in together
 
 
-def test_ids_and_colours(write_recipe: WriteRecipe) -> None:
+def test_ids_and_colors(write_recipe: WriteRecipe) -> None:
     assert "<|end|>(1)" in shown(write_recipe(), ids=True)
-    coloured = shown(write_recipe(), colours=True)
-    assert "\x1b[" in coloured
-    assert "⟦" not in coloured
+    colored = shown(write_recipe(), colors=True)
+    assert "\x1b[" in colored
+    assert "⟦" not in colored
 
 
 def test_control_characters_are_shown(write_recipe: WriteRecipe, tmp_path: Path) -> None:
@@ -70,15 +70,15 @@ def test_a_row_by_its_place(write_recipe: WriteRecipe, tmp_path: Path) -> None:
 
     assert said.count("sequence ") == 1
     assert "⟦place<end>⟧" in said.replace("|", "")
-    with pytest.raises(DataError, match=rf"--row {more}:1: no training row stands there; .* such as .*train.jsonl:1"):
+    with pytest.raises(DataError, match=rf"--row {more}:1: there is no training row at this location. .*train.jsonl:1"):
         shown(write_recipe(), both, "data.eval=null", rows=(f"{more}:1",))
 
 
 def test_a_row_that_is_in_no_sequence(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="--row 25: no sequence holds this row"):
+    with pytest.raises(DataError, match="--row 25: not in any training sequence"):
         shown(write_recipe(), rows=("25",))
     write_rows(
         tmp_path / "train.jsonl", [{"instruction": "x " * 300, "output": "y"}, {"instruction": "x", "output": "y"}]
     )
-    with pytest.raises(DataError, match="--row 1: no sequence holds this row"):
+    with pytest.raises(DataError, match="--row 1: not in any training sequence"):
         shown(write_recipe(), "data.eval=null", "data.overlong=drop", rows=("1",))

@@ -39,7 +39,7 @@ def test_prompts_in_the_recipe(tmp_path: Path) -> None:
     ],
 )
 def test_rows_of_a_file(tmp_path: Path, row: dict[str, Any], text: str, expected: str | None) -> None:
-    """Of any format, whatever that of the data is."""
+    """Of any format, independent of the format of the training data."""
     [question] = asked(tmp_path, str(write_rows(tmp_path / "asked.jsonl", [row])), format="alpaca")
 
     assert (question.text, question.expected) == (text, expected)
@@ -58,12 +58,15 @@ def test_columns_of_the_recipe(tmp_path: Path) -> None:
     [
         (
             [{"text": "a"}],
-            "asked.jsonl:1: eval.generate needs prompts, and this is plain text; expected a column 'prompt'",
+            "asked.jsonl:1: eval.generate needs prompts (got plain text). Add a column 'prompt'.",
         ),
         ([{"messages": [ANSWER]}], "asked.jsonl:1: eval.generate needs a prompt before the answer"),
-        ([{"prompt": "a", "expect": "b"}], "asked.jsonl:1: a prompt has no 'expect'; expected prompt, input, expected"),
-        ([{"prompt": "a"}, {"prompt": 1}], "asked.jsonl:2: 'prompt' must be text, got 1"),
-        ([{"question": "a"}], "asked.jsonl:1: cannot tell the format from the columns 'question'"),
+        (
+            [{"prompt": "a", "expect": "b"}],
+            "asked.jsonl:1: unknown column 'expect' (expected prompt, input, expected).",
+        ),
+        ([{"prompt": "a"}, {"prompt": 1}], "asked.jsonl:2: 'prompt' must be text (got 1)."),
+        ([{"question": "a"}], "asked.jsonl:1: unrecognized columns 'question'"),
         ([], "asked.jsonl: the file is empty"),
     ],
 )
@@ -80,4 +83,4 @@ def test_every_row_at_fault_has_a_line(tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         asked(tmp_path, str(tmp_path / "asked.jsonl"))
 
-    assert [line.split(": ")[0][-2:] for line in error.value.lines] == [":1", ":2"]
+    assert [line.split(": ")[0].partition("jsonl:")[2] for line in error.value.lines] == ["1", "2:1"]

@@ -20,7 +20,7 @@ def read(path: Path | str) -> list[dict[str, object]]:
 
 
 def problem(path: Path | str) -> str:
-    """The one problem of a file, raised or among its rows."""
+    """Return the one problem of a file, raised or among its rows."""
     try:
         [error] = [row for row in sources.read(str(path)) if isinstance(row, DataError)]
     except DataError as raised:
@@ -57,17 +57,17 @@ def test_gzipped(tmp_path: Path) -> None:
 
 
 def test_csv_that_would_lose_rows(tmp_path: Path) -> None:
-    """A quote that is never closed, a column that stands twice."""
+    """An unclosed quote, a duplicate column."""
     file = write(tmp_path / "a.csv", 'prompt,completion\nhi,yes\nfoo,"bar\nq,a\n')
-    assert "not valid CSV" in problem(file)
+    assert "invalid CSV" in problem(file)
     file = write(tmp_path / "b.csv", "prompt,prompt\nhi,yes\n")
-    assert "b.csv:1: a column stands twice in the header: 'prompt', 'prompt'" in problem(file)
+    assert "b.csv:1: duplicate column in the header (got 'prompt', 'prompt')." in problem(file)
 
 
 def test_json_beyond_measure(tmp_path: Path) -> None:
     for content in ("[" * 200_000, '{"text": ' + "1" * 5000 + "}"):
-        assert "a.jsonl:1: cannot be read as JSON" in problem(write(tmp_path / "a.jsonl", content + "\n"))
-        assert "a.json: cannot be read as JSON" in problem(write(tmp_path / "a.json", content))
+        assert "a.jsonl:1: JSON exceeds the parser's limits" in problem(write(tmp_path / "a.jsonl", content + "\n"))
+        assert "a.json: JSON exceeds the parser's limits" in problem(write(tmp_path / "a.json", content))
 
 
 def test_a_name_that_looks_like_a_pattern(tmp_path: Path) -> None:
@@ -89,8 +89,8 @@ def test_places_are_line_numbers(tmp_path: Path) -> None:
     rows = list(sources.read(str(file)))
     assert [str(row) if isinstance(row, DataError) else row.place for row in rows] == [
         f"{file}:1",
-        f"{file}:3: not valid JSON: Expecting value at column 1",
-        f"{file}:4: expected an object with columns, got [1]",
+        f"{file}:3:1: invalid JSON: expecting value.",
+        f"{file}:4: expected an object with columns (got [1]).",
     ]
 
 
@@ -104,7 +104,7 @@ def test_globs_and_directories_in_order(tmp_path: Path) -> None:
 
 def test_built_in_data() -> None:
     assert len(read("builtin:tasks/heldout.jsonl")) == 200
-    assert "there is builtin:tasks/heldout.jsonl, builtin:tasks/train.jsonl" in problem("builtin:nothing")
+    assert "Choose one of builtin:tasks/heldout.jsonl, builtin:tasks/train.jsonl." in problem("builtin:nothing")
 
 
 def test_a_long_field_of_csv(tmp_path: Path) -> None:
@@ -115,17 +115,17 @@ def test_a_long_field_of_csv(tmp_path: Path) -> None:
     ("name", "content", "said"),
     [
         ("a.jsonl", "", "the file is empty"),
-        ("a.jsonl", '{"a": "x\n', ":1: not valid JSON: Unterminated string starting at at column 7"),
-        ("a.jsonl", b'{"a": "\xff"}\n', ":1: not valid UTF-8"),
-        ("a.json", "{}", "expected a list of objects, got {"),
-        ("a.json", '{"a": 1}\n{"a": 2}\n', "a file with one object a line is .jsonl"),
-        ("a.json", b'["\xff"]', "not valid UTF-8"),
-        ("a.csv", "a,b\n1,2,3\n", ":2: expected 2 fields as in the header"),
-        ("a.csv", "a,b\n1\n", ":2: expected 2 fields as in the header"),
-        ("a.csv", b"a\n\xff\n", "not valid UTF-8"),
-        ("a.parquet", "PAR1", "not a valid parquet file"),
-        ("a.jsonl.gz", "not gzip", "cannot be read"),
-        ("a.txt", "x", "unknown kind of file; expected .jsonl, .json, .csv, .parquet"),
+        ("a.jsonl", '{"a": "x\n', ":1:7: invalid JSON: unterminated string."),
+        ("a.jsonl", b'{"a": "\xff"}\n', ":1: invalid UTF-8"),
+        ("a.json", "{}", "expected a list of objects (got {"),
+        ("a.json", '{"a": 1}\n{"a": 2}\n', "Rename a file with one object per line to .jsonl."),
+        ("a.json", b'["\xff"]', "invalid UTF-8"),
+        ("a.csv", "a,b\n1,2,3\n", ":2: number of fields differs from the header (expected 2)."),
+        ("a.csv", "a,b\n1\n", ":2: number of fields differs from the header (expected 2)."),
+        ("a.csv", b"a\n\xff\n", "invalid UTF-8"),
+        ("a.parquet", "PAR1", "invalid Parquet file"),
+        ("a.jsonl.gz", "not gzip", "cannot read the file"),
+        ("a.txt", "x", "unsupported file type (expected .jsonl, .json, .csv, .parquet"),
     ],
 )
 def test_broken_files(tmp_path: Path, name: str, content: str | bytes, said: str) -> None:
@@ -137,7 +137,7 @@ def test_broken_files(tmp_path: Path, name: str, content: str | bytes, said: str
 
 @pytest.mark.parametrize("path", ["none.jsonl", "a/b/c", "/no/such"])
 def test_no_such_file(path: str) -> None:
-    assert problem(path).startswith(f"{path}: no such file")
+    assert problem(path).startswith(f"{path}: file not found")
 
 
 def test_a_pattern_that_matches_nothing(tmp_path: Path) -> None:
@@ -145,12 +145,14 @@ def test_a_pattern_that_matches_nothing(tmp_path: Path) -> None:
 
 
 def test_a_directory_without_data(tmp_path: Path) -> None:
-    assert "holds no data files" in problem(tmp_path)
+    assert "contains no data files" in problem(tmp_path)
 
 
 def test_a_hub_id_without_the_hub() -> None:
     assert sources.files("nobody/nothing") is None
-    assert problem("nobody/nothing").startswith("nobody/nothing: no such file, and not to be had from the hub either")
+    assert problem("nobody/nothing").startswith(
+        "nobody/nothing: no such local file, and it cannot be loaded from the Hub"
+    )
 
 
 def test_fingerprints_follow_the_content(tmp_path: Path) -> None:
@@ -163,7 +165,7 @@ def test_fingerprints_follow_the_content(tmp_path: Path) -> None:
 
 
 def test_objects_of_a_table_have_the_keys_that_were_written(tmp_path: Path) -> None:
-    """Arrow gives each the keys of all, with nulls."""
+    """Arrow adds the keys of all rows, with nulls."""
     calls = [{"name": "now", "arguments": {"tz": "utc"}}, {"name": "weather", "arguments": {"city": "Zürich"}}]
     table = pa.Table.from_pylist([{"calls": [call], "note": None} for call in calls])
     pq.write_table(table, tmp_path / "a.parquet")
@@ -178,7 +180,7 @@ def test_a_damaged_archive(tmp_path: Path) -> None:
     packed[20] ^= 0xFF
     packed[25] ^= 0xFF
     (tmp_path / "a.jsonl.gz").write_bytes(packed)
-    with pytest.raises(DataError, match=r"a.jsonl.gz: cannot be read"):
+    with pytest.raises(DataError, match=r"a.jsonl.gz: cannot read the file"):
         list(sources.read(str(tmp_path / "a.jsonl.gz")))
 
 

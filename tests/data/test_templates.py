@@ -91,7 +91,7 @@ def test_a_system_message_takes_the_place_of_the_preamble() -> None:
 
 
 def test_a_role_that_alpaca_does_not_know() -> None:
-    with pytest.raises(DataError, match=r"f:1: the chat template refuses these messages: .*not 'tool'"):
+    with pytest.raises(DataError, match=r"f:1: the chat template rejects these messages: .*\(got 'tool'\)"):
         alpaca_chat()(Example("f:1", [{"role": "tool", "content": "x"}, {"role": "assistant", "content": "y"}]))
 
 
@@ -109,12 +109,12 @@ def test_an_input_in_a_template_that_has_no_place_for_it() -> None:
 
 
 def test_text_that_would_become_a_special_token_is_refused() -> None:
-    with pytest.raises(DataError, match="f:1: the text contains '</s>', which this tokenizer reads as a special token"):
+    with pytest.raises(DataError, match="f:1: text contains the special token '</s>'"):
         alpaca_chat()(example("What is </s>?", "The end."))
 
 
 def test_the_last_message_must_be_the_assistants() -> None:
-    with pytest.raises(DataError, match="the last message must be from the assistant, got 'user'"):
+    with pytest.raises(DataError, match=r"the last message must have the role assistant \(got 'user'\)"):
         alpaca_chat()(example("a", "b", "c", role="user"))
 
 
@@ -132,7 +132,7 @@ MARKED = (
 
 @pytest.mark.parametrize(("train_on", "trained"), [("completion", ["d</s>"]), ("assistant", ["b</s>", "d</s>"])])
 def test_generation_marks_where_earlier_turns_change(train_on: str, trained: list[str]) -> None:
-    """With the special token that ends the turn, also where it stands behind the mark."""
+    """Includes the special token that ends the turn, even directly after the mark."""
     rendered = Chat(MARKED, train_on, SPECIALS, ("<s>", "</s>"))(example("a", "b", "c", "d"))
 
     assert rendered.text == "4<u>a<a>b</s><u>c<a>d</s>"
@@ -140,7 +140,7 @@ def test_generation_marks_where_earlier_turns_change(train_on: str, trained: lis
 
 
 def test_generation_marks_say_what_the_assistant_wrote() -> None:
-    """Also where turns could be told apart without them."""
+    """Even if turns could be located without them."""
     source = (
         "{% for m in messages %}{% if m.role == 'assistant' %}A[{% generation %}{{ m.content }}{% endgeneration %}</s>]"
         "{% else %}U[{{ m.content }}]{% endif %}{% endfor %}{% if add_generation_prompt %}A{% endif %}"
@@ -151,7 +151,7 @@ def test_generation_marks_say_what_the_assistant_wrote() -> None:
 
 
 def test_a_generation_mark_that_holds_the_end_of_the_turn() -> None:
-    """What follows it is the next turn's."""
+    """The text after it belongs to the next turn."""
     source = (
         "{% for m in messages %}<s>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}</s>{% endgeneration %}"
         "{% else %}{{ m.content }}</s>{% endif %}{% endfor %}"
@@ -162,20 +162,20 @@ def test_a_generation_mark_that_holds_the_end_of_the_turn() -> None:
     assert [rendered.text[start:end] for start, end in rendered.trained] == ["b</s>", "d</s>"]
 
 
-def test_text_that_the_template_leaves_out_is_known() -> None:
+def test_text_that_the_template_drops_is_detected() -> None:
     messages = [{"role": r, "content": c} for r, c in (("developer", "Be brief."), ("user", "a"), ("assistant", "b"))]
     whole = "{% for m in messages %}{{ m.content | trim }}|{% endfor %}"
     without = "{% for m in messages if m.role != 'developer' %}{{ m.content }}|{% endfor %}"
 
-    assert not Chat(whole, "all", {}, ())(Example("f:1", messages)).left_out
+    assert not Chat(whole, "all", {}, ())(Example("f:1", messages)).lossy
     thought = [*messages[:2], {**messages[2], "reasoning_content": "It is b."}]
-    assert Chat(whole, "all", {}, ())(Example("f:1", thought)).left_out
-    assert not Chat(whole + "{{ messages[2].reasoning_content }}", "all", {}, ())(Example("f:1", thought)).left_out
-    assert Chat(without, "all", {}, ())(Example("f:1", messages)).left_out
+    assert Chat(whole, "all", {}, ())(Example("f:1", thought)).lossy
+    assert not Chat(whole + "{{ messages[2].reasoning_content }}", "all", {}, ())(Example("f:1", thought)).lossy
+    assert Chat(without, "all", {}, ())(Example("f:1", messages)).lossy
 
 
 def test_a_message_that_answers_nothing() -> None:
-    """A conversation that the assistant begins: there is no prompt to its first message."""
+    """If the assistant begins a conversation, its first message has no prompt."""
     messages = [{"role": r, "content": c} for r, c in (("assistant", "Hello."), ("user", "One?"), ("assistant", "1"))]
     source = (
         "{% if messages[0].role == 'x' %}{% endif %}{% for m in messages %}{{ m.role[0] }}:{{ m.content }}|{% endfor %}"
@@ -205,9 +205,9 @@ def test_tool_calls_where_the_template_has_a_place() -> None:
 
     assert rendered.text == '[[{"name": "add <b>"}]]<user>1+1?<assistant>add({"a": 1})<tool>2<assistant>2'
     assert [rendered.text[start:end] for start, end in rendered.trained] == ['add({"a": 1})', "2"]
-    with pytest.raises(DataError, match="the row has 'tool_calls', for which the chat template has no place"):
+    with pytest.raises(DataError, match="the chat template does not render 'tool_calls'"):
         alpaca_chat()(row)
-    with pytest.raises(DataError, match="the text contains '</s>'"):
+    with pytest.raises(DataError, match="text contains the special token '</s>'"):
         Chat(source, "assistant", {}, ("</s>",))(Example("f:1", messages, tools=[{"name": "</s>"}]))
 
 
@@ -229,12 +229,12 @@ def test_special_tokens_in_the_names_of_arguments() -> None:
     call = {"function": {"name": "f", "arguments": {"</s>": 1}}}
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
 
-    with pytest.raises(DataError, match="the text contains '</s>'"):
+    with pytest.raises(DataError, match="text contains the special token '</s>'"):
         Chat("{{ messages[1].tool_calls }}", "all", SPECIALS, ("</s>",))(Example("f:1", messages))
 
 
 def test_whatever_a_template_does_is_one_line() -> None:
-    with pytest.raises(DataError, match="f:1: the chat template refuses these messages: division by zero"):
+    with pytest.raises(DataError, match="f:1: the chat template rejects these messages: division by zero"):
         Chat("{{ 1 / 0 }}", "all", {}, ())(example("a", "b"))
 
 
@@ -245,21 +245,19 @@ def test_the_day_as_templates_ask_for_it() -> None:
 def test_a_template_that_changes_earlier_turns() -> None:
     chat = Chat("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}", "assistant", {}, ())
 
-    with pytest.raises(DataError, match="renders message 2 differently once others precede or follow it"):
+    with pytest.raises(DataError, match="renders message 2 differently depending on the others"):
         chat(example("a", "b", "c", "d"))
 
 
 def test_a_template_is_run_in_a_sandbox() -> None:
     chat = Chat("{{ messages.__class__.__mro__ }}", "all", {}, ())
 
-    with pytest.raises(
-        RecipeError, match="does what no chat template may, and is not used: access to attribute '__class__'"
-    ):
+    with pytest.raises(RecipeError, match="the template violates the sandbox: access to attribute '__class__'"):
         chat(example("a", "b"))
 
 
 def test_a_broken_template() -> None:
-    with pytest.raises(DataError, match=r"data\.template: the chat template: not a valid Jinja template"):
+    with pytest.raises(DataError, match=r"data\.template: the chat template: invalid Jinja template"):
         Chat("{% for %}", "all", {}, ())
 
 

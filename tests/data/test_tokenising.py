@@ -13,7 +13,7 @@ from sft_recipes.recipe import load
 from tests.conftest import ROWS, WriteRecipe, write_rows
 from tests.data import tokenizers
 
-LINUX = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere one process tokenises")
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="other systems tokenize in one process")
 MANY = [{**row, "instruction": f"{number}: {row['instruction']}"} for number in range(210) for row in ROWS]
 
 
@@ -24,7 +24,7 @@ def prepared(recipe: Path, kind: str = "bytes+bos") -> prepare.Prepared:
 
 @pytest.fixture
 def many(write_recipe: WriteRecipe, tmp_path: Path) -> Path:
-    """A recipe with as many rows as processes are started for."""
+    """A recipe with enough rows to start processes."""
     assert len(MANY) > tokenising._BATCH * tokenising._BATCHES_FOR_PROCESSES
     write_rows(tmp_path / "train.jsonl", MANY)
     return write_recipe()
@@ -65,8 +65,8 @@ def test_a_process_that_is_killed(many: Path, processes: None, monkeypatch: pyte
     rows = [dict(row) for row in MANY]
     rows[700]["output"] = "long " * 900
     write_rows(many.parent / "train.jsonl", rows)
-    said = r"train.jsonl:701: a process that tokenised the rows from .*train.jsonl:1 to .*train.jsonl:\d+ was killed"
-    with pytest.raises(RunError, match=said):
+    expected = r"train.jsonl:701: a process that tokenized rows .*train.jsonl:1 to .*train.jsonl:\d+ was killed"
+    with pytest.raises(RunError, match=expected):
         prepared(many)
 
 
@@ -93,22 +93,22 @@ prepared(Path({str(many)!r}))
         assert parent.stdout is not None
         assert len({parent.stdout.readline() for _ in range(2)}) == 2
         parent.kill()
-        parent.communicate(timeout=60)  # the output is at an end, because no process holds it open
+        parent.communicate(timeout=60)  # returns because no process keeps the pipe open
 
 
-def test_long_rows_are_tokenised_a_few_at_a_time(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    """So that neither time nor memory of a look at them grows with their length."""
+def test_long_rows_are_tokenized_a_few_at_a_time(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """Time and memory to sample them do not grow with their length."""
     write_rows(tmp_path / "train.jsonl", [{"instruction": str(n), "output": "word " * 100_000} for n in range(20)])
     loaded = load.load(write_recipe(), ["data.max_length=200", "data.eval=null", "data.overlong=split"]).recipe
     sample = prepare.prepare(loaded, tokenizers.make("bytes+bos"), cached=False, seconds=0)
 
-    assert sample.train.account.sources[0].rows == 4  # of 500,000 characters each
+    assert sample.train.stats.sources[0].rows == 4  # of 500,000 characters each
 
 
 def test_a_file_that_changes_while_it_is_read_is_not_kept(
     write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else what was read would be found under the name of what was there before."""
+    """Otherwise the cache would return the new content for the old one."""
     recipe = load.load(write_recipe(), ["data.eval=null", "data.max_length=200"]).recipe
     file, fingerprint = tmp_path / "train.jsonl", sources.fingerprint
     before = file.read_text("utf-8")
@@ -123,10 +123,10 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(
     monkeypatch.setattr(sources, "fingerprint", fingerprint)
     file.write_text(before, "utf-8")
 
-    assert prepare.prepare(recipe, tokenizers.make("bytes+bos")).train.account.tokens < changed.account.tokens
+    assert prepare.prepare(recipe, tokenizers.make("bytes+bos")).train.stats.tokens < changed.stats.tokens
 
 
-def test_few_cores_tokenise_by_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_cores_tokenize_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4), raising=False)
     assert tokenising._processes() == 1
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16), raising=False)

@@ -39,7 +39,7 @@ def encode(kind: str, rendered: Rendered) -> Document:
 
 
 def as_text(kind: str) -> Tokenizer:
-    """The tokenizer, taking special tokens for text."""
+    """The tokenizer, encoding special tokens as plain text."""
     backend = Tokenizer.from_str(tokenizers.make(kind).backend.to_str())
     backend.encode_special_tokens = True
     return backend
@@ -64,7 +64,7 @@ def test_ids_are_those_of_the_whole_text_with_bos_and_eos_once(
 
 @pytest.mark.parametrize("kind", tokenizers.KINDS)
 def test_the_answer_and_the_end_are_trained_on(kind: str) -> None:
-    document = encode(kind, Alpaca()(alpaca_row("Name a colour.", "red fox 12")))
+    document = encode(kind, Alpaca()(alpaca_row("Name a color.", "red fox 12")))
 
     backend = tokenizers.make(kind).backend
     assert backend.decode(document.ids[document.trained].tolist(), skip_special_tokens=True).strip() == "red fox 12"
@@ -72,7 +72,7 @@ def test_the_answer_and_the_end_are_trained_on(kind: str) -> None:
 
 
 def test_everything_is_trained_on() -> None:
-    document = encode("bytes+bos", Alpaca("all")(alpaca_row("Name a colour.", "red")))
+    document = encode("bytes+bos", Alpaca("all")(alpaca_row("Name a color.", "red")))
 
     assert document.trained.all()
 
@@ -84,7 +84,7 @@ def test_an_empty_answer_is_its_end() -> None:
 
 
 def test_a_token_across_the_border_belongs_to_the_answer() -> None:
-    """A prompt ends in a newline, the answer starts with one, and the tokenizer has one token for both."""
+    """The prompt ends and the answer starts with a newline, and the tokenizer has one token for both."""
     backend = Tokenizer(models.BPE({"f": 0, "\n": 1, "j": 2, "\n\n": 3, "</s>": 4}, [("\n", "\n")]))
     backend.add_special_tokens(["</s>"])
     encoder = Encoder(tokens.LightTokenizer(backend, {"eos_token": "</s>"}))
@@ -171,7 +171,7 @@ def test_a_batch_keeps_its_order() -> None:
 @given(rows=st.lists(st.tuples(texts, texts, st.booleans()), min_size=1, max_size=5))
 @settings(max_examples=60)
 def test_bytes_and_offsets_find_the_same_tokens(kind: str, rows: list[tuple[str, str, bool]]) -> None:
-    """Byte-level tokenizers go a faster way; both ways agree wherever the stretches begin and end."""
+    """The faster path for byte-level tokenizers agrees with the one by offsets for all spans."""
     by_bytes, by_offsets = Encoder(tokenizers.make(kind)), Encoder(tokenizers.make(kind))
     by_offsets._bytes = None
     specials = kind == "chat"
@@ -186,7 +186,7 @@ def test_bytes_and_offsets_find_the_same_tokens(kind: str, rows: list[tuple[str,
 
 
 def test_a_normalizer_that_changes_the_text() -> None:
-    """Its tokens stand for other bytes than the row's, also where their number is the same."""
+    """Its tokens have different bytes than the row, even if their number is the same."""
     spec = tokenizers.make("bytes")
     backend = Tokenizer.from_str(spec.backend.to_str())
     backend.normalizer = normalizers.Sequence([normalizers.Replace("aa", "b"), normalizers.Replace("c", "dd")])
@@ -208,7 +208,7 @@ def test_indentation_is_trained_on_where_a_tokenizer_trims_offsets() -> None:
 
 
 def test_another_end_than_the_end_token() -> None:
-    """A tokenizer that ends texts in [SEP]: documents end in the end token all the same."""
+    """If the tokenizer appends [SEP], documents end with EOS instead."""
     spec = tokenizers.make("bytes+bos")
     backend = Tokenizer.from_str(spec.backend.to_str())
     backend.add_special_tokens(["[SEP]"])
@@ -237,7 +237,7 @@ def test_empty_answers_and_equal_documents_are_known() -> None:
 
 
 def test_half_a_surrogate_pair_is_named() -> None:
-    with pytest.raises(DataError, match=r"rows:1: not valid Unicode: '\\ud800' is half of a surrogate pair"):
+    with pytest.raises(DataError, match=r"rows:1: invalid Unicode: '\\ud800' is half of a surrogate pair"):
         encode("bytes", Alpaca()(alpaca_row("a \ud800 b", "c")))
     rows = [Alpaca()(alpaca_row(text, "c")) for text in ("\ud800", "good", "\udfff")]
     with pytest.raises(DataError) as caught:
@@ -247,9 +247,9 @@ def test_half_a_surrogate_pair_is_named() -> None:
 
 def test_a_tokenizer_without_an_end() -> None:
     tokenizer = tokenizers.make("bytes")
-    with pytest.raises(ModelError, match="no end token"):
+    with pytest.raises(ModelError, match="no EOS token"):
         Encoder(tokens.LightTokenizer(tokenizer.backend, {}))
-    with pytest.raises(ModelError, match="'<none>' is not in its vocabulary"):
+    with pytest.raises(ModelError, match=r"not in its vocabulary \(got '<none>'"):
         Encoder(tokens.LightTokenizer(tokenizer.backend, {"eos_token": "<none>"}))
 
 
@@ -283,7 +283,7 @@ def test_new_tokens_are_single(tmp_path: Path) -> None:
 
 def test_a_broken_tokenizer_file(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ModelError, match="not a valid tokenizer"):
+    with pytest.raises(ModelError, match="invalid tokenizer"):
         tokens.from_directory(tmp_path)
 
 
@@ -306,7 +306,7 @@ def test_a_tokenizer_that_transformers_makes_anew_is_known(tmp_path: Path) -> No
 
 
 def test_the_digest_of_a_prompt_is_that_of_the_document_it_would_be() -> None:
-    """Where documents begin with an answer, hold nothing else, or hold none."""
+    """For documents that begin with an answer, consist of one, or have none."""
     rows = [[5, 6, 7], [5, 6, 8, 9], [5, 6], [7], [4, 4, 4]]
     trained = [[False, False, True], [False, False, True, False], [True, True], [False], [False, False, False]]
     offsets = np.cumsum([0, *map(len, rows)])

@@ -1,4 +1,4 @@
-"""Small tokenizers of every kind there is, trained on a few sentences."""
+"""Small tokenizers of every kind, trained on a few sentences."""
 
 import json
 from functools import cache
@@ -10,7 +10,7 @@ from sft_recipes.data.templates import alpaca_prompt
 from sft_recipes.data.tokens import LightTokenizer
 
 TEXT = [
-    alpaca_prompt("Name three colours.", "red green"),
+    alpaca_prompt("Name three colors.", "red green"),
     "the quick brown fox\n\njumps over 12 lazy dogs",
     "äöü 漢字 {x}",
 ]
@@ -23,7 +23,7 @@ KINDS = ("bytes", "bytes+bos", "bytes bos=eos", "bytes+bos+eos", "prepend+bos", 
 
 @cache
 def make(kind: str) -> LightTokenizer:
-    """A tokenizer: byte-level BPE, or SentencePiece-like with `prepend` or `metaspace` for its leading blank."""
+    """A tokenizer: byte-level BPE, or SentencePiece-like with `prepend` or `metaspace` for the leading space."""
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     if kind == "bytes bos=eos":
         special = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
@@ -45,13 +45,13 @@ def make(kind: str) -> LightTokenizer:
             tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(?<=\\s)|(?=▁)"), "isolated")
         else:
             tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    # Line by line, so that no token crosses a line's end, but for an empty line, which is one token as in large models.
+    # Line by line, so that no token spans lines, except an empty line, which is one token as in large models.
     lines = [line for text in TEXT for line in text.split("\n")] + ["\n\n"]
     tokenizer.train_from_iterator(
         lines * 3,
         trainers.BpeTrainer(vocab_size=700, special_tokens=names, initial_alphabet=alphabet, show_progress=False),
     )
-    if not byte_level:  # byte tokens are pieces of text, not special
+    if not byte_level:  # byte tokens are text, not special
         content = json.loads(tokenizer.to_str())
         content["added_tokens"] = [t for t in content["added_tokens"] if not t["content"].startswith("<0x")]
         tokenizer = Tokenizer.from_str(json.dumps(content))

@@ -8,12 +8,12 @@ QUESTION = {"role": "user", "content": "What?", "input": ""}
 ACCOUNT = {
     "sources": [
         {
-            "path": "train.jsonl", "format": "alpaca", "template": "alpaca", "read": 1010, "set_aside": 10, "rows": 1000,
-            "kept": 980, "dropped": {"overlong": 20}, "duplicates": 3, "truncated_rows": 0, "cut_tokens": 0,
-            "tokens": 50_000, "trained_tokens": 10_000, "length": {"min": 12, "p50": 40, "max": 700},
+            "path": "train.jsonl", "format": "alpaca", "template": "alpaca", "rows_read": 1010, "held_out": 10, "rows": 1000,
+            "kept": 980, "dropped": {"overlong": 20}, "duplicates": 3, "truncated_rows": 0, "dropped_tokens": 0,
+            "tokens": 50_000, "trained_tokens": 10_000, "token_lengths": {"min": 12, "p50": 40, "max": 700},
         }
     ],
-    "tokens": 50_000, "trained_tokens": 10_000, "sequences": 100, "packing": "bfd", "fill": 0.9766,
+    "tokens": 50_000, "trained_tokens": 10_000, "sequences": 100, "packing": "bfd", "packing_efficiency": 0.9766,
 }  # fmt: skip
 MANIFEST = {
     "started": "2026-01-02T03:04:05+00:00",
