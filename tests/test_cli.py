@@ -1,4 +1,4 @@
-"""The command line, as a program."""
+"""The command line, run as a program."""
 
 import json
 import os
@@ -136,7 +136,7 @@ def test_check_looks_for_room(write_recipe: WriteRecipe, tmp_path: Path, monkeyp
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=40e6))
     check(recipe)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=5e6))
-    check(recipe, ["lora.rank=2"])  # of which the model is known, and the adapter not yet
+    check(recipe, ["lora.rank=2"])  # the size of the model is known, that of the adapter not yet
 
 
 def test_check_finds_every_problem_at_once(write_recipe: WriteRecipe, tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_check_of_data_on_the_hub_looks_at_the_rest(write_recipe: WriteRecipe) -
 def test_list_and_new(tmp_path: Path) -> None:
     listed = sft_recipe("list").stdout.splitlines()
     assert listed[0].split() == ["recipe", "method", "model", "hardware", "result"]
-    assert len(listed) == 17  # to a pipe a recipe is a line
+    assert len(listed) == 17  # one line per recipe in a pipe
     [line] = [line for line in listed if line.startswith("llama8b_qlora ")]
     assert line.split(maxsplit=3)[:3] == ["llama8b_qlora", "QLoRA", "meta-llama/Llama-3.1-8B"]
     assert line.rstrip().endswith(" not measured")
@@ -208,7 +208,7 @@ def test_schema_is_a_schema_of_the_shipped_recipes() -> None:
 
 
 def test_run_generate_report_merge(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    """The commands one after the other, on one run; the first as the program that users start."""
+    """The commands in sequence on one run; the first as the installed program."""
     command = [Path(sys.executable).with_name("sft-recipe"), "run", write_recipe(lora={"rank": 2})]
     done = subprocess.run([*command, "--set", "export.merge=false"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""What `sft-recipe doctor` finds, on machines that are made up."""
+"""`sft-recipe doctor` on simulated machines."""
 
 import importlib.metadata
 import json
@@ -25,7 +25,7 @@ def found(look: Any, name: str) -> doctor.Finding:
 
 
 def having(monkeypatch: pytest.MonkeyPatch, **versions: str | None) -> None:
-    """Other versions than those that are installed; None: not installed."""
+    """Simulate other installed versions; None: not installed."""
     really = importlib.metadata.version
 
     def version(name: str) -> str:
@@ -46,7 +46,7 @@ def test_every_requirement_has_a_line() -> None:
 
 
 def test_what_is_installed_is_good(monkeypatch: pytest.MonkeyPatch) -> None:
-    having(monkeypatch, torch="2.13.0+cu130")  # what it was built for is no other version
+    having(monkeypatch, torch="2.13.0+cu130")  # the local part is ignored
 
     assert found(doctor._packages, "torch") == doctor.Finding("torch", "ok", "2.13.0+cu130")
     assert found(doctor._packages, "python").state == "ok"
@@ -129,7 +129,7 @@ def test_gpus(monkeypatch: pytest.MonkeyPatch, cuda: _CUDA, line: str) -> None:
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, *, driver: bool, built: str | None = None, bf16: bool = True) -> None:
-    """One whose torch sees no GPU."""
+    """A machine whose torch sees no GPU."""
     torch = SimpleNamespace(
         cuda=SimpleNamespace(is_available=lambda: False),
         cpu=SimpleNamespace(get_capabilities=lambda: {"avx2": True, "avx512_bf16": bf16}),
@@ -170,7 +170,7 @@ def test_torch_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
     class MockLibrary:
-        """Its name is what tells."""
+        """Recognized by its name."""
 
     for library, cuda, detail in (
         (SimpleNamespace(compiled_with_cuda=True), True, "CUDA library"),
@@ -256,7 +256,7 @@ def test_a_missing_package_leaves_the_rest(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 class _Session:
-    """The hub's, which answers or fails."""
+    """Hub session that answers or fails."""
 
     def __init__(self, answer: int | Exception) -> None:
         self.answer = answer
@@ -299,7 +299,7 @@ def test_the_hub_is_asked_only_for_the_asking(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_command(tmp_path: Path) -> None:
-    """On this machine, whose packages are those that are tested."""
+    """On this machine, which has the tested versions."""
     lines, content = sft_recipe("doctor"), sft_recipe("doctor", "--json")
     findings = json.loads(content.stdout)
 

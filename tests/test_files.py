@@ -1,4 +1,4 @@
-"""Whole or not there."""
+"""Atomic writes, checksums and locks."""
 
 import errno
 import json
@@ -19,7 +19,7 @@ from sft_recipes.errors import OutputError
 
 @contextmanager
 def no_file_over(size: int) -> Iterator[None]:
-    """The kernel refuses to let a file grow beyond that many bytes: as a full disk, but for the number of the error."""
+    """The kernel limits the size of files: as a full disk, except for the error number."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:

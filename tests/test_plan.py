@@ -1,4 +1,4 @@
-"""`sft-recipe plan` on a directory that holds a config and nothing else."""
+"""`sft-recipe plan` on a directory with only a config."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The run directory: resumed as it was begun, finished once, and never another's."""
+"""Creating, locking and resuming run directories."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from tests.conftest import ROWS, WriteRecipe, metrics, run, write_rows
 
 @pytest.fixture
 def begun(write_recipe: WriteRecipe, tmp_path: Path) -> tuple[Path, Path]:
-    """A recipe, and a run of it that came to an end but for its export."""
+    """A recipe, and a run of it that finished training but has no export."""
     recipe = write_recipe(checkpoint={"every": 1})
     folder, _ = run(recipe)
     shutil.rmtree(folder / "model")
@@ -76,7 +76,7 @@ def test_a_run_that_has_finished_is_left_alone(write_recipe: WriteRecipe) -> Non
 
 
 def test_resume_starts_where_there_is_nothing_to_resume(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    """So that a job can always be started with it."""
+    """So that a job can always pass --resume."""
     _, said = run(write_recipe(), resume=True)
 
     assert "No complete checkpoint: starting from scratch" in said
@@ -113,7 +113,7 @@ def test_a_second_start_leaves_the_first_alone(
 
 
 def test_what_is_given_back_is_what_was_made(tmp_path: Path) -> None:
-    """Another run has begun in the directory that was made around it."""
+    """Another run has started in the parent directory that this run created."""
 
     def fail() -> None:
         with run_folder.opened(str(tmp_path / "runs" / "a"), resume=False) as folder:

@@ -1,4 +1,4 @@
-"""Signals and times that end a run."""
+"""Stopping by signals and time limits."""
 
 import contextlib
 import os
@@ -89,7 +89,7 @@ def test_no_exception_on_the_way_holds_a_signal_up() -> None:
 
 
 def slowly(group: int | None = None) -> None:
-    """Each step says that it has begun, and takes its time; in a group of processes."""
+    """Make each step slow and print when it begins; join a process group."""
     from sft_recipes.training import trainer
 
     if group is not None:
@@ -106,7 +106,7 @@ def slowly(group: int | None = None) -> None:
 
 
 class Started:
-    """A run in a process of its own that is to be stopped."""
+    """A run in a separate process that the test stops."""
 
     def __init__(self, folder: Path, *arguments: object) -> None:
         self.out, self.err = (folder.parent / f"{folder.name}.{name}" for name in ("out", "err"))
@@ -124,7 +124,7 @@ class Started:
         os.kill(self.process.pid, number)
 
     def end(self) -> tuple[int | None, str]:
-        """Its exit code, and what it said on stderr."""
+        """Return exit code and stderr."""
         self.process.join(120)
         return self.process.exitcode, self.err.read_text("utf-8")
 
@@ -154,7 +154,7 @@ def test_the_step_is_finished_and_the_command_told_that_resumes(write_recipe: Wr
 
 
 def test_the_whole_group_is_asked(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    """As Ctrl-C does: the workers of the data loader hear it too, and so does `| tee`, which is gone then."""
+    """As Ctrl-C does: also to data loader workers and to `| tee`, which exits."""
     recipe = write_recipe(
         train={"max_steps": 500}, data={"eval": None}, checkpoint={"every": None}, trl={"dataloader_num_workers": 2}
     )
@@ -187,7 +187,7 @@ def test_a_second_signal_ends_it_at_once(write_recipe: WriteRecipe, tmp_path: Pa
 
 
 def test_before_the_first_step_nothing_is_left(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    """Stopped while libraries are loaded, data read or the model made: the same line, and no directory."""
+    """Stopped during setup: the same line, and no directory."""
     recipe = write_recipe()
     before = sorted(tmp_path.rglob("*"))
     command = [sys.executable, "-m", "sft_recipes.cli", "run", str(recipe)]

@@ -5,7 +5,7 @@ from tests.conftest import WriteRecipe, run, write_rows
 
 
 def test_talking_to_a_run_trained_on_plain_text(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    """It continues the text; there is no template."""
+    """Plain text is continued without a template."""
     write_rows(tmp_path / "train.jsonl", [{"text": "hot dog " * 20}] * 8)
     folder, said = run(
         write_recipe(export={"dtype": "float32"}, data={"eval": None}), "train.max_steps=30", "train.learning_rate=5e-3"
