@@ -87,8 +87,8 @@ def commands_page() -> str:
     """The help of every command."""
     lines = ["# The commands", "", "Made from `sft-recipe --help` by `docs/generate.py`.", ""]
     lines += [
-        "Exit codes: 0 done; 1 the run failed; 2 the recipe, the data or the command line is wrong; 75 stopped on request,",
-        "with a checkpoint from which `--resume` continues. Errors go to stderr, one line a problem; `--debug` shows the",
+        "Exit codes: 0 done; 1 the run failed; 2 recipe, data or command line is wrong; 75 stopped on request, with a",
+        "checkpoint from which `--resume` continues. Errors go to stderr, one line per problem; `--debug` shows the",
         "traceback.",
     ]
     group = typer.main.get_command(cli.app)

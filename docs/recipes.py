@@ -60,7 +60,7 @@ def predict(name: str) -> dict[str, Any]:
         here.append("train.kernels=none")  # whatever is installed here; with Liger's a run takes less
 
         def found(*more: str) -> memory.Footprint:
-            return plan(str(_file(name)), [*here, *more]).found
+            return plan(str(_file(name)), [*here, *more]).footprint
 
         sizes = recipe.train.micro_batch_size == "auto"
         rank, loading = found(*["train.micro_batch_size=1"] * sizes), 0.0
@@ -73,7 +73,7 @@ def predict(name: str) -> dict[str, Any]:
             settled = {
                 "micro_batch_size": on_card.recipe.train.micro_batch_size,
                 "gradient_checkpointing": on_card.recipe.train.gradient_checkpointing,
-                "peak": round(on_card.found.peak_bytes),
+                "peak": round(on_card.footprint.peak_bytes),
             }
     return {
         "of": fingerprint(name),

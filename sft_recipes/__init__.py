@@ -1,6 +1,6 @@
-"""Fine-tune a language model from one YAML recipe, and trust the result.
+"""Fine-tune causal language models from one YAML file.
 
-`PackedSFTDataset` and `iterate_batches` are the classic packed data set as a library; they import torch when first used.
+`PackedSFTDataset` and `iterate_batches` are concatenate-and-chunk packing as a library; torch is imported on first use.
 """
 
 from typing import TYPE_CHECKING, Any

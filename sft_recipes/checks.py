@@ -1,4 +1,4 @@
-"""`sft-recipe check` and `preview`: all that can be known of a run without torch."""
+"""Implement `sft-recipe check` and `preview` without importing torch."""
 
 import sys
 from collections.abc import Sequence
@@ -19,12 +19,12 @@ from sft_recipes.recipe import machine, model_files
 from sft_recipes.recipe.check import accepted, verdict_on
 from sft_recipes.recipe.schema import Model, Recipe
 
-_SECONDS = 2.0  # of tokenising a source; what is found then is found in its first rows
+_SECONDS = 2.0  # time limit for tokenizing each source; later rows are not checked
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What was found, and what deserves a warning; a line each."""
+    """Output lines and warnings of a check."""
 
     lines: list[str]
     warnings: list[str]
@@ -35,21 +35,22 @@ def check(recipe_file: str, overrides: Sequence[str] = ()) -> Findings:
     loaded, verdict = verdict_on(recipe_file, overrides)
     lines, warnings = list[str](), list(verdict.warnings)
     problems = list(verdict.problems)
-    for examine in (_examine_data, _examine_prompts, _examine_room, _check_host_memory):
+    for run_check in (_check_data, _check_prompts, _check_disk_space, _check_host_memory):
         if loaded is None:
             break
         try:
             with loaded.placing_errors():
-                found = examine(loaded.recipe)
-            lines += found.lines
-            warnings += map(loaded.placed, found.warnings)
+                findings = run_check(loaded.recipe)
+            lines += findings.lines
+            warnings += map(loaded.placed, findings.warnings)
         except InputError as error:
             problems += [line for line in error.lines if line not in problems]
     if problems:
         raise RecipeError(*problems)
     assert loaded is not None
-    used = run_folder.in_the_way(loaded.recipe.output_dir)  # a problem of the next run, none of a finished one's recipe
-    warnings += [loaded.placed(used)] if used else []
+    # Only a warning: the recipe of a finished run is valid, too.
+    in_use = run_folder.in_the_way(loaded.recipe.output_dir)
+    warnings += [loaded.placed(in_use)] if in_use else []
     return Findings([*map(one_line, lines)], [*map(one_line, warnings)])
 
 
@@ -62,7 +63,7 @@ def preview(
     ids: bool,
     console: Console | None = None,
 ) -> None:
-    """Print the tokens of `number` random training sequences, or of those that hold `rows`. Raises InputError."""
+    """Print the tokens of `number` random training sequences, or of those that contain `rows`. Raises InputError."""
     loaded, warnings = accepted(recipe_file, overrides)
     console = console or Console(highlight=False, soft_wrap=True)
     with loaded.placing_errors():
@@ -73,7 +74,7 @@ def preview(
             for warning in (line for line in warnings if "trust_remote_code" in line):
                 print(f"warning: {warning}", file=sys.stderr)
             tokenizer = _of_transformers(loaded.recipe.model)
-        # All rows where one is looked for, else as many as there is time for.
+        # Specific rows require all data; otherwise the time limit applies.
         train = prepare.prepare(loaded.recipe, tokenizer, seconds=None if rows else _SECONDS).train
         numbers = showing.choose(train, number, rows, loaded.recipe.train.seed)
         for line in train.stats.lines("train"):
@@ -85,79 +86,78 @@ def preview(
             console.print(text)
 
 
-def _examine_data(recipe: Recipe) -> Findings:
-    """Rows, tokens and steps. Raises DataError, ModelError."""
-    if remote := _on_the_hub(recipe):
-        line = f"data: {', '.join(remote)} is looked for on the hub when the run starts; rows and steps are not counted"
+def _check_data(recipe: Recipe) -> Findings:
+    """Count rows, tokens and steps. Raises DataError, ModelError."""
+    if remote := _hub_datasets(recipe):
+        line = f"data: {', '.join(remote)}: loaded from the Hub when the run starts; rows and steps not counted"
         return Findings([line], [])
     tokenizer, missing = tokenizer_of(recipe.model)
     if tokenizer is None:
         lines = []
         for source in reading.every_source(recipe.data):
-            looked_at, there = reading.look_through(source, recipe.data, _SECONDS)
-            rows = f"{there:,} rows" if looked_at == there else f"the first {looked_at:,} of about {there:,} rows"
+            checked, total = reading.look_through(source, recipe.data, _SECONDS)
+            rows = f"{total:,} rows" if checked == total else f"first {checked:,} of about {total:,} rows"
             lines.append(f"data: {source.path}: {rows}")
-        return Findings([*lines, f"tokens and steps are not counted: {missing}"], [])
+        return Findings([*lines, f"tokens and steps not counted: {missing}"], [])
     data = prepare.prepare(recipe, tokenizer, seconds=_SECONDS)
-    larger = 1 / data.share  # than the sample
+    scale = 1 / data.share  # all data / tokenized sample
     if recipe.data.max_train_samples:
-        larger = min(larger, recipe.data.max_train_samples / sum(source.rows for source in data.train.stats.sources))
-    anew = [
-        f"tokens are those of tokenizer.json; transformers makes a {tokenizer.rebuilt} anew, and the run may count a few "
-        "more or less"
+        scale = min(scale, recipe.data.max_train_samples / sum(source.rows for source in data.train.stats.sources))
+    rebuilt = [
+        f"tokens: counted with tokenizer.json; the run rebuilds the tokenizer ({tokenizer.rebuilt}), so its counts may "
+        "differ slightly"
     ]
     return Findings(
-        [*data.lines(), *(anew if tokenizer.rebuilt else []), _steps(recipe, data, larger)],
+        [*data.lines(), *(rebuilt if tokenizer.rebuilt else []), _schedule(recipe, data, scale)],
         data.warnings,
     )
 
 
-def _steps(recipe: Recipe, data: prepare.Prepared, larger: float) -> str:
-    """Steps, epochs, and tokens a step, of data so many times `larger` than what was looked at."""
-    steps = count(recipe, round(len(data.train) * larger))
+def _schedule(recipe: Recipe, data: prepare.Prepared, scale: float) -> str:
+    """Return steps, epochs and tokens per step as a line; all data is `scale` times as large as the sample `data`."""
+    steps = count(recipe, round(len(data.train) * scale))
     about = "" if data.share == 1 else "about "
     epochs = steps.total / steps.per_epoch
     passes = f"{epochs:,.2f}".rstrip("0").rstrip(".") if epochs >= 1 else f"{epochs:.2g}"
-    account = data.train.stats
-    tokens_a_step, trained_a_step = (
-        round(number * recipe.sequences_per_step / account.sequences)
-        for number in (account.tokens, account.trained_tokens)
+    stats = data.train.stats
+    tokens_per_step, trained_per_step = (
+        round(number * recipe.sequences_per_step / stats.sequences) for number in (stats.tokens, stats.trained_tokens)
     )
     return (
-        f"steps: {about}{steps.total:,} of {recipe.sequences_per_step} sequences, {steps.warmup:,} of them warmup; "
-        f"{about}{steps.per_epoch:,} an epoch, {about}{passes} epoch{'' if passes == '1' else 's'}; about {tokens_a_step:,} "
-        f"tokens a step, {trained_a_step:,} of them trained on"
+        f"schedule: {about}{steps.total:,} steps, {steps.warmup:,} of warmup; {recipe.sequences_per_step} sequences per "
+        f"step; {about}{steps.per_epoch:,} steps per epoch, {about}{passes} epoch{'' if passes == '1' else 's'}; about "
+        f"{tokens_per_step:,} tokens per step, {trained_per_step:,} trained"
     )
 
 
-def _examine_prompts(recipe: Recipe) -> Findings:
-    """Looks at prompts that are to be answered at each evaluation, where they are in a file. Raises DataError."""
+def _check_prompts(recipe: Recipe) -> Findings:
+    """Validate the file of eval.generate, if it is one. Raises DataError."""
     path = recipe.eval.generate
     if isinstance(path, str) and sources.files(path) is not None:
         questions(recipe)
     return Findings([], [])
 
 
-def _examine_room(recipe: Recipe) -> Findings:
-    """Room for checkpoints and models, as far as a local model's files say how much they take. Raises OutputError.
+def _check_disk_space(recipe: Recipe) -> Findings:
+    """Check the free space for checkpoints and models of a local model. Raises OutputError.
 
-    Of adapters only the merged model is counted: how large they are is known when they are made, and then looked at again.
+    With LoRA only the merged model is counted. The run checks again when the size of the adapter is known.
     """
     parameters = model_files.parameters(recipe.model.name)
     if parameters is None or model_files.not_to_be_made(recipe.output_dir) or run_folder.in_the_way(recipe.output_dir):
-        return Findings([], [])  # a run that has written part of it needs only the rest
+        return Findings([], [])  # a resumed run has written part of it already
     folder = Path(recipe.output_dir).expanduser()
     disk_of = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
     if short := disk.lacking(disk_of, disk.needed(recipe, parameters, 0 if recipe.lora else parameters, 0)):
         raise OutputError(
-            f"output_dir: no room in {disk_of} for checkpoints and models{short}; free some, choose another disk with --set "
-            "output_dir=DIR, or lower checkpoint.keep"
+            f"output_dir: not enough free space in {disk_of} for checkpoints and models{short}. Free some space, choose "
+            "another disk with --set output_dir=DIR, or lower checkpoint.keep."
         )
     return Findings([], [])
 
 
 def _check_host_memory(recipe: Recipe) -> Findings:
-    """Warn if this machine lacks host memory, as far as a local model's files tell how much the run takes."""
+    """Warn if this node has too little host memory for a local model."""
     model = host_memory.of_files(recipe)
     if model is None:
         return Findings([], [])
@@ -166,8 +166,8 @@ def _check_host_memory(recipe: Recipe) -> Findings:
     return Findings([], [short] if short else [])
 
 
-def _on_the_hub(recipe: Recipe) -> list[str]:
-    """Sources that are no files. Raises DataError with all that look like files and are none."""
+def _hub_datasets(recipe: Recipe) -> list[str]:
+    """Return the sources that are Hub datasets. Raises DataError with every source that looks like a missing file."""
     remote: list[str] = []
     problems: list[str] = []
     for source in reading.every_source(recipe.data):
@@ -181,13 +181,13 @@ def _on_the_hub(recipe: Recipe) -> list[str]:
 
 
 def tokenizer_of(model: Model) -> tuple[LightTokenizer | None, str]:
-    """The model's tokenizer, from its directory or the hub; or None and why."""
+    """Return the model's tokenizer, from its directory or the Hub; or None and the reason."""
     folder = model_files.directory(model.name)
     if folder is None:
         try:
             folder = _download(model)
-        except Exception as error:  # whatever the hub, the network or the gate of a model say
-            return None, f"the tokenizer of {model.name} cannot be had: {' '.join(str(error).split())[:200]}"
+        except Exception as error:  # network errors, Hub errors, gated models
+            return None, f"the tokenizer of {model.name} is unavailable: {' '.join(str(error).split())[:200]}"
     tokenizer = tokens.from_directory(folder, model.new_tokens)
     return tokenizer, f"{model.name} has no tokenizer.json"
 
@@ -199,7 +199,7 @@ def _of_transformers(model: Model) -> LightTokenizer:
         tokenizer = AutoTokenizer.from_pretrained(
             model_files.location(model.name), revision=model.revision, trust_remote_code=model.trust_remote_code
         )
-    except Exception as error:  # as many types as there are tokenizers
+    except Exception as error:  # tokenizer classes raise many types
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"model.name: {model.name}: its tokenizer cannot be loaded: {reason}") from error
     tokenizer.add_tokens(model.new_tokens)

@@ -1,4 +1,4 @@
-"""The command line. Everything that needs torch is imported inside the command that needs it."""
+"""The command line. Modules that need torch are imported inside the commands that use them."""
 
 import contextlib
 import io
@@ -19,11 +19,11 @@ import typer
 from sft_recipes import __version__
 from sft_recipes.errors import RecipeError, SFTRecipeError
 
-UsageError: Any = typer.BadParameter.__base__  # click's, of which typer carries its own copy
+UsageError: Any = typer.BadParameter.__base__  # click's class; typer vendors its own copy
 
 app = typer.Typer(
     name="sft-recipe",
-    help="Fine-tune a language model from one YAML recipe, and trust the result.",
+    help="Fine-tune causal language models from one YAML file.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -32,15 +32,15 @@ app = typer.Typer(
 
 RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="Path of a recipe (YAML).")]
 Overrides = Annotated[
-    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Replace a key, such as train.learning_rate=1e-4.")
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. train.learning_rate=1e-4.")
 ]
-NoCache = Annotated[bool, typer.Option("--no-cache", help="Tokenise again, and keep nothing of it.")]
+NoCache = Annotated[bool, typer.Option("--no-cache", help="Ignore the tokenization cache: neither read nor write it.")]
 if TYPE_CHECKING:
     ConvertSource = str
 else:  # a tool is added by its table
     TABLES = (Path(__file__).parent / "convert" / "tables").glob("*.yaml")
     ConvertSource = Literal[tuple(sorted(table.stem.replace("_", "-") for table in TABLES))]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and what the libraries print.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the output of libraries.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -58,28 +58,35 @@ def run(
     recipe: RecipeFile,
     overrides: Overrides = [],  # noqa: B006  # typer reads the default, nothing changes it
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue from the newest complete checkpoint; start where there is none.")
+        bool, typer.Option("--resume", help="Resume from the latest complete checkpoint, or start from scratch.")
     ] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Resume with other versions, or other settings that do no harm.")
+        bool,
+        typer.Option(
+            "--force",
+            help="With --resume: accept other library versions and non-critical settings (batch split, logging, "
+            "evaluation, export).",
+        ),
     ] = False,
     processes: Annotated[
-        int | None, typer.Option(min=1, help="Processes on this machine, one a device; as launch.processes.")
+        int | None,
+        typer.Option(min=1, help="Processes on this node, one per device (overrides launch.processes)."),
     ] = None,
     stop_after: Annotated[
-        str | None, typer.Option(metavar="TIME", help="Stop after 3h, 90m, 1h30m, with a checkpoint; exit code 75.")
+        str | None,
+        typer.Option(metavar="TIME", help="Stop after TIME (3h, 90m, 1h30m): save a checkpoint, exit with code 75."),
     ] = None,
     no_cache: NoCache = False,
     debug: Debug = False,
 ) -> None:
-    """Train, validate, export: the run directory holds everything."""
+    """Fine-tune, evaluate and export a model."""
     from sft_recipes import stopping
     from sft_recipes.recipe import check as recipe_check
     from sft_recipes.recipe.model_files import read_ahead
     from sft_recipes.scale import ranks
 
     if force and not resume:
-        raise RecipeError("--force goes with --resume: it lets a run continue with other versions or settings")
+        raise RecipeError("--force: only valid together with --resume. Add --resume, or remove --force.")
     limit = None if stop_after is None else stopping.seconds(stop_after)
     ranks.end_with_launcher()
     if processes is not None:
@@ -88,7 +95,7 @@ def run(
     started = "torchrun ... -m sft_recipes.cli" if "LOCAL_RANK" in os.environ else "sft-recipe"
     command = None if ranks.BY_US in os.environ else f"{started} {shlex.join(again)}"
     with stopping.on_request(limit, command) as stop:
-        # A typo is said at once, not after the seconds that importing torch takes; in these the weights can be read.
+        # Report a typo before torch is imported, which takes seconds; meanwhile a thread reads the weights ahead.
         accepted = recipe_check.accepted(recipe, overrides)[0].recipe
         _quiet(debug)
         if ranks.is_local_main():
@@ -107,7 +114,7 @@ def run(
 
 @app.command()
 def check(recipe: RecipeFile, overrides: Overrides = [], debug: Debug = False) -> None:  # noqa: B006
-    """Validate the recipe and the data; every problem at once."""
+    """Validate recipe and data, reporting all problems at once."""
     _quiet(debug)
     from sft_recipes.checks import check as start
 
@@ -116,21 +123,21 @@ def check(recipe: RecipeFile, overrides: Overrides = [], debug: Debug = False) -
         print(line)
     for warning in findings.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    print(f"{recipe}: good")
+    print(f"{recipe}: OK")
 
 
 @app.command()
 def preview(
     recipe: RecipeFile,
     overrides: Overrides = [],  # noqa: B006
-    number: Annotated[int, typer.Option("-n", min=1, help="How many sequences, at random.")] = 3,
+    number: Annotated[int, typer.Option("-n", min=1, help="Number of random sequences.")] = 3,
     rows: Annotated[
-        list[str], typer.Option("--row", help="Instead, those that hold this row: its number, or FILE:LINE.")
+        list[str], typer.Option("--row", help="Show the sequence with this row (number or FILE:LINE).")
     ] = [],  # noqa: B006
-    ids: Annotated[bool, typer.Option("--ids", help="Show token ids too.")] = False,
+    ids: Annotated[bool, typer.Option("--ids", help="Also show token ids.")] = False,
     debug: Debug = False,
 ) -> None:
-    """The exact tokens of some sequences: what is trained on, and where documents begin."""
+    """Show tokens, loss mask and document boundaries of training sequences."""
     _quiet(debug)
     from sft_recipes.checks import preview as start
 
@@ -143,29 +150,29 @@ def plan(
     overrides: Overrides = [],  # noqa: B006
     gpu_memory: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Memory of a GPU: 24GB (10^9 bytes), 24GiB; what would make it fit."),
+        typer.Option(metavar="SIZE", help="Memory per GPU (24GB, 24GiB); lists changes that fit."),
     ] = None,
-    gpus: Annotated[int | None, typer.Option(min=1, help="How many; as launch.processes.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Number of GPUs (overrides launch.processes).")] = None,
     gpu: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A GPU of the table, such as H100; see docs/plan.md.")
+        str | None, typer.Option(metavar="NAME", help="GPU model, such as H100; see docs/plan.md for the list.")
     ] = None,
-    cpu: Annotated[bool, typer.Option("--cpu", help="For a run on CPUs.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON: memory in GiB, time in hours.")] = False,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Predict a run on CPUs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: memory in GiB, time in hours.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Predict memory, steps and time, without a GPU and without weights.
+    """Predict memory, steps and time without a GPU and without weights.
 
-    From the recipe, the model's config, and the data where it is there.
+    Uses the recipe, the model's config and, if available, the data.
     """
     _quiet(debug)
     from sft_recipes.plan import plan as start
 
-    with contextlib.redirect_stdout(sys.stderr):  # some libraries print when they are imported, which is no JSON
-        found = start(recipe, overrides, gpu_memory=gpu_memory, gpus=gpus, gpu=gpu, cpu=cpu)
+    with contextlib.redirect_stdout(sys.stderr):  # some libraries print on import, which would break --json
+        prediction = start(recipe, overrides, gpu_memory=gpu_memory, gpus=gpus, gpu=gpu, cpu=cpu)
     if as_json:
-        print(json.dumps(found.as_dict(), indent=2))
+        print(json.dumps(prediction.as_dict(), indent=2))
     else:
-        print("\n".join(found.lines()))
+        print("\n".join(prediction.lines()))
 
 
 @app.command()
@@ -173,19 +180,19 @@ def generate(
     model: Annotated[
         Path, typer.Argument(metavar="MODEL_OR_RUN", help="A model, an adapter, a run directory, or builtin:tiny.")
     ],
-    prompt: Annotated[str, typer.Option(help="What to answer.")],
-    input: Annotated[str, typer.Option(help="The Alpaca input that goes with the prompt.")] = "",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length at which the answer is cut off.")] = 512,
-    temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest tokens; above: drawn at random.")] = 0.0,
+    prompt: Annotated[str, typer.Option(help="The prompt.")],
+    input: Annotated[str, typer.Option(help="The Alpaca input field of the prompt.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of new tokens.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = 0.0,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that the model brings.")
+        bool, typer.Option("--trust-remote-code", help="Run custom Python code of the model.")
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Answer a prompt with the template the model was trained with."""
+    """Answer a prompt, formatted with the template the model was trained with."""
     from sft_recipes.recipe import model_files
 
-    model_files.find_model(model)  # what is wrong is said before the seconds that importing torch takes
+    model_files.find_model(model)  # report errors before torch is imported, which takes seconds
     _warn_of_code(trust_remote_code)
     _quiet(debug)
     from sft_recipes.talk import talk
@@ -205,40 +212,40 @@ def generate(
 @app.command()
 def merge(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER_OR_RUN", help="An adapter or a run directory.")],
-    out: Annotated[Path, typer.Option(help="Directory to write the merged model to.")],
+    out: Annotated[Path, typer.Option(help="Directory for the merged model.")],
     base: Annotated[
         str | None,
         typer.Option(
-            help="Hub id or directory of the base, by default the adapter's own. After QLoRA also: original or dequantized, "
-            "by default the better of both."
+            help="Hub id or directory of the base model. Default: the adapter's own. After QLoRA also original or "
+            "dequantized; default: the one with the lower loss."
         ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    max_shard_size: Annotated[str, typer.Option(help="Largest size of one file.")] = "5GB",
+    max_shard_size: Annotated[str, typer.Option(help="Maximum size of one weight file.")] = "5GB",
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that the base brings.")
+        bool, typer.Option("--trust-remote-code", help="Run custom Python code of the base model.")
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Merge LoRA weights into the base model, and prove the result.
+    """Merge a LoRA adapter into its base model and verify it.
 
-    It gets its name when a fresh process has found that it is the model that was trained.
+    OUT is created only after a separate process has verified that the merged model matches base + adapter.
     """
     from sft_recipes.recipe.load import expectation, schema_of
 
     for option, value in (("dtype", dtype), ("max_shard_size", max_shard_size)):
-        wanted = schema_of(("export", option))
-        if not re.fullmatch(wanted.get("pattern", "|".join(wanted.get("enum", []))), value):
-            raise RecipeError(f"--{option.replace('_', '-')} {value}: expected {expectation(wanted)}")
+        field = schema_of(("export", option))
+        if not re.fullmatch(field.get("pattern", "|".join(field.get("enum", []))), value):
+            raise RecipeError(f"--{option.replace('_', '-')}: expected {expectation(field)} (got {value}).")
     from sft_recipes.recipe import model_files
 
-    found = model_files.find_adapter(adapter)
+    adapter_dir = model_files.find_adapter(adapter)
     _warn_of_code(trust_remote_code)
     _quiet(debug)
     from sft_recipes.export import merge as merging
 
     for line in merging.merge(
-        found, out, base=base, dtype=dtype, max_shard_size=max_shard_size, trust_remote_code=trust_remote_code
+        adapter_dir, out, base=base, dtype=dtype, max_shard_size=max_shard_size, trust_remote_code=trust_remote_code
     ):
         print(line)
     print(f"{out}: merged")
@@ -246,38 +253,38 @@ def merge(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="A run directory; several are compared.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="One run, or several to compare.")],
     out: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Where to write it; by default to the run's directory, of several to comparison/."
+            metavar="DIR", help="Output directory. Default: the run directory, or comparison/ for several runs."
         ),
     ] = None,
-    table: Annotated[bool, typer.Option("--csv", help="Write metrics.csv, too.")] = False,
+    table: Annotated[bool, typer.Option("--csv", help="Also write metrics.csv.")] = False,
     watch: Annotated[
-        bool, typer.Option("--watch", help="Follow a run that is training, until it ends, or Ctrl-C.")
+        bool, typer.Option("--watch", help="Update the report of a running training until it ends, or Ctrl-C.")
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Write the report of a run, or of several side by side.
+    """Write the report of a run, or a comparison of several.
 
-    Curves, data, answers and facts as HTML and PNG.
+    HTML and PNG with learning curves, data statistics, sample answers and versions.
     """
     _quiet(debug)
     from sft_recipes.report import page
 
-    def tell(written: list[Path]) -> None:
+    def print_paths(written: list[Path]) -> None:
         print(*written, sep="\n", flush=True)
 
     if watch:
-        page.follow(runs, out, tell, table=table)
+        page.follow(runs, out, print_paths, table=table)
     else:
-        tell(page.report(runs, out, table=table))
+        print_paths(page.report(runs, out, table=table))
 
 
 @app.command("list")
 def list_recipes() -> None:
-    """The recipes that ship: method, model, hardware, measured result."""
+    """List the bundled recipes: method, model, hardware, measured result."""
     from rich.console import Console
     from rich.table import Table
 
@@ -285,21 +292,21 @@ def list_recipes() -> None:
 
     table = Table("recipe", "method", "model", "hardware", "result", box=None, pad_edge=False, header_style="")
     table.columns[0].no_wrap, table.columns[2].overflow = True, "fold"
-    for each in shipped.recipes():
-        measured = each.result.partition(" (")[0]  # when and with which versions, its header says
-        table.add_row(each.name, each.method, each.model, each.hardware, measured)
-    wide = None if sys.stdout.isatty() else 1000  # to a file or another program each recipe is one line
-    Console(highlight=False, markup=False, width=wide).print(table)
+    for recipe in shipped.recipes():
+        result = recipe.result.partition(" (")[0]  # date and versions are in the recipe's header
+        table.add_row(recipe.name, recipe.method, recipe.model, recipe.hardware, result)
+    width = None if sys.stdout.isatty() else 1000  # one line per recipe in files and pipes
+    Console(highlight=False, markup=False, width=width).print(table)
 
 
 @app.command()
 def new(
-    name: Annotated[str, typer.Argument(help="Name of a shipped recipe.")],
-    out: Annotated[Path | None, typer.Option(help="Where to write it; by default NAME.yaml.")] = None,
+    name: Annotated[str, typer.Argument(help="Name of a bundled recipe.")],
+    out: Annotated[Path | None, typer.Option(help="Output file. Default: NAME.yaml.")] = None,
 ) -> None:
-    """Copy a recipe that ships, to edit it.
+    """Copy a bundled recipe for editing.
 
-    With the line for editors, where a schema is beside it or above (see schema).
+    If its directory or a parent has a schema (see schema), the copy begins with the line that editors read.
     """
     from sft_recipes.recipe import shipped
 
@@ -309,16 +316,16 @@ def new(
 @app.command()
 def job(
     recipe: RecipeFile,
-    on: Annotated[Literal["slurm", "skypilot", "kubernetes"], typer.Option("--on", help="What places it on machines.")],
+    on: Annotated[Literal["slurm", "skypilot", "kubernetes"], typer.Option("--on", help="Cluster scheduler.")],
     overrides: Overrides = [],  # noqa: B006
     out: Annotated[
-        Path | None, typer.Option(help="Where to write it; by default the recipe's name with .slurm.sh and such.")
+        Path | None, typer.Option(help="Output file. Default: the recipe's name with .slurm.sh or .yaml.")
     ] = None,
-    image: Annotated[str | None, typer.Option(metavar="NAME", help="A container image with sft-recipe in it.")] = None,
-    gpu: Annotated[str | None, typer.Option(metavar="NAME", help="Which GPUs, in the system's own word.")] = None,
-    cpu: Annotated[bool, typer.Option("--cpu", help="Without GPUs.")] = False,
+    image: Annotated[str | None, typer.Option(metavar="NAME", help="Container image that has sft-recipe.")] = None,
+    gpu: Annotated[str | None, typer.Option(metavar="NAME", help="GPU type, as the scheduler names it.")] = None,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Request no GPUs.")] = False,
 ) -> None:
-    """Write a job file for a cluster, in which a run that was stopped goes on."""
+    """Write a cluster job file that resumes automatically."""
     from sft_recipes.scale import jobs
 
     print(jobs.job(recipe, on, out, overrides, image=image, gpu=gpu, cpu=cpu))
@@ -327,26 +334,27 @@ def job(
 @app.command()
 def schema(
     out: Annotated[
-        Path | None, typer.Option(help="Write it to a file, .sft-recipe.schema.json for one that `new` finds.")
+        Path | None, typer.Option(help="Output file; `new` finds .sft-recipe.schema.json. Default: print it.")
     ] = None,
 ) -> None:
-    """The recipe's JSON schema, by which editors complete keys and show what they mean."""
+    """Write the JSON schema of recipes, for completion in editors."""
     from sft_recipes.recipe import editors
 
     if out is None:
         print(editors.schema())
         return
     print(editors.write(out))
-    print("Editors complete a recipe beside it that begins with")
+    print("For completion in editors, begin a recipe in the same directory with")
     print(editors.line(Path(out.name)))
 
 
 @app.command()
 def convert(
     file: Annotated[str, typer.Argument(metavar="FILE", help="The other tool's config (YAML or JSON).")],
-    out: Annotated[Path | None, typer.Option(help="Where to write the recipe; by default it is shown.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output file. Default: print the recipe.")] = None,
     source: Annotated[
-        ConvertSource | None, typer.Option("--from", help="The tool that it is for; by default recognized by its keys.")
+        ConvertSource | None,
+        typer.Option("--from", help="Tool of the config. Default: detected from its keys."),
     ] = None,
 ) -> None:
     """Convert another tool's config to a recipe.
@@ -366,43 +374,43 @@ def convert(
 
 @app.command()
 def doctor(
-    hub: Annotated[bool, typer.Option("--hub", help="Ask the hub for an answer, too.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
+    hub: Annotated[bool, typer.Option("--hub", help="Also check the connection to the Hub.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Versions, devices, memory and disks: what is missing, and the command that brings it."""
+    """Diagnose versions, devices, memory and disks, with a fix for each problem."""
     _quiet(debug)
     from sft_recipes import doctor as looking
 
     findings = looking.examine(hub=hub)
-    good = not any(finding.hinders for finding in findings)
+    ok = not any(finding.blocks_runs for finding in findings)
     if as_json:
-        print(json.dumps({"good": good, "findings": [finding.as_dict() for finding in findings]}, indent=2))
+        print(json.dumps({"ok": ok, "findings": [finding.as_dict() for finding in findings]}, indent=2))
     else:
         for finding in findings:
             print(finding.line())
-    raise typer.Exit(0 if good else 1)
+    raise typer.Exit(0 if ok else 1)
 
 
 def main() -> NoReturn:
-    """Entry point. Exit codes: 0 done; 1 the run failed; 2 the recipe, the data or the command line is wrong; 75 stopped
-    on request, and to be resumed."""
+    """Run the program. Exit codes: 0 done; 1 the run failed; 2 recipe, data or command line is wrong; 75 stopped on
+    request and resumable."""
     debug = "--debug" in sys.argv
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # terminals that know only ASCII
+            stream.reconfigure(errors="backslashreplace")  # for ASCII-only terminals
     try:
         code = app(standalone_mode=False)
     except SFTRecipeError as error:
         from sft_recipes.scale import ranks
 
-        elsewhere = ranks.report(error) or ranks.leaves_it_to_another(error)  # that is where it is shown
+        elsewhere = ranks.report(error) or ranks.leaves_it_to_another(error)  # the launcher or another rank prints it
         if debug or not elsewhere:
-            _complain(traceback.format_exc().rstrip() if debug else str(error))
+            _print_error(traceback.format_exc().rstrip() if debug else str(error))
         code = error.exit_code
     except UsageError as error:
         command = error.ctx.command_path if error.ctx else "sft-recipe"
-        _complain(f"{command}: {error.format_message()} (see {command} --help)")
+        _print_error(f"{command}: {error.format_message()} (see {command} --help)")
         code = 2
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
@@ -410,7 +418,7 @@ def main() -> NoReturn:
     except BrokenPipeError:  # `sft-recipe list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    except OSError as error:  # of the machine: a full disk, a file that may not be read
+    except OSError as error:  # the machine's fault: a full disk, an unreadable file
         if debug:
             raise
         print(f"{error.filename or 'sft-recipe'}: {error.strerror or error}", file=sys.stderr)
@@ -423,22 +431,22 @@ def _warn_of_code(trusted: bool) -> None:
         print("warning: --trust-remote-code: Python code that comes with the model will run", file=sys.stderr)
 
 
-def _complain(text: str) -> None:
-    """What was wrong, which can be what was on the command line: a token that a shell put there, too."""
+def _print_error(text: str) -> None:
+    """Print to stderr without secrets: the text may quote the command line, where a shell may have put a token."""
     from sft_recipes.recipe import secrets
 
     try:
         print(secrets.redacted(text), file=sys.stderr, flush=True)
-    except BrokenPipeError:  # `2>&1 | tee log` got the signal too, and is gone
+    except BrokenPipeError:  # the reader of `2>&1 | tee log` received the same signal and has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _quiet(debug: bool) -> None:
-    """Keep the libraries' chatter from between our lines, and their pings from the network."""
+    """Silence log messages, progress bars and telemetry of libraries."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # On a CPU, torch's threads spin while they wait for each other. With another program on the same cores that is time
-    # taken from the one waited for (benchmarks/busy_cores.py).
+    # On CPUs, torch's threads spin while waiting for each other. If another program shares the cores, spinning takes
+    # time from the thread being waited for (benchmarks/busy_cores.py).
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     if debug:
         return
@@ -449,7 +457,7 @@ def _quiet(debug: bool) -> None:
     warnings.filterwarnings("ignore")
     for name in ("torchao", "bitsandbytes", "torch.utils._pytree", "trl", "accelerate", "datasets", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # It writes to stdout, at a level that it sets itself when it is imported.
+    # DeepSpeed logs to stdout and sets its level on import.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 

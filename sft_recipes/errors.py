@@ -1,26 +1,26 @@
-"""Every error that the command line shows as lines instead of a traceback.
+"""Errors that the command line prints as lines instead of a traceback.
 
     SFTRecipeError              exit code 1
     ├── RunError                training or export failed
-    ├── Stopped                 exit code 75: ended on request; --resume continues
-    └── InputError              exit code 2: something the user gave is wrong
+    ├── Stopped                 exit code 75: stopped on request; --resume continues
+    └── InputError              exit code 2: wrong input
         ├── RecipeError         the recipe or the command line
         ├── DataError           the data
         ├── ModelError          the model, its tokenizer, or an adapter
         ├── OutputError         the output directory
         └── MissingExtraError   an optional package is not installed
 
-Each is also a standard type, so that code which uses sft-recipes as a library can catch what it knows.
+Each also derives from a standard exception, for code that uses sft-recipes as a library.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
-_MOST = 2000  # characters of a line; what stands in the middle of a longer one is the user's own
+_MOST = 2000  # characters per line; longer ones quote long user input and are shortened in the middle
 
 
 def one_line(text: str) -> str:
-    """A line as it can be shown, whatever a key or a file is called: without line breaks, control characters and such."""
+    """Escape line breaks and non-printable characters, which names of keys and files may contain; limit the length."""
     if not text.isprintable():
         shown = (char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
         text = "".join(shown)
@@ -28,14 +28,14 @@ def one_line(text: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value of a recipe or a row in a few words."""
+    """Format a value of a recipe or a row in at most 60 characters."""
     words = {None: "null", True: "true", False: "false"}
     text = words[value] if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 class SFTRecipeError(Exception):
-    """One problem a line; `lines` holds them apart."""
+    """Base class; `lines` has one problem per line."""
 
     exit_code = 1
 
@@ -45,22 +45,22 @@ class SFTRecipeError(Exception):
 
 
 class RunError(SFTRecipeError, RuntimeError):
-    """Training, evaluation or export failed after it had begun."""
+    """Training, evaluation or export failed."""
 
 
 class Stopped(SFTRecipeError, RuntimeError):
-    """The run was ended on request, and can be continued. 75 is EX_TEMPFAIL of sysexits.h: try again."""
+    """The run was stopped on request and can be resumed. 75 is EX_TEMPFAIL of sysexits.h: try again."""
 
     exit_code = 75
 
     def __init__(self, *lines: str) -> None:
         super().__init__(*lines)
-        self.lines = lines  # a command is of use only whole
+        self.lines = lines  # not shortened, so that the command can be copied
         self.args = ("\n".join(lines),)
 
 
 class InputError(SFTRecipeError, ValueError):
-    """Something the user gave is wrong; nothing has been written."""
+    """Wrong input from the user; nothing has been written."""
 
     exit_code = 2
 
@@ -78,13 +78,15 @@ class ModelError(InputError):
 
 
 class OutputError(InputError, FileExistsError):
-    """The output directory is in use, cannot be written, or has no room."""
+    """The output directory is in use, not writable, or on a full disk."""
 
 
 class MissingExtraError(InputError, ImportError):
-    """An optional package is needed and not installed; the message names the extra that brings it."""
+    """A required optional package is not installed; the message names the extra that installs it."""
 
 
 def missing_extra(what: str, extra: str) -> MissingExtraError:
-    """The error for `what` (a key and its value) that needs the extra `extra`."""
-    return MissingExtraError(f"{what} needs a package that is not installed: pip install 'sft-recipes[{extra}]'")
+    """Create the error for `what` (a key and its value), which requires the extra `extra`."""
+    return MissingExtraError(
+        f"{what} requires a package that is not installed. Run pip install 'sft-recipes[{extra}]'."
+    )

@@ -1,4 +1,7 @@
-"""Files and directories that are whole or not there, whatever kills the process, fills the disk or cuts the power."""
+"""Write files and directories atomically, with checksums and locks.
+
+A killed process, a full disk or a power cut leaves the earlier file or none, but never a partial one.
+"""
 
 import contextlib
 import errno
@@ -16,88 +19,87 @@ from typing import Any
 
 from sft_recipes.errors import OutputError
 
-_PATIENCE = 10.0  # seconds; workers of a process that was killed outlive it by some, and hold what it held
-MANIFEST = "manifest.json"  # in a sealed directory: size and SHA-256 of every file in it
+_PATIENCE = 10.0  # seconds; workers of a killed process outlive it for a moment and keep its lock
+CHECKSUMS = "checksums.json"  # size and SHA-256 of every file in the directory
 
 
 def make(folder: Path) -> list[Path]:
-    """Make a directory with its parents; those that were not there, the innermost first."""
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    """Create a directory with its parents; return those created, innermost first."""
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    return made
+    return created
 
 
-def unmake(made: list[Path]) -> None:
-    """Remove these directories again, but for those that are not empty: another process may have begun to use them."""
+def unmake(created: list[Path]) -> None:
+    """Remove created directories, up to the first that is not empty because another process uses it."""
     with contextlib.suppress(OSError):
-        for folder in made:
+        for folder in created:
             folder.rmdir()
 
 
 @contextmanager
 def complete_or_not_there(out: Path) -> Iterator[Path]:
-    """A directory to write to, which gets the name `out` once all is written, and is removed if that fails.
+    """Yield a temporary directory that is synced and renamed to `out` on success, and removed on failure.
 
-    All of it is on the disk by then. Its files may be read by whom the directory may be read by: safetensors 0.8 lets the
-    owner alone read what it writes. Raises OutputError where another process is writing it.
+    Files get the read permissions of the directory, because safetensors 0.8 writes files that only their owner can
+    read. Raises OutputError if another process is writing `out`.
     """
     partial = out.with_name(f".{out.name}.partial")
-    made = make(partial)
-    held = _hold(partial)
-    if held is None:
-        raise OutputError(f"{out}: is being written by another process; wait for it, or stop it")
+    created = make(partial)
+    lock = _lock(partial)
+    if lock is None:
+        raise OutputError(f"{out}: another process is writing it. Wait until it ends, or stop it.")
     try:
-        for left in partial.iterdir():  # by one that was killed
+        for left in partial.iterdir():  # left over from a killed process
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         yield partial
         for file in partial.rglob("*"):
             if file.is_file():
                 file.chmod(partial.stat().st_mode & 0o666)
-            _to_disk(file)
-        _to_disk(partial)
+            _sync(file)
+        _sync(partial)
         partial.rename(out)
-        _to_disk(out.parent)
+        _sync(out.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
-        unmake(made[1:])
+        unmake(created[1:])
         raise
     finally:
-        os.close(held)
+        os.close(lock)
 
 
 @contextmanager
 def replaced(file: Path) -> Iterator[Path]:
-    """A file to write to, which takes the place of `file` once all is written; until then, and if that fails, the earlier
-    one stays. Of processes that write it at once each has its own, and the last one stays."""
+    """Yield a temporary file that replaces `file` on success. Concurrent writers do not conflict; the last one wins."""
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
         yield partial
-        _to_disk(partial)
+        _sync(partial)
         partial.replace(file)
-        _to_disk(file.parent)
+        _sync(file.parent)
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a file anew, whole or not at all."""
+    """Write a text file atomically."""
     with replaced(file) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Write an object as readable JSON, whole or not at all."""
+    """Write an indented JSON file atomically."""
     write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def append(file: Path, text: str) -> None:
-    """Add to a file, all of `text` or nothing of it: half a line would spoil the next."""
+    """Append `text` completely or not at all: a partial line would corrupt the next one."""
     with file.open("ab", buffering=0) as stream:
         before = stream.tell()
         content = text.encode()
         try:
-            if stream.write(content) != len(content):  # the disk took a part
+            if stream.write(content) != len(content):  # partial write
                 raise OSError(f"{file}: the disk is full")
         except OSError:
             stream.truncate(before)
@@ -105,13 +107,15 @@ def append(file: Path, text: str) -> None:
 
 
 def lines(file: Path) -> list[str]:
-    """The lines of a file that `append` wrote, without their ends; a process that is killed can leave half of one. (Not
-    splitlines: text in JSON may hold what that takes for the end of a line.)"""
+    """Return the complete lines of a file written by `append`; a killed process can leave a partial last one.
+
+    Not splitlines, which also splits at separators that text in JSON may contain.
+    """
     return file.read_bytes().decode().split("\n")[:-1]
 
 
 def remove(folder: Path) -> None:
-    """Remove a directory; killed half way, what is left of it no longer has its name."""
+    """Remove a directory. It is renamed first, so that a killed process leaves no incomplete directory of that name."""
     if folder.is_dir():
         doomed = folder.with_name(f".{folder.name}.removed")
         shutil.rmtree(doomed, ignore_errors=True)
@@ -120,102 +124,104 @@ def remove(folder: Path) -> None:
 
 
 def described(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file in a directory, by its path in there."""
+    """Return size and SHA-256 of every file in a directory, by relative path."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
-    with ThreadPoolExecutor() as pool:  # hashing leaves Python's lock to others
+    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
         hashes = list(pool.map(_sha256, files))
     return {
-        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": hashed}
-        for file, hashed in zip(files, hashes, strict=True)
+        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256}
+        for file, sha256 in zip(files, hashes, strict=True)
     }
 
 
 def seal(folder: Path) -> None:
-    """Write down what a directory holds, so that `fault` can tell whether it is still all there."""
-    write_json(folder / MANIFEST, {"files": described(folder)})
+    """Write checksums.json, by which `fault` finds missing, truncated and changed files."""
+    write_json(folder / CHECKSUMS, {"files": described(folder)})
 
 
 def fault(folder: Path, *, thoroughly: bool = True) -> str | None:
-    """What is wrong with a sealed directory; None where all of it is there. Contents are read where `thoroughly`."""
+    """Compare a directory with its checksums.json; return the first difference, or None. Hash only if `thoroughly`."""
     try:
-        listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        wanted = {name: (file["bytes"], file["sha256"]) for name, file in listed.items()}
+        listed = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))["files"]
+        expected = {name: (file["bytes"], file["sha256"]) for name, file in listed.items()}
     except FileNotFoundError:
-        return f"it has no {MANIFEST}, so it is not known to be complete"
+        return f"incomplete ({CHECKSUMS} is missing)"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"its {MANIFEST} cannot be read: {' '.join(str(error).split())}"
+        return f"{CHECKSUMS} cannot be read: {' '.join(str(error).split())}"
     try:
-        return _fault(folder, wanted, thoroughly)
+        return _difference(folder, expected, thoroughly)
     except OSError as error:
         return f"{error.filename or folder} cannot be read: {error.strerror or error}"
 
 
-def _fault(folder: Path, wanted: dict[str, tuple[int, str]], thoroughly: bool) -> str | None:
+def _difference(folder: Path, expected: dict[str, tuple[int, str]], thoroughly: bool) -> str | None:
     sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
-    del sizes[MANIFEST]
-    for name, (size, _) in wanted.items():
+    del sizes[CHECKSUMS]
+    for name, (size, _) in expected.items():
         if name not in sizes:
-            return f"{name} is missing"
+            return f"incomplete ({name} is missing)"
         if sizes[name] != size:
-            return f"{name} has {sizes[name]:,} bytes instead of {size:,}"
-    if more := sorted(sizes.keys() - wanted.keys()):
-        return f"{more[0]} does not belong to it"
+            return f"corrupt ({name} has {sizes[name]:,} bytes instead of {size:,})"
+    if unexpected := sorted(sizes.keys() - expected.keys()):
+        return f"unexpected file {unexpected[0]}"
     if thoroughly:
-        found = described(folder)
-        changed = [name for name, (_, sha256) in wanted.items() if found[name]["sha256"] != sha256]
+        actual = described(folder)
+        changed = [name for name, (_, sha256) in expected.items() if actual[name]["sha256"] != sha256]
         if changed:
-            return f"{changed[0]} is not as it was written"
+            return f"corrupt (SHA-256 of {changed[0]} differs)"
     return None
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Only one process at a time works in a directory; the lock ends with its process. Raises OutputError."""
-    patience = time.monotonic() + _PATIENCE
-    while (held := _hold(folder)) is None:
-        if time.monotonic() > patience:
-            raise OutputError(f"output_dir: {folder}: another process is running in it; wait for it, or stop it")
+    """Lock a directory against other processes; the lock ends with the process. Raises OutputError if it is locked."""
+    deadline = time.monotonic() + _PATIENCE
+    while (lock := _lock(folder)) is None:
+        if time.monotonic() > deadline:
+            raise OutputError(f"output_dir: {folder}: in use by another process. Wait until it ends, or stop it.")
         time.sleep(0.2)
     try:
         yield
     finally:
-        os.close(held)
+        os.close(lock)
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a process works in a directory, as `locked` has it. Not known on network file systems without locks: False.
-    Raises OutputError where it cannot be read."""
+    """Return True if another process has locked the directory; False also on network file systems without locks.
+
+    Raises OutputError if the directory cannot be read.
+    """
     try:
-        held = _hold(folder)
+        lock = _lock(folder)
     except OSError as error:
-        raise OutputError(f"{folder}: cannot be read: {error.strerror}; make it readable for this user") from None
-    if held is not None:
-        os.close(held)
-    return held is None
+        raise OutputError(f"{folder}: cannot be read: {error.strerror}. Make it readable for this user.") from None
+    if lock is not None:
+        os.close(lock)
+    return lock is None
 
 
-def _hold(folder: Path) -> int | None:
-    """A handle that holds a directory until it is closed or this process ends; None where another process holds it."""
-    held = os.open(folder, os.O_RDONLY)
+def _lock(folder: Path) -> int | None:
+    """Return a file descriptor that locks a directory until it is closed; None if another process has the lock."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(held).st_ino != folder.stat().st_ino:  # it has been renamed, or made anew
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(handle).st_ino != folder.stat().st_ino:  # renamed or recreated since it was opened
             raise BlockingIOError
     except (BlockingIOError, FileNotFoundError):
-        os.close(held)
+        os.close(handle)
         return None
-    except OSError:  # some network file systems know no locks
+    except OSError:  # some network file systems have no locks
         pass
-    return held
+    return handle
 
 
-def _to_disk(path: Path) -> None:
-    """What the kernel holds back of a file, or of a directory's names, is written now."""
+def _sync(path: Path) -> None:
+    """Flush a file, or the entries of a directory, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot, for directories
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot sync directories
             raise
     finally:
         os.close(handle)

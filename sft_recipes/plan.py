@@ -1,4 +1,4 @@
-"""`sft-recipe plan`: the memory, steps and time of a run, from the recipe and the model's config alone."""
+"""Implement `sft-recipe plan`: predict memory, steps and time."""
 
 import re
 from collections.abc import Sequence
@@ -14,26 +14,26 @@ from sft_recipes.recipe import load, model_files
 from sft_recipes.recipe.check import judge
 from sft_recipes.recipe.schema import Recipe
 
-_SECONDS = 2.0  # of tokenising a source; tokens and steps are those of its first rows, taken for all
-# Keys of TRL that change a step's memory in ways that are not traced.
-_UNSEEN = {
+_SECONDS = 2.0  # time limit for tokenizing each source; totals are extrapolated from its first rows
+# TRL options whose effect on memory is not predicted.
+_NOT_PREDICTED = {
     "activation_offloading", "gradient_checkpointing_kwargs", "label_smoothing_factor", "loss_type", "optim_target_modules",
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Amount:
-    """How much is trained on; what is None is not known."""
+    """Amount of training; None: unknown."""
 
     steps: int | None
     tokens: int | None
-    document: float  # mean length, in tokens, of the document that a token is in
+    document: float  # mean document length in tokens, weighted by token
     notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would take. Memory in bytes, of one rank."""
+    """Predicted memory and time of a run. Memory in bytes per rank."""
 
     recipe: Recipe
     device: str
@@ -41,15 +41,15 @@ class Plan:
     capacity: float | None  # bytes of memory of a device
     attention: str
     kernels: str
-    found: Footprint
-    host: host_memory.HostMemory  # of the machine that rank 0 is on
+    footprint: Footprint
+    host: host_memory.HostMemory  # of the node of rank 0
     amount: Amount
     flops_per_token: float
     remedies: list[changes.Remedy]
 
     @property
     def fits(self) -> bool | None:
-        return None if self.capacity is None else memory.fits(self.found, self.capacity, self.device)
+        return None if self.capacity is None else memory.fits(self.footprint, self.capacity, self.device)
 
     @property
     def ranks(self) -> int:
@@ -60,20 +60,20 @@ class Plan:
         return None if self.amount.tokens is None else self.flops_per_token * self.amount.tokens
 
     def times(self) -> dict[str, tuple[float, float]]:
-        """Hours by the GPU's name: of the one that was asked for, of those with that much memory, or else of all."""
+        """Return (low, high) hours by GPU name: for the given GPU, else for GPUs with that memory, else for all."""
         if self.flops is None or self.device != "cuda":
             return {}
-        like = speed.gpus_of(self.capacity / 1e9) if self.capacity else []
-        chosen = [self.gpu] if self.gpu else like or list(speed.GPUS)
+        same_memory = speed.gpus_of(self.capacity / 1e9) if self.capacity else []
+        chosen = [self.gpu] if self.gpu else same_memory or list(speed.GPUS)
         return {gpu.name: speed.hours(self.flops, gpu, self.ranks) for gpu in chosen}
 
     def as_dict(self) -> dict[str, Any]:
-        """For --json. Memory in GiB (2^30 bytes), time in hours."""
+        """Return the output of --json. Memory in GiB (2^30 bytes), time in hours."""
         train, launch = self.recipe.train, self.recipe.launch
         return {
             "model": self.recipe.model.name,
-            "parameters": self.found.parameters,
-            "trained_parameters": self.found.trained,
+            "parameters": self.footprint.parameters,
+            "trainable_parameters": self.footprint.trained,
             "device": self.device,
             "processes": self.ranks,
             "strategy": launch.strategy,
@@ -83,20 +83,20 @@ class Plan:
             "gradient_checkpointing": train.gradient_checkpointing,
             "gradient_accumulation_steps": self.recipe.accumulation,
             "sequences_per_step": self.recipe.sequences_per_step,
-            "peak_gib": round(self.found.peak_bytes / GIB, 3),
-            "parts_gib": {part: round(size / GIB, 3) for part, size in self.found.peak.items()},
-            "phases_gib": {name: round(sum(parts.values()) / GIB, 3) for name, parts in self.found.phases.items()},
+            "peak_gib": round(self.footprint.peak_bytes / GIB, 3),
+            "parts_gib": {part: round(size / GIB, 3) for part, size in self.footprint.peak.items()},
+            "phases_gib": {name: round(sum(parts.values()) / GIB, 3) for name, parts in self.footprint.phases.items()},
             "host_memory_gib": {stage: round(size / GIB, 3) for stage, size in self.host.stages.items()},
             "memory_gib": None if self.capacity is None else round(self.capacity / GIB, 3),
             "fits": self.fits,
-            "changes": [
+            "remedies": [
                 {
-                    "kind": each.kind,
-                    "set": each.change,
-                    "peak_gib": round(each.peak / GIB, 3),
-                    "fits": each.fits,
+                    "kind": remedy.kind,
+                    "set": remedy.change,
+                    "peak_gib": round(remedy.peak / GIB, 3),
+                    "fits": remedy.fits,
                 }
-                for each in self.remedies
+                for remedy in self.remedies
             ],
             "steps": self.amount.steps,
             "tokens": self.amount.tokens,
@@ -107,39 +107,39 @@ class Plan:
         }
 
     def lines(self) -> list[str]:
-        """In words, a line each."""
-        recipe, found = self.recipe, self.found
+        """Return the console output."""
+        recipe, footprint = self.recipe, self.footprint
         method = "full fine-tuning" if recipe.lora is None else "QLoRA" if recipe.model.quantization else "LoRA"
-        place = "GPU" if self.device == "cuda" else "process"
-        several = f", {self.ranks} ranks with {recipe.launch.strategy}" if self.ranks > 1 else ""
+        unit = "GPU" if self.device == "cuda" else "process"
+        ranks = f"; {self.ranks} ranks, {recipe.launch.strategy}" if self.ranks > 1 else ""
         lines = [
-            f"model: {recipe.model.name}, {method}, {found.trained:,} of {found.parameters:,} parameters trained, weights in "
-            f"{recipe.model.quantization or recipe.model.dtype}, attention {self.attention}, kernels {self.kernels}{several}",
-            f"step: {recipe.sequences_per_step} sequences of {recipe.data.max_length:,} tokens, "
-            f"{recipe.train.micro_batch_size} at once, {recipe.accumulation} times, gradient checkpointing "
+            f"model: {recipe.model.name}; {method}; trainable parameters {footprint.trained:,} of {footprint.parameters:,}; "
+            f"weights {recipe.model.quantization or recipe.model.dtype}; attention {self.attention}; kernels "
+            f"{self.kernels}{ranks}",
+            f"step: {recipe.sequences_per_step} sequences of {recipe.data.max_length:,} tokens (micro-batch "
+            f"{recipe.train.micro_batch_size} x accumulation {recipe.accumulation}); gradient checkpointing "
             f"{recipe.train.recomputed_in_words}",
-            f"peak memory: {memory.in_words(found.peak_bytes)} a {place}: "
-            + ", ".join(f"{part} {memory.in_words(size)}" for part, size in found.peak.items() if size),
+            f"peak memory: {memory.in_words(footprint.peak_bytes)} per {unit}: "
+            + ", ".join(f"{part} {memory.in_words(size)}" for part, size in footprint.peak.items() if size),
         ]
         if self.capacity is not None:
-            kept = f", of which {memory.in_words(memory.CONTEXT)} are CUDA's own and {1 - memory.SHARE:.0%} stay free"
-            beside = kept if self.device == "cuda" else ""
-            verdict = "fits into" if self.fits else "does not fit into"
-            lines.append(f"{verdict} {memory.in_words(self.capacity)}{beside}")
+            reserved = f" ({memory.CONTEXT / 2**20:.0f} MiB CUDA context, {1 - memory.SHARE:.0%} margin)"
+            fits = "fits" if self.fits else "does not fit"
+            lines.append(f"{fits} in {memory.in_words(self.capacity)}{reserved if self.device == 'cuda' else ''}")
         if self.remedies:
-            lines.append("single changes, cheapest in speed first:")
-            for each in self.remedies:
-                lines.append(f"  {each.kind}, {'fits' if each.fits else 'does not fit'}: {each.in_words()}")
+            lines.append("single changes that reduce memory, smallest slowdown first:")
+            for remedy in self.remedies:
+                lines.append(f"  {remedy.kind}, {'fits' if remedy.fits else 'does not fit'}: {remedy.in_words()}")
         lines += [f"host memory: {self.host}", *self.amount.notes]
         if self.amount.steps is not None and self.amount.tokens is not None and self.flops is not None:
             lines.append(
-                f"steps: about {self.amount.steps:,}, {self.amount.tokens:,} tokens, {self.flops:.2e} floating-point "
-                f"operations ({self.flops_per_token:.2e} a token)"
+                f"schedule: about {self.amount.steps:,} steps, {self.amount.tokens:,} tokens, {self.flops:.2e} FLOPs "
+                f"({self.flops_per_token:.2e} per token)"
             )
         if times := self.times():
             number = f"{self.ranks} x " if self.ranks > 1 else ""
             slow, fast = (f"{share:.0%}" for share in speed.REACHED)
-            lines.append(f"time, an estimate at {slow} to {fast} of the peak rate:")
+            lines.append(f"time, estimated at {slow} to {fast} of the peak FLOP/s:")
             lines += [f"  {number}{name}: {_spoken(low)} to {_spoken(high)}" for name, (low, high) in times.items()]
         return [one_line(line) for line in lines]
 
@@ -153,23 +153,23 @@ def plan(
     gpu: str | None = None,
     cpu: bool = False,
 ) -> Plan:
-    """Predict a run. Raises InputError with every problem of the recipe, or where the model's config cannot be had."""
+    """Predict memory and time of a run. Raises InputError with all problems of the recipe and the model's config."""
     capacity, card = _capacity(gpu_memory, gpu, cpu)
     more = [] if gpus is None else [f"launch.processes={gpus}"]
     loaded, problems = load.examine(recipe_file, [*overrides, *more])
     if loaded is None or problems:
         raise RecipeError(*problems)
-    if found := judge(loaded.recipe, to_run=False).problems:
-        raise RecipeError(*(loaded.placed(line) for line in found))
+    if problems := judge(loaded.recipe, to_run=False).problems:
+        raise RecipeError(*(loaded.placed(line) for line in problems))
     device = "cpu" if cpu else "cuda"
     with loaded.placing_errors():
         recipe = loaded.recipe
         if folder := model_files.directory(recipe.model.name):
-            model_files.config(folder)  # before the seconds that importing torch takes
+            model_files.config(folder)  # report errors before torch is imported, which takes seconds
         if recipe.train.micro_batch_size == "auto" and capacity is None and not cpu:
             raise RecipeError(
-                "train.micro_batch_size: auto is the largest that fits, and how much memory there is is not known; say "
-                "--gpu-memory 24GB, or --gpu NAME"
+                "train.micro_batch_size: unknown GPU memory, so the largest size that fits cannot be computed (got auto). "
+                "Pass --gpu-memory 24GB or --gpu NAME."
             )
         amount = _amount(recipe)
         from sft_recipes.training import fitting, footprint, kernels, stand_ins
@@ -183,12 +183,13 @@ def plan(
         elif recipe.train.gradient_checkpointing == "auto":
             recipe = changes.applied(recipe, {"train.gradient_checkpointing": True})
             amount.notes.append(
-                "train.gradient_checkpointing: auto is taken for true, with which a step takes least; with --gpu-memory or "
-                "--gpu it is what fits"
+                "train.gradient_checkpointing: auto is assumed to be true (least memory); --gpu-memory or --gpu resolves it"
             )
         attention = stand_ins.named(recipe, config, device, capability) or "eager"
         if cpu and attention not in ("varlen", "sdpa", "eager"):
-            raise RecipeError(f"model.attention: {attention} does not train on CPUs; set sdpa, or auto")
+            raise RecipeError(
+                f"model.attention: not supported for training on CPUs (got {attention}). Set sdpa or auto."
+            )
         fused = kernels.select_kernels(recipe, config, device)
         masked = stand_ins.masks_all_pairs(recipe, config, device, capability)
         whole = predict(recipe)
@@ -197,11 +198,11 @@ def plan(
         if capacity is not None and not memory.fits(rank, capacity, device):
             leaner = stand_ins.leaner_attention(recipe, config, device, capability)
             remedies = changes.remedies(recipe, predict, capacity, device, leaner)
-        if unseen := [
-            *(f"trl.{key}" for key in sorted(_UNSEEN & recipe.trl.keys())),
+        if ignored := [
+            *(f"trl.{key}" for key in sorted(_NOT_PREDICTED & recipe.trl.keys())),
             *["train.compile"] * recipe.train.compile,
         ]:
-            amount.notes.append(f"not in the prediction: {', '.join(unseen)}")
+            amount.notes.append(f"not included in the prediction: {', '.join(ignored)}")
         earlier = [gpu.name for gpu in speed.gpus_of((capacity or 0) / 1e9) if gpu.capability < AMPERE]
         if attention == "varlen" and card is None and earlier and not cpu:
             amount.notes.append(
@@ -218,52 +219,52 @@ def _capacity(gpu_memory: str | None, gpu: str | None, cpu: bool) -> tuple[float
     card = speed.gpu_named(gpu) if gpu is not None else None
     if gpu is not None and card is None:
         raise RecipeError(
-            f"--gpu: '{gpu}' is not in the table; expected one of {', '.join(g.name for g in speed.GPUS)}"
+            f"--gpu: unknown GPU (got '{gpu}'). Choose one of {', '.join(g.name for g in speed.GPUS)}, or pass --gpu-memory."
         )
     if gpu and cpu:
-        raise RecipeError("--gpu and --cpu: a run is on one or the other; give one")
+        raise RecipeError("--gpu and --cpu: mutually exclusive. Pass one of them.")
     if gpu_memory is None:
         return (card.gigabytes * 1e9 if card else None), card
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(GB|GiB|G|MB|MiB)?\s*", gpu_memory, re.IGNORECASE)
     if match is None or not 0 < float(match[1]) < 1e9:
         raise RecipeError(
-            f"--gpu-memory: '{gpu_memory}' is no size; expected such as 24GB (10^9 bytes) or 24GiB (2^30)"
+            f"--gpu-memory: not a size (got '{gpu_memory}'). Pass for example 24GB (10^9 bytes) or 24GiB (2^30 bytes)."
         )
     unit = {"gib": 2**30, "mib": 2**20, "mb": 1e6}.get((match[2] or "GB").lower(), 1e9)
     return float(match[1]) * unit, card
 
 
 def _amount(recipe: Recipe) -> Amount:
-    """Steps and tokens, as far as the data and the tokenizer are there to count them."""
+    """Count steps and tokens, or estimate them if data or tokenizer is not available locally."""
     longest = recipe.data.max_length
     try:
         folder = model_files.directory(recipe.model.name)
         tokenizer = tokens.from_directory(folder, recipe.model.new_tokens) if folder else None
         if tokenizer is not None:
             return _counted(recipe, prepare.prepare(recipe, tokenizer, seconds=_SECONDS))
-        why = f"{recipe.model.name} has no tokenizer.json" if folder else "the tokenizer is on the hub"
+        why = f"{recipe.model.name} has no tokenizer.json" if folder else "the tokenizer is on the Hub"
         sources = reading.every_source(recipe.data)[: len(reading.train_sources(recipe.data))]
         rows = sum(reading.look_through(source, recipe.data, _SECONDS)[1] for source in sources)
         steps: int | None = count(recipe, rows).total
     except DataError as error:
         why, steps = f"the data cannot be read ({error.lines[0]})", recipe.train.max_steps
     if steps is None:
-        return Amount(None, None, longest, [f"steps and tokens are not known: {why}"])
+        return Amount(None, None, longest, [f"steps and tokens unknown: {why}"])
     bound = "at most" if recipe.data.packing != "none" and recipe.train.max_steps is None else "about"
-    note = f"tokens are not counted: {why}; taken are {bound} {steps:,} steps of full sequences of {longest:,} tokens"
+    note = f"tokens not counted: {why}; assumed: {bound} {steps:,} steps of full sequences of {longest:,} tokens"
     return Amount(steps, steps * recipe.sequences_per_step * longest, longest, [note])
 
 
 def _counted(recipe: Recipe, data: prepare.Prepared) -> Amount:
-    """From a sample of the rows, taken for all."""
-    account = data.train.stats
-    rows = sum(source.rows for source in account.sources)
-    larger = 1 / data.share
+    """Extrapolate from the sample of rows that was tokenized."""
+    stats = data.train.stats
+    rows = sum(source.rows for source in stats.sources)
+    scale = 1 / data.share
     if recipe.data.max_train_samples:
-        larger = min(larger, recipe.data.max_train_samples / rows)
-    steps = count(recipe, round(len(data.train) * larger)).total
-    of_sequence = account.tokens / max(1, len(data.train))
-    return Amount(steps, round(steps * recipe.sequences_per_step * of_sequence), data.train.mean_document())
+        scale = min(scale, recipe.data.max_train_samples / rows)
+    steps = count(recipe, round(len(data.train) * scale)).total
+    sequence_tokens = stats.tokens / max(1, len(data.train))
+    return Amount(steps, round(steps * recipe.sequences_per_step * sequence_tokens), data.train.mean_document())
 
 
 def _spoken(hours: float) -> str:

@@ -1,4 +1,4 @@
-"""The story of a run."""
+"""Orchestrate a run: prepare data and model, train, evaluate, export and report."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,14 +29,17 @@ def run(
     stop: Stop | None = None,
     console: Console | None = None,
 ) -> Path:
-    """Train, validate and export what a recipe says; returns the run directory, which holds everything.
+    """Fine-tune, evaluate and export a model; return the run directory.
 
-    `overrides` are `key=value` as --set takes them. `resume` continues from the newest complete checkpoint, or starts where
-    there is none; `force` lets it do so with changes that do no harm. Without `cached` the data is tokenised again, and
-    nothing of it kept. Where the recipe wants several processes they are started here: `stop` and `console` are then not
-    used, as signals are handed on to them, and the first of them speaks. Raises InputError (a line a problem) where recipe,
-    data, model or output directory are wrong, and then leaves nothing behind; RunError where training or export failed;
-    Stopped where `stop` asked for that.
+    `overrides` are `key=value` strings, as for --set. `resume` continues from the latest complete checkpoint, or starts
+    from scratch if there is none; `force` accepts other library versions and non-critical settings. Without `cached`, the
+    tokenization cache is ignored. If the recipe requests several processes, they are launched here and `stop` and
+    `console` are unused.
+
+    Raises:
+        InputError: Recipe, data, model or output directory is wrong (one line per problem); nothing is left on disk.
+        RunError: Training or export failed.
+        Stopped: `stop` requested it.
     """
     loaded, warnings = check.accepted(recipe_file, overrides)
     recipe = loaded.recipe
@@ -58,39 +61,40 @@ def run(
             )
             words.warn(console, changes)
             if ranks.as_the_first(lambda: run_folder.is_finished(folder)):
-                words.say(console, [f"{folder}: this run has finished"])
+                words.say(console, [f"{folder}: already finished, nothing to do"])
                 return folder
-            checkpoint, passed_over = ranks.as_the_first(lambda: checkpoints.newest(folder))
-            words.warn(console, passed_over)
+            checkpoint, skipped = ranks.as_the_first(lambda: checkpoints.newest(folder))
+            words.warn(console, skipped)
             words.say(
-                console, [f"resumed from {checkpoint}" if checkpoint else "no checkpoint yet: from the first step"]
+                console,
+                [f"Resuming from {checkpoint}" if checkpoint else "No complete checkpoint: starting from scratch"],
             )
 
-        # What it is trained on
+        # Tokenizer and data
         tokenizer = model.load_tokenizer(recipe.model)
-        with ranks.main_first():  # the others take it from the cache
+        with ranks.main_first():  # the other ranks read its cache
             data = prepare.prepare(recipe, tokens.of_transformers(tokenizer), cached=cached)
         model.set_chat_template(tokenizer, data)
         words.say(console, data.lines())
         words.warn(console, [loaded.placed(line) for line in data.warnings])
 
-        # What is trained
+        # Model and trainer
         network = model.load_model(recipe, tokenizer)
         sft = trainer.build(recipe, network, tokenizer, data, folder, console, stop)
         words.say(console, facts.in_words(recipe, sft))
         counted = data.as_dict() | {"steps": sft.args.max_steps, "sequences_per_step": recipe.sequences_per_step}
-        used = facts.used(sft) | {"data": prepare.fingerprints(recipe)}
+        used = facts.used(sft) | {"data_sha256": prepare.fingerprints(recipe)}
 
         def record() -> None:
-            """Once the preflight has passed: until then a refused run leaves nothing behind."""
+            """Write the metadata after the preflight, so that a run that fails before leaves no files."""
             if ranks.is_main():
-                found = {"preflight": sft.preflight.results if sft.preflight else "skipped"}
-                run_folder.describe(folder, recipe_file, recipe, counted, used | found, checkpoint, changes)
+                results = {"preflight": sft.preflight.results if sft.preflight else "skipped"}
+                run_folder.describe(folder, recipe_file, recipe, counted, used | results, checkpoint, changes)
 
-        # The training itself
+        # Training
         trainer.train(sft, checkpoint, record)
 
-        # What all ranks are needed for: what the trained model computes, which the export is compared with, and its weights
+        # On all ranks: record the trained model's outputs, which the export is compared with, and gather its weights
         reference.record(sft, recipe, data, folder)
         trained = sharded.gathered(sft, recipe)
         with outputs.written(
@@ -100,10 +104,10 @@ def run(
             if not ranks.is_main():
                 return folder
 
-            # What comes out. Gradients and optimizer states go first: verification may need their memory.
+            # Export. Free gradients and optimizer states first: verification may need their memory.
             sft = network = None  # type: ignore[assignment]
-            said = outputs.export(recipe, trained.model, tokenizer, data, folder, trained.adapter, weights)
-        words.say(console, said)
+            lines = outputs.export(recipe, trained.model, tokenizer, data, folder, trained.adapter, weights)
+        words.say(console, lines)
         with words.no_more_than_a_warning(console, "the report"):
             page.write(folder)
         run_folder.finish(folder, peak_memory())
@@ -113,8 +117,8 @@ def run(
 
 
 def _facts(recipe: Recipe) -> dict[str, Any]:
-    """What processes that train together need to have in common. Of a machine one reads the data."""
-    found = {"recipe": recipe.resolved(), "code": run_folder.code(), "versions": run_folder.versions()}
+    """Return what all ranks must have in common. One rank per node hashes the data."""
+    shared = {"recipe": recipe.resolved(), "code": run_folder.code(), "versions": run_folder.versions()}
     if recipe.launch.machines > 1 and ranks.is_local_main():
-        found["data"] = prepare.fingerprints(recipe)
-    return found
+        shared["data"] = prepare.fingerprints(recipe)
+    return shared

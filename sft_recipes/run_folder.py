@@ -1,4 +1,4 @@
-"""The run directory: opened, described, and given back if a run could not begin."""
+"""Create, lock and describe the run directory."""
 
 import hashlib
 import importlib.metadata
@@ -19,10 +19,10 @@ from sft_recipes.recipe import secrets
 from sft_recipes.recipe.schema import Recipe
 
 MANIFEST, RESOLVED = "manifest.json", "recipe.resolved.json"
-# Keys that change what is written and said of a training, and not the training.
+# Keys that do not affect the trained weights.
 _HARMLESS = ("checkpoint.", "log.", "export.", "eval.", "train.on_nonfinite", "train.gradient_checkpointing")
-# How a step's work is spread: its sums are rounded otherwise, and dropout falls elsewhere. DeepSpeed's checkpoints are for as
-# many ranks as wrote them; others can be shared out anew.
+# Keys that only change how a step is split across ranks, and with it rounding and dropout. DeepSpeed checkpoints require
+# the same number of ranks; those of DDP and FSDP2 can be resharded.
 _OVER_RANKS = ("launch.processes", "launch.machines", "launch.cpu_offload")
 LIBRARIES = (
     "sft-recipes", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "bitsandbytes",
@@ -31,31 +31,29 @@ LIBRARIES = (
 
 
 def in_the_way(output_dir: str, *, resume: bool = False) -> str | None:
-    """What a run directory cannot be, or could only be with `resume`; None where nothing is in the way."""
+    """Return why `output_dir` cannot be used for a new or, with `resume`, a resumed run; None if it can."""
     folder = Path(output_dir).expanduser()
     if folder.exists() and not folder.is_dir():
-        return f"output_dir: {folder} is a file; choose another with --set output_dir=DIR"
-    held = _held(folder)
-    if resume and held and not any(name == MANIFEST or RESOLVED in name for name in held):  # or a part of it
-        return (
-            f"output_dir: {folder} holds no run to resume, but {', '.join(held[:4])}{', ...' if len(held) > 4 else ''}; "
-            "choose another directory with --set output_dir=DIR"
-        )
-    if held and not resume:
-        return (
-            f"output_dir: {folder} is in use (it holds {', '.join(held[:4])}{', ...' if len(held) > 4 else ''}); continue "
-            "that run with --resume, choose another directory with --set output_dir=DIR, or remove it"
-        )
-    return None
+        return f"output_dir: {folder} is a file. Choose a directory with --set output_dir=DIR."
+    names = _names(folder)
+    if not names:
+        return None
+    is_run = any(name == MANIFEST or RESOLVED in name for name in names)  # RESOLVED may be partially written
+    contents = f"(contains {', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
+    if resume and is_run:
+        return None
+    problem, remedy = "has no run to resume" if resume else "is not empty", "Choose another directory"
+    if is_run:
+        remedy = "Delete it, pass --resume to continue that run, or choose another directory"
+    return f"output_dir: {folder} {problem} {contents}. {remedy} with --set output_dir=DIR."
 
 
 @contextmanager
 def opened(output_dir: str, *, resume: bool, main: bool = True) -> Iterator[Path]:
-    """The run directory, created if it does not exist, and locked against other processes. It is removed again if the run
-    ends before it has begun, which is when its manifest is written: a refused recipe, a lack of memory in the preflight, a
-    signal. Of several ranks only the `main` one does this.
+    """Create and lock the run directory; a no-op on ranks other than `main`.
 
-    Raises OutputError where it is in use (without `resume`), holds something else than a run, or cannot be made.
+    If the run ends before its manifest is written (wrong recipe, out of memory in the preflight, signal), the directory
+    is removed again. Raises OutputError if it is not empty (with `resume`: has no run) or cannot be created.
     """
     folder = Path(output_dir).expanduser()
     if not main:
@@ -64,69 +62,70 @@ def opened(output_dir: str, *, resume: bool, main: bool = True) -> Iterator[Path
     if problem := in_the_way(output_dir, resume=resume):
         raise OutputError(problem)
     try:
-        made = files.make(folder)
+        created = files.make(folder)
     except OSError as error:
         raise OutputError(
-            f"output_dir: {folder} cannot be made: {error.strerror}; choose another with --set output_dir=DIR"
+            f"output_dir: {folder} cannot be created: {error.strerror}. Choose another with --set output_dir=DIR."
         ) from None
     with files.locked(folder):
-        held = _held(folder)
+        names = _names(folder)
         try:
             yield folder
         except BaseException:
-            if not held and not (folder / MANIFEST).exists():
+            if not names and not (folder / MANIFEST).exists():
                 for child in folder.iterdir():
                     shutil.rmtree(child) if child.is_dir() else child.unlink()
-                files.unmake(made)
+                files.unmake(created)
             raise
 
 
-def _held(folder: Path) -> list[str]:
+def _names(folder: Path) -> list[str]:
+    """Return the sorted names in a directory, [] if it does not exist."""
     try:
         return sorted(child.name for child in folder.iterdir()) if folder.is_dir() else []
     except OSError as error:
         raise OutputError(
-            f"output_dir: {folder} cannot be read: {error.strerror}; choose another with --set output_dir=DIR"
+            f"output_dir: {folder} cannot be read: {error.strerror}. Choose another with --set output_dir=DIR."
         ) from None
 
 
 def changes(folder: Path, recipe: Recipe, fingerprints: dict[str, str], *, force: bool) -> list[str]:
-    """What is another than when the run began: a line for each key, data source and library version.
+    """Return a line for each recipe key, data source and library version that changed since the run started.
 
-    A run is resumed as it was begun: raises RecipeError with these lines where there are any, but where `force` allows
-    those that do no harm.
+    Raises RecipeError with these lines, unless there are none or `force` is set and all of them are harmless.
     """
-    if not (folder / MANIFEST).exists():  # it did not come to begin
+    if not (folder / MANIFEST).exists():  # it ended before it started training
         return []
     before, now = (_flat(values) for values in (_json(folder / RESOLVED), recipe.resolved()))
     manifest = _json(folder / MANIFEST)
     harmful, harmless = list[str](), list[str]()
-    same_step = now.get("train.global_batch_size") is not None  # and if it is another, that is said of itself
+    same_step = now.get("train.global_batch_size") is not None  # a change of it has a line of its own
     for key in dict.fromkeys([*before, *now]):
         if before.get(key) != now.get(key) and key != "output_dir":
-            line = f"{key}: {json.dumps(now.get(key))} now, and {json.dumps(before.get(key))} in the run that is to be resumed"
-            spread = key == "train.micro_batch_size" or (
+            old, new = json.dumps(before.get(key)), json.dumps(now.get(key))
+            line = f"{key}: changed from {old} to {new} since the run started."
+            split_only = key == "train.micro_batch_size" or (
                 key in _OVER_RANKS and recipe.launch.strategy in ("ddp", "fsdp2")
             )
-            (harmless if key.startswith(_HARMLESS) or (spread and same_step) else harmful).append(line)
-    for path, found in fingerprints.items():
-        if found != manifest.get("data", {}).get(path, found):  # another path is another key
-            asked = path == recipe.eval.generate
-            (harmless if asked else harmful).append(f"{path}: its content has changed since the run began")
+            (harmless if key.startswith(_HARMLESS) or (split_only and same_step) else harmful).append(line)
+    for path, sha256 in fingerprints.items():
+        if sha256 != manifest.get("data_sha256", {}).get(path, sha256):  # a changed path is a changed key
+            is_prompts = path == recipe.eval.generate
+            (harmless if is_prompts else harmful).append(f"{path}: content changed since the run started.")
     used = manifest.get("versions", {})
     for name, installed in versions().items():
         if installed != used.get(name):
-            harmless.append(f"versions: {name} {installed} now, and {used.get(name)} when the run began")
-    anew = f"{folder} is resumed with what it was begun with, or another output_dir started anew"
+            harmless.append(f"versions: {name} changed from {used.get(name)} to {installed} since the run started.")
+    refused = f"{folder}: cannot resume with changed settings. Restore the original values"
     if harmful:
-        raise RecipeError(*harmful, *harmless, anew)
+        raise RecipeError(*harmful, *harmless, f"{refused}, or use a new output_dir.")
     if harmless and not force:
-        raise RecipeError(*harmless, f"{anew}; --force resumes it all the same")
+        raise RecipeError(*harmless, f"{refused}, use a new output_dir, or pass --force.")
     return harmless
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys of nested sections."""
+    """Flatten nested sections to dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
@@ -137,10 +136,10 @@ def _json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
-            raise ValueError("it is no JSON object")
+            raise ValueError("not a JSON object")
         return content
     except (OSError, ValueError) as error:
-        raise OutputError(f"{file}: cannot be read: {error}; start again in another output_dir") from None
+        raise OutputError(f"{file}: cannot be read: {error}. Use a new output_dir.") from None
 
 
 def describe(
@@ -152,10 +151,10 @@ def describe(
     checkpoint: Path | None,
     forced: list[str],
 ) -> None:
-    """Write down what is run: recipe.resolved.json, data.json, and last manifest.json, with which the run has begun.
+    """Write recipe.resolved.json, data.json, and last manifest.json, which marks the run as started.
 
-    `counted` goes to data.json; `used`, which is device, attention, fingerprints of the data and what the preflight found, to
-    the manifest. Of a run that is resumed the manifest stays, and says how it went on.
+    `counted` goes to data.json; `used` (device, attention, data fingerprints, preflight results, ...) to the manifest. If
+    the run is resumed from `checkpoint`, its manifest is extended instead of replaced; `forced` are the accepted changes.
     """
     command = [secrets.redacted(word) for word in sys.argv]
     now = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "command": command, **used}
@@ -178,24 +177,24 @@ def describe(
 
 
 def finish(folder: Path, peak_gib: float) -> None:
-    """Write down that the run has come to its end, and the most memory that it took, in GiB."""
+    """Mark the run as finished in its manifest, with its peak memory in GiB."""
     now = {"finished": datetime.now(UTC).isoformat(timespec="seconds"), "peak_gib": round(peak_gib, 3)}
     files.write_json(folder / MANIFEST, _json(folder / MANIFEST) | now)
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether the run has come to its end, and what it left is still there."""
+    """Return True if the run is marked as finished and still has its model or adapter."""
     outputs = any((folder / name).is_dir() for name in ("model", "adapter"))
     return outputs and (folder / MANIFEST).exists() and "finished" in _json(folder / MANIFEST)
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python and the libraries that a run rests on; None: not installed."""
+    """Return the versions of Python and the libraries in use; None: not installed."""
     return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
 
 
 def code() -> str:
-    """SHA-256 of this package's own source."""
+    """Return the SHA-256 of the source of this package."""
     digest = hashlib.sha256()
     for file in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(file.read_bytes())
@@ -210,7 +209,7 @@ def version(package: str) -> str | None:
 
 
 def _git_commit() -> str | None:
-    """The commit of the working directory, with `+changes` where files differ from it; None outside git."""
+    """Return the git commit of the working directory, with `+changes` if files differ from it; None outside git."""
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"],

@@ -1,4 +1,4 @@
-"""A run in several processes: what is done once, and then the ranks, each of which runs `run.run`."""
+"""Prepare a multi-process run once, then launch its ranks, each of which calls `run.run`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,16 +20,18 @@ def run(
     stop_after: str | None = None,
     debug: bool = False,
 ) -> Path:
-    """Check recipe, model files and data, tokenise the data into the cache, and run the recipe in as many processes as it
-    says. Returns the run directory; raises what the rank that failed first has raised."""
-    loaded, _ = check.accepted(recipe_file, overrides)  # warnings are the first rank's
+    """Check the recipe, tokenize the data into the cache, and launch the processes. Returns the run directory.
+
+    Raises the error of the rank that failed first.
+    """
+    loaded, _ = check.accepted(recipe_file, overrides)  # rank 0 prints the warnings
     recipe = loaded.recipe
     with loaded.placing_errors():
-        first = ranks.machine(recipe.launch) == 0  # which may have begun
+        first = ranks.machine(recipe.launch) == 0  # on the other nodes, the run of node 0 may exist already
         if first and (problem := run_folder.in_the_way(recipe.output_dir, resume=resume)):
             raise OutputError(problem)
         tokenizer, _ = checks.tokenizer_of(recipe.model)
-        # Else the first rank does so, with transformers' own.
+        # Otherwise rank 0 tokenizes, with transformers' tokenizer.
         if cached and tokenizer is not None and not tokenizer.rebuilt:
             prepare.prepare(recipe, tokenizer)
     options = [f"--set={override}" for override in overrides]

@@ -1,4 +1,4 @@
-"""`sft-recipe generate`: talking to a trained model."""
+"""Implement `sft-recipe generate`: answer one prompt with a trained model."""
 
 import json
 from collections.abc import Iterator
@@ -25,14 +25,14 @@ def talk(
     temperature: float,
     trust_remote_code: bool = False,
 ) -> str:
-    """The answer of the model at `path`: a model or adapter directory, or a run that exported one.
+    """Return the answer of the model at `path`: a model or adapter directory, or a run that exported one.
 
-    Raises ModelError where there is none, RecipeError where its chat template does what none may.
+    Raises ModelError if there is no usable model, RecipeError if its chat template is not allowed.
     """
     if not all(map(_is_unicode, (prompt, input))):
-        raise RecipeError("--prompt and --input: not valid Unicode; give them in UTF-8")
+        raise RecipeError("--prompt and --input: not valid Unicode. Pass UTF-8 text.")
     folder = model_files.find_model(path)
-    trust = {"trust_remote_code": trust_remote_code}  # always said: without a word, transformers asks the terminal
+    trust = {"trust_remote_code": trust_remote_code}  # always passed: without it transformers prompts on the terminal
     if model_files.is_adapter(folder):
         model, tokenizer = load.adapted(folder, "auto", trust_remote_code=trust_remote_code)
     else:
@@ -49,7 +49,7 @@ def talk(
         ids = prompt_ids(tokenizer, [message], raw=_trained_on_text(path))
     limit = model_files.positions(model.config.to_dict())
     if limit is not None and len(ids) >= limit:
-        raise ModelError(f"{path}: the prompt has {len(ids)} tokens, and the model {limit} positions; shorten it")
+        raise ModelError(f"{path}: the prompt is longer than the context length {limit} (got {len(ids)}). Shorten it.")
     stops = load.stops(folder, tokenizer)
     with _as_answer_error(path):
         [text] = answer(
@@ -65,7 +65,7 @@ def talk(
 
 @contextmanager
 def _as_answer_error(path: Path) -> Iterator[None]:
-    """What a chat template, the tokenizer or the model say of a prompt that they cannot take."""
+    """Raise errors of the chat template, the tokenizer and the model as ModelError."""
     try:
         yield
     except SFTRecipeError:
@@ -84,11 +84,11 @@ def _is_unicode(text: str) -> bool:
 
 
 def _trained_on_text(path: Path) -> bool:
-    """Whether `path` is a run, or in a run, that was trained on plain text, which is continued without a template."""
+    """Return True if `path` is (in) a run trained on plain text, which is continued without a template."""
     file = next((folder / "data.json" for folder in (path, path.parent) if (folder / "data.json").is_file()), None)
     if file is None:
         return False
     try:
         return all(source["format"] == "text" for source in json.loads(file.read_text("utf-8"))["train"]["sources"])
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ModelError(f"{file}: cannot be read: {error}; remove it to use the model as any other") from None
+        raise ModelError(f"{file}: cannot be read: {error}. Remove it to use the model's chat template.") from None

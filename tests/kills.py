@@ -30,7 +30,7 @@ from accelerate.state import AcceleratorState, GradientState
 
 from tests.conftest import minimal, write_rows
 
-TIMES = ("tokens_per_second", "trained_tokens_per_second", "tflops", "mfu", "memory")
+TIMES = ("tokens_per_second", "trained_tokens_per_second", "tflops", "mfu", "peak_memory_gib")
 METHODS: dict[str, dict[str, Any]] = {
     "full": {},
     "lora": {"lora": {"rank": 2, "dropout": 0.1}},

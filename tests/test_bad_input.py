@@ -658,7 +658,7 @@ RUNS: dict[str, tuple[Change, list[str], str]] = {
         "--set: model.attention: flex_attention …; set sdpa"),
     "answers longer than the model": (both(), ["eval.generate=[a]", "eval.max_new_tokens=1020"],
         "--set: eval.max_new_tokens: 1020 tokens…; set at most"),
-    "an output that cannot be made": (both(), ["output_dir=/proc/run"], "--set: output_dir: /proc/run cannot be made"),
+    "an output that cannot be made": (both(), ["output_dir=/proc/run"], "--set: output_dir: /proc/run cannot be created"),
 }  # fmt: skip
 
 
@@ -775,11 +775,11 @@ TALKED_TO: dict[str, tuple[Change, list[str], str]] = {
     "code of its own": (changed(CONFIG, model_type="mine", auto_map={"AutoConfig": "a.B"}), [],
         "model: its …Python code that comes with"),
     "a broken account of a run": (written("data.json", "{"), [],
-        "model/data.json: cannot be read: …; remove it to use the model"),
+        "model/data.json: cannot be read: …. Remove it to use the model"),
     "a prompt too long": (both(), ["--prompt", "x " * 2000],
-        "model: the prompt has 4001 tokens, and the model 1024…; shorten it"),
+        "model: the prompt is longer than the context length 1024 (got 4001). Shorten it."),
     "a prompt that is no Unicode": (both(), ["--prompt", "a\udce4"],
-        "--prompt and --input: not valid Unicode; give them in UTF-8"),
+        "--prompt and --input: not valid Unicode. Pass UTF-8 text."),
     "hardly any temperature": (both(), ["--temperature", "1e-320"], "model: cannot answer this prompt: "),
 }  # fmt: skip
 
@@ -825,17 +825,17 @@ COMMANDS = {
     "preview recipe.yaml --row none:1":
         "--row none:1: there is no training row at this location. Give a row number, or FILE:LINE (",
     f"preview recipe.yaml --row {'9' * 5000}": "--row 999…: there is no training row at this location. Give a row number",
-    "preview recipe.yaml --set model.name=a/b": "--set: model.name: the tokenizer of a/b cannot be had: ",
+    "preview recipe.yaml --set model.name=a/b": "--set: model.name: the tokenizer of a/b is unavailable: ",
     "new nothing": "no recipe 'nothing' ships; there are gemma3_1b_full, ",
     "new ../recipe": "no recipe '../recipe' ships; there are gemma3_1b_full, ",
     "new quickstart --out recipe.yaml": "recipe.yaml exists; choose another name with --out",
     "new quickstart --out .": ". exists; choose another name with --out",
     "new quickstart --out train.jsonl/a.yaml": "train.jsonl/a.yaml: cannot be written: …; choose another name with --out",
     f"new quickstart --out {'a' * 300}": "aaa…: cannot be written: File name too long; choose another name with --out",
-    "report none": "none: no run here (metrics.jsonl is missing)",
-    "report recipe.yaml": "recipe.yaml: no run here (metrics.jsonl is missing)",
-    "report none --watch": "none: no run here (metrics.jsonl is missing)",
-    "report none ./none": "none: given twice; a run is compared with others",
+    "report none": "none: not a run directory (metrics.jsonl is missing)",
+    "report recipe.yaml": "recipe.yaml: not a run directory (metrics.jsonl is missing)",
+    "report none --watch": "none: not a run directory (metrics.jsonl is missing)",
+    "report none ./none": "none: given twice. Pass each run once.",
     "generate builtin:tiny": "sft-recipe generate: Missing option '--prompt'. (see sft-recipe generate --help)",
     "generate none --prompt x": "none: no model here; expected a model or adapter directory, or a run that has finished",
     "generate recipe.yaml --prompt x": "recipe.yaml: no model here; expected a model or adapter directory",
@@ -847,9 +847,9 @@ COMMANDS = {
         "none: no adapter here; expected a directory with adapter_config.json, or a run that trained one",
     "merge builtin:tiny --out merged": "builtin:tiny: no adapter here; expected a directory with adapter_config.json",
     "merge none": "sft-recipe merge: Missing option '--out'. (see sft-recipe merge --help)",
-    "merge none --out merged --dtype int4": "--dtype int4: expected one of bfloat16, float16, float32",
-    "merge none --out merged --max-shard-size 5": "--max-shard-size 5: expected text such as 5GB or 500MB",
-    "merge none --out merged --max-shard-size 0GB": "--max-shard-size 0GB: expected text such as 5GB or 500MB",
+    "merge none --out merged --dtype int4": "--dtype: expected one of bfloat16, float16, float32 (got int4).",
+    "merge none --out merged --max-shard-size 5": "--max-shard-size: expected text such as 5GB or 500MB (got 5).",
+    "merge none --out merged --max-shard-size 0GB": "--max-shard-size: expected text such as 5GB or 500MB (got 0GB).",
 }  # fmt: skip
 MERGES = {
     "--out recipe.yaml": "recipe.yaml: in use; choose another --out, or remove it",
@@ -877,9 +877,9 @@ def test_merges(options: str, good_adapter: Path, sft_recipe: Callable[..., Said
 
 
 REPORTS = {
-    "nonsense\n": "mine/metrics.jsonl: not a file of one object a line: ",
-    "[1]\n": "mine/metrics.jsonl: not a file of one object a line: ",
-    "{}\n": "mine/metrics.jsonl: a line without 'step', so it is not the log of a run",
+    "nonsense\n": "mine/metrics.jsonl: not valid JSON Lines: ",
+    "[1]\n": "mine/metrics.jsonl: not valid JSON Lines: ",
+    "{}\n": "mine/metrics.jsonl: a line has no 'step'. Restore the file as the run wrote it.",
 }  # fmt: skip
 
 
@@ -897,15 +897,15 @@ def test_reports_that_cannot_be_written(sft_recipe: Callable[..., Said]) -> None
 
     check_refused(
         sft_recipe, ["report", "mine", "--out", "recipe.yaml"],
-        "recipe.yaml: cannot be written: File exists; choose another --out",
+        "recipe.yaml: cannot be written: File exists. Choose another directory with --out.",
     )  # fmt: skip
 
 
 RUN_FILES = {
-    "recipe.resolved.json": ("{", "mine/recipe.resolved.json: not an object in JSON: …; it is not as the run wrote it"),
-    "data.json": ("[1, 2]", "mine/data.json: not an object in JSON: "),
-    "manifest.json": ("no", "mine/manifest.json: not an object in JSON: "),
-    "samples.jsonl": ('{"step": 1}\n', "mine: its files are not as a run wrote them, so there is no report (KeyError: "),
+    "recipe.resolved.json": ("{", "mine/recipe.resolved.json: not a JSON object: …. Restore the file as the run wrote it."),
+    "data.json": ("[1, 2]", "mine/data.json: not a JSON object: "),
+    "manifest.json": ("no", "mine/manifest.json: not a JSON object: "),
+    "samples.jsonl": ('{"step": 1}\n', "mine: unexpected content in the files of the run (KeyError: "),
 }  # fmt: skip
 
 
@@ -1008,7 +1008,7 @@ def test_an_output_directory_in_use(sft_recipe: Callable[..., Said]) -> None:
     check_refused(
         sft_recipe,
         ["run", "recipe.yaml"],
-        "recipe.yaml:4: output_dir: run is in use (it holds notes.txt); continue that run with --resume",
+        "recipe.yaml:4: output_dir: run is not empty (contains notes.txt). Choose another directory with --set",
     )
 
 

@@ -1,4 +1,4 @@
-"""The command line, as a program."""
+"""The command line, run as a program."""
 
 import json
 import os
@@ -46,12 +46,12 @@ def test_every_command_has_help(command: str) -> None:
         (["run", "none.yaml"], "none.yaml: no such recipe; `sft-recipe list` shows those that ship"),
         (["check", "none.yaml"], "none.yaml: no such recipe"),
         (["new", "nothing"], "no recipe 'nothing' ships"),
-        (["report", "none"], "none: no run here"),
+        (["report", "none"], "none: not a run directory"),
         (["generate", "none", "--prompt", "x"], "none: no model here"),
         (["merge", "none", "--out", "x"], "none: no adapter here"),
         (
             ["merge", "none", "--out", "x", "--dtype", "int4"],
-            "--dtype int4: expected one of bfloat16, float16, float32",
+            "--dtype: expected one of bfloat16, float16, float32 (got int4).",
         ),
     ],
 )
@@ -86,8 +86,8 @@ def test_check_counts_rows_tokens_and_steps(write_recipe: WriteRecipe) -> None:
 
     assert done.returncode == 0
     assert "18 rows; format alpaca, template alpaca; " in done.stdout
-    assert "steps: 3 of 4 sequences, 1 of them warmup; 3 an epoch, 1 epoch; about " in done.stdout
-    assert done.stdout.endswith("recipe.yaml: good\n")
+    assert "schedule: 3 steps, 1 of warmup; 4 sequences per step; 3 steps per epoch, 1 epoch; about " in done.stdout
+    assert done.stdout.endswith("recipe.yaml: OK\n")
     assert "warning: " in done.stderr
     assert "lose updates to rounding" in done.stderr
 
@@ -95,8 +95,8 @@ def test_check_counts_rows_tokens_and_steps(write_recipe: WriteRecipe) -> None:
 @pytest.mark.parametrize(
     ("sequences", "max_steps", "said"),
     [
-        (18, 3, "5 an epoch, 0.6 epochs; about {} tokens a step, {} of them trained on"),
-        (18, 12, "5 an epoch, 2.4 epochs; about {} tokens a step, {} of them trained on"),
+        (18, 3, "5 steps per epoch, 0.6 epochs; about {} tokens per step, {} trained"),
+        (18, 12, "5 steps per epoch, 2.4 epochs; about {} tokens per step, {} trained"),
     ],
 )
 def test_check_says_epochs_and_tokens_a_step(
@@ -130,13 +130,13 @@ def test_check_looks_for_room(write_recipe: WriteRecipe, tmp_path: Path, monkeyp
     with pytest.raises(RecipeError) as caught:
         check(recipe)
     [line] = caught.value.lines
-    assert f"output_dir: no room in {tmp_path} for checkpoints and models (it takes 35." in line
+    assert f"output_dir: not enough free space in {tmp_path} for checkpoints and models (it takes 35." in line
     assert "choose another disk with --set output_dir=DIR" in line
 
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=40e6))
     check(recipe)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=5e6))
-    check(recipe, ["lora.rank=2"])  # of which the model is known, and the adapter not yet
+    check(recipe, ["lora.rank=2"])  # the size of the model is known, that of the adapter not yet
 
 
 def test_check_finds_every_problem_at_once(write_recipe: WriteRecipe, tmp_path: Path) -> None:
@@ -158,20 +158,20 @@ def test_check_of_a_model_on_the_hub_that_cannot_be_reached(write_recipe: WriteR
 
     assert done.returncode == 0
     assert "24 rows" in done.stdout
-    assert "tokens and steps are not counted: the tokenizer of nobody/nothing cannot be had" in done.stdout
+    assert "tokens and steps not counted: the tokenizer of nobody/nothing is unavailable" in done.stdout
 
 
 def test_check_of_data_on_the_hub_looks_at_the_rest(write_recipe: WriteRecipe) -> None:
     done = sft_recipe("check", str(write_recipe(data={"train": "nobody/nothing"})))
 
     assert done.returncode == 0
-    assert "nobody/nothing is looked for on the hub when the run starts" in done.stdout
+    assert "nobody/nothing: loaded from the Hub when the run starts" in done.stdout
 
 
 def test_list_and_new(tmp_path: Path) -> None:
     listed = sft_recipe("list").stdout.splitlines()
     assert listed[0].split() == ["recipe", "method", "model", "hardware", "result"]
-    assert len(listed) == 17  # to a pipe a recipe is a line
+    assert len(listed) == 17  # one line per recipe in a pipe
     [line] = [line for line in listed if line.startswith("llama8b_qlora ")]
     assert line.split(maxsplit=3)[:3] == ["llama8b_qlora", "QLoRA", "meta-llama/Llama-3.1-8B"]
     assert line.rstrip().endswith(" not measured")
@@ -186,7 +186,7 @@ def test_schema_for_editors(tmp_path: Path) -> None:
     done = sft_recipe("schema", "--out", ".sft-recipe.schema.json", cwd=tmp_path)
     path, said, line = done.stdout.splitlines()
     assert path == ".sft-recipe.schema.json"
-    assert said == "Editors complete a recipe beside it that begins with"
+    assert said == "For completion in editors, begin a recipe in the same directory with"
     assert (tmp_path / path).read_text("utf-8") == sft_recipe("schema").stdout
 
     sft_recipe("new", "quickstart", cwd=tmp_path)
@@ -208,13 +208,13 @@ def test_schema_is_a_schema_of_the_shipped_recipes() -> None:
 
 
 def test_run_generate_report_merge(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    """The commands one after the other, on one run; the first as the program that users start."""
+    """The commands in sequence on one run; the first as the installed program."""
     command = [Path(sys.executable).with_name("sft-recipe"), "run", write_recipe(lora={"rank": 2})]
     done = subprocess.run([*command, "--set", "export.merge=false"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "step 3/3" in done.stdout
-    assert "Talk to it: sft-recipe generate" in done.stdout
+    assert "\ngenerate  sft-recipe generate" in done.stdout
 
     run = tmp_path / "run"
     assert not (run / "model").exists()

@@ -1,4 +1,4 @@
-"""What `sft-recipe doctor` finds, on machines that are made up."""
+"""`sft-recipe doctor` on simulated machines."""
 
 import importlib.metadata
 import json
@@ -25,7 +25,7 @@ def found(look: Any, name: str) -> doctor.Finding:
 
 
 def having(monkeypatch: pytest.MonkeyPatch, **versions: str | None) -> None:
-    """Other versions than those that are installed; None: not installed."""
+    """Simulate other installed versions; None: not installed."""
     really = importlib.metadata.version
 
     def version(name: str) -> str:
@@ -46,39 +46,34 @@ def test_every_requirement_has_a_line() -> None:
 
 
 def test_what_is_installed_is_good(monkeypatch: pytest.MonkeyPatch) -> None:
-    having(monkeypatch, torch="2.13.0+cu130")  # what it was built for is no other version
+    having(monkeypatch, torch="2.13.0+cu130")  # the local part is ignored
 
     assert found(doctor._packages, "torch") == doctor.Finding("torch", "ok", "2.13.0+cu130")
     assert found(doctor._packages, "python").state == "ok"
 
 
 @pytest.mark.parametrize(
-    ("version", "state", "said", "mend"),
+    ("version", "state", "detail", "fix"),
     [
-        ("1.15.0", "missing", "1.15.0; expected <1.17,>=1.16", "pip install 'trl==1.16.0'"),
-        (
-            "1.16.9",
-            "warning",
-            "1.16.9 is in the range <1.17,>=1.16 and not tested, 1.16.0 is",
-            "pip install 'trl==1.16.0'",
-        ),
-        (None, "missing", "is not installed", "pip install 'trl==1.16.0'"),
+        ("1.15.0", "missing", "1.15.0 installed, <1.17,>=1.16 required", "pip install 'trl==1.16.0'"),
+        ("1.16.9", "warning", "1.16.9 is supported but untested (tested: 1.16.0)", "pip install 'trl==1.16.0'"),
+        (None, "missing", "not installed", "pip install 'trl==1.16.0'"),
     ],
 )
-def test_versions(monkeypatch: pytest.MonkeyPatch, version: str | None, state: Any, said: str, mend: str) -> None:
+def test_versions(monkeypatch: pytest.MonkeyPatch, version: str | None, state: Any, detail: str, fix: str) -> None:
     having(monkeypatch, trl=version)
     finding = found(doctor._packages, "trl")
 
-    assert finding == doctor.Finding("trl", state, said, mend)
-    assert finding.hinders == (state == "missing")
+    assert finding == doctor.Finding("trl", state, detail, fix)
+    assert finding.blocks_runs == (state == "missing")
 
 
-def test_an_extra_hinders_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_extra_blocks_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
     having(monkeypatch, wandb=None)
     finding = found(doctor._packages, "wandb")
 
-    assert not finding.hinders
-    assert finding.line() == "missing  wandb: is not installed (optional); pip install 'sft-recipes[wandb]'"
+    assert not finding.blocks_runs
+    assert finding.line() == "missing  wandb: not installed (optional). Fix: pip install 'sft-recipes[wandb]'"
 
 
 def test_the_tested_set_is_the_constraints_and_ships() -> None:
@@ -118,12 +113,12 @@ class _CUDA:
         (_CUDA(), "ok       cuda:0: H100, 79.0 GiB of 80.0 GiB free, bf16"),
         (
             _CUDA(20),
-            "warning  cuda:0: H100, 20.0 GiB of 80.0 GiB free, bf16; another program uses it; nvidia-smi",
+            "warning  cuda:0: H100, 20.0 GiB of 80.0 GiB free, bf16; in use by another process. Fix: nvidia-smi",
         ),
         (
             _CUDA(bf16=False),
-            "warning  cuda:0: H100, 79.0 GiB of 80.0 GiB free, no bf16; "
-            "sft-recipe run RECIPE --set train.mixed_precision=fp16",
+            "warning  cuda:0: H100, 79.0 GiB of 80.0 GiB free, no bf16. "
+            "Fix: sft-recipe run RECIPE --set train.mixed_precision=fp16",
         ),
     ],
 )
@@ -134,7 +129,7 @@ def test_gpus(monkeypatch: pytest.MonkeyPatch, cuda: _CUDA, line: str) -> None:
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, *, driver: bool, built: str | None = None, bf16: bool = True) -> None:
-    """One whose torch sees no GPU."""
+    """A machine whose torch sees no GPU."""
     torch = SimpleNamespace(
         cuda=SimpleNamespace(is_available=lambda: False),
         cpu=SimpleNamespace(get_capabilities=lambda: {"avx2": True, "avx512_bf16": bf16}),
@@ -151,42 +146,42 @@ def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert devices.state == "ok"
     assert bf16.state == "warning"
-    assert bf16.mend == "sft-recipe run RECIPE --set train.mixed_precision=no --set model.dtype=float32"
+    assert bf16.fix == "sft-recipe run RECIPE --set train.mixed_precision=no --set model.dtype=float32"
 
 
 def test_a_gpu_that_torch_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, driver=True)
     [devices, _] = doctor._devices()
-    assert "torch 2.13.0 is built for the CPU" in devices.said
-    assert devices.mend == f"pip install --force-reinstall -c {ROOT / 'constraints.txt'} torch"
+    assert "torch 2.13.0 is a CPU build" in devices.detail
+    assert devices.fix == f"pip install --force-reinstall -c {ROOT / 'constraints.txt'} torch"
 
     machine(monkeypatch, driver=True, built="13.0")
     [devices, _] = doctor._devices()
-    assert "built for CUDA 13.0, or no GPU is given to it" in devices.said
+    assert "(built for CUDA 13.0) cannot use it, or no GPU is visible" in devices.detail
 
 
 def test_torch_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_imported", lambda module: (None, "libcudart.so.13: no such file"))
     [devices] = doctor._devices()
 
-    assert devices.hinders
-    assert devices.said == "torch cannot be imported: libcudart.so.13: no such file"
+    assert devices.blocks_runs
+    assert devices.detail == "torch cannot be imported: libcudart.so.13: no such file"
 
 
 def test_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
     class MockLibrary:
-        """Its name is what tells."""
+        """Recognized by its name."""
 
-    for library, cuda, said in (
-        (SimpleNamespace(compiled_with_cuda=True), True, "its library for CUDA"),
-        (SimpleNamespace(compiled_with_cuda=False), False, "its library for the CPU"),
-        (SimpleNamespace(compiled_with_cuda=False), True, "its library is the one for the CPU, and there is a GPU"),
-        (MockLibrary(), False, "its compiled library does not load; model.quantization needs it"),
+    for library, cuda, detail in (
+        (SimpleNamespace(compiled_with_cuda=True), True, "CUDA library"),
+        (SimpleNamespace(compiled_with_cuda=False), False, "CPU library"),
+        (SimpleNamespace(compiled_with_cuda=False), True, "CPU library, although there is a GPU"),
+        (MockLibrary(), False, "the compiled library does not load; model.quantization needs it"),
     ):
         monkeypatch.setattr(doctor, "_imported", lambda module, library=library: (SimpleNamespace(lib=library), ""))
         finding = doctor._bitsandbytes(cuda=cuda)
-        assert finding.said == said
-        assert bool(finding.mend) == (finding.state == "warning")
+        assert finding.detail == detail
+        assert bool(finding.fix) == (finding.state == "warning")
 
 
 @pytest.mark.parametrize("package", ["flash-attn", "liger-kernel"])
@@ -197,7 +192,7 @@ def test_packages_for_gpus(monkeypatch: pytest.MonkeyPatch, package: str) -> Non
         monkeypatch.setattr(doctor, "_imported", lambda module, torch=torch: (torch, ""))
         finding = found(doctor._kernels, package)
         assert finding.state == state
-        assert not finding.hinders
+        assert not finding.blocks_runs
 
 
 def test_a_gpu_needs_a_c_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -206,12 +201,12 @@ def test_a_gpu_needs_a_c_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setattr(doctor, "_imported", lambda module: (torch, ""))
     monkeypatch.setenv("CC", str(tmp_path / "cc"))
     finding = found(doctor._kernels, "C compiler")
-    assert finding.hinders
-    assert f"a C compiler ({tmp_path}/cc) is not found" in finding.said
+    assert finding.blocks_runs
+    assert f"a C compiler ({tmp_path}/cc) not found" in finding.detail
 
     (tmp_path / "cc").touch(mode=0o755)
     monkeypatch.setattr("sysconfig.get_paths", lambda **_: {"include": str(tmp_path)})
-    assert "Python.h" in found(doctor._kernels, "C compiler").said
+    assert "Python.h" in found(doctor._kernels, "C compiler").detail
 
     (tmp_path / "Python.h").touch()
     assert found(doctor._kernels, "C compiler").state == "ok"
@@ -224,17 +219,17 @@ def test_a_kernel_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     finding = found(doctor._kernels, "torchao loads")
 
-    assert (finding.state, finding.hinders) == ("missing", False)
-    assert "undefined symbol" in finding.said
+    assert (finding.state, finding.blocks_runs) == ("missing", False)
+    assert "undefined symbol" in finding.detail
 
 
 def test_disks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SFT_RECIPES_CACHE", str(tmp_path / "not" / "there"))
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=2**30))
-    cache = found(doctor._disks, "disk of the tokenised data")
+    cache = found(doctor._disks, "disk of the tokenization cache")
 
-    assert (cache.state, cache.mend) == ("warning", "export SFT_RECIPES_CACHE=DIR")
-    assert "1.0 GiB free" in cache.said
+    assert (cache.state, cache.fix) == ("warning", "export SFT_RECIPES_CACHE=DIR")
+    assert "1.0 GiB free" in cache.detail
 
 
 @pytest.mark.parametrize(("content", "limit"), [("max\n", None), ("1073741824\n", 2**30)])
@@ -255,13 +250,13 @@ def test_a_missing_package_leaves_the_rest(monkeypatch: pytest.MonkeyPatch) -> N
     memory, *disks = doctor.examine()
 
     assert memory == doctor.Finding(
-        "memory", "missing", "cannot be looked at: No module named 'psutil'", "pip install 'psutil'"
+        "memory", "missing", "cannot be checked: No module named 'psutil'", "pip install 'psutil'"
     )
     assert len(disks) == 3
 
 
 class _Session:
-    """The hub's, which answers or fails."""
+    """Hub session that answers or fails."""
 
     def __init__(self, answer: int | Exception) -> None:
         self.answer = answer
@@ -274,20 +269,20 @@ class _Session:
 
 
 @pytest.mark.parametrize(
-    ("answer", "state", "said"),
+    ("answer", "state", "detail"),
     [
-        (200, "ok", "https://huggingface.co answers"),
-        (503, "warning", "https://huggingface.co answers with 503"),
-        (OSError("no route"), "warning", "https://huggingface.co cannot be reached: no route"),
+        (200, "ok", "https://huggingface.co is reachable"),
+        (503, "warning", "https://huggingface.co returned HTTP status 503"),
+        (OSError("no route"), "warning", "https://huggingface.co is unreachable: no route"),
     ],
 )
-def test_the_hub(monkeypatch: pytest.MonkeyPatch, answer: Any, state: str, said: str) -> None:
+def test_the_hub(monkeypatch: pytest.MonkeyPatch, answer: Any, state: str, detail: str) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.get_session", lambda: _Session(answer))
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_a-token-that-nobody-is-to-see")
     hub, token = doctor._hub()
 
-    assert (hub.state, hub.said) == (state, said)
+    assert (hub.state, hub.detail) == (state, detail)
     assert token.state == "ok"
     assert "hf_" not in token.line()
 
@@ -300,31 +295,31 @@ def test_the_hub_is_asked_only_for_the_asking(monkeypatch: pytest.MonkeyPatch) -
 
     assert doctor.examine() == []
     [offline] = doctor.examine(hub=True)
-    assert offline.mend == "unset HF_HUB_OFFLINE"
+    assert offline.fix == "unset HF_HUB_OFFLINE"
 
 
 def test_the_command(tmp_path: Path) -> None:
-    """On this machine, whose packages are those that are tested."""
+    """On this machine, which has the tested versions."""
     lines, content = sft_recipe("doctor"), sft_recipe("doctor", "--json")
     findings = json.loads(content.stdout)
 
     assert (lines.returncode, content.returncode) == (0, 0), lines.stdout
     assert (lines.stderr, content.stderr) == ("", "")
-    assert findings["good"] is True
+    assert findings["ok"] is True
     assert len(findings["findings"]) == len(lines.stdout.splitlines())
     assert all(re.match(r"(ok|warning|missing) +\S.*: ", line) for line in lines.stdout.splitlines())
-    assert all(finding["mend"] for finding in findings["findings"] if finding["state"] != "ok")
+    assert all(finding["fix"] for finding in findings["findings"] if finding["state"] != "ok")
 
 
 def test_what_is_missing_fails_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from sft_recipes import cli
 
     monkeypatch.setattr(
-        doctor, "examine", lambda hub: [doctor.Finding("trl", "missing", "is not installed", "pip install trl")]
+        doctor, "examine", lambda hub: [doctor.Finding("trl", "missing", "not installed", "pip install trl")]
     )
     monkeypatch.setattr("sys.argv", ["sft-recipe", "doctor"])
     with pytest.raises(SystemExit) as ended:
         cli.main()
 
     assert ended.value.code == 1
-    assert capsys.readouterr().out == "missing  trl: is not installed; pip install trl\n"
+    assert capsys.readouterr().out == "missing  trl: not installed. Fix: pip install trl\n"

@@ -1,4 +1,4 @@
-"""Whole or not there."""
+"""Atomic writes, checksums and locks."""
 
 import errno
 import json
@@ -19,7 +19,7 @@ from sft_recipes.errors import OutputError
 
 @contextmanager
 def no_file_over(size: int) -> Iterator[None]:
-    """The kernel refuses to let a file grow beyond that many bytes: as a full disk, but for the number of the error."""
+    """The kernel limits the size of files: as a full disk, except for the error number."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -150,17 +150,23 @@ def sealed(folder: Path) -> Path:
     ("spoil", "said"),
     [
         (lambda folder: None, None),
-        (lambda folder: (folder / "weights").unlink(), "weights is missing"),
-        (lambda folder: (folder / "weights").write_bytes(bytes(999)), "weights has 999 bytes instead of 1,000"),
-        (lambda folder: (folder / "weights").write_bytes(b"1" + bytes(999)), "weights is not as it was written"),
-        (lambda folder: (folder / "inner" / "state").write_bytes(b"stat3"), "inner/state is not as it was written"),
-        (lambda folder: (folder / "more").touch(), "more does not belong to it"),
-        (lambda folder: (folder / "manifest.json").unlink(), "it has no manifest.json"),
-        (lambda folder: (folder / "manifest.json").write_text("{"), "its manifest.json cannot be read"),
-        (lambda folder: (folder / "manifest.json").write_text("[]"), "its manifest.json cannot be read"),
+        (lambda folder: (folder / "weights").unlink(), "incomplete (weights is missing)"),
         (
-            lambda folder: (folder / "manifest.json").write_text('{"files": {"weights": 3}}'),
-            "its manifest.json cannot be read",
+            lambda folder: (folder / "weights").write_bytes(bytes(999)),
+            "corrupt (weights has 999 bytes instead of 1,000)",
+        ),
+        (lambda folder: (folder / "weights").write_bytes(b"1" + bytes(999)), "corrupt (SHA-256 of weights differs)"),
+        (
+            lambda folder: (folder / "inner" / "state").write_bytes(b"stat3"),
+            "corrupt (SHA-256 of inner/state differs)",
+        ),
+        (lambda folder: (folder / "more").touch(), "unexpected file more"),
+        (lambda folder: (folder / "checksums.json").unlink(), "incomplete (checksums.json is missing)"),
+        (lambda folder: (folder / "checksums.json").write_text("{"), "checksums.json cannot be read"),
+        (lambda folder: (folder / "checksums.json").write_text("[]"), "checksums.json cannot be read"),
+        (
+            lambda folder: (folder / "checksums.json").write_text('{"files": {"weights": 3}}'),
+            "checksums.json cannot be read",
         ),
     ],
 )
@@ -220,7 +226,7 @@ def test_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                 os.write(writer, str(error).encode())
             os._exit(0)
         os.close(writer)
-        assert "another process is running in it" in os.read(reader, 1000).decode()
+        assert "in use by another process" in os.read(reader, 1000).decode()
         os.wait()
     with files.locked(tmp_path):
         pass

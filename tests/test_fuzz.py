@@ -243,7 +243,7 @@ def check_command(recipe: Path, lines: list[str]) -> None:
     shown = [*out.getvalue().splitlines(), *(line.removeprefix("warning: ") for line in err.getvalue().splitlines())]
 
     assert ended.value.code in (0, 2)
-    assert sorted(shown) == sorted(lines if ended.value.code else [*lines, f"{recipe}: good"])
+    assert sorted(shown) == sorted(lines if ended.value.code else [*lines, f"{recipe}: OK"])
 
 
 @given(text=st.sampled_from(TEXTS), todo=changes)

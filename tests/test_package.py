@@ -80,4 +80,4 @@ def test_the_wheel_works_without_a_checkout(archives: tuple[Path, Path], tmp_pat
     listed = done(command, "list", cwd=tmp_path)
     assert all(file.stem in listed for file in RECIPES)
     done(command, "new", "quickstart", cwd=tmp_path)
-    assert "quickstart.yaml: good" in done(command, "check", "quickstart.yaml", cwd=tmp_path)
+    assert "quickstart.yaml: OK" in done(command, "check", "quickstart.yaml", cwd=tmp_path)

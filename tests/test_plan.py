@@ -1,4 +1,4 @@
-"""`sft-recipe plan` on a directory that holds a config and nothing else."""
+"""`sft-recipe plan` on a directory with only a config."""
 
 import json
 import re
@@ -42,13 +42,13 @@ def test_8b_from_its_config_alone(tmp_path: Path) -> None:
     found = plan(recipe(tmp_path))
 
     values = found.as_dict()
-    assert values["parameters"] == values["trained_parameters"] == PARAMETERS
+    assert values["parameters"] == values["trainable_parameters"] == PARAMETERS
     assert values["parts_gib"]["weights"] == round(2 * PARAMETERS / 2**30, 3)
     assert values["peak_gib"] == pytest.approx(sum(values["parts_gib"].values()), abs=0.01)
     assert values["peak_gib"] > 8 * PARAMETERS / 2**30  # weights, gradients and two moments
     assert values["fits"] is None
-    assert values["changes"] == []
-    assert "tokens are not counted" in values["notes"][0]
+    assert values["remedies"] == []
+    assert "tokens not counted" in values["notes"][0]
     assert set(values["hours"]) >= {"H100", "L4"}
     assert json.loads(json.dumps(values)) == values
     assert not (tmp_path / "run").exists()
@@ -62,11 +62,11 @@ def test_what_would_make_it_fit(tmp_path: Path) -> None:
     assert kinds == ["micro-batch", "LoRA", "nf4", "8-bit optimizer", "fsdp2", "CPU offload"]
     by_kind = {each.kind: each for each in found.remedies}
     assert by_kind["LoRA"].fits
-    assert by_kind["nf4"].peak < by_kind["LoRA"].peak < found.found.peak_bytes
+    assert by_kind["nf4"].peak < by_kind["LoRA"].peak < found.footprint.peak_bytes
     assert not by_kind["micro-batch"].fits
     assert set(found.times()) == {"RTX-4090", "A10", "L4", "RTX-3090"}
     text = "\n".join(found.lines())
-    assert "does not fit into 22.4 GiB, of which 512.0 MiB are CUDA's own" in text
+    assert "does not fit in 22.4 GiB (512 MiB CUDA context, 5% margin)" in text
     assert "--set lora='{}'" in text
     assert re.search(
         r"^host memory: [\d.]+ GiB to load, [\d.]+ GiB to merge, [\d.]+ GiB to verify$", text, re.MULTILINE
@@ -75,7 +75,7 @@ def test_what_would_make_it_fit(tmp_path: Path) -> None:
     # what is said of a change is what a plan of it says
     changed = plan(recipe(tmp_path), ["lora={}"], gpu_memory="24GB")
     assert changed.fits
-    assert changed.found.peak_bytes == pytest.approx(by_kind["LoRA"].peak)
+    assert changed.footprint.peak_bytes == pytest.approx(by_kind["LoRA"].peak)
 
 
 def test_a_gpu_before_ampere_masks_all_pairs(tmp_path: Path) -> None:
@@ -109,14 +109,14 @@ def test_auto_takes_what_fits(tmp_path: Path) -> None:
     assert found.recipe.train.micro_batch_size == 4
     assert found.recipe.sequences_per_step == 24
     assert found.fits
-    with pytest.raises(RecipeError, match="say --gpu-memory 24GB"):
+    with pytest.raises(RecipeError, match="Pass --gpu-memory 24GB"):
         plan(written)
 
 
 def test_what_is_not_seen_is_said(write_recipe: WriteRecipe) -> None:
     found = plan(str(write_recipe(trl={"label_smoothing_factor": 0.1})), cpu=True)
 
-    assert found.amount.notes == ["not in the prediction: trl.label_smoothing_factor"]
+    assert found.amount.notes == ["not included in the prediction: trl.label_smoothing_factor"]
 
 
 def test_auto_for_this_machine(write_recipe: WriteRecipe) -> None:
@@ -133,7 +133,7 @@ def test_several_gpus(tmp_path: Path) -> None:
 
     assert four.ranks == 4
     # trained in float32 there: four bytes a weight, its gradient and two moments, in quarters
-    assert 4 * PARAMETERS < four.found.peak_bytes < one.found.peak_bytes
+    assert 4 * PARAMETERS < four.footprint.peak_bytes < one.footprint.peak_bytes
     assert four.times()["H100"][0] == pytest.approx(one.times()["H100"][0] / 4)
 
 
@@ -150,8 +150,8 @@ def test_tokens_are_counted_where_there_is_a_tokenizer(write_recipe: WriteRecipe
 @pytest.mark.parametrize(
     ("overrides", "options", "message"),
     [
-        ([], {"gpu_memory": "many"}, "--gpu-memory: 'many' is no size; expected such as 24GB"),
-        ([], {"gpu": "Z9"}, "--gpu: 'Z9' is not in the table; expected one of B200"),
+        ([], {"gpu_memory": "many"}, "--gpu-memory: not a size (got 'many'). Pass for example 24GB"),
+        ([], {"gpu": "Z9"}, "--gpu: unknown GPU (got 'Z9'). Choose one of B200"),
         ([], {"gpus": 3}, "32 sequences a step do not come out"),
         (["model.name=no/such-model-anywhere"], {}, "model.name: no/such-model-anywhere: its config cannot be loaded"),
         (["data.max_length=500000"], {}, "more than the 131072 positions"),
@@ -161,9 +161,9 @@ def test_tokens_are_counted_where_there_is_a_tokenizer(write_recipe: WriteRecipe
             "auto keeps train.global_batch_size",
         ),
         (["train.learning_ratee=1"], {}, "did you mean"),
-        (["model.attention=flex_attention"], {"cpu": True}, "flex_attention does not train on CPUs"),
-        ([], {"gpu_memory": "9" * 400}, "is no size"),
-        ([], {"gpu": ""}, "--gpu: '' is not in the table"),
+        (["model.attention=flex_attention"], {"cpu": True}, "training on CPUs (got flex_attention)"),
+        ([], {"gpu_memory": "9" * 400}, "not a size"),
+        ([], {"gpu": ""}, "--gpu: unknown GPU (got '')"),
     ],
 )
 def test_what_is_wrong_is_a_line(overrides: list[str], options: Any, message: str, tmp_path: Path) -> None:
@@ -218,8 +218,8 @@ def test_checkpointing_of_a_gpu_that_is_not_known_is_all_layers(tmp_path: Path) 
     unknown, large, small = plan(written), plan(written, gpu="H200"), plan(written, gpu_memory="24GB")
 
     assert unknown.recipe.train.gradient_checkpointing is True
-    assert any("auto is taken for true" in note for note in unknown.amount.notes)
+    assert any("auto is assumed to be true" in note for note in unknown.amount.notes)
     assert large.recipe.train.gradient_checkpointing is False
-    assert large.found.peak_bytes > unknown.found.peak_bytes
+    assert large.footprint.peak_bytes > unknown.footprint.peak_bytes
     assert "gradient checkpointing off" in large.lines()[1]
     assert small.fits

@@ -1,4 +1,4 @@
-"""Whole runs, as a user makes them, and what comes out of them loaded in a fresh process."""
+"""Complete runs, and their exported models loaded in a separate process."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ from sft_recipes import run_folder
 from sft_recipes.data.templates import alpaca_prompt
 from tests.conftest import ROWS, WriteRecipe, minimal, run, write_rows
 
-# Loads each model/ as anyone would, and says what it does with a prompt.
+# Loads each model/ with plain transformers and records its outputs for a prompt.
 FRESH = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -55,7 +55,7 @@ Trained = Callable[[str], tuple[Path, torch.Tensor]]
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """The run of a method and the logits of the trainer's own model for PROMPT, made once."""
+    """Run directory of a method and the trained model's logits for PROMPT; cached."""
     made: dict[str, tuple[Path, torch.Tensor]] = {}
 
     def make(method: str) -> tuple[Path, torch.Tensor]:
@@ -63,7 +63,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
             folder = tmp_path_factory.mktemp(method)
             write_rows(folder / "train.jsonl")
             recipe = minimal(folder) | {"export": {"dtype": "bfloat16" if method == "full-bf16" else "float32"}}
-            steps = 40 if method in ("full", "lora") else 10  # those two are to have learned what they are taught
+            steps = 40 if method in ("full", "lora") else 10  # enough to learn the task
             recipe["train"] |= {"max_steps": steps, "learning_rate": 5e-3, "preflight": True}
             for section, values in METHODS[method].items():
                 recipe[section] = recipe.get(section, {}) | values
@@ -76,7 +76,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 @pytest.fixture(scope="module")
 def fresh(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What the models of all methods do in one process that knows nothing of this package."""
+    """Outputs of all models from one process without this package."""
     folders = {method: str(trained(method)[0] / "model") for method in METHODS}
     out = tmp_path_factory.mktemp("fresh") / "found.pt"
     command = [sys.executable, "-c", FRESH, PROMPT, str(out), *folders.values()]
@@ -87,7 +87,7 @@ def fresh(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 
 def run_and_watch(recipe: Path) -> tuple[Path, torch.Tensor]:
-    """Run, and take the logits of the model as the trainer leaves it."""
+    """Run, and capture the logits of the trained model."""
     from sft_recipes.training import trainer
 
     kept: list[torch.Tensor] = []
@@ -195,8 +195,8 @@ def test_the_resolved_recipe_and_the_manifest(trained: Trained) -> None:
         > manifest["preflight"]["predicted_peak_gib"]
         > 0
     )
-    assert list(manifest["data"]) == [str(folder.parent / "train.jsonl")]
-    assert all(len(digest) == 64 for digest in manifest["data"].values())
+    assert list(manifest["data_sha256"]) == [str(folder.parent / "train.jsonl")]
+    assert all(len(digest) == 64 for digest in manifest["data_sha256"].values())
 
 
 def test_metrics_have_what_the_design_names(trained: Trained) -> None:
@@ -205,7 +205,8 @@ def test_metrics_have_what_the_design_names(trained: Trained) -> None:
 
     assert [line["step"] for line in steps] == [1, 10, 20, 30, 40]
     for line in steps:
-        assert {"loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "memory", "epoch"} <= line.keys()
+        assert {"loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "epoch"} <= line.keys()
+        assert "peak_memory_gib" in line
     assert [line["tokens"] for line in steps] == sorted(line["tokens"] for line in steps)
 
 
@@ -250,7 +251,7 @@ def test_the_adapter_loads_on_its_base(trained: Trained) -> None:
 
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
 def test_qlora(tmp_path: Path, quantization: str) -> None:
-    """Real bitsandbytes: the base is quantised, adapters learn in float32, and the merge is into the better of both bases."""
+    """With bitsandbytes: quantized base, float32 adapters, merged into the base with the lower loss."""
     write_rows(tmp_path / "train.jsonl")
     recipe = minimal(tmp_path) | {"lora": {"rank": 4}, "export": {"dtype": "float32"}}
     recipe["model"]["quantization"] = quantization
@@ -303,6 +304,7 @@ def test_prompts_answered_with_what_is_expected(tmp_path: Path) -> None:
     assert samples[0]["expected"] == "word 1"
     assert samples[1]["expected"] is None
     assert "exact match:" in said
+    assert "Sample answers (2 of 2, all in samples.jsonl)" in said
     assert "before:" in said
 
 
@@ -333,5 +335,5 @@ def test_what_is_said_at_the_end_fails_no_run(write_recipe: WriteRecipe, monkeyp
     monkeypatch.setattr(run_folder, "finish", and_lose_the_log)
     folder, said = run(write_recipe(train={"max_steps": 1}))
 
-    assert f"warning: the summary could not be made: {folder}: no run here (metrics.jsonl is missing)" in said
+    assert f"warning: cannot create the summary: {folder}: not a run directory (metrics.jsonl is missing)" in said
     assert (folder / "model").is_dir()

@@ -1,4 +1,4 @@
-"""The run directory: resumed as it was begun, finished once, and never another's."""
+"""Creating, locking and resuming run directories."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from tests.conftest import ROWS, WriteRecipe, metrics, run, write_rows
 
 @pytest.fixture
 def begun(write_recipe: WriteRecipe, tmp_path: Path) -> tuple[Path, Path]:
-    """A recipe, and a run of it that came to an end but for its export."""
+    """A recipe, and a run of it that finished training but has no export."""
     recipe = write_recipe(checkpoint={"every": 1})
     folder, _ = run(recipe)
     shutil.rmtree(folder / "model")
@@ -33,13 +33,13 @@ def test_every_difference_that_is_another_training(begun: tuple[Path, Path], tmp
         with pytest.raises(RecipeError) as caught:
             run(recipe, "train.learning_rate=1", "data.packing=none", "log.every=2", resume=True, force=force)
         assert [line.split(": ", 1)[1] for line in caught.value.lines[:3]] == [
-            'data.packing: "none" now, and "bfd" in the run that is to be resumed',
-            "train.learning_rate: 1.0 now, and 0.001 in the run that is to be resumed",
-            "its content has changed since the run began",
+            'data.packing: changed from "bfd" to "none" since the run started.',
+            "train.learning_rate: changed from 0.001 to 1.0 since the run started.",
+            "content changed since the run started.",
         ]
-        assert "log.every: 2 now, and 10 in the run that is to be resumed" in caught.value.lines[3]
+        assert "log.every: changed from 10 to 2 since the run started." in caught.value.lines[3]
         assert caught.value.lines[-1].endswith(
-            "is resumed with what it was begun with, or another output_dir started anew"
+            "cannot resume with changed settings. Restore the original values, or use a new output_dir."
         )
 
     assert json.loads((folder / "recipe.resolved.json").read_text("utf-8"))["train"]["learning_rate"] == 1e-3
@@ -53,11 +53,11 @@ def test_what_does_no_harm_can_be_forced(begun: tuple[Path, Path]) -> None:
     with pytest.raises(RecipeError) as caught:
         run(recipe, *changes, resume=True)
     assert len(caught.value.lines) == 5
-    assert f"versions: torch {manifest['versions']['torch']} now, and 1.0 when the run began" in caught.value.lines[3]
-    assert "--force resumes it all the same" in caught.value.lines[4]
+    assert f"versions: torch changed from 1.0 to {manifest['versions']['torch']} since" in caught.value.lines[3]
+    assert "or pass --force." in caught.value.lines[4]
 
     _, said = run(recipe, *changes, resume=True, force=True)
-    assert 'warning: export.dtype: "float32" now, and "bfloat16" in the run that is to be resumed' in said
+    assert 'warning: export.dtype: changed from "bfloat16" to "float32" since the run started.' in said
     resumed = json.loads((folder / "manifest.json").read_text("utf-8"))
     assert resumed["versions"] == manifest["versions"]
     assert resumed["started"] == manifest["started"]
@@ -71,15 +71,15 @@ def test_a_run_that_has_finished_is_left_alone(write_recipe: WriteRecipe) -> Non
     before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
     _, said = run(recipe, resume=True)
 
-    assert "run: this run has finished" in said
+    assert "run: already finished, nothing to do" in said
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
 
 
 def test_resume_starts_where_there_is_nothing_to_resume(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    """So that a job can always be started with it."""
+    """So that a job can always pass --resume."""
     _, said = run(write_recipe(), resume=True)
 
-    assert "no checkpoint yet: from the first step" in said
+    assert "No complete checkpoint: starting from scratch" in said
     assert (tmp_path / "run" / "model").is_dir()
 
 
@@ -90,7 +90,7 @@ def test_killed_before_its_first_checkpoint(write_recipe: WriteRecipe, tmp_path:
     shutil.rmtree(folder / "model")
     _, said = run(recipe, resume=True)
 
-    assert "no checkpoint yet: from the first step" in said
+    assert "No complete checkpoint: starting from scratch" in said
     assert [line["step"] for line in metrics(folder)] == [line["step"] for line in whole]
     assert (folder / "model" / "model.safetensors").read_bytes() == weights
 
@@ -107,13 +107,13 @@ def test_a_second_start_leaves_the_first_alone(
                 with run_folder.opened(str(folder), resume=False):
                     os._exit(0)
             except OutputError as error:
-                os._exit(7 if "another process is running in it" in str(error) else 1)
+                os._exit(7 if "in use by another process" in str(error) else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
         assert folder.stat().st_ino == before
 
 
 def test_what_is_given_back_is_what_was_made(tmp_path: Path) -> None:
-    """Another run has begun in the directory that was made around it."""
+    """Another run has started in the parent directory that this run created."""
 
     def fail() -> None:
         with run_folder.opened(str(tmp_path / "runs" / "a"), resume=False) as folder:
@@ -144,13 +144,13 @@ def test_prompts_that_changed_do_no_harm(write_recipe: WriteRecipe, tmp_path: Pa
     folder, _ = run(recipe)
     shutil.rmtree(folder / "model")
     write_rows(tmp_path / "asked.jsonl", ROWS[2:4])
-    with pytest.raises(RecipeError, match="--force resumes it all the same"):
+    with pytest.raises(RecipeError, match="or pass --force"):
         run(recipe, resume=True)
     run(recipe, resume=True, force=True)
     shutil.rmtree(folder / "model")
     write_rows(tmp_path / "others.jsonl", ROWS[4:6])
     _, said = run(recipe, f"eval.generate={tmp_path / 'others.jsonl'}", resume=True, force=True)
-    assert "content has changed" not in said
+    assert "content changed" not in said
 
 
 def test_killed_while_its_first_file_was_written(write_recipe: WriteRecipe, tmp_path: Path) -> None:
@@ -158,14 +158,16 @@ def test_killed_while_its_first_file_was_written(write_recipe: WriteRecipe, tmp_
     (tmp_path / "run" / ".recipe.resolved.json.4711.partial").write_text("{", "utf-8")
     folder, said = run(write_recipe(train={"max_steps": 1}), resume=True)
 
-    assert "no checkpoint yet: from the first step" in said
+    assert "No complete checkpoint: starting from scratch" in said
     assert not list(folder.glob(".*"))
 
 
 def test_a_directory_that_holds_something_else_is_not_resumed(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").touch()
-    with pytest.raises(OutputError, match=r"run holds no run to resume, but thesis.tex; choose another directory"):
+    with pytest.raises(
+        OutputError, match=r"run has no run to resume \(contains thesis.tex\). Choose another directory"
+    ):
         run(write_recipe(), resume=True)
 
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["thesis.tex"]
@@ -175,7 +177,7 @@ def test_a_directory_that_holds_something_else_is_not_resumed(write_recipe: Writ
 def test_a_manifest_that_cannot_be_read(begun: tuple[Path, Path], content: str) -> None:
     recipe, folder = begun
     (folder / "manifest.json").write_text(content)
-    with pytest.raises(OutputError, match=r"manifest.json: cannot be read: .*; start again in another output_dir"):
+    with pytest.raises(OutputError, match=r"manifest.json: cannot be read: .*\. Use a new output_dir\."):
         run(recipe, resume=True)
 
 

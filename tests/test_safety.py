@@ -121,7 +121,7 @@ def test_pickles_beside_what_is_read(
 
 
 def seal_again(folder: Path) -> None:
-    (folder / files.MANIFEST).unlink()
+    (folder / files.CHECKSUMS).unlink()
     files.seal(folder)
 
 

@@ -1,4 +1,4 @@
-"""Signals and times that end a run."""
+"""Stopping by signals and time limits."""
 
 import contextlib
 import os
@@ -30,13 +30,15 @@ def test_times(said: str, meant: float) -> None:
 
 @pytest.mark.parametrize("said", ["", "3", "h", "3x", "-3h", "30m1h", "0h", "3 h", "nan", "infh", "1:30"])
 def test_what_is_no_time(said: str) -> None:
-    with pytest.raises(RecipeError, match=r"--stop-after .*: expected a time such as 3h, 90m, 1h30m or 45s"):
+    with pytest.raises(
+        RecipeError, match=r"--stop-after: expected a duration such as 3h, 90m, 1h30m or 45s \(got .*\)"
+    ):
         stopping.seconds(said)
 
 
 @given(st.integers(1, 10**7))
 def test_words_are_read_back(length: int) -> None:
-    assert stopping.seconds(stopping.duration_in_words(length)) == length
+    assert stopping.seconds(stopping.format_seconds(length)) == length
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -46,8 +48,8 @@ def test_a_signal_where_nothing_waits(number: signal.Signals) -> None:
         signal.raise_signal(number)
 
     assert caught.value.lines == (
-        f"stopped by {number.name}; nothing that was trained is lost",
-        "continue with: sft-recipe run r.yaml --resume",
+        f"stopped by {number.name}; no training progress was lost",
+        "Resume with: sft-recipe run r.yaml --resume",
     )
     assert caught.value.exit_code == 75
     assert signal.getsignal(number) == before
@@ -55,17 +57,17 @@ def test_a_signal_where_nothing_waits(number: signal.Signals) -> None:
 
 def test_a_signal_that_waits(capfd: pytest.CaptureFixture[str]) -> None:
     with stopping.on_request(None, "") as stop:
-        stop.waits = "the step is finished first"
+        stop.waits = "finishing this step"
         assert stop.reason is None
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.reason == "stopped by SIGTERM"
 
-    assert "SIGTERM: the step is finished first; another one ends it at once" in capfd.readouterr().err
+    assert "SIGTERM received: finishing this step. Send it again to quit immediately." in capfd.readouterr().err
 
 
 def test_a_rank_takes_the_same_signal_twice_for_one(capfd: pytest.CaptureFixture[str]) -> None:
     with stopping.on_request(None, None) as stop:
-        stop.waits = "the step is finished first"
+        stop.waits = "finishing this step"
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)  # would end this process
         assert stop.reason == "stopped by SIGTERM"
@@ -87,7 +89,7 @@ def test_no_exception_on_the_way_holds_a_signal_up() -> None:
 
 
 def slowly(group: int | None = None) -> None:
-    """Each step says that it has begun, and takes its time; in a group of processes."""
+    """Make each step slow and print when it begins; join a process group."""
     from sft_recipes.training import trainer
 
     if group is not None:
@@ -104,7 +106,7 @@ def slowly(group: int | None = None) -> None:
 
 
 class Started:
-    """A run in a process of its own that is to be stopped."""
+    """A run in a separate process that the test stops."""
 
     def __init__(self, folder: Path, *arguments: object) -> None:
         self.out, self.err = (folder.parent / f"{folder.name}.{name}" for name in ("out", "err"))
@@ -122,7 +124,7 @@ class Started:
         os.kill(self.process.pid, number)
 
     def end(self) -> tuple[int | None, str]:
-        """Its exit code, and what it said on stderr."""
+        """Return exit code and stderr."""
         self.process.join(120)
         return self.process.exitcode, self.err.read_text("utf-8")
 
@@ -138,9 +140,11 @@ def test_the_step_is_finished_and_the_command_told_that_resumes(write_recipe: Wr
 
     assert code == 75
     lines = said.strip().splitlines()
-    assert lines[0] == "SIGTERM: the step is finished and saved first; another one ends it at once"
+    assert lines[0] == (
+        "SIGTERM received: finishing this step and saving a checkpoint. Send it again to quit immediately."
+    )
     assert lines[1].startswith(f"{tmp_path / 'run'}: stopped by SIGTERM after step 3 of 500; the last checkpoint is ")
-    assert lines[2:] == [f"continue with: sft-recipe run {recipe} --set log.every=1 --resume"]
+    assert lines[2:] == [f"Resume with: sft-recipe run {recipe} --set log.every=1 --resume"]
     assert metrics(tmp_path / "run")[-1]["step"] == 3
 
     code, said = Started(tmp_path, "run", recipe, "--set", "log.every=1", "--resume", "--stop-after", "0.1s").end()
@@ -150,7 +154,7 @@ def test_the_step_is_finished_and_the_command_told_that_resumes(write_recipe: Wr
 
 
 def test_the_whole_group_is_asked(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    """As Ctrl-C does: the workers of the data loader hear it too, and so does `| tee`, which is gone then."""
+    """As Ctrl-C does: also to data loader workers and to `| tee`, which exits."""
     recipe = write_recipe(
         train={"max_steps": 500}, data={"eval": None}, checkpoint={"every": None}, trl={"dataloader_num_workers": 2}
     )
@@ -183,7 +187,7 @@ def test_a_second_signal_ends_it_at_once(write_recipe: WriteRecipe, tmp_path: Pa
 
 
 def test_before_the_first_step_nothing_is_left(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    """Stopped while libraries are loaded, data read or the model made: the same line, and no directory."""
+    """Stopped during setup: the same line, and no directory."""
     recipe = write_recipe()
     before = sorted(tmp_path.rglob("*"))
     command = [sys.executable, "-m", "sft_recipes.cli", "run", str(recipe)]
@@ -195,7 +199,7 @@ def test_before_the_first_step_nothing_is_left(write_recipe: WriteRecipe, tmp_pa
     assert process.returncode in (75, -signal.SIGTERM)  # the latter where Python itself had not started yet
     if process.returncode == 75:
         assert said.splitlines() == [
-            "stopped by SIGTERM; nothing that was trained is lost",
-            f"continue with: sft-recipe run {recipe} --resume",
+            "stopped by SIGTERM; no training progress was lost",
+            f"Resume with: sft-recipe run {recipe} --resume",
         ]
     assert sorted(tmp_path.rglob("*")) == before

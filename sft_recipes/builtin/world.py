@@ -1,9 +1,8 @@
-"""The little world that `builtin:tiny` knows: nine tasks over some two hundred words.
+"""Generate the text and tasks of `builtin:tiny`: nine tasks over about two hundred words.
 
-Two kinds of text come out of it. `document` writes plain text for pretraining: statements, questions, lists, in wordings
-that have nothing to do with the Alpaca template, several after one another, so that the base model knows the answers but
-neither the format nor when to stop. `rows` writes Alpaca rows for fine-tuning, and holds out contents that no training row
-shows: an opposite, a plural or a sum in the held-out rows is known from pretraining alone.
+`document` generates plain text for pretraining: statements, questions and lists in wordings unlike the Alpaca template,
+so that the base model learns the answers but neither the format nor when to emit EOS. `rows` generates Alpaca rows for
+fine-tuning and holds out some contents: they are known from pretraining only.
 """
 
 import random
@@ -66,13 +65,13 @@ def _largest(rng: random.Random) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Task:
-    """One thing the model can do. In each wording `X` stands for the content and `Y` for the answer."""
+    """A task. In each wording, `X` stands for the content and `Y` for the answer."""
 
     sample: Callable[[random.Random], tuple[str, str]]  # -> content, answer
-    said: tuple[str, ...]  # pretraining: statements that hold the answer
-    asked: tuple[str, ...]  # pretraining: questions; the answer follows
-    labels: tuple[str, ...]  # pretraining: the task's name in headings and lists
-    instructions: tuple[str, ...]  # fine-tuning: with X in the instruction, or without and X as the Alpaca input
+    statements: tuple[str, ...]  # pretraining: sentences that contain the answer
+    questions: tuple[str, ...]  # pretraining: the answer follows
+    labels: tuple[str, ...]  # pretraining: name of the task in headings and lists
+    instructions: tuple[str, ...]  # fine-tuning: without X, the content is the Alpaca input
 
 
 TASKS = {
@@ -199,14 +198,14 @@ def _fill(wording: str, content: str, answer: str) -> str:
 
 def _statement(rng: random.Random) -> str:
     task = rng.choice(list(TASKS.values()))
-    return _fill(rng.choice(task.said), *task.sample(rng)) + "\n"
+    return _fill(rng.choice(task.statements), *task.sample(rng)) + "\n"
 
 
 def _block(rng: random.Random) -> str:
-    """One question with its answer, in one of many layouts, none of them the Alpaca template's."""
+    """Return a question with its answer, in one of many layouts other than the Alpaca template."""
     task = rng.choice(list(TASKS.values()))
     content, answer = task.sample(rng)
-    question, label = rng.choice(task.asked).replace("X", content), rng.choice(task.labels)
+    question, label = rng.choice(task.questions).replace("X", content), rng.choice(task.labels)
     one, other = rng.sample(_NAMES, 2)
     layouts = (
         f"Q: {question}\nA: {answer}\n",
@@ -225,21 +224,21 @@ def _block(rng: random.Random) -> str:
 
 
 def document(rng: random.Random) -> str:
-    """Plain text for pretraining: several blocks, then a statement, so that no document ends on an answer.
+    """Return a pretraining document: several blocks, then a statement, so that no document ends with an answer.
 
-    The base model therefore knows what to answer but goes on talking: where to stop is for fine-tuning to teach.
+    The base model therefore does not stop after an answer; emitting EOS is learned in fine-tuning.
     """
     blocks = (_block(rng) if rng.random() < 0.7 else _statement(rng) for _ in range(rng.randint(2, 8)))
     return "".join(blocks) + _statement(rng)
 
 
 def held_out(task: str, content: str) -> bool:
-    """Whether fine-tuning never shows this content: about a quarter of all contents, the same on every machine."""
+    """Return True if this content is held out of fine-tuning: about a quarter, the same on every machine."""
     return random.Random(f"{task}:{content}").random() < 0.25
 
 
 def rows(count: int, seed: int, *, unseen: bool = False) -> Iterator[dict[str, str]]:
-    """Distinct Alpaca rows (instruction, input, output); `unseen` gives those whose content is held out of training."""
+    """Yield distinct Alpaca rows (instruction, input, output); `unseen`: only held-out contents."""
     rng = random.Random(seed)
     seen: set[tuple[str, str]] = set()
     while len(seen) < count:

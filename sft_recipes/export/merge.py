@@ -103,7 +103,7 @@ def merge(
         raise
     except (OSError, SafetensorError) as error:
         raise RunError(f"{out}: cannot be written: {' '.join(str(error).split())}") from error
-    return _lines(chosen, figures, ways, dtype)
+    return _lines(chosen, figures, ways, dtype, known.split if known.rows else "built-in")
 
 
 def write_report(file: Path, report: Mapping[str, Any]) -> None:
@@ -221,7 +221,7 @@ def _absolute(place: str) -> str:
 
 
 def _lines(
-    chosen: str, figures: Mapping[str, Mapping[str, Any]], ways: Mapping[str, str | None], dtype: str
+    chosen: str, figures: Mapping[str, Mapping[str, Any]], ways: Mapping[str, str | None], dtype: str, split: str
 ) -> list[str]:
     """What is to be said of a merge."""
     lines = []
@@ -238,16 +238,16 @@ def _lines(
         lines.append("merged into: original; PEFT cannot merge this adapter into a dequantised base")
     if (way := ways[chosen]) != "rows":
         lines.append(f"merged by {way}")
-    return [*lines, *proof_in_words(figures[chosen], dtype)]
+    return [*lines, *proof_in_words(figures[chosen], dtype, split)]
 
 
-def proof_in_words(found: Mapping[str, Any], dtype: str) -> list[str]:
-    """The figures of a model that was proven."""
+def proof_in_words(found: Mapping[str, Any], dtype: str, split: str) -> list[str]:
+    """Format the results of a verification; `split` is where its rows are from."""
     lines = [
-        f"verified in a fresh process: logits within {found['largest_difference']:.2g} of the trained model's (rounding to "
-        f"{dtype} explains {found['explained_by_rounding']:.2g}) and up to {found['largest_difference_from_base']:.2g} from "
-        f"the base's; loss on held-out rows {found['loss']:.4f}, the trained model's {found['trained_loss']:.4f}, the base's "
-        f"{found['base_loss']:.4f}"
+        f"verify: passed in a separate process; max logit difference to trained model {found['largest_difference']:.2g} "
+        f"(expected from {dtype} rounding: {found['explained_by_rounding']:.2g}), to base "
+        f"{found['largest_difference_from_base']:.2g}; loss on {split} samples: exported {found['loss']:.4f}, trained "
+        f"{found['trained_loss']:.4f}, base {found['base_loss']:.4f}"
     ]
     if not found["largest_change_by_training"]:
         lines.append("warning: the training has changed nothing: the model is the base")

@@ -83,6 +83,7 @@ def export(
             {"messages": data.prompt.messages, "ids": data.prompt.ids} if data.prompt and data.chat_template else None,
             quantization.to_dict() if quantization is not None else None,
             recipe.model.dtype,
+            "evaluation" if data.eval else "training",
         )
         probe.save(folder)
         if recipe.lora is None:
@@ -145,7 +146,7 @@ def _whole(
         except RunError as error:
             raise RunError(*(f"{out}: not kept: {line}" for line in error.lines)) from error
         write_report(folder / FILE, {"base": recipe.model.name, "dtype": dtype, "figures": figures})
-    return [*([weights.note] if weights and weights.note else []), *proof_in_words(figures, dtype)]
+    return [*([weights.note] if weights and weights.note else []), *proof_in_words(figures, dtype, probe.split)]
 
 
 def _check_hashes(weights: Written, folder: Path, out: Path) -> None:

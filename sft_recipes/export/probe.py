@@ -25,6 +25,7 @@ class Probe:
     prompt: dict[str, Any] | None = None
     quantization: dict[str, Any] | None = None
     loaded: str = "float32"  # type in which training held the weights that it did not quantise
+    split: str = "evaluation"  # where the rows are from, or training
 
     def save(self, folder: Path) -> None:
         (folder / FILE).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Charts for a page: where each point, line and label of a curve goes, by steps, tokens and time."""
+"""Compute the geometry of the report's SVG charts, over steps, tokens and time."""
 
 import math
 from collections.abc import Sequence
@@ -7,40 +7,40 @@ from typing import Any, NamedTuple
 
 from sft_recipes.report.curve import Point
 
-AXES = {"steps": "optimizer step", "tokens": "tokens seen", "time": "time in training steps"}
-COLOURS = 8  # that the page has
-_SIZE = 1000  # of a drawing, in both directions; the page stretches it to its place
+AXES = {"steps": "optimizer step", "tokens": "tokens", "time": "time in training steps"}
+COLORS = 8  # defined by the page
+_SIZE = 1000  # width and height of a drawing, scaled by the page
 _TICKS = 4
-_MARGIN = 0.05  # of the height, above and below the curves
+_MARGIN = 0.05  # above and below the curves, relative to the height
 _SIZES = (
     (1e12, 1e12, "T"),
     (1e9, 1e9, "B"),
     (1e6, 1e6, "M"),
     (1e4, 1e3, "k"),
     (0, 1, ""),
-)  # of a number: from so many on
-_UNITS = ((2 * 3600, 3600, "h"), (120, 60, "min"), (0, 1, "s"))  # of a time axis: from so many seconds on
+)  # of a number: minimum, divisor, suffix
+_UNITS = ((2 * 3600, 3600, "h"), (120, 60, "min"), (0, 1, "s"))  # of a time axis: minimum seconds, divisor, unit
 
 
 @dataclass(frozen=True)
 class Series:
-    """One curve: `solid`, `faint` (what was logged, behind its smoothed line), or `dots` with a line between them."""
+    """A curve: `solid`, `faint` (raw values behind the smoothed line), or connected `dots`."""
 
     name: str
     style: str
-    colour: int
+    color: int
     points: Sequence[Point]
 
 
 class Tick(NamedTuple):
-    """A label on an axis, at so many percent of its length."""
+    """A label on an axis, at a percentage of its length."""
 
     at: float
     text: str
 
 
 class Path(NamedTuple):
-    """A line of an SVG: class names, and the attribute `d`."""
+    """An SVG path: class names and the attribute `d`."""
 
     css: str
     d: str
@@ -48,7 +48,7 @@ class Path(NamedTuple):
 
 @dataclass(frozen=True)
 class Frame:
-    """A chart by one of AXES, from 0 to `end` (steps, tokens or seconds)."""
+    """A chart over one of AXES, from 0 to `end` (steps, tokens or seconds)."""
 
     axis: str
     end: float
@@ -59,7 +59,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves in one picture. `note` is what is to be said below it."""
+    """Curves that share axes; `note` is printed below them."""
 
     title: str
     series: Sequence[Series]
@@ -70,17 +70,17 @@ class Chart:
         return [self._frame(number, axis) for number, axis in enumerate(AXES)]
 
     def values(self) -> list[dict[str, Any]]:
-        """Name and points of each curve, for what is shown under the pointer: [step, tokens, seconds, value or null]."""
-        return [{"name": series.name, "points": [_shown(point) for point in series.points]} for series in self.series]
+        """Return name and points of each curve for tooltips: [step, tokens, seconds, value or null]."""
+        return [{"name": series.name, "points": [_rounded(point) for point in series.points]} for series in self.series]
 
-    def in_words(self) -> str:
-        """For those who hear the page: where each curve begins and ends."""
-        said = [self.title]
+    def description(self) -> str:
+        """Describe where each curve begins and ends, for screen readers."""
+        parts = [self.title]
         for series in self.series:
             finite = [point.value for point in series.points if math.isfinite(point.value)]
             if finite and series.style != "faint":
-                said.append(f"{series.name} from {finite[0]:.4g} to {finite[-1]:.4g}")
-        return "; ".join(said)
+                parts.append(f"{series.name} from {finite[0]:.4g} to {finite[-1]:.4g}")
+        return "; ".join(parts)
 
     def _frame(self, number: int, axis: str) -> Frame:
         end = max((point[number] for series in self.series for point in series.points), default=0) or 1
@@ -93,11 +93,11 @@ class Chart:
         up = [Tick(round(100 * (tick - low) / (high - low), 2), _counted(tick)) for tick in _ticks(low, high)]
         paths = [Path("grid", "".join(f"M0 {_SIZE - 10 * tick.at:.1f}h{_SIZE}" for tick in up))]
         for series in self.series:
-            colour = f"c{series.colour % COLOURS}"
+            color = f"c{series.color % COLORS}"
             if series.style == "dots":
                 dots = "".join(f"M{place(point)}h0" for point in series.points if math.isfinite(point.value))
-                paths.append(Path(f"dots {colour}", dots))
-            paths.append(Path(f"{series.style} line {colour}", _line(series.points, place)))
+                paths.append(Path(f"dots {color}", dots))
+            paths.append(Path(f"{series.style} line {color}", _line(series.points, place)))
         return Frame(axis, end, across, up, paths)
 
     def _range(self) -> tuple[float, float]:
@@ -110,7 +110,7 @@ class Chart:
 
 
 def _line(points: Sequence[Point], place: Any) -> str:
-    """With gaps where a value is not finite; a point that stands alone is a dot."""
+    """Return the path through finite points, with gaps at NaN and Inf; an isolated point is a dot."""
     parts, gap = list[str](), True
     for point in points:
         if math.isfinite(point.value):
@@ -135,10 +135,10 @@ def _ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
     from matplotlib.ticker import MaxNLocator
 
     locator = MaxNLocator(_TICKS, integer=whole, steps=[1, 2, 2.5, 5, 10])
-    # Sums of steps: 0.30000000000000004 is 0.3, and what is next to nothing is 0.
+    # Ticks are accumulated sums: 0.30000000000000004 becomes 0.3.
     return [float(f"{tick:.6g}") for tick in locator.tick_values(low, high) if low <= tick <= high]
 
 
-def _shown(point: Point) -> list[float | None]:
+def _rounded(point: Point) -> list[float | None]:
     value = float(f"{point.value:.6g}") if math.isfinite(point.value) else None
     return [point.step, round(point.tokens), round(point.seconds, 1), value]

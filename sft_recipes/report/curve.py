@@ -1,4 +1,4 @@
-"""The curves of a run: read from its metrics, smoothed, thinned out, and drawn as a picture for a paper."""
+"""Read, smooth, downsample and plot metrics with matplotlib."""
 
 import json
 import math
@@ -11,15 +11,17 @@ from sft_recipes.errors import OutputError
 
 Metrics = list[dict[str, Any]]
 
-SMOOTHED_FROM = 10  # points on: of fewer, nothing is to be seen that the points themselves do not show
-_PART, _LEAST = 1 / 20, 3  # of a run's points, about so many have a say in a smoothed one, and not fewer
-_STRETCHES, _KEPT = 200, 5  # that a long curve is thinned out by, and points that stay of each, at most
-_COLOURS = ("#2f6fb5", "#c8501e", "#1a8a66", "#8a4fa8", "#a87a00", "#0e8fa3", "#b8326e", "#5d6370")  # as on the page
+SMOOTHED_FROM = 10  # minimum number of points to smooth
+_PART, _LEAST = 1 / 20, 3  # smoothing window: share of all points, and minimum number
+_STRETCHES, _KEPT = 200, 5  # downsampling: number of segments, and maximum points kept of each
+_COLORS = ("#2f6fb5", "#c8501e", "#1a8a66", "#8a4fa8", "#a87a00", "#0e8fa3", "#b8326e", "#5d6370")  # as on the page
 
 
 class Position(NamedTuple):
-    """Where a line of metrics.jsonl stands in its run: after so many optimizer steps, tokens, and seconds in training steps
-    (data included, without evaluation and saving)."""
+    """Position of a line of metrics.jsonl: optimizer steps, tokens, and seconds in training steps so far.
+
+    The seconds include data loading, but not evaluation and saving.
+    """
 
     step: int
     tokens: float
@@ -27,7 +29,7 @@ class Position(NamedTuple):
 
 
 class Point(NamedTuple):
-    """A figure, and where it stands."""
+    """A value with its position."""
 
     step: int
     tokens: float
@@ -36,26 +38,26 @@ class Point(NamedTuple):
 
 
 def read_metrics(run_dir: Path) -> Metrics:
-    """The lines of metrics.jsonl. Raises OutputError where there is no run."""
+    """Return the lines of metrics.jsonl. Raises OutputError if the directory is no run."""
     file = run_dir / "metrics.jsonl"
     if not file.is_file():
-        raise OutputError(f"{run_dir}: no run here (metrics.jsonl is missing)")
+        raise OutputError(f"{run_dir}: not a run directory (metrics.jsonl is missing). Pass the output_dir of a run.")
     lines = whole_lines(file)
     if not all(isinstance(line.get("step"), int) for line in lines):
-        raise OutputError(f"{file}: a line without 'step', so it is not the log of a run")
+        raise OutputError(f"{file}: a line has no 'step'. Restore the file as the run wrote it.")
     return lines
 
 
 def whole_lines(file: Path) -> list[dict[str, Any]]:
-    """The objects of a file with one a line; the last may be half written, where a run was killed."""
+    """Return the objects of a JSON Lines file, without a partial last line left by a killed run."""
     try:
         return [dict(json.loads(line)) for line in files.lines(file)]
     except (OSError, ValueError, TypeError) as error:
-        raise OutputError(f"{file}: not a file of one object a line: {error}; it is not as the run wrote it") from None
+        raise OutputError(f"{file}: not valid JSON Lines: {error}. Restore the file as the run wrote it.") from None
 
 
 def positions(metrics: Metrics) -> list[Position]:
-    """Where each line stands. The seconds are those that its rates were taken over: tokens / (tokens a second)."""
+    """Return the position of each line. Seconds are derived from the logged rates: tokens / (tokens/s)."""
     found, tokens, logged, seconds = list[Position](), 0.0, 0.0, 0.0
     for line in metrics:
         tokens = line.get("tokens", tokens)
@@ -68,7 +70,7 @@ def positions(metrics: Metrics) -> list[Position]:
 
 
 def curve(metrics: Metrics, where: Sequence[Position], name: str) -> list[Point]:
-    """One figure of metrics.jsonl over the run. Values may be NaN or infinite."""
+    """Return one metric over the run. Values may be NaN or Inf."""
     return [
         Point(*position, float(line[name]))
         for line, position in zip(metrics, where, strict=True)
@@ -77,18 +79,20 @@ def curve(metrics: Metrics, where: Sequence[Position], name: str) -> list[Point]
 
 
 def smoothed(points: Sequence[Point]) -> list[Point]:
-    """The mean of two exponential moving averages, one from either end, so that the curve does not lag behind; points of which
-    there are fewer than SMOOTHED_FROM as they are. Values that are not finite stay where they are, and are in no mean."""
+    """Return the mean of a forward and a backward exponential moving average, which has no lag.
+
+    Fewer than SMOOTHED_FROM points are returned unchanged. NaN and Inf are kept and do not enter the averages.
+    """
     if len(points) < SMOOTHED_FROM:
         return list(points)
     share = 2 / (max(_LEAST, len(points) * _PART) + 1)
     values = [point.value for point in points]
-    ahead, back = _averages(values, share), _averages(values[::-1], share)[::-1]
-    return [Point(*point[:3], (one + other) / 2) for point, one, other in zip(points, ahead, back, strict=True)]
+    forward, backward = _averages(values, share), _averages(values[::-1], share)[::-1]
+    return [Point(*point[:3], (a + b) / 2) for point, a, b in zip(points, forward, backward, strict=True)]
 
 
 def _averages(values: Sequence[float], share: float) -> list[float]:
-    """Each with its `share`; the first ones weigh as if there was nothing before them (as in Adam)."""
+    """Return the exponential moving average with weight `share`, bias-corrected as in Adam."""
     mean, weight, found = 0.0, 0.0, list[float]()
     for value in values:
         if math.isfinite(value):
@@ -99,7 +103,7 @@ def _averages(values: Sequence[float], share: float) -> list[float]:
 
 
 def thinned(points: Sequence[Point]) -> list[Point]:
-    """Few enough to draw: of each stretch the first, the last, the lowest, the highest, and one that is not finite."""
+    """Downsample: keep the first, last, lowest, highest and one non-finite point of each segment."""
     size = math.ceil(len(points) / _STRETCHES)
     if size <= _KEPT:
         return list(points)
@@ -118,12 +122,12 @@ def _marks(points: Sequence[Point], start: int, size: int) -> list[int]:
 
 
 def learning_curve(metrics: Metrics, out: Path, title: str) -> None:
-    """Training and validation loss of a run over its steps, with the learning rate below, as a PNG."""
+    """Plot training loss, eval loss and learning rate of a run over its steps as a PNG."""
     learning_curves({title: metrics}, out)
 
 
 def learning_curves(runs: Mapping[str, Metrics], out: Path) -> None:
-    """The learning curves of several runs, by name, in one picture; of a single one the loss as it was logged, too."""
+    """Plot the learning curves of several runs, by name; of a single run also the raw training loss."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -139,17 +143,17 @@ def learning_curves(runs: Mapping[str, Metrics], out: Path) -> None:
             lines.append((label, line))
 
     for number, (name, metrics) in enumerate(runs.items()):
-        where, colour = positions(metrics), _COLOURS[number % len(_COLOURS)]
+        where, color = positions(metrics), _COLORS[number % len(_COLORS)]
         trained, evaluated, rates = (curve(metrics, where, key) for key in ("loss", "eval_loss", "learning_rate"))
         if alone and len(trained) >= SMOOTHED_FROM:
-            draw(loss, trained, "training", color=colour, alpha=0.35, linewidth=0.8)
-            draw(loss, smoothed(trained), "training, smoothed", color=colour)
+            draw(loss, trained, "training", color=color, alpha=0.35, linewidth=0.8)
+            draw(loss, smoothed(trained), "training, smoothed", color=color)
         else:
-            draw(loss, smoothed(trained), "training" if alone else name, color=colour)
-        other = _COLOURS[1] if alone else colour
-        validation = None if number else "validation"
-        draw(loss, evaluated, validation, color=other, linestyle="--", linewidth=1, marker="o", markersize=4)
-        draw(rate, rates, None, color=colour, linewidth=1)
+            draw(loss, smoothed(trained), "training" if alone else name, color=color)
+        eval_color = _COLORS[1] if alone else color
+        label = None if number else "eval"
+        draw(loss, evaluated, label, color=eval_color, linestyle="--", linewidth=1, marker="o", markersize=4)
+        draw(rate, rates, None, color=color, linewidth=1)
     loss.set_ylabel("loss per token")
     rate.set_ylabel("learning rate")
     rate.set_xlabel("optimizer step")
@@ -157,14 +161,16 @@ def learning_curves(runs: Mapping[str, Metrics], out: Path) -> None:
     title = loss.set_title(next(iter(runs)) if alone else "")
     legend = loss.legend([line for _, line in lines], ["-"] * len(lines), fontsize="small")
     for text, (label, _) in zip(legend.get_texts(), lines, strict=True):
-        text.set_text(label)  # matplotlib would leave out one that begins with _
+        text.set_text(label)  # set afterwards, because matplotlib skips labels that begin with _
     for text in (title, *legend.get_texts()):
-        text.set_parse_math(False)  # a directory may be called $x^$
+        text.set_parse_math(False)  # a directory may be named $x^$
     for axes in (loss, rate):
         axes.grid(alpha=0.3)
     figure.savefig(out, dpi=200, format="png")
 
 
 def _drawn(points: Sequence[Point]) -> tuple[list[int], list[float]]:
-    few = thinned(points)
-    return [point.step for point in few], [point.value if math.isfinite(point.value) else math.nan for point in few]
+    points = thinned(points)
+    return [point.step for point in points], [
+        point.value if math.isfinite(point.value) else math.nan for point in points
+    ]

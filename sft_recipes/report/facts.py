@@ -1,4 +1,4 @@
-"""What the files of a run say of it, as names and values for a page."""
+"""Load a run directory as tables and values for the report."""
 
 import json
 import math
@@ -27,41 +27,41 @@ from sft_recipes.report.curve import (
 )  # fmt: skip
 
 NONE = "–"
-# Title, what is logged of training and of validation, and how it is drawn.
+# Title, key of training and of evaluation in metrics.jsonl, drawing options.
 _CHARTS: tuple[tuple[str, str | None, str | None, set[str]], ...] = (
     ("Loss per token", "loss", "eval_loss", {"smooth"}),
     ("Learning rate", "learning_rate", None, {"from_zero"}),
     ("Gradient norm", "grad_norm", None, {"smooth", "from_zero"}),
-    ("Tokens a second", "tokens_per_second", None, {"smooth", "from_zero"}),
-    ("Peak memory so far, GiB", "memory", None, {"from_zero"}),
-    ("Share of tokens predicted right", "token_accuracy", "eval_token_accuracy", {"smooth"}),
-    ("Share of answers exactly right", None, "eval_exact_match", {"from_zero"}),
+    ("Tokens/s", "tokens_per_second", None, {"smooth", "from_zero"}),
+    ("Peak memory (GiB)", "peak_memory_gib", None, {"from_zero"}),
+    ("Token accuracy", "token_accuracy", "eval_token_accuracy", {"smooth"}),
+    ("Exact match", None, "eval_exact_match", {"from_zero"}),
 )
-# Of data.json, in words. What was lost is also said where it is nothing.
+# Labels of the keys of data.json. Those in _LOST are shown even if they are 0.
 _ROWS = {
     "rows_read": "rows read",
-    "held_out": "set aside for validation",
-    "not_sampled": "not chosen",
+    "held_out": "rows held out for evaluation",
+    "not_sampled": "rows not sampled",
     "kept": "rows kept",
     "dropped": "rows dropped",
     "truncated_rows": "rows truncated",
     "split_rows": "rows split",
-    "dropped_tokens": "tokens cut",
-    "duplicates": "the same as an earlier row",
-    "empty_answers": "without an answer",
-    "lossy_template": "of which the template leaves out or rewrites text",
-    "missing_eos": "without an end that is trained on",
-    "train_overlap": "that are training rows too",
-    "prompt_overlap": "with the prompt of a training row",
+    "dropped_tokens": "tokens dropped from kept rows",
+    "duplicates": "duplicate rows",
+    "empty_answers": "rows with an empty answer",
+    "lossy_template": "rows with text that the template drops or rewrites",
+    "missing_eos": "rows without an EOS token in the loss",
+    "train_overlap": "rows that are also training rows",
+    "prompt_overlap": "rows with the prompt of a training row",
     "tokens": "tokens in sequences",
-    "trained_tokens": "tokens trained on",
+    "trained_tokens": "trained tokens",
 }
 _LOST = ("dropped", "truncated_rows", "dropped_tokens")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory, read."""
+    """The contents of a run directory."""
 
     name: str
     folder: Path
@@ -70,7 +70,7 @@ class Run:
     recipe: dict[str, Any]  # as resolved
     data: dict[str, Any]
     manifest: dict[str, Any]
-    proof: dict[str, Any]  # what the export was verified with, {} where there is none
+    proof: dict[str, Any]  # merge.json or export.json, {} if there is none
 
     @cached_property
     def where(self) -> list[Position]:
@@ -78,9 +78,9 @@ class Run:
 
 
 def read(folder: Path, name: str) -> Run:
-    """Raises OutputError where there is no run. What a killed run did not come to write is empty."""
+    """Load a run; files that are missing, e.g. because it was killed, are empty. Raises OutputError if it is no run."""
     metrics, samples = read_metrics(folder), folder / "samples.jsonl"
-    made = [file for name in ("merge.json", "export.json") if (file := folder / "model" / name).is_file()]
+    reports = [file for name in ("merge.json", "export.json") if (file := folder / "model" / name).is_file()]
     return Run(
         name,
         folder,
@@ -89,7 +89,7 @@ def read(folder: Path, name: str) -> Run:
         recipe=_json(folder / "recipe.resolved.json"),
         data=_json(folder / "data.json"),
         manifest=_json(folder / "manifest.json"),
-        proof=_json(made[0]) if made else {},
+        proof=_json(reports[0]) if reports else {},
     )
 
 
@@ -97,11 +97,11 @@ def _json(file: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
     except (ValueError, TypeError) as error:
-        raise OutputError(f"{file}: not an object in JSON: {error}; it is not as the run wrote it") from None
+        raise OutputError(f"{file}: not a JSON object: {error}. Restore the file as the run wrote it.") from None
 
 
 def state(run: Run) -> str:
-    """Whether it has come to its end, in words."""
+    """Describe how far the run has come."""
     step, steps = run.metrics[-1]["step"] if run.metrics else 0, run.data.get("steps")
     if "finished" in run.manifest:
         return f"finished {run.manifest['finished'].replace('T', ' ').replace('+00:00', ' UTC')}"
@@ -111,29 +111,29 @@ def state(run: Run) -> str:
     at = f"step {step:,} of {steps:,}" if steps else f"step {step:,}"
     if files.is_held(run.folder):
         return f"running: {at}"
-    return f"not finished: it ended after {at}, as far as was logged; --resume continues"
+    return f"not finished: ended after {at} (last logged step); --resume continues it"
 
 
 def figures(run: Run) -> dict[str, str]:
-    """The run in a few figures."""
+    """Return the key figures of a run by label."""
     recipe, (_, tokens, seconds) = run.recipe, run.where[-1] if run.where else Position(0, 0.0, 0.0)
     parameters = run.manifest.get("parameters")
-    memory = [point.value for point in curve(run.metrics, run.where, "memory")]
-    found = {
+    memory = [point.value for point in curve(run.metrics, run.where, "peak_memory_gib")]
+    values = {
         "Model": recipe.get("model", {}).get("name"),
         "Method": _method(recipe),
-        "Parameters trained": f"{parameters['trained']:,} of {parameters['all']:,}" if parameters else None,
+        "Trainable parameters": f"{parameters['trainable']:,} of {parameters['total']:,}" if parameters else None,
         "Steps": f"{run.metrics[-1]['step']:,}" if run.metrics else None,
-        "Tokens seen": f"{tokens:,.0f}" if tokens else None,
+        "Tokens": f"{tokens:,.0f}" if tokens else None,
         "Training loss": _last(run, "loss"),
-        "Validation loss": _before_and_after(run, "eval_loss", "{:.4f}", best=min),
+        "Eval loss": _before_and_after(run, "eval_loss", "{:.4f}", best=min),
         "Perplexity": _before_and_after(run, "eval_perplexity", "{:,.2f}"),
         "Exact match": _before_and_after(run, "eval_exact_match", "{:.1%}", best=max),
         "Time in training steps": str(timedelta(seconds=round(seconds))) if seconds else None,
-        "Tokens a second": f"{tokens / seconds:,.0f}" if seconds else None,
+        "Tokens/s": f"{tokens / seconds:,.0f}" if seconds else None,
         "Peak memory": f"{max(memory):.2f} GiB" if memory else None,
     }
-    return {name: value for name, value in found.items() if value is not None}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _method(recipe: Mapping[str, Any]) -> str:
@@ -153,53 +153,53 @@ def _before_and_after(run: Run, name: str, form: str, *, best: Any = None) -> st
     points = curve(run.metrics, run.where, name)
     if not points:
         return None
-    said = f"{form.format(points[0].value)} before, {form.format(points[-1].value)} after"
-    if points[0].step:  # the run did not begin with an evaluation
-        said = form.format(points[-1].value)
+    text = f"{form.format(points[0].value)} → {form.format(points[-1].value)}"
+    if points[0].step:  # no evaluation before the first step
+        text = form.format(points[-1].value)
     finite = [point for point in points if math.isfinite(point.value)]
     if best and finite:
         peak = best(finite, key=lambda point: point.value)
         if form.format(peak.value) != form.format(points[-1].value):
-            said += f"; best {form.format(peak.value)} at step {peak.step:,}"
-    return said
+            text += f"; best {form.format(peak.value)} at step {peak.step:,}"
+    return text
 
 
 def final(runs: Sequence[Run]) -> list["Row"]:
-    """The figures of several runs: a row a figure, a column a run."""
-    each = [{"State": state(run)} | figures(run) for run in runs]
-    names = dict.fromkeys(name for found in each for name in found)
-    return [Row(name, [found.get(name, NONE) for found in each]) for name in names]
+    """Return the key figures of several runs: one row per figure, one column per run."""
+    columns = [{"State": state(run)} | figures(run) for run in runs]
+    names = dict.fromkeys(name for column in columns for name in column)
+    return [Row(name, [column.get(name, NONE) for column in columns]) for name in names]
 
 
 # --- Curves ----------------------------------------------------------------------------------------------------------
 
 
 def charts(runs: Sequence[Run]) -> list[Chart]:
-    """All curves that there is something to draw of; of several runs in the same pictures, a colour each."""
-    return [found for each in _CHARTS if (found := _chart(runs, *each)).series]
+    """Return all charts that have data; several runs share a chart, one color per run."""
+    return [chart for options in _CHARTS if (chart := _chart(runs, *options)).series]
 
 
-def _chart(runs: Sequence[Run], title: str, trained: str | None, evaluated: str | None, how: set[str]) -> Chart:
+def _chart(runs: Sequence[Run], title: str, trained: str | None, evaluated: str | None, options: set[str]) -> Chart:
     series, notes = list[Series](), list[str]()
     for number, run in enumerate(runs):
         alone = len(runs) == 1
         points = curve(run.metrics, run.where, trained) if trained else []
-        if points and "smooth" in how and len(points) >= SMOOTHED_FROM:
+        if points and "smooth" in options and len(points) >= SMOOTHED_FROM:
             if alone:
                 series.append(Series("as logged", "faint", number, thinned(points)))
             name = "training, smoothed" if evaluated else "smoothed"
             series.append(Series(name if alone else run.name, "solid", number, thinned(smoothed(points))))
         elif points:
             series.append(Series("training" if alone else run.name, "solid", number, thinned(points)))
-        if evaluated and (held_out := curve(run.metrics, run.where, evaluated)):
-            name = "validation" if alone else f"{run.name}, validation"
-            series.append(Series(name, "dots", number + alone, thinned(held_out)))
-            points = [*points, *held_out]
-        if lost := sorted(point.step for point in points if not math.isfinite(point.value)):
-            of = "" if alone else f"{run.name}: "
-            values = "1 value is" if len(lost) == 1 else f"{len(lost):,} values are"
-            notes.append(f"{of}{values} not finite (NaN or infinite), the first at step {lost[0]:,}")
-    return Chart(title, series, "from_zero" in how, "; ".join(notes))
+        if evaluated and (eval_points := curve(run.metrics, run.where, evaluated)):
+            name = "eval" if alone else f"{run.name}, eval"
+            series.append(Series(name, "dots", number + alone, thinned(eval_points)))
+            points = [*points, *eval_points]
+        if steps := sorted(point.step for point in points if not math.isfinite(point.value)):
+            prefix = "" if alone else f"{run.name}: "
+            values = "1 value is" if len(steps) == 1 else f"{len(steps):,} values are"
+            notes.append(f"{prefix}{values} NaN or Inf, first at step {steps[0]:,}")
+    return Chart(title, series, "from_zero" in options, "; ".join(notes))
 
 
 # --- Recipes ---------------------------------------------------------------------------------------------------------
@@ -213,11 +213,13 @@ class Row(NamedTuple):
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Dotted keys of nested sections, and their values as one writes them."""
-    found: dict[str, str] = {}
+    """Flatten nested sections to dotted keys, with formatted values."""
+    flattened: dict[str, str] = {}
     for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: _value(value)}
-    return found
+        flattened |= (
+            flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: _value(value)}
+        )
+    return flattened
 
 
 def _value(value: Any) -> str:
@@ -229,7 +231,7 @@ def _value(value: Any) -> str:
 
 
 def from_defaults(run: Run) -> list[Row]:
-    """What the recipe says otherwise than the defaults: key, value, default."""
+    """Return the recipe keys that differ from their defaults: key, value, default."""
     lora = Lora() if run.recipe.get("lora") else None
     bare = Recipe(model=Model(name=NONE), data=Data(train=NONE), lora=lora, output_dir=NONE)
     defaults, own = flat(bare.resolved()), flat(run.recipe)
@@ -237,20 +239,20 @@ def from_defaults(run: Run) -> list[Row]:
 
 
 def differing(runs: Sequence[Run]) -> list[Row]:
-    """Keys of the recipes, contents of the data, devices and versions that are not the same in all runs."""
-    each = [
+    """Return recipe keys, data hashes, devices and versions that differ between the runs."""
+    columns = [
         flat(run.recipe)
-        | {f"content of {path}": hashed[:12] for path, hashed in run.manifest.get("data", {}).items()}
+        | {f"SHA-256 of {path}": sha256[:12] for path, sha256 in fingerprints(run).items()}
         | flat({"device": run.manifest.get("device", {}), "versions": run.manifest.get("versions", {})})
         for run in runs
     ]
-    keys = dict.fromkeys(key for values in each for key in values)
-    rows = [Row(key, [values.get(key, NONE) for values in each]) for key in keys]
+    keys = dict.fromkeys(key for column in columns for key in column)
+    rows = [Row(key, [column.get(key, NONE) for column in columns]) for key in keys]
     return [row for row in rows if len(set(row.values)) > 1]
 
 
 def commands(run: Run) -> list[str]:
-    """The command that was given, where it was one, and the one that runs what was resolved from it once more."""
+    """Return the original command, if it was one, and one that repeats the run with its resolved recipe."""
     given = run.manifest.get("command", [])[1:]
     again = ["run", str(run.folder / "recipe.resolved.json"), "--set", f"output_dir={run.folder}-again"]
     return [f"sft-recipe {shlex.join(words)}" for words in (given, again) if words[:1] == ["run"]]
@@ -261,7 +263,7 @@ def commands(run: Run) -> list[str]:
 
 @dataclass(frozen=True)
 class Rows:
-    """The training or the validation rows: in words, and a table of the sources."""
+    """Statistics of the training or evaluation data: a summary line and a table of the sources."""
 
     name: str
     line: str
@@ -270,29 +272,30 @@ class Rows:
 
 
 def data(run: Run) -> list[Rows]:
-    """What became of every row and token."""
-    accounts = {"Training": run.data.get("train"), "Validation": run.data.get("eval")}
-    return [_rows(name, account, run.recipe) for name, account in accounts.items() if account]
+    """Return the statistics of the training and the evaluation data."""
+    splits = {"Training": run.data.get("train"), "Evaluation": run.data.get("eval")}
+    return [_rows(name, stats, run.recipe) for name, stats in splits.items() if stats]
 
 
-def _rows(name: str, account: Mapping[str, Any], recipe: Mapping[str, Any]) -> Rows:
-    sources, tokens, trained = account["sources"], account["tokens"], account["trained_tokens"]
+def _rows(name: str, stats: Mapping[str, Any], recipe: Mapping[str, Any]) -> Rows:
+    sources, tokens, trained = stats["sources"], stats["tokens"], stats["trained_tokens"]
     table = []
-    for key, words in _ROWS.items():
+    for key, label in _ROWS.items():
         counts = [source.get(key, 0) for source in sources]
         if key in _LOST or any(counts):
-            table.append(Row(words, [_counted(count) for count in counts]))
+            table.append(Row(label, [_counted(count) for count in counts]))
     lengths = dict.fromkeys(name for source in sources for name in source.get("token_lengths", {}))
     table += [
-        Row(f"tokens of a row, {length}", [_counted(source.get("token_lengths", {}).get(length)) for source in sources])
+        Row(f"tokens per row, {length}", [_counted(source.get("token_lengths", {}).get(length)) for source in sources])
         for length in lengths
     ]
     most = recipe.get("data", {}).get("max_length")
     share = f" ({trained / tokens:.1%})" if tokens else ""
     line = (
-        f"{tokens:,} tokens, {trained:,} of them trained on{share}, in {account['sequences']:,} sequences"
-        + (f" of at most {most:,}" if most else "")
-        + f"; packing {account['packing']}, {account['packing_efficiency']:.1%} full"
+        f"{stats['sequences']:,} sequences"
+        + (f" of at most {most:,} tokens" if most else "")
+        + f", {tokens:,} tokens, {trained:,} trained{share}; packing {stats['packing']}, "
+        + f"{stats['packing_efficiency']:.1%} full"
     )
     return Rows(
         name, line, [f"{source['path']} ({source['format']}, {source['template']})" for source in sources], table
@@ -300,7 +303,7 @@ def _rows(name: str, account: Mapping[str, Any], recipe: Mapping[str, Any]) -> R
 
 
 def _counted(count: Any) -> str:
-    if isinstance(count, dict):  # of dropped rows: why
+    if isinstance(count, dict):  # dropped rows, by reason
         return ", ".join(f"{number:,} ({reason})" for reason, number in count.items() if number) or "0"
     return NONE if count is None else f"{count:,}"
 
@@ -309,7 +312,7 @@ def _counted(count: Any) -> str:
 
 
 class Answer(NamedTuple):
-    """One of several to the same prompt: when or whose, and whether it is right (None: not known)."""
+    """An answer, labeled with its steps or run; `right` is None if no answer is expected."""
 
     label: str
     text: str
@@ -318,7 +321,7 @@ class Answer(NamedTuple):
 
 @dataclass
 class Asked:
-    """A prompt, and what was answered."""
+    """A prompt and its answers."""
 
     messages: list[dict[str, Any]]
     expected: str | None
@@ -326,7 +329,7 @@ class Asked:
 
 
 def spoken(message: Mapping[str, Any]) -> str:
-    """A message of a prompt as text, with the Alpaca input where there is one, or tool calls."""
+    """Return a message of a prompt as text, with its Alpaca input and tool calls, if any."""
     content = message.get("content")
     parts = [content if isinstance(content, str) else None if content is None else _value(content)]
     parts += [message.get("input"), _value(message["tool_calls"]) if message.get("tool_calls") else None]
@@ -334,20 +337,21 @@ def spoken(message: Mapping[str, Any]) -> str:
 
 
 def answers(runs: Sequence[Run]) -> list[Asked]:
-    """Of one run the answers at each evaluation, the same ones in a row together; of several their last ones."""
-    asked: dict[str, Asked] = {}
+    """Return the answers of one run at each evaluation, repeated ones merged; or the last answers of several runs."""
+    prompts: dict[str, Asked] = {}
     for run in runs:
         given: dict[str, list[tuple[int, str]]] = {}
         for line in run.samples:
             key = json.dumps([line["messages"], line["expected"]])
-            asked.setdefault(key, Asked(line["messages"], line["expected"], []))
+            prompts.setdefault(key, Asked(line["messages"], line["expected"], []))
             given.setdefault(key, []).append((line["step"], line["answer"]))
         for key, texts in given.items():
-            found = _over_time(texts) if len(runs) == 1 else [(run.name, texts[-1][1])]
-            expected = asked[key].expected
-            right = [None if expected is None else text.strip() == expected.strip() for _, text in found]
-            asked[key].answers += [Answer(*each, good) for each, good in zip(found, right, strict=True)]
-    return list(asked.values())
+            labeled = _over_time(texts) if len(runs) == 1 else [(run.name, texts[-1][1])]
+            expected = prompts[key].expected
+            for label, text in labeled:
+                right = None if expected is None else text.strip() == expected.strip()
+                prompts[key].answers.append(Answer(label, text, right))
+    return list(prompts.values())
 
 
 def _over_time(texts: Sequence[tuple[int, str]]) -> list[tuple[str, str]]:
@@ -360,27 +364,27 @@ def _over_time(texts: Sequence[tuple[int, str]]) -> list[tuple[str, str]]:
     ]
 
 
-# --- How it was made -------------------------------------------------------------------------------------------------
+# --- Verification and environment ------------------------------------------------------------------------------------
 
 
 def preflight(run: Run) -> dict[str, str]:
-    """What was found before the first step."""
-    found = run.manifest.get("preflight")
-    return _readable(found) if isinstance(found, dict) else {}
+    """Return the results of the preflight."""
+    results = run.manifest.get("preflight")
+    return _readable(results) if isinstance(results, dict) else {}
 
 
 def verification(run: Run) -> dict[str, str]:
-    """What the exported model was found to be, by a process of its own."""
+    """Return the results of verifying the exported model."""
     figures = run.proof.get("figures", {})
     return _readable({key: value for key, value in run.proof.items() if key not in ("files", "figures")} | figures)
 
 
 def made_with(run: Run) -> dict[str, str]:
-    """Times, device, versions."""
-    left_out = ("command", "preflight", "parameters", "resumed", "data", "versions")
-    found = {key: value for key, value in run.manifest.items() if key not in left_out}
+    """Return start and end, device and settings in use."""
+    shown_elsewhere = ("command", "preflight", "parameters", "resumed", "data_sha256", "versions")
+    values = {key: value for key, value in run.manifest.items() if key not in shown_elsewhere}
     resumed = [f"from {again['from']}, {again['started']}" for again in run.manifest.get("resumed", [])]
-    return _readable(found) | ({"resumed": "; ".join(resumed)} if resumed else {})
+    return _readable(values) | ({"resumed": "; ".join(resumed)} if resumed else {})
 
 
 def versions(run: Run) -> dict[str, str]:
@@ -388,10 +392,10 @@ def versions(run: Run) -> dict[str, str]:
 
 
 def fingerprints(run: Run) -> dict[str, str]:
-    """SHA-256 of the data, by path."""
-    return dict(run.manifest.get("data", {}))
+    """Return the SHA-256 of the data by path."""
+    return dict(run.manifest.get("data_sha256", {}))
 
 
 def _readable(values: Mapping[str, Any]) -> dict[str, str]:
-    there = flat({key: value for key, value in values.items() if value is not None})
-    return {key.replace(".", ": ").replace("_", " ").replace(" gib", " GiB"): value for key, value in there.items()}
+    flattened = flat({key: value for key, value in values.items() if value is not None})
+    return {key.replace(".", ": ").replace("_", " ").replace(" gib", " GiB"): value for key, value in flattened.items()}

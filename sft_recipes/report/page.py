@@ -1,4 +1,4 @@
-"""The report of a run, or of several side by side: report.html, one file that opens offline, and learning_curve.png."""
+"""Write the report of a run, or a comparison of several: a self-contained report.html and learning_curve.png."""
 
 import csv
 import io
@@ -17,24 +17,24 @@ from sft_recipes.report import chart, facts
 from sft_recipes.report.curve import learning_curve, learning_curves
 from sft_recipes.report.facts import Run
 
-COMPARISON = Path("comparison")  # where several runs are compared, if nothing else is said
-_PROMPTS = 20  # whose answers are on the page
-_LONGEST = 4000  # characters of a prompt or an answer there
-_PAUSE = 2.0  # seconds between two looks at a run that is followed; the page is loaded anew as often
-_REST = 5  # times as long as writing took: a run on the same cores comes first
+COMPARISON = Path("comparison")  # default output directory for several runs
+_PROMPTS = 20  # maximum number of prompts on the page
+_LONGEST = 4000  # maximum characters of a prompt or an answer on the page
+_PAUSE = 2.0  # seconds between two updates of --watch, and between reloads of the page
+_REST = 5  # minimum pause relative to the time to write, because the run may use the same cores
 
 
 def write(folder: Path) -> None:
-    """Write learning_curve.png and report.html of a run into its directory. Raises OutputError where there is no run."""
+    """Write learning_curve.png and report.html into a run directory. Raises OutputError if it is no run."""
     report([folder])
 
 
 def report(folders: Sequence[Path], out: Path | None = None, *, table: bool = False, live: bool = False) -> list[Path]:
-    """Write report.html and learning_curve.png of a run, or of several in comparison; returns the files.
+    """Write report.html and learning_curve.png of a run, or of several in comparison; return the files.
 
-    They are written to `out`, by default to the run's directory, of several to COMPARISON. `table`: metrics.csv too. `live`:
-    the page loads itself anew. Raises OutputError where there is no run, its files are not as it wrote them, or `out` cannot
-    be written, RecipeError where a run is given twice.
+    `out` is the output directory (default: the run directory, or COMPARISON for several runs); `table`: also write
+    metrics.csv; `live`: the page reloads itself. Raises OutputError if a run cannot be read or `out` cannot be written,
+    RecipeError if a run is given twice.
     """
     out = out or (folders[0] if len(folders) == 1 else COMPARISON)
     try:
@@ -55,12 +55,14 @@ def report(folders: Sequence[Path], out: Path | None = None, *, table: bool = Fa
     except SFTRecipeError:
         raise
     except OSError as error:
-        reason = f"cannot be written: {error.strerror}; choose another --out"
+        reason = f"cannot be written: {error.strerror}. Choose another directory with --out."
         raise OutputError(f"{error.filename or out}: {reason}") from None
     except (LookupError, TypeError, ArithmeticError, ValueError, AttributeError, UndefinedError) as error:
         reason = f"{type(error).__name__}: {error}"
-        of = ", ".join(map(str, folders))
-        raise OutputError(f"{of}: its files are not as a run wrote them, so there is no report ({reason})") from None
+        names = ", ".join(map(str, folders))
+        raise OutputError(
+            f"{names}: unexpected content in the files of the run ({reason}). Restore them as the run wrote them."
+        ) from None
 
 
 def _read(folders: Sequence[Path]) -> list[Run]:
@@ -69,42 +71,44 @@ def _read(folders: Sequence[Path]) -> list[Run]:
     except SFTRecipeError:
         raise
     except OSError as error:
-        reason = f"cannot be read: {error.strerror}; make it readable for this user"
+        reason = f"cannot be read: {error.strerror}. Make it readable for this user."
         raise OutputError(f"{error.filename}: {reason}") from None
 
 
 def follow(
-    folders: Sequence[Path], out: Path | None, tell: Callable[[list[Path]], None], *, table: bool = False
+    folders: Sequence[Path], out: Path | None, on_first: Callable[[list[Path]], None], *, table: bool = False
 ) -> None:
-    """Write the report anew whenever its runs have logged something, until none of them is running, or Ctrl-C, or SIGTERM.
-    `tell` hears once where it is. Raises as `report` does."""
-    seen, told = list[int](), False
+    """Update the report whenever its runs log something, until all of them have ended, or Ctrl-C or SIGTERM.
+
+    `on_first` is called once, with the files of the first report. Raises as `report` does.
+    """
+    seen, reported = list[int](), False
     with suppress(Stopped), stopping.on_request(None, None):
         while any(folder.is_dir() and files.is_held(folder) for folder in folders):
-            began, found = time.monotonic(), _changes(folders)
-            if found != seen and all((folder / "metrics.jsonl").is_file() for folder in folders):
-                written, seen = report(folders, out, table=table, live=True), found
-                if not told:
-                    tell(written)
-                told = True
-            time.sleep(max(_PAUSE, _REST * (time.monotonic() - began)))
+            start, modified = time.monotonic(), _modified(folders)
+            if modified != seen and all((folder / "metrics.jsonl").is_file() for folder in folders):
+                written, seen = report(folders, out, table=table, live=True), modified
+                if not reported:
+                    on_first(written)
+                reported = True
+            time.sleep(max(_PAUSE, _REST * (time.monotonic() - start)))
     written = report(folders, out, table=table)
-    if not told:
-        tell(written)
+    if not reported:
+        on_first(written)
 
 
-def _changes(folders: Sequence[Path]) -> list[int]:
-    """When what a report shows of runs was last written, in nanoseconds."""
+def _modified(folders: Sequence[Path]) -> list[int]:
+    """Return the modification times of the runs' logs in nanoseconds."""
     logs = [folder / name for folder in folders for name in ("metrics.jsonl", "samples.jsonl")]
     return [log.stat().st_mtime_ns for log in logs if log.is_file()]
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The directories' names; whole paths where these are the same."""
-    places = [folder.resolve() for folder in folders]
-    if twice := [folder for folder, place in zip(folders, places, strict=True) if places.count(place) > 1]:
-        raise RecipeError(f"{twice[0]}: given twice; a run is compared with others")
-    names = [one_line(place.name) for place in places]
+    """Return the names of the directories, or their paths if names are not unique."""
+    paths = [folder.resolve() for folder in folders]
+    if twice := [folder for folder, path in zip(folders, paths, strict=True) if paths.count(path) > 1]:
+        raise RecipeError(f"{twice[0]}: given twice. Pass each run once.")
+    names = [one_line(path.name) for path in paths]
     return names if len(set(names)) == len(names) else [one_line(str(folder)) for folder in folders]
 
 
@@ -112,7 +116,7 @@ def _html(runs: Sequence[Run], live: bool) -> str:
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters |= {"clipped": _clipped, "yaml": _yaml}
     template = resources.files("sft_recipes.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
-    charts, asked = facts.charts(runs), facts.answers(runs)
+    charts, prompts = facts.charts(runs), facts.answers(runs)
     return environment.from_string(template).render(
         title=", ".join(run.name for run in runs),
         runs=runs,
@@ -120,8 +124,8 @@ def _html(runs: Sequence[Run], live: bool) -> str:
         axes=chart.AXES,
         charts=charts,
         values=[each.values() for each in charts],
-        asked=asked[:_PROMPTS],
-        not_shown=max(0, len(asked) - _PROMPTS),
+        prompts=prompts[:_PROMPTS],
+        not_shown=max(0, len(prompts) - _PROMPTS),
         facts=facts,
         refresh=_PAUSE if live else None,
     )
@@ -132,14 +136,14 @@ def _clipped(text: str) -> str:
 
 
 def _yaml(recipe: object) -> str:
-    """A recipe as one writes it: the resolved one, in the form that it can be run in."""
+    """Return a resolved recipe as YAML."""
     stream = io.StringIO()
     YAML().dump(recipe, stream)
     return stream.getvalue()
 
 
 def _csv(runs: Sequence[Run]) -> str:
-    """All of metrics.jsonl, a line a row; of several runs one after the other, their names in front."""
+    """Return metrics.jsonl as CSV; with several runs, the first column is the run's name."""
     rows = [({"run": run.name} if len(runs) > 1 else {}) | line for run in runs for line in run.metrics]
     stream = io.StringIO()
     table = csv.DictWriter(stream, dict.fromkeys(name for row in rows for name in row), lineterminator="\n")
@@ -149,5 +153,5 @@ def _csv(runs: Sequence[Run]) -> str:
 
 
 def _write(file: Path, text: str) -> None:
-    # JSON can hold halves of characters, which a file cannot.
+    # JSON can contain lone surrogates, which UTF-8 cannot encode.
     files.write_text(file, text.encode("utf-8", "backslashreplace").decode("utf-8"))

@@ -1,4 +1,4 @@
-"""What a run says on the console before and after the training."""
+"""Print messages, warnings and the final summary."""
 
 import shlex
 from collections.abc import Iterable, Iterator
@@ -11,11 +11,11 @@ from rich.text import Text
 
 from sft_recipes.report.curve import read_metrics, whole_lines
 
-_SAMPLES = 5  # answers that are shown; samples.jsonl has all
+_SAMPLES = 5  # printed sample answers
 
 
 class Voice(Console):
-    """A console that falls silent, and ends no run, when nobody listens any more (`sft-recipe run r.yaml | head`)."""
+    """Console that ignores broken pipes, e.g. when output is piped to `head`."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -23,11 +23,11 @@ class Voice(Console):
 
 @contextmanager
 def no_more_than_a_warning(console: Console, what: str) -> Iterator[None]:
-    """What is only shown must not fail a run."""
+    """Turn an exception into a warning: a failing report or summary must not fail the run."""
     try:
         yield
     except Exception as error:
-        warn(console, [f"{what} could not be made: {' '.join(str(error).split())[:300] or type(error).__name__}"])
+        warn(console, [f"cannot create {what}: {' '.join(str(error).split())[:300] or type(error).__name__}"])
 
 
 def say(console: Console, lines: Iterable[str]) -> None:
@@ -41,20 +41,20 @@ def warn(console: Console, warnings: Iterable[str]) -> None:
 
 
 def conclude(console: Console, folder: Path) -> None:
-    """What has become better, what it took, where everything is, and what can be done with it next."""
+    """Print sample answers, improvement, throughput, output files and next commands."""
     metrics = read_metrics(folder)
-    say(console, ["", *_answers(folder), *_before_and_after(metrics), *_cost(metrics), ""])
+    say(console, ["", *_answers(folder), *_before_and_after(metrics), *_throughput(metrics), ""])
     outputs = {
-        "model": "the model: loads with AutoModelForCausalLM.from_pretrained",
-        "adapter": "the adapter",
-        "report.html": "the report, with the learning curve",
+        "model": f"{'merged ' if (folder / 'adapter').exists() else ''}model (load with AutoModelForCausalLM.from_pretrained)",
+        "adapter": "LoRA adapter",
+        "report.html": "report with learning curves",
     }
-    say(console, [f"{folder / name}  {what}" for name, what in outputs.items() if (folder / name).exists()])
-    say(console, ["", *_next(folder)])
+    saved = [f"{folder / name}  {what}" for name, what in outputs.items() if (folder / name).exists()]
+    say(console, ["Saved:", *saved, "", "Next:", *_next(folder)])
 
 
 def samples(folder: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """The first and the last answer to each prompt of the run."""
+    """Return the first and the last answer to each prompt of the run."""
     file = folder / "samples.jsonl"
     lines = whole_lines(file) if file.is_file() else []
     if not lines:
@@ -66,7 +66,10 @@ def samples(folder: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
 
 
 def _answers(folder: Path) -> Iterable[str]:
-    for before, after in samples(folder)[:_SAMPLES]:
+    pairs = samples(folder)
+    if pairs:
+        yield f"Sample answers ({min(len(pairs), _SAMPLES)} of {len(pairs):,}, all in samples.jsonl)"
+    for before, after in pairs[:_SAMPLES]:
         question = before["messages"][-1]
         yield "prompt:  " + _one_line(" | ".join(filter(None, [question["content"], question.get("input", "")])))
         if before["expected"] is not None:
@@ -76,15 +79,15 @@ def _answers(folder: Path) -> Iterable[str]:
 
 
 def _before_and_after(metrics: list[dict[str, Any]]) -> Iterable[str]:
-    names = {"eval_exact_match": ("exact match", "{:.1%}"), "eval_loss": ("validation loss", "{:.4f}")}
+    names = {"eval_exact_match": ("exact match", "{:.1%}"), "eval_loss": ("eval loss", "{:.4f}")}
     for key, (name, form) in names.items():
         values = [line[key] for line in metrics if key in line]
         if values:
-            yield f"{name}: {form.format(values[0])} before, {form.format(values[-1])} after"
+            yield f"{name}: {form.format(values[0])} → {form.format(values[-1])}"
 
 
-def _cost(metrics: list[dict[str, Any]]) -> Iterable[str]:
-    """What it was trained on, how fast (validation, answers and checkpoints aside), and the most memory."""
+def _throughput(metrics: list[dict[str, Any]]) -> Iterable[str]:
+    """Return tokens, tokens/s (without evaluation and checkpoints) and peak memory as a line."""
     seen, timed, seconds = 0, 0, 0.0
     for line in metrics:
         if "loss" in line:
@@ -92,18 +95,18 @@ def _cost(metrics: list[dict[str, Any]]) -> Iterable[str]:
             if rate := line.get("tokens_per_second"):
                 timed, seconds = timed + tokens, seconds + tokens / rate
     if metrics:
-        speed = f" at {timed / seconds:,.0f} a second" if seconds else ""
-        yield f"trained on {seen:,.0f} tokens{speed}, peak memory {max(line['memory'] for line in metrics):.2f} GiB"
+        rate = f" at {timed / seconds:,.0f} tokens/s" if seconds else ""
+        yield f"throughput: {seen:,.0f} tokens{rate}; peak memory {max(line['peak_memory_gib'] for line in metrics):.2f} GiB"
 
 
 def _next(folder: Path) -> Iterable[str]:
-    """Commands that go on with what the run has left."""
+    """Return commands that use the outputs of the run."""
     run, merged = shlex.quote(str(folder)), (folder / "model").exists()
-    yield f'Talk to it: sft-recipe generate {run} --prompt "..."'
+    yield f'generate  sft-recipe generate {run} --prompt "..."'
     if not merged:
-        yield f"Merge it: sft-recipe merge {run} --out {shlex.quote(str(folder / 'model'))}"
+        yield f"merge  sft-recipe merge {run} --out {shlex.quote(str(folder / 'model'))}"
     trained = shlex.quote(str(folder / ("model" if merged else "adapter")))
-    yield f"Train it on preferences (DPO, docs/dpo.md): python docs/dpo.py {trained} pairs.jsonl --out {run}-dpo"
+    yield f"DPO  python docs/dpo.py {trained} pairs.jsonl --out {run}-dpo (see docs/dpo.md)"
 
 
 def _one_line(text: str) -> str:

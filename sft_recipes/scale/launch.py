@@ -143,10 +143,8 @@ def _handed_on(processes: Sequence[Any]) -> Iterator[list[int]]:
             os._exit(128 + number)
         came.append(number)
         with suppress(OSError):
-            os.write(
-                2,
-                f"\n{signal.Signals(number).name}: the ranks finish what they are at; another one ends all at once\n".encode(),
-            )
+            name = signal.Signals(number).name
+            os.write(2, f"\n{name} received: forwarded to all ranks. Send it again to quit immediately.\n".encode())
 
     before = {}
     with suppress(ValueError):  # not in the main thread
@@ -196,7 +194,7 @@ def _first(
         said |= {"at": ended[number]} | _said(errors[number])
         if -code in signals:  # it came before the rank was ready for it
             name = signal.Signals(-code).name
-            said |= {"lines": [f"stopped by {name}; nothing that was trained is lost"], "exit_code": _STOPPED}
+            said |= {"lines": [f"stopped by {name}; no training progress was lost"], "exit_code": _STOPPED}
         found.append((said["lost"], said["at"], first + number, said))
     _, _, number, said = min(found, key=lambda each: each[:3])
     lines = list(said["lines"])

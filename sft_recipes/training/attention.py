@@ -64,7 +64,9 @@ def select_implementation(
         return NAME, "" if packed else "as sdpa, since no packed documents are isolated"
     if not packed:
         return None, ""
-    return (NAME, "packed documents, torch alone") if wrong is None else (None, f"varlen does not support {wrong}")
+    if wrong is not None:
+        return None, f"varlen does not support {wrong}"
+    return NAME, "packed documents, no flash-attn needed"
 
 
 def problem(recipe: Recipe, config: PreTrainedConfig, device: str, capability: Capability | None = None) -> str | None:

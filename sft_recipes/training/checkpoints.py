@@ -29,7 +29,7 @@ def newest(run_dir: Path) -> tuple[Path | None, list[str]]:
     folder = run_dir / "checkpoints"
     names = [child.name for child in folder.iterdir()] if folder.is_dir() else []
     passed_over = [
-        f"{folder / found[1]} is passed over: it was being written when the run ended"
+        f"Skipping {folder / found[1]}: incomplete (the run ended while writing it)"
         for found in map(_WRITTEN.fullmatch, names)
         if found
     ]
@@ -37,7 +37,7 @@ def newest(run_dir: Path) -> tuple[Path | None, list[str]]:
         fault = files.fault(checkpoint)
         if fault is None:
             return checkpoint, passed_over
-        passed_over.append(f"{checkpoint} is passed over: {fault}")
+        passed_over.append(f"Skipping {checkpoint}: {fault}")
     return None, passed_over
 
 

@@ -16,19 +16,20 @@ def in_words(recipe: Recipe, trainer: Any) -> list[str]:
     steps = trainer.args.max_steps
     micro, accumulation, world = recipe.train.micro_batch_size, recipe.accumulation, trainer.args.world_size
     processes = f" x {world} processes" if world > 1 else ""
+    precision = "off" if recipe.train.mixed_precision == "no" else recipe.train.mixed_precision
     on_gpu, deterministic = torch.cuda.is_available(), ""
     if recipe.train.deterministic:
-        on_cpu = "" if on_gpu else " (train.deterministic changes nothing on a CPU)"
-        deterministic = f", deterministic algorithms only{on_cpu}"
+        on_cpu = "" if on_gpu else " (train.deterministic has no effect on CPUs)"
+        deterministic = f"; deterministic algorithms only{on_cpu}"
     _, why = attention.select_here(recipe, trainer.model.config)
     return [
-        f"model: {recipe.model.name}, {method}, {trained:,} of {total:,} parameters trained ({trained / total:.2%}), "
-        f"weights in {recipe.model.quantization or recipe.model.dtype}, "
-        f"attention {trainer.model.config._attn_implementation}{f' ({why})' if why else ''}, "
-        f"{f'kernels {trainer.kernels}, ' if on_gpu else ''}on {device()['name']}",
-        f"steps: {steps:,} of {recipe.sequences_per_step} sequences ({micro} x {accumulation} accumulated{processes}), "
-        f"{int(trainer.args.warmup_steps):,} of them warmup, {recipe.train.lr_scheduler} to a learning rate of "
-        f"{recipe.train.learning_rate:g}, {recipe.train.optimizer}, mixed precision {recipe.train.mixed_precision}, "
+        f"model: {recipe.model.name}; {method}; trainable parameters {trained:,} of {total:,} ({trained / total:.2%}); "
+        f"weights {recipe.model.quantization or recipe.model.dtype}; "
+        f"attention {trainer.model.config._attn_implementation}{f' ({why})' if why else ''}; "
+        f"{f'kernels {trainer.kernels}; ' if on_gpu else ''}device {device()['name']}",
+        f"schedule: {steps:,} steps; {recipe.sequences_per_step} sequences per step (micro-batch {micro} x accumulation "
+        f"{accumulation}{processes}); peak learning rate {recipe.train.learning_rate:g}, {recipe.train.lr_scheduler}, "
+        f"{int(trainer.args.warmup_steps):,} warmup steps; {recipe.train.optimizer}; mixed precision {precision}; "
         f"gradient checkpointing {recipe.train.recomputed_in_words}{deterministic}",
     ]
 
@@ -64,7 +65,7 @@ def used(trainer: Any) -> dict[str, Any]:
         "sequences_per_step": recipe.sequences_per_step,
         "attention": trainer.model.config._attn_implementation,
         "kernels": trainer.kernels.name,
-        "parameters": {"all": total, "trained": trained},
+        "parameters": {"total": total, "trainable": trained},
     }
 
 

@@ -97,7 +97,7 @@ class Stops(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.stop.waits = "the step is finished and saved first"
+        self.stop.waits = "finishing this step and saving a checkpoint"
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._end_if_asked(control, save=True)

@@ -33,7 +33,7 @@ _NAMES = {
     "skipped_steps": "skipped_steps",
 }
 # What is found out here, and trackers are told too.
-_FIGURES = ("tokens_per_second", "trained_tokens_per_second", "tflops", "mfu", "memory")
+_FIGURES = ("tokens_per_second", "trained_tokens_per_second", "tflops", "mfu", "peak_memory_gib")
 
 
 def peak_memory() -> float:
@@ -77,7 +77,7 @@ class Metrics(TrainerCallback):
         line |= {ours: logs[theirs] for theirs, ours in _NAMES.items() if theirs in logs}
         if "loss" in logs:
             line |= self._speed(line, args.world_size)
-        line["memory"] = round(peak_memory(), 3)
+        line["peak_memory_gib"] = round(peak_memory(), 3)
         if "loss" in logs:  # of which the trackers hear next
             logs.update({name: line[name] for name in _FIGURES if line.get(name) is not None})
         try:
@@ -151,7 +151,7 @@ class Display(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if self.progress and self.validation is None:
-            self.validation = self.progress.add_task("validation", total=len(eval_dataloader))
+            self.validation = self.progress.add_task("evaluation", total=len(eval_dataloader))
         if self.progress and self.validation is not None:
             self.progress.advance(self.validation)
 
@@ -177,7 +177,7 @@ class Display(TrainerCallback):
             parts += [f"loss {line['loss']:.4f}", f"lr {line['learning_rate']:.2e}"]
             if line["tokens_per_second"]:
                 parts.append(f"{line['tokens_per_second']:,.0f} tokens/s")
-            parts.append(f"{line['memory']:.1f} GiB")
+            parts.append(f"peak {line['peak_memory_gib']:.1f} GiB")
         if "eval_loss" in line:
             parts += [f"eval loss {line['eval_loss']:.4f}", f"perplexity {line['eval_perplexity']:.2f}"]
         if "eval_exact_match" in line:
@@ -207,7 +207,7 @@ class Display(TrainerCallback):
         done = step - self.first_step
         if not done or self.started is None:
             return None
-        return f"{_duration((time.monotonic() - self.started) / done * (self.total - step))} left"
+        return f"ETA {_duration((time.monotonic() - self.started) / done * (self.total - step))}"
 
 
 def _duration(seconds: float) -> str:

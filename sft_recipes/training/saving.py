@@ -104,7 +104,7 @@ class Saving(transformers.Trainer):
 
     @property
     def _running_file(self) -> str:
-        return f"running_{self.args.process_index}.json"
+        return f"trainer_metrics_{self.args.process_index}.json"
 
     def _running(self) -> dict[str, Any]:
         """The averages that are being taken, which transformers and TRL forget: the loss is logged every so many steps."""

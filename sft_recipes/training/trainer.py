@@ -373,7 +373,7 @@ def train(trainer: Trainer, checkpoint: Path | None, on_begin: Callable[[], None
             f"{run_dir}: {stop.reason or 'stopped'} after step {state.global_step:,} of {state.max_steps:,}; "
             f"{trainer.last_checkpoint_in_words()}"
         )
-    stop.waits = None if saved else "the export is finished first, as there is no checkpoint of the last step"
+    stop.waits = None if saved else "finishing the export, because the last step has no checkpoint"
 
 
 def _uncompiled_optimizer(recipe: Recipe) -> AbstractContextManager[Any]:

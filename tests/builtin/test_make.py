@@ -44,7 +44,7 @@ def test_fine_tuning_shows_what_fine_tuning_does(tmp_path: Path) -> None:
 
     assert before <= 0.05
     assert after >= 0.6
-    assert f"exact match: {before:.1%} before, {after:.1%} after" in said
+    assert f"exact match: {before:.1%} → {after:.1%}" in said
     assert (folder / "model" / "model.safetensors").is_file()
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
     assert (folder / "report.html").is_file()

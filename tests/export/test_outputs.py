@@ -18,7 +18,8 @@ def test_a_model_trained_in_full_is_proven(write_recipe: WriteRecipe) -> None:
     folder, said = run(write_recipe(export={"dtype": "bfloat16"}))
     report = json.loads((folder / "model" / "export.json").read_text("utf-8"))
 
-    assert "verified in a fresh process: logits within" in said
+    assert "verify: passed in a separate process; max logit difference" in said
+    assert "; loss on evaluation samples: exported " in said
     assert report["figures"]["largest_difference"] < 4 * report["figures"]["explained_by_rounding"]
     assert report["figures"]["largest_difference_from_base"] > 0.1
     assert report["files"].keys() == {file.name for file in (folder / "model").iterdir()} - {"export.json"}
@@ -115,7 +116,7 @@ def test_an_adapter_is_exported_with_its_probe(write_recipe: WriteRecipe) -> Non
     folder, said = run(write_recipe(lora={"rank": 2}, export={"merge": False}))
     probe = json.loads((folder / "probe.json").read_text("utf-8"))
 
-    assert "verified" not in said
+    assert "verify: passed" not in said
     assert 0 < len(probe["rows"]) <= 16
     assert all(len(row["input_ids"]) == len(row["labels"]) for row in probe["rows"])
     assert probe["prompt"]["messages"][-1]["role"] == "user"

@@ -1,4 +1,4 @@
-"""Run directories as a run leaves them, made in no time."""
+"""Synthetic run directories."""
 
 import json
 from pathlib import Path
@@ -19,9 +19,9 @@ MANIFEST = {
     "started": "2026-01-02T03:04:05+00:00",
     "command": ["/bin/sft-recipe", "run", "a b.yaml", "--set", "train.seed=1"],
     "device": {"name": "cpu", "threads": 2},
-    "parameters": {"all": 1000, "trained": 100},
+    "parameters": {"total": 1000, "trainable": 100},
     "preflight": {"base": {"loss": 3.25}, "isolation": {"gradient_leak": 0.0}},
-    "data": {"train.jsonl": "0123456789abcdef"},
+    "data_sha256": {"train.jsonl": "0123456789abcdef"},
     "versions": {"python": "3.11.7", "trl": "1.16.0", "flash-attn": None},
 }
 PROOF = {
@@ -32,22 +32,23 @@ PROOF = {
 
 
 def metrics(steps: int, *, every: int = 1, evaluations: int = 2) -> list[dict[str, Any]]:
-    """Lines as a run of so many steps logs them: 1,000 tokens and half a second a step."""
+    """Lines as logged by a run: 1,000 tokens and half a second per step."""
     lines: list[dict[str, Any]] = []
     for step in range(0, steps + 1):
         if step and (step % every == 0 or step == steps):
             done = step % every or every
             lines.append({
                 "step": step, "epoch": step / steps, "loss": 1 + 2 / step, "learning_rate": 1e-4 * (1 - step / steps),
-                "grad_norm": 1.5, "tokens": 1000 * step, "tokens_per_second": 1000 * done / (0.5 * done), "memory": 0.7,
+                "grad_norm": 1.5, "tokens": 1000 * step, "tokens_per_second": 1000 * done / (0.5 * done),
+                "peak_memory_gib": 0.7,
             })  # fmt: skip
         if evaluations and step in (0, steps):
-            lines.append({"step": step, "tokens": 1000 * step, "eval_loss": 3.0 - step / steps, "memory": 0.5})
+            lines.append({"step": step, "tokens": 1000 * step, "eval_loss": 3.0 - step / steps, "peak_memory_gib": 0.5})
     return lines
 
 
 def samples(*answers: str, expected: str | None = None, message: dict[str, Any] = QUESTION) -> list[dict[str, Any]]:
-    """One prompt, answered so at steps 0, 1, 2, ..."""
+    """Lines of one prompt with these answers at steps 0, 1, 2, ..."""
     return [
         {"step": step, "messages": [message], "answer": answer, "expected": expected}
         for step, answer in enumerate(answers)
@@ -55,7 +56,7 @@ def samples(*answers: str, expected: str | None = None, message: dict[str, Any] 
 
 
 def write(folder: Path, lines: list[dict[str, Any]], asked: list[dict[str, Any]] | None = None, **files: Any) -> Path:
-    """A run directory. `files`: recipe, data, manifest, proof; None: not there."""
+    """Write a run directory. `files`: recipe, data, manifest, proof; None: missing."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, objects in (("metrics", lines), ("samples", asked)):
         if objects is not None:

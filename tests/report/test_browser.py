@@ -1,4 +1,4 @@
-"""The report in a browser: nothing is asked of a network, nothing complained of, and it reads on a phone and a desktop."""
+"""The report in a browser: no network requests, no console errors, readable on phones and desktops."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,13 +22,13 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Pages: a run, two of them, one that says what it should not, and one that is followed."""
+    """Pages of one run, of two, of one with hostile content, and of one that is live."""
     folder = tmp_path_factory.mktemp("reports")
     long = {"role": "user", "content": f"What is {'x' * 300}?", "input": "שלום 1 2 3\n" * 3}
-    asked = [*runs.samples("no", "yes", expected="yes"), *runs.samples("a" * 500, "b c " * 400, message=long)]
-    one = runs.write(folder / "one", runs.metrics(3000, every=10), asked)
+    samples = [*runs.samples("no", "yes", expected="yes"), *runs.samples("a" * 500, "b c " * 400, message=long)]
+    one = runs.write(folder / "one", runs.metrics(3000, every=10), samples)
     other = runs.write(
-        folder / "other", runs.metrics(60), asked, recipe={"model": {"name": "m" * 200}, "train": {"seed": 2}}
+        folder / "other", runs.metrics(60), samples, recipe={"model": {"name": "m" * 200}, "train": {"seed": 2}}
     )
     bad = hostile(folder / "bad")
     page.report([one])
@@ -39,7 +39,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def frames(browser: Page) -> list[dict[str, Any]]:
-    """Axis and place of each chart that is seen."""
+    """Axis and position of each visible chart."""
     return list(
         browser.value(
             "[...document.querySelectorAll('.frame')].filter(frame => frame.offsetParent).map(frame => "
@@ -56,20 +56,20 @@ def test_quiet_offline_and_as_wide_as_the_window(
 ) -> None:
     browser.open(reports[name], width=width, dark=dark)
 
-    assert browser.said == []
-    assert [url for url in browser.asked if not url.startswith("data:")] == [reports[name].as_uri()]
+    assert browser.messages == []
+    assert [url for url in browser.requests if not url.startswith("data:")] == [reports[name].as_uri()]
     assert browser.value("document.title") != "taken"
     assert browser.value("document.documentElement.scrollWidth") == width
     assert len(frames(browser)) == 5
     assert all(frame["left"] > 0 and frame["right"] <= width and frame["width"] > 200 for frame in frames(browser))
-    browser.screenshot(tmp_path / f"{name}-{width}-{'dark' if dark else 'light'}.png")  # to be looked at
+    browser.screenshot(tmp_path / f"{name}-{width}-{'dark' if dark else 'light'}.png")  # for inspection by eye
 
 
 _CONTRAST = """
 (() => {
-  const light = colour => {
+  const light = color => {
     const linear = part => part <= .03928 ? part / 12.92 : ((part + .055) / 1.055) ** 2.4;
-    const [r, g, b] = colour.match(/[\\d.]+/g).map(part => linear(part / 255));
+    const [r, g, b] = color.match(/[\\d.]+/g).map(part => linear(part / 255));
     return .2126 * r + .7152 * g + .0722 * b;
   };
   const behind = element => {
@@ -89,7 +89,7 @@ _CONTRAST = """
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_all_text_stands_out(dark: bool, browser: Page, reports: dict[str, Path]) -> None:
-    """By the measure of WCAG 2, level AA: 4.5 to 1."""
+    """Contrast of at least 4.5 to 1 (WCAG 2, level AA)."""
     browser.open(reports["one"], dark=dark)
     paper = browser.value("getComputedStyle(document.body).backgroundColor")
     found = browser.value(_CONTRAST)
@@ -133,15 +133,15 @@ def test_a_value_under_the_pointer(browser: Page, reports: dict[str, Path]) -> N
     lines = browser.value(f"{tip}.textContent").split("\n")
     assert lines[0] == "step 1,500 · 1,500,000 tokens · 00:12:30"
     assert lines[1] == f"as logged: {1 + 2 / 1500:.4f}"
-    assert [line.split(":")[0] for line in lines[1:]] == ["as logged", "training, smoothed", "validation"]
+    assert [line.split(":")[0] for line in lines[1:]] == ["as logged", "training, smoothed", "eval"]
     browser.move(place["left"] + place["width"] / 2, place["top"] - 300)
     assert browser.value(f"{tip}.hidden")
 
 
 def test_a_run_that_is_followed_loads_itself_anew(browser: Page, reports: dict[str, Path]) -> None:
     browser.open(reports["live"])
-    browser.asked.clear()
-    browser.loaded()  # nothing is asked of the page, which can be gone before it answers
+    browser.requests.clear()
+    browser.loaded()  # no evaluation here: the page may reload before it answers
 
-    assert set(browser.asked) == {reports["live"].as_uri()}
-    assert browser.said == []
+    assert set(browser.requests) == {reports["live"].as_uri()}
+    assert browser.messages == []

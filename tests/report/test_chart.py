@@ -11,7 +11,7 @@ def chart(*values: float, style: str = "solid", from_zero: bool = False) -> Char
 
 
 def line(*values: float) -> list[Point]:
-    """A value each 10 steps, 1,000 tokens, 60 seconds."""
+    """One value per 10 steps, 1,000 tokens, 60 seconds."""
     return [Point(10 * number, 1000.0 * number, 60.0 * number, value) for number, value in enumerate(values)]
 
 
@@ -77,5 +77,5 @@ def test_any_values_can_be_drawn(values: tuple[float, ...]) -> None:
         assert "nan" not in str(frame)
 
 
-def test_in_words() -> None:
-    assert chart(3.0, 2.0, 1.5).in_words() == "Loss; training from 3 to 1.5"
+def test_description() -> None:
+    assert chart(3.0, 2.0, 1.5).description() == "Loss; training from 3 to 1.5"

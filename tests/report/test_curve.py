@@ -118,4 +118,4 @@ def test_names_are_no_formulas_and_may_begin_with_an_underscore(
     monkeypatch.setattr("matplotlib.text.Text.set_text", lambda self, text: shown.append(str(text)))
     learning_curves({"a": runs.metrics(3), "_b": runs.metrics(3)}, tmp_path / "three.png")
 
-    assert {"a", "_b", "validation"} <= set(shown)
+    assert {"a", "_b", "eval"} <= set(shown)

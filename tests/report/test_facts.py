@@ -18,7 +18,7 @@ def read(
 
 
 def resolved(**sections: Any) -> dict[str, Any]:
-    """A recipe as `run` resolves it."""
+    """Return a recipe as `run` resolves it."""
     least = {"model": {"name": "m"}, "data": {"train": "t.jsonl"}, "output_dir": "o"}
     return Recipe.model_validate({**least, **sections}).resolved()
 
@@ -37,7 +37,7 @@ def test_running_and_killed(tmp_path: Path) -> None:
     with files.locked(tmp_path):
         assert facts.state(run) == "running: step 3 of 10"
 
-    assert facts.state(run) == "not finished: it ended after step 3 of 10, as far as was logged; --resume continues"
+    assert facts.state(run) == "not finished: ended after step 3 of 10 (last logged step); --resume continues it"
 
 
 def test_trained_and_its_merge_refused(tmp_path: Path) -> None:
@@ -47,7 +47,7 @@ def test_trained_and_its_merge_refused(tmp_path: Path) -> None:
     run.recipe["lora"] = {"rank": 2}
     assert facts.state(run) == "trained and exported"
     shutil.rmtree(tmp_path / "model")
-    assert facts.state(run).startswith("not finished: it ended after step 3 of 3")
+    assert facts.state(run).startswith("not finished: ended after step 3 of 3")
 
 
 def test_exported_while_the_run_still_writes_its_report(tmp_path: Path) -> None:
@@ -62,13 +62,13 @@ def test_figures(tmp_path: Path) -> None:
     assert found == {
         "Model": "m",
         "Method": "LoRA, rank 8",
-        "Parameters trained": "100 of 1,000",
+        "Trainable parameters": "100 of 1,000",
         "Steps": "4",
-        "Tokens seen": "4,000",
+        "Tokens": "4,000",
         "Training loss": "1.5000",
-        "Validation loss": "3.0000 before, 2.0000 after",
+        "Eval loss": "3.0000 → 2.0000",
         "Time in training steps": "0:00:02",
-        "Tokens a second": "2,000",
+        "Tokens/s": "2,000",
         "Peak memory": "0.70 GiB",
     }
 
@@ -89,7 +89,7 @@ def test_the_best_evaluation_is_named_where_it_is_not_the_last(tmp_path: Path) -
     lines = [{"step": step, "eval_loss": loss} for step, loss in ((0, 3.0), (50, 1.0), (100, 2.0))]
     run = read(tmp_path, lines)
 
-    assert facts.figures(run)["Validation loss"] == "3.0000 before, 2.0000 after; best 1.0000 at step 50"
+    assert facts.figures(run)["Eval loss"] == "3.0000 → 2.0000; best 1.0000 at step 50"
 
 
 def test_figures_of_several_runs(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_nothing_but_a_log(tmp_path: Path) -> None:
 
     assert facts.figures(run) == {"Method": "full fine-tuning"}
     assert facts.charts([run]) == []
-    assert facts.state(run).startswith("not finished: it ended after step 0,")
+    assert facts.state(run).startswith("not finished: ended after step 0 ")
 
 
 # --- Curves ----------------------------------------------------------------------------------------------------------
@@ -114,20 +114,20 @@ def test_curves_of_one_run(tmp_path: Path) -> None:
     charts = facts.charts([read(tmp_path, runs.metrics(30))])
 
     assert [chart.title for chart in charts] == [
-        "Loss per token", "Learning rate", "Gradient norm", "Tokens a second", "Peak memory so far, GiB",
+        "Loss per token", "Learning rate", "Gradient norm", "Tokens/s", "Peak memory (GiB)",
     ]  # fmt: skip
     assert [(series.name, series.style) for series in charts[0].series] == [
-        ("as logged", "faint"), ("training, smoothed", "solid"), ("validation", "dots"),
+        ("as logged", "faint"), ("training, smoothed", "solid"), ("eval", "dots"),
     ]  # fmt: skip
-    assert charts[0].series[0].colour != charts[0].series[2].colour
+    assert charts[0].series[0].color != charts[0].series[2].color
 
 
 def test_curves_of_two_runs_lie_over_each_other(tmp_path: Path) -> None:
     pair = [read(tmp_path / name, runs.metrics(30)) for name in "ab"]
     loss = facts.charts(pair)[0]
 
-    assert [series.name for series in loss.series] == ["a", "a, validation", "b", "b, validation"]
-    assert [series.colour for series in loss.series] == [0, 0, 1, 1]
+    assert [series.name for series in loss.series] == ["a", "a, eval", "b", "b, eval"]
+    assert [series.color for series in loss.series] == [0, 0, 1, 1]
 
 
 def test_what_is_not_finite_is_said(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_what_is_not_finite_is_said(tmp_path: Path) -> None:
     lines[2]["loss"], lines[3]["loss"] = math.nan, math.inf
     [loss, *others] = facts.charts([read(tmp_path, lines)])
 
-    assert loss.note == "2 values are not finite (NaN or infinite), the first at step 2"
+    assert loss.note == "2 values are NaN or Inf, first at step 2"
     assert not any(chart.note for chart in others)
 
 
@@ -167,14 +167,14 @@ def test_what_differs_between_runs(tmp_path: Path) -> None:
     pair = [
         read(
             tmp_path / str(seed), [], recipe=resolved(train={"seed": seed}),
-            manifest={"data": {"t.jsonl": f"{seed}" * 64}, "versions": {"trl": "1.16.0", "torch": f"2.{seed}"}},
+            manifest={"data_sha256": {"t.jsonl": f"{seed}" * 64}, "versions": {"trl": "1.16.0", "torch": f"2.{seed}"}},
         )
         for seed in (1, 2)
     ]  # fmt: skip
 
     assert [(row.name, *row.values) for row in facts.differing(pair)] == [
         ("train.seed", "1", "2"),
-        ("content of t.jsonl", "1" * 12, "2" * 12),
+        ("SHA-256 of t.jsonl", "1" * 12, "2" * 12),
         ("versions.torch", "2.1", "2.2"),
     ]
 
@@ -201,22 +201,22 @@ def test_every_row_and_token_is_accounted_for(tmp_path: Path) -> None:
 
     assert rows.name == "Training"
     assert rows.line == (
-        "50,000 tokens, 10,000 of them trained on (20.0%), in 100 sequences of at most 512; packing bfd, 97.7% full"
+        "100 sequences of at most 512 tokens, 50,000 tokens, 10,000 trained (20.0%); packing bfd, 97.7% full"
     )
     assert rows.sources == ["train.jsonl (alpaca, alpaca)"]
     assert [(row.name, *row.values) for row in rows.table] == [
         ("rows read", "1,010"),
-        ("set aside for validation", "10"),
+        ("rows held out for evaluation", "10"),
         ("rows kept", "980"),
         ("rows dropped", "20 (overlong)"),
         ("rows truncated", "0"),
-        ("tokens cut", "0"),
-        ("the same as an earlier row", "3"),
+        ("tokens dropped from kept rows", "0"),
+        ("duplicate rows", "3"),
         ("tokens in sequences", "50,000"),
-        ("tokens trained on", "10,000"),
-        ("tokens of a row, min", "12"),
-        ("tokens of a row, p50", "40"),
-        ("tokens of a row, max", "700"),
+        ("trained tokens", "10,000"),
+        ("tokens per row, min", "12"),
+        ("tokens per row, p50", "40"),
+        ("tokens per row, max", "700"),
     ]
 
 

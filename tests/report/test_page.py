@@ -34,7 +34,7 @@ def test_one_file_with_what_happened(finished: Path) -> None:
     html = html_of(finished)
 
     for text in (
-        "3.0000 before, 2.0000 after", "full fine-tuning", "0.70 GiB", "early", "late", "50,000 tokens",
+        "3.0000 → 2.0000", "full fine-tuning", "0.70 GiB", "early", "late", "50,000 tokens",
         "20 (overlong)", "gradient leak", "original: largest difference", "1.16.0", "0123456789abcdef",
         "sft-recipe run &#39;a b.yaml&#39; --set train.seed=1", "train.seed",
     ):  # fmt: skip
@@ -118,7 +118,9 @@ ODD: dict[str, Callable[[Path], Path]] = {
     "nothing but an empty log": lambda f: runs.write(f, [], recipe=None, data=None, manifest=None, proof=None),
     "one step": lambda f: runs.write(f, runs.metrics(1)),
     "no evaluation": lambda f: runs.write(f, runs.metrics(20, evaluations=0)),
-    "no number": lambda f: runs.write(f, [{"step": 1, "loss": float("nan"), "grad_norm": float("inf"), "memory": 1}]),
+    "no number": lambda f: runs.write(
+        f, [{"step": 1, "loss": float("nan"), "grad_norm": float("inf"), "peak_memory_gib": 1}]
+    ),
     "keys of another version": lambda f: runs.write(
         f, runs.metrics(2), recipe={"model": {"name": "m", "new": [1]}, "x": 1}
     ),
@@ -142,12 +144,12 @@ def test_a_run_that_was_not_validated(tmp_path: Path) -> None:
     folder = runs.write(tmp_path / "run", runs.metrics(20, evaluations=0))
     page.write(folder)
 
-    assert "Validation loss" not in html_of(folder)
-    assert "Answers to" not in html_of(folder)
+    assert "Eval loss" not in html_of(folder)
+    assert "Sample answers" not in html_of(folder)
 
 
 def test_no_run(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"no run here \(metrics\.jsonl is missing\)"):
+    with pytest.raises(OutputError, match=r"not a run directory \(metrics\.jsonl is missing\)"):
         page.write(tmp_path)
 
 
@@ -159,7 +161,7 @@ def test_first_and_last_answers(finished: Path) -> None:
 
 def test_a_number_without_an_end_is_not_the_runs(tmp_path: Path) -> None:
     lines = [line | {"tokens": float("inf")} for line in runs.metrics(2)]
-    with pytest.raises(OutputError, match="its files are not as a run wrote them"):
+    with pytest.raises(OutputError, match="unexpected content in the files of the run"):
         page.write(runs.write(tmp_path / "run", lines))
 
 
@@ -169,8 +171,8 @@ def test_a_run_that_may_not_be_read(finished: Path, monkeypatch: pytest.MonkeyPa
     def refuse(path: Path, *_: object) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(files, "_hold", refuse)
-    remedy = "run: cannot be read: Permission denied; make it readable for this user"
+    monkeypatch.setattr(files, "_lock", refuse)
+    remedy = "run: cannot be read: Permission denied. Make it readable for this user"
     with pytest.raises(OutputError, match=remedy):
         page.follow([finished], None, print)
     begun = runs.write(finished.parent / "begun" / "run", runs.metrics(2), manifest=None, proof=None)
@@ -255,7 +257,7 @@ def test_the_run_here_has_a_name(finished: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_run_given_twice(finished: Path) -> None:
-    with pytest.raises(RecipeError, match="given twice; a run is compared with others"):
+    with pytest.raises(RecipeError, match=r"given twice\. Pass each run once\."):
         page.report([finished, finished.parent / "x" / ".." / "run"], finished.parent / "out")
 
 
@@ -299,7 +301,7 @@ def test_a_run_is_followed_to_its_end(tmp_path: Path) -> None:
     assert all("location.reload" in html and 'http-equiv="refresh"' in html for html in pages)
     assert told == [[folder / "learning_curve.png", folder / "report.html"]]
     assert "location.reload" not in html_of(folder)
-    assert "not finished: it ended after step 4" in html_of(folder)
+    assert "not finished: ended after step 4" in html_of(folder)
 
 
 def test_following_a_run_that_has_ended_writes_it_once(finished: Path) -> None:

@@ -9,37 +9,37 @@ from rich.console import Console
 from sft_recipes.report import words
 
 METRICS: list[dict[str, Any]] = [
-    {"step": 0, "eval_loss": 3.0, "tokens": 0, "memory": 0.5},
-    {"step": 1, "loss": 3.1, "tokens": 1000, "tokens_per_second": 100.0, "memory": 0.7},  # 10 s
-    {"step": 2, "eval_loss": 2.5, "tokens": 2000, "memory": 1.25},
-    {"step": 3, "loss": 2.0, "tokens": 4000, "tokens_per_second": 150.0, "memory": 0.6},  # 20 s
-    {"step": 3, "eval_loss": 1.5, "tokens": 4000, "memory": 0.6},
+    {"step": 0, "eval_loss": 3.0, "tokens": 0, "peak_memory_gib": 0.5},
+    {"step": 1, "loss": 3.1, "tokens": 1000, "tokens_per_second": 100.0, "peak_memory_gib": 0.7},  # 10 s
+    {"step": 2, "eval_loss": 2.5, "tokens": 2000, "peak_memory_gib": 1.25},
+    {"step": 3, "loss": 2.0, "tokens": 4000, "tokens_per_second": 150.0, "peak_memory_gib": 0.6},  # 20 s
+    {"step": 3, "eval_loss": 1.5, "tokens": 4000, "peak_memory_gib": 0.6},
 ]
 
 
 def concluded(folder: Path, metrics: list[dict[str, Any]], *outputs: str) -> list[str]:
-    """What is said at the end of a run that has left these."""
+    """Lines of the summary of a run with these outputs."""
     for name in outputs:
         (folder / name).mkdir(parents=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics), encoding="utf-8")
     said = io.StringIO()
-    words.conclude(Console(file=said, width=40), folder)  # a command is never broken
+    words.conclude(Console(file=said, width=40), folder)  # commands are never wrapped
     return said.getvalue().splitlines()
 
 
 def test_what_it_took(tmp_path: Path) -> None:
     said = concluded(tmp_path, METRICS, "model")
 
-    assert "validation loss: 3.0000 before, 1.5000 after" in said
-    assert "trained on 4,000 tokens at 133 a second, peak memory 1.25 GiB" in said  # 4000 / (10 + 20)
+    assert "eval loss: 3.0000 → 1.5000" in said
+    assert "throughput: 4,000 tokens at 133 tokens/s; peak memory 1.25 GiB" in said  # 4000 / (10 + 20)
 
 
 def test_a_run_that_was_too_short_to_be_timed(tmp_path: Path) -> None:
     said = concluded(
-        tmp_path, [{"step": 1, "loss": 3.1, "tokens": 10, "tokens_per_second": None, "memory": 1}], "model"
+        tmp_path, [{"step": 1, "loss": 3.1, "tokens": 10, "tokens_per_second": None, "peak_memory_gib": 1}], "model"
     )
 
-    assert "trained on 10 tokens, peak memory 1.00 GiB" in said
+    assert "throughput: 10 tokens; peak memory 1.00 GiB" in said
 
 
 @pytest.mark.parametrize(
@@ -48,16 +48,18 @@ def test_a_run_that_was_too_short_to_be_timed(tmp_path: Path) -> None:
         (
             ["model"],
             [
-                "Talk to it: sft-recipe generate '{}' --prompt \"...\"",
-                "Train it on preferences (DPO, docs/dpo.md): python docs/dpo.py '{}/model' pairs.jsonl --out '{}'-dpo",
+                "Next:",
+                "generate  sft-recipe generate '{}' --prompt \"...\"",
+                "DPO  python docs/dpo.py '{}/model' pairs.jsonl --out '{}'-dpo (see docs/dpo.md)",
             ],
         ),
         (
             ["adapter"],
             [
-                "Talk to it: sft-recipe generate '{}' --prompt \"...\"",
-                "Merge it: sft-recipe merge '{}' --out '{}/model'",
-                "Train it on preferences (DPO, docs/dpo.md): python docs/dpo.py '{}/adapter' pairs.jsonl --out '{}'-dpo",
+                "Next:",
+                "generate  sft-recipe generate '{}' --prompt \"...\"",
+                "merge  sft-recipe merge '{}' --out '{}/model'",
+                "DPO  python docs/dpo.py '{}/adapter' pairs.jsonl --out '{}'-dpo (see docs/dpo.md)",
             ],
         ),
     ],

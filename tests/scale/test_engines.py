@@ -242,11 +242,11 @@ def test_a_run_goes_on_with_fewer_processes(
 
     assert all("after step 3 of 7" in each for each in said["two"])
     assert said["False"][0].startswith(
-        "RecipeError: --set: launch.processes: 1 now, and 2 in the run that is to be resumed"
+        "RecipeError: --set: launch.processes: changed from 2 to 1 since the run started."
     )
     if strategy == "zero2":
         assert said["True"][0].startswith(
-            "RecipeError: --set: launch.processes: 1 now, and 2 in the run that is to be resumed"
+            "RecipeError: --set: launch.processes: changed from 2 to 1 since the run started."
         )
     else:
         assert said["True"] == ["done"]

@@ -54,7 +54,7 @@ def test_one_console_one_directory(write_recipe: WriteRecipe, tmp_path: Path, in
 
     assert (done.returncode, done.stderr) == (0, ""), done
     said = (tmp_path / "out").read_text("utf-8")
-    assert said.count("steps: 3 of 4 sequences (2 x 1 accumulated x 2 processes)") == 1
+    assert said.count("3 steps; 4 sequences per step (micro-batch 2 x accumulation 1 x 2 processes)") == 1
     assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == [1, 3]
     assert not list(tmp_path.glob("run/**/.*"))
 
@@ -63,11 +63,11 @@ def test_stopped_killed_and_resumed(write_recipe: WriteRecipe, tmp_path: Path, i
     recipe = str(write_recipe(train={"max_steps": 6}, checkpoint={"every": 2}))
     stopped = in_ranks(recipe, "--processes", "2", first=partial(in_step, 3, 0, stop_launcher))
     assert stopped.returncode == 75, stopped
-    run, again = tmp_path / "run", f"continue with: sft-recipe run {recipe} --processes 2 --resume"
+    run, again = tmp_path / "run", f"Resume with: sft-recipe run {recipe} --processes 2 --resume"
     checkpoint = run / "checkpoints" / "checkpoint-3"
     assert stopped.stderr.splitlines() == [
         "",
-        "SIGTERM: the ranks finish what they are at; another one ends all at once",
+        "SIGTERM received: forwarded to all ranks. Send it again to quit immediately.",
         f"{run}: stopped by SIGTERM after step 3 of 6; the last checkpoint is {checkpoint}",
         again,
     ]
@@ -80,7 +80,7 @@ def test_stopped_killed_and_resumed(write_recipe: WriteRecipe, tmp_path: Path, i
 
     resumed = in_ranks(recipe, "--processes", "2", "--resume")
     assert (resumed.returncode, resumed.stderr) == (0, "")
-    assert "resumed from" in (tmp_path / "out").read_text("utf-8")
+    assert "Resuming from" in (tmp_path / "out").read_text("utf-8")
 
 
 def test_the_first_error_alone_is_shown(
@@ -152,7 +152,7 @@ def test_rank_0_exports_when_the_others_have_ended(
     options = ("--processes", "2", "--resume")
     stopped = in_ranks(str(recipe), *options, first=partial(export_alone, tmp_path, stop))
     assert stopped.returncode == 75, stopped
-    assert "stopped by SIGTERM; nothing that was trained is lost" in stopped.stderr
+    assert "stopped by SIGTERM; no training progress was lost" in stopped.stderr
     assert not (tmp_path / "run" / "model").exists()
     assert not list((tmp_path / "run").glob(".*"))
 
@@ -265,6 +265,6 @@ def test_two_processes_as_users_start_them(write_recipe: WriteRecipe, tmp_path: 
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
 
     assert done.returncode == 0, done.stderr
-    assert "(2 x 1 accumulated x 2 processes)" in done.stdout
+    assert "(micro-batch 2 x accumulation 1 x 2 processes)" in done.stdout
     assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == [1, 2]
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").stat().st_size > 1000

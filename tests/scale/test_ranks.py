@@ -28,8 +28,10 @@ def test_two_processes_stop_at_the_same_step_and_resume_exactly(
             assert f"after step {step} of 7; the last checkpoint is " in said
     assert found["same"]
     run = tmp_path / "stopped" / "run"
-    assert {file.name for file in (run / "checkpoints" / "checkpoint-7").glob("r*_*")} == {
-        f"{name}_{rank}.{suffix}" for name, suffix in (("rng_state", "pth"), ("running", "json")) for rank in (0, 1)
+    assert {file.name for file in (run / "checkpoints" / "checkpoint-7").glob("*_[01].*")} == {
+        f"{name}_{rank}.{suffix}"
+        for name, suffix in (("rng_state", "pth"), ("trainer_metrics", "json"))
+        for rank in (0, 1)
     }
     steps = [line["step"] for line in metrics(run) if "loss" in line]
     assert steps == sorted(set(steps))

@@ -400,7 +400,7 @@ def test_auto_takes_it_for_packed_documents(name: str, device: str) -> None:
     def chosen(**sections: Any) -> tuple[str | None, str]:
         return attention.select_implementation(recipe_of(**sections), MODELS[name], device)
 
-    assert chosen() == ("varlen", "packed documents, torch alone")
+    assert chosen() == ("varlen", "packed documents, no flash-attn needed")
     assert chosen(data={"packing": "none"}) == (None, "")
     assert chosen(data={"packing": "wrapped", "cross_document_attention": True}) == (None, "")
     assert chosen(model={"attention": "sdpa"}) == ("sdpa", "")
@@ -570,7 +570,7 @@ def test_models_that_need_a_tensor_for_a_mask_are_known() -> None:
 def test_the_export_does_not_name_it(write_recipe: WriteRecipe) -> None:
     folder, said = run(write_recipe(lora={"rank": 2}))
 
-    assert "attention varlen (packed documents, torch alone)" in said
+    assert "attention varlen (packed documents, no flash-attn needed)" in said
     assert json.loads((folder / "manifest.json").read_text("utf-8"))["attention"] == "varlen"
     assert "attn_implementation" not in (folder / "model" / "config.json").read_text("utf-8")
     exported = AutoModelForCausalLM.from_pretrained(folder / "model")

@@ -35,7 +35,7 @@ def test_the_newest_complete_one_and_why_others_are_passed_over(tmp_path: Path) 
     assert checkpoints.newest(tmp_path) == (None, [])
     made(tmp_path, 2, 10, 9, 30, 40, 50)
     folder = tmp_path / "checkpoints"
-    (folder / "checkpoint-30" / "manifest.json").unlink()
+    (folder / "checkpoint-30" / "checksums.json").unlink()
     (folder / "checkpoint-40" / "weights").write_text("41")
     (folder / "checkpoint-50" / "weights").unlink()
     (folder / ".checkpoint-60.partial").mkdir()
@@ -45,10 +45,10 @@ def test_the_newest_complete_one_and_why_others_are_passed_over(tmp_path: Path) 
     assert checkpoints.newest(tmp_path) == (
         folder / "checkpoint-10",
         [
-            f"{folder}/checkpoint-60 is passed over: it was being written when the run ended",
-            f"{folder}/checkpoint-50 is passed over: weights is missing",
-            f"{folder}/checkpoint-40 is passed over: weights is not as it was written",
-            f"{folder}/checkpoint-30 is passed over: it has no manifest.json, so it is not known to be complete",
+            f"Skipping {folder}/checkpoint-60: incomplete (the run ended while writing it)",
+            f"Skipping {folder}/checkpoint-50: incomplete (weights is missing)",
+            f"Skipping {folder}/checkpoint-40: corrupt (SHA-256 of weights differs)",
+            f"Skipping {folder}/checkpoint-30: incomplete (checksums.json is missing)",
         ],
     )
 
@@ -200,7 +200,7 @@ def test_the_best_is_gone_at_the_end(write_recipe: WriteRecipe, tmp_path: Path) 
 
     sft._save_checkpoint = saved
     with pytest.raises(
-        RunError, match=r"checkpoint-2: the best checkpoint cannot be exported: model.safetensors has 0 bytes"
+        RunError, match=r"checkpoint-2: the best checkpoint cannot be exported: corrupt \(model.safetensors has 0 bytes"
     ):
         trainer.train(sft, None)
 
@@ -217,7 +217,7 @@ def test_a_run_that_was_moved(write_recipe: WriteRecipe, tmp_path: Path) -> None
     folder.rename(tmp_path / "elsewhere")
     _, said = run(recipe, f"output_dir={tmp_path / 'elsewhere'}", resume=True)
 
-    assert "resumed from" in said
+    assert "Resuming from" in said
     assert "warning" not in said.replace("warning: model.dtype", "")
     assert (tmp_path / "elsewhere" / "model" / "model.safetensors").read_bytes() == expected
 
@@ -254,6 +254,6 @@ def test_two_runs_in_one_directory(write_recipe: WriteRecipe, tmp_path: Path, mo
             try:
                 run(recipe, resume=True)
             except OutputError as error:
-                os._exit(7 if "another process is running in it" in str(error) else 1)
+                os._exit(7 if "in use by another process" in str(error) else 1)
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7

@@ -32,7 +32,7 @@ def test_deterministic_algorithms_for_the_length_of_a_run(write_recipe: WriteRec
     )
 
     assert set(during) == {(True, False, ":4096:8", "1")}
-    assert "deterministic algorithms only (train.deterministic changes nothing on a CPU)" in said
+    assert "deterministic algorithms only (train.deterministic has no effect on CPUs)" in said
     assert json.loads((folder / "manifest.json").read_text("utf-8"))["deterministic"] is True
     assert not torch.are_deterministic_algorithms_enabled()
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ

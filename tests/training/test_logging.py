@@ -33,7 +33,7 @@ def test_lines_where_there_is_no_terminal(write_recipe: WriteRecipe) -> None:
     assert [line.split("  ")[0] for line in lines] == ["step 0/3", *(f"step {n}/3" for n in (1, 1, 2, 2, 3, 3))]
     assert "eval loss" in lines[0]
     assert "perplexity" in lines[0]
-    for word in ("loss", "lr ", "tokens/s", "GiB", "left"):
+    for word in ("loss", "lr ", "tokens/s", "GiB", "ETA"):
         assert word in lines[1]
     assert "\x1b" not in said
 
@@ -46,10 +46,10 @@ class Terminal(io.StringIO):
 @pytest.mark.parametrize(
     ("columns", "figures"),
     [
-        (140, "loss 1.5000  0:00:00 left  lr 1.00e-04  12,345 tokens/s  1.0 GiB"),
-        (80, "loss 1.5000  0:00:00 left  lr 1.00e-04  12,345 tokens/s  1.0 GiB"),
-        (72, "loss 1.5000  0:00:00 left  lr 1.00e-04  12,345 tokens/s"),
-        (50, "loss 1.5000  0:00:00 left"),
+        (140, "loss 1.5000  ETA 0:00:00  lr 1.00e-04  12,345 tokens/s  peak 1.0 GiB"),
+        (83, "loss 1.5000  ETA 0:00:00  lr 1.00e-04  12,345 tokens/s  peak 1.0 GiB"),
+        (72, "loss 1.5000  ETA 0:00:00  lr 1.00e-04  12,345 tokens/s"),
+        (50, "loss 1.5000  ETA 0:00:00"),
         (30, "loss 1.5000"),
     ],
 )
@@ -61,7 +61,7 @@ def test_a_bar_on_a_terminal(columns: int, figures: str) -> None:
     display.on_train_begin(None, state, control)
     display.on_step_begin(None, state, control)
     state.global_step = 5
-    display.show({"step": 5, "loss": 1.5, "learning_rate": 1e-4, "tokens_per_second": 12345.0, "memory": 1.0})
+    display.show({"step": 5, "loss": 1.5, "learning_rate": 1e-4, "tokens_per_second": 12345.0, "peak_memory_gib": 1.0})
     display.on_step_end(None, state, control)
     assert display.progress is not None
     display.progress.refresh()
@@ -231,7 +231,7 @@ def test_a_plot_that_fails_is_a_warning(write_recipe: WriteRecipe, monkeypatch: 
     monkeypatch.setattr(page, "learning_curve", fail)
     folder, said = run(write_recipe())
 
-    assert "warning: the report could not be made: no fonts" in said
+    assert "warning: cannot create the report: no fonts" in said
     assert run_folder.is_finished(folder)
     assert not list(folder.rglob("*.partial"))
 

@@ -62,7 +62,7 @@ def followed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     assert "no power" in failed.stderr
     resumed = sft_recipe("run", str(file), "--resume", environment=environment, cwd=folder)
     assert resumed.returncode == 0, resumed.stderr
-    assert "resumed from" in resumed.stdout
+    assert "Resuming from" in resumed.stdout
     assert resumed.stderr == ""
     return folder / "run", failed.stdout + resumed.stdout
 
@@ -83,7 +83,7 @@ def history(folder: Path, tracker: str, key: str) -> list[tuple[int, float]]:
         "trained_tokens",
         "tokens_per_second",
         "tflops",
-        "memory",
+        "peak_memory_gib",
         "eval_loss",
         "eval_exact_match",
     ],
@@ -97,7 +97,7 @@ def test_each_step_is_told_once(followed: tuple[Path, str], tracker: str, key: s
     told = history(folder, tracker, key)
 
     assert [step for step, _ in told] == [step for step, _ in expected]
-    again = 3 if key in ("tokens_per_second", "tflops", "memory") else 0
+    again = 3 if key in ("tokens_per_second", "tflops", "peak_memory_gib") else 0
     assert [value for step, value in told if step != again] == pytest.approx([v for s, v in expected if s != again])
 
 

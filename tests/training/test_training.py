@@ -272,7 +272,7 @@ def test_validation_before_the_first_step_and_at_the_end(write_recipe: WriteReci
     folder, said = run(write_recipe(eval={"every": None}), "train.max_steps=5")
 
     assert [line["step"] for line in metrics(folder) if "eval_loss" in line] == [0, 5]
-    assert "validation loss:" in said
+    assert "eval loss:" in said
 
 
 def test_checkpoints_are_kept_as_many_as_asked(write_recipe: WriteRecipe) -> None:
