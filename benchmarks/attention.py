@@ -18,7 +18,7 @@ from machine import measured_on
 from rich.console import Console
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from sft_recipes.data import prepare, tokens
+from sft_recipes.data import encoder, prepare
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.training import attention, model, trainer
 
@@ -86,7 +86,7 @@ with tempfile.TemporaryDirectory() as folder:
         }
     )  # fmt: skip
     tokenizer = model.load_tokenizer(recipe.model)
-    data = prepare.prepare(recipe, tokens.of_transformers(tokenizer), cached=False)
+    data = prepare.prepare(recipe, encoder.from_transformers(tokenizer), cached=False)
     sft = trainer.build(recipe, model.load_model(recipe, tokenizer), tokenizer, data, Path(folder), Console(quiet=True))
     sft.model.train()
     batch = next(iter(sft.get_train_dataloader()))

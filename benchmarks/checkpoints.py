@@ -17,10 +17,10 @@ from machine import measured_on
 from rich.console import Console
 from trl import SFTTrainer
 
-from sft_recipes import cli, files
-from sft_recipes.data import prepare, tokens
-from sft_recipes.recipe import load
-from sft_recipes.training import checkpoints, guards, model, trainer
+from sft_recipes import atomic_files, cli
+from sft_recipes.data import encoder, prepare
+from sft_recipes.recipe import parse
+from sft_recipes.training import checkpoint_dirs, guards, model, trainer
 
 RECIPE = """
 model: {name: "%s", dtype: float32}
@@ -58,10 +58,10 @@ def saving(folder: Path, name: str, times: int) -> None:
         (ours / "checkpoints").mkdir(parents=True)
         seconds["the Trainer, in place"].append(timed(lambda: SFTTrainer._save_checkpoint(sft, sft.model, None)))
         seconds["complete or not there"].append(timed(sft._save_checkpoint))
-        saved = checkpoints.place(ours, 1)
-        seconds["of that, hashes"].append(timed(lambda saved=saved: files.described(saved)))
-        seconds["verified before a resume"].append(timed(lambda saved=saved: files.fault(saved)))
-    size = sum(file.stat().st_size for file in checkpoints.place(ours, 1).iterdir())
+        saved = checkpoint_dirs.checkpoint_path(ours, 1)
+        seconds["of that, hashes"].append(timed(lambda saved=saved: atomic_files.file_hashes(saved)))
+        seconds["verified before a resume"].append(timed(lambda saved=saved: atomic_files.find_corruption(saved)))
+    size = sum(file.stat().st_size for file in checkpoint_dirs.checkpoint_path(ours, 1).iterdir())
     print(f"\n| a checkpoint of {name}, {size / 1e9:.2f} GB | seconds |\n|---|---|")
     for what, measured in seconds.items():
         print(f"| {what} | {min(measured):.2f} (best of {times}) |")
@@ -71,7 +71,9 @@ def watching(folder: Path, times: int) -> None:
     sft = build(folder, "builtin:tiny", steps=60)
     handler = sft.callback_handler
     kinds = {"watched": handler.callbacks, "not watched": []}
-    kinds["not watched"] = [each for each in handler.callbacks if not isinstance(each, (guards.Finite, guards.Stops))]
+    kinds["not watched"] = [
+        each for each in handler.callbacks if not isinstance(each, (guards.NonFiniteGuard, guards.StopOnRequest))
+    ]
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     sft.train()
     for _ in range(times):
@@ -87,9 +89,9 @@ def watching(folder: Path, times: int) -> None:
 
 def build(folder: Path, name: str, *, steps: int) -> trainer.Trainer:
     (folder / "recipe.yaml").write_text(RECIPE % (name, steps), encoding="utf-8")
-    recipe = load.load(folder / "recipe.yaml", []).recipe
+    recipe = parse.load(folder / "recipe.yaml", []).recipe
     tokenizer = model.load_tokenizer(recipe.model)
-    data = prepare.prepare(recipe, tokens.of_transformers(tokenizer), cached=False)
+    data = prepare.prepare(recipe, encoder.from_transformers(tokenizer), cached=False)
     run_dir = folder / "run"
     run_dir.mkdir()
     return trainer.build(recipe, model.load_model(recipe, tokenizer), tokenizer, data, run_dir, Console(quiet=True))

@@ -82,7 +82,7 @@ def make_up(file: Path, count: int) -> Path:
 def measure(file: Path, rows: list[dict[str, str]], args: argparse.Namespace) -> None:
     from tokenizers import Tokenizer
 
-    from sft_recipes.data import tokens
+    from sft_recipes.data import encoder
     from sft_recipes.data.templates import alpaca_prompt
 
     prompts = [alpaca_prompt(row[args.columns[0]]) for row in rows]
@@ -90,7 +90,7 @@ def measure(file: Path, rows: list[dict[str, str]], args: argparse.Namespace) ->
     texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
     backend = Tokenizer.from_file(str(Path(args.model) / "tokenizer.json"))
     backend.no_truncation()
-    tokenizer = tokens.from_directory(Path(args.model))
+    tokenizer = encoder.from_directory(Path(args.model))
     assert tokenizer is not None
     trl, pairs = trl_preparation(args, prompts, completions)
     ways = {
@@ -138,14 +138,14 @@ def ours(file: Path, args: argparse.Namespace, tokenizer: Any, *, packing: str) 
 
 def by_processes(file: Path, args: argparse.Namespace) -> None:
     """Where processes pay: rows a second by their number."""
-    from sft_recipes.data import tokenising, tokens
+    from sft_recipes.data import encoder, tokenization
 
-    tokenizer = tokens.from_directory(Path(args.model))
+    tokenizer = encoder.from_directory(Path(args.model))
     assert tokenizer is not None
     best = dict.fromkeys([1, *args.processes], float("inf"))
     for _ in range(args.times):
         for number in best:
-            tokenising._processes = lambda number=number: number  # type: ignore[misc]
+            tokenization._processes = lambda number=number: number  # type: ignore[misc]
             began = time.perf_counter()
             rows = len(ours(file, args, tokenizer, packing="none").train)
             best[number] = min(best[number], time.perf_counter() - began)

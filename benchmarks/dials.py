@@ -16,9 +16,9 @@ from peft.tuners.lora import LoraLayer
 from train_step import Way, in_turn, ours, recipe_for, release_memory
 
 from sft_recipes import cli
-from sft_recipes.planning import changes, memory
+from sft_recipes.planning import memory, remedies
 from sft_recipes.recipe.schema import Recipe
-from sft_recipes.training import fitting, trainer
+from sft_recipes.training import autosize, trainer
 
 DEFAULTS = "the defaults"
 KEYS: dict[str, dict[str, Any]] = {
@@ -70,8 +70,8 @@ def main() -> None:
             folder = Path(place) / str(len(ways))
             folder.mkdir()
             base = recipe_for(given, given.method, rows, length, given.steps)
-            recipe = fitting.resolved(changes.applied(base, keys), folder)
-            peaks[name] = fitting.here(recipe).peak_bytes / memory.GIB
+            recipe = autosize.resolve_for_run(remedies.applied(base, keys), folder)
+            peaks[name] = autosize.predict_here(recipe).peak_bytes / memory.GIB
             ways[name] = Way(in_turn(built(recipe, name, folder)))
         for _ in range(given.turns):
             for way in ways.values():

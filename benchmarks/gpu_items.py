@@ -31,15 +31,15 @@ from trl import SFTConfig, SFTTrainer
 
 import sft_recipes.run  # noqa: F401  # imported here for the commands that are forked
 from sft_recipes import cli
-from sft_recipes.data.accounting import SourceAccount
+from sft_recipes.data.encoder import Documents
 from sft_recipes.data.prepare import Prepared
-from sft_recipes.data.sequences import Chosen, lay_out
-from sft_recipes.data.tokens import Documents
-from sft_recipes.planning import changes, memory
-from sft_recipes.recipe import load
+from sft_recipes.data.sequences import SelectedRows, build_sequences
+from sft_recipes.data.stats import SourceStats
+from sft_recipes.planning import memory, remedies
+from sft_recipes.recipe import parse
+from sft_recipes.recipe.library_names import installed
 from sft_recipes.recipe.schema import Model, Recipe
-from sft_recipes.recipe.upstream import installed
-from sft_recipes.training import fitting, model, trainer
+from sft_recipes.training import autosize, model, trainer
 from sft_recipes.training.model import reason_of
 
 __all__ = ["SkipItem", "attention_tests", "machine", "prepare", "quickstart", "reason_of", "resume", "train"]
@@ -257,12 +257,12 @@ def train(
     used = bundled(recipe, directory, given) if recipe else base(directory, micro, given)
     used = with_keys(used, {**keys, "train.max_steps": warm + timed + profile})
     check_requirements(used, given)
-    predicted = fitting.here(used)
+    predicted = autosize.predict_here(used)
     total = torch.cuda.mem_get_info()[1] if given.device == "cuda" else None
     if total is not None:
         card = min(cap or total, total)
         if not memory.fits(predicted, card, "cuda"):
-            needed, there = memory.in_words(predicted.peak_bytes), memory.in_words(card)
+            needed, there = memory.format_bytes(predicted.peak_bytes), memory.format_bytes(card)
             raise SkipItem(f"does not fit: predicted {needed}, GPU {there}")
         if cap is not None:
             torch.cuda.set_per_process_memory_fraction((card - memory.CONTEXT) / total)
@@ -289,7 +289,7 @@ def train(
     sequences = slice(warm * used.sequences_per_step, (warm + timed) * used.sequences_per_step)
     lengths = np.concatenate(table["seq_lengths"].to_pylist()[sequences])
     rate = float(lengths.sum()) / clock.seconds
-    flops = fitting.model_flops_per_token(used, float((lengths**2).sum() / lengths.sum()))
+    flops = autosize.model_flops_per_token(used, float((lengths**2).sum() / lengths.sum()))
     row = {
         "tokens_per_second": rate,
         "tflops": rate * flops / 1e12,
@@ -411,7 +411,7 @@ def bundled(name: str, directory: Path, given: argparse.Namespace) -> Recipe:
     }
     if given.tiny:
         keys["data.max_length"] = 256
-    return with_keys(load.load(ROOT / f"recipes/{name}.yaml").recipe, keys)
+    return with_keys(parse.load(ROOT / f"recipes/{name}.yaml").recipe, keys)
 
 
 def with_keys(recipe: Recipe, keys: dict[str, Any]) -> Recipe:
@@ -419,7 +419,7 @@ def with_keys(recipe: Recipe, keys: dict[str, Any]) -> Recipe:
     for key in keys:
         if not has_key(key):
             raise SkipItem(f"there is no key {key}")
-    return changes.applied(recipe, keys)
+    return remedies.applied(recipe, keys)
 
 
 def check_requirements(recipe: Recipe, given: argparse.Namespace) -> None:
@@ -488,5 +488,5 @@ def random_rows(recipe: Recipe, *, long: bool, tiny: bool) -> Prepared:
         np.concatenate([[0], lengths.cumsum()]), np.zeros(number, dtype=np.int32), ~none, none, none,
         np.arange(number, dtype=np.uint64), np.zeros(number, dtype=np.uint64),
     )  # fmt: skip
-    chosen = Chosen(made, np.arange(number), SourceAccount("random", "", "", number), dict.fromkeys)
-    return Prepared(lay_out([chosen], recipe.data, rng), None, None, [], None, 1.0, [])
+    chosen = SelectedRows(made, np.arange(number), SourceStats("random", "", "", number), dict.fromkeys)
+    return Prepared(build_sequences([chosen], recipe.data, rng), None, None, [], None, 1.0, [])

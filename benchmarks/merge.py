@@ -184,9 +184,9 @@ def differing(base: Path, adapter: Path, out: Path) -> str:
     """How many elements of adapted weights are not the float64 sum rounded once."""
     from safetensors import safe_open
 
-    from sft_recipes.export import tensors
+    from sft_recipes.export import safetensors_io
 
-    before, after = tensors.in_model(base), tensors.in_model(out)
+    before, after = safetensors_io.in_model(base), safetensors_io.in_model(out)
     wrong = total = 0
     with safe_open(adapter / "adapter_model.safetensors", "pt") as given:
         for key in given.keys():  # noqa: SIM118  # no mapping

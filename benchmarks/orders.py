@@ -15,8 +15,8 @@ from transformers import PrinterCallback
 from transformers.trainer_callback import ProgressCallback
 
 from sft_recipes import cli
-from sft_recipes.data import prepare, tokens
-from sft_recipes.recipe import load
+from sft_recipes.data import encoder, prepare
+from sft_recipes.recipe import parse
 from sft_recipes.training import model
 
 ROOT = Path(__file__).parents[1]
@@ -25,9 +25,9 @@ import plain_trl  # noqa: E402
 
 
 def recipes_own(seed: int) -> Dataset:
-    recipe = load.load(str(ROOT / "recipes" / "quickstart.yaml"), [f"train.seed={seed}"]).recipe
+    recipe = parse.load(str(ROOT / "recipes" / "quickstart.yaml"), [f"train.seed={seed}"]).recipe
     tokenizer = model.load_tokenizer(recipe.model)
-    return Dataset(prepare.prepare(recipe, tokens.of_transformers(tokenizer)).train.table())
+    return Dataset(prepare.prepare(recipe, encoder.from_transformers(tokenizer)).train.table())
 
 
 def main() -> None:

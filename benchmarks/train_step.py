@@ -42,10 +42,10 @@ from transformers.trainer_callback import DefaultFlowCallback
 from trl import SFTConfig, SFTTrainer
 
 from sft_recipes import cli
-from sft_recipes.data import prepare, tokens
-from sft_recipes.recipe import model_files
+from sft_recipes.data import encoder, prepare
+from sft_recipes.recipe import model_dir
 from sft_recipes.recipe.schema import Recipe
-from sft_recipes.training import fitting, model, trainer
+from sft_recipes.training import autosize, model, trainer
 
 DEFAULT = "TRL, its defaults"
 DIGITS = {False: 2, True: 5}  # that losses agree to, in bfloat16 and in float32
@@ -151,7 +151,7 @@ def compare(given: argparse.Namespace, method: str, rows: int, length: int) -> l
     return differ
 
 
-def agree(losses: list[float], theirs: list[float], digits: int) -> bool:
+def any_rank(losses: list[float], theirs: list[float], digits: int) -> bool:
     """Whether they are the same when rounded to so many digits behind the point, of large ones in all."""
     return all(abs(a - b) <= 0.5 * 10**-digits * max(abs(b), 1) for a, b in zip(losses, theirs, strict=True))
 
@@ -176,9 +176,9 @@ def recipe_for(given: argparse.Namespace, method: str, rows: int, length: int, s
 
 
 def ours(recipe: Recipe, folder: Path) -> tuple[trainer.Trainer, prepare.Prepared]:
-    recipe = fitting.resolved(recipe, folder)
+    recipe = autosize.resolve_for_run(recipe, folder)
     tokenizer = model.load_tokenizer(recipe.model)
-    data = prepare.prepare(recipe, tokens.of_transformers(tokenizer), cached=False)
+    data = prepare.prepare(recipe, encoder.from_transformers(tokenizer), cached=False)
     network = model.load_model(recipe, tokenizer)
     return trainer.build(recipe, network, tokenizer, data, folder, Console(quiet=True)), data
 
@@ -205,7 +205,7 @@ def plain(recipe: Recipe, table: Dataset, folder: Path, like: trainer.Trainer, *
         **({"bf16": False} if recipe.train.mixed_precision == "no" else {}),
         **settings,
     )
-    made = SFTTrainer(str(model_files.location(recipe.model.name)), config, train_dataset=table, peft_config=lora)
+    made = SFTTrainer(str(model_dir.location(recipe.model.name)), config, train_dataset=table, peft_config=lora)
     made.remove_callback(PrinterCallback)
     for name, parameter in made.model.named_parameters():
         if "lora_" in name:
@@ -276,7 +276,7 @@ def llamafactory(
         rows.append(padded | dict.fromkeys(("images", "videos", "audios")))
     (home / "rows.json").write_text(json.dumps(rows))
     settings = {
-        "model_name_or_path": str(model_files.location(recipe.model.name)),
+        "model_name_or_path": str(model_dir.location(recipe.model.name)),
         "stage": "sft", "do_train": True, "finetuning_type": "full", "template": "empty", "dataset": "rows",
         "tokenized_path": str(home / "rows"), "cutoff_len": length, "packing": True, "neat_packing": True,
         "disable_shuffling": True, "output_dir": str(home / "out"), "save_strategy": "no", "report_to": "none",

@@ -16,8 +16,8 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 
-from sft_recipes.export.load import stops
-from sft_recipes.export.save import save_adapter, save_model
+from sft_recipes.export.load_adapter import stops
+from sft_recipes.export.save_model import save_adapter, save_model
 
 
 def read(pairs: Path, tokenizer: PreTrainedTokenizerBase) -> Dataset:

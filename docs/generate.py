@@ -12,8 +12,8 @@ from sft_recipes import cli
 from sft_recipes.convert.conversion import HEADINGS
 from sft_recipes.convert.draft import FILL_IN
 from sft_recipes.convert.rules import Table, names, table
-from sft_recipes.recipe import editors
-from sft_recipes.recipe.load import expectation, schema_of, section_class
+from sft_recipes.recipe import editor_schema
+from sft_recipes.recipe.parse import expectation, schema_of, section_class
 from sft_recipes.recipe.schema import Recipe, WeightedSource
 
 DOCS = Path(__file__).parent
@@ -36,7 +36,7 @@ def recipe_page() -> str:
         "a recipe that begins with",
         "",
         "```yaml",
-        editors.line(Path(editors.FILE)),
+        editor_schema.line(Path(editor_schema.FILE)),
         "```",
         "",
         "as the copies of `sft-recipe new` do from then on, in that directory and below. For all recipes of a workspace VS",

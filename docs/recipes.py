@@ -15,8 +15,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from sft_recipes.planning import memory, speed
-from sft_recipes.recipe import load, model_files, shipped
+from sft_recipes.planning import flops, memory
+from sft_recipes.recipe import bundled, model_dir, parse
 from sft_recipes.recipe.schema import Recipe
 
 DOCS = Path(__file__).parent
@@ -34,7 +34,7 @@ _APART: dict[str, Any] = {
 
 def directory(model: str) -> Path:
     """A directory with the config of a model, and perhaps nothing else."""
-    return model_files.directory(model) or DOCS.parent / "tests" / "models" / model.replace("/", "--")
+    return model_dir.directory(model) or DOCS.parent / "tests" / "models" / model.replace("/", "--")
 
 
 def fingerprint(name: str) -> str:
@@ -50,7 +50,7 @@ def predict(name: str) -> dict[str, Any]:
     if that is. `loading`: those of 4-bit weights, which each GPU holds before they are shared out.
     `preflight`: those of its check of isolation; the rest of it is a training step. `fits`: which of SIZES have room for all.
     `auto`: what auto comes to on the smallest of them."""
-    from sft_recipes.plan import plan
+    from sft_recipes.commands.plan import plan
 
     recipe = _recipe(name)
     with TemporaryDirectory() as folder:
@@ -95,21 +95,23 @@ def known() -> dict[str, Any]:
 
 def in_words(found: dict[str, Any]) -> str:
     """A prediction as a header says it."""
-    loading = f"; {memory.in_words(found['loading'])} while it is loaded" if found["loading"] > found["peak"] else ""
+    loading = (
+        f"; {memory.format_bytes(found['loading'])} while it is loaded" if found["loading"] > found["peak"] else ""
+    )
     if settled := found["auto"]:
         layers = {False: "no layers", True: "every layer"}.get(settled["gradient_checkpointing"])
         layers = layers or f"every {settled['gradient_checkpointing']} layers"
-        size, peak = found["fits"][0], memory.in_words(settled["peak"])
+        size, peak = found["fits"][0], memory.format_bytes(settled["peak"])
         loading = f"; auto takes {peak} of {size} GB: {settled['micro_batch_size']} at once, {layers} recomputed"
-    return f"{memory.in_words(found['peak'])} a GPU{' at least' if settled else ''}, predicted{loading}"
+    return f"{memory.format_bytes(found['peak'])} a GPU{' at least' if settled else ''}, predicted{loading}"
 
 
 def _file(name: str) -> Path:
-    return shipped.folder() / f"{name}.yaml"
+    return bundled.folder() / f"{name}.yaml"
 
 
 def _recipe(name: str) -> Recipe:
-    return load.load(_file(name)).recipe
+    return parse.load(_file(name)).recipe
 
 
 # --- The page --------------------------------------------------------------------------------------------------------
@@ -118,7 +120,7 @@ def _recipe(name: str) -> Recipe:
 def purposes() -> Iterator[str]:
     yield "| recipe | is | method | hardware | result |"
     yield "|---|---|---|---|---|"
-    for each in shipped.recipes():
+    for each in bundled.recipes():
         link = f"[{each.name}](../recipes/{each.name}.yaml)"
         yield f"| {link} | {each.purpose} | {each.method} | {each.hardware} | {each.result} |"
 
@@ -130,8 +132,8 @@ def sizes() -> Iterator[str]:
     for name, of in found.items():
         launch = _recipe(name).launch
         dots = " | ".join("•" if size in of["fits"] else " " for size in SIZES)
-        yield f"| {name} | {launch.processes * launch.machines} | {memory.in_words(of['peak'])} | {dots} |"
-    cards = [", ".join(gpu.name for gpu in speed.gpus_of(size)) for size in SIZES]
+        yield f"| {name} | {launch.processes * launch.machines} | {memory.format_bytes(of['peak'])} | {dots} |"
+    cards = [", ".join(gpu.name for gpu in flops.gpus_of(size)) for size in SIZES]
     yield f"| *such as* | | | {' | '.join(cards)} |"
 
 
@@ -153,7 +155,7 @@ def page(text: str) -> str:
 
 
 def main(names: list[str]) -> None:
-    found, every = known(), [each.name for each in shipped.recipes()]
+    found, every = known(), [each.name for each in bundled.recipes()]
     for name in every:
         if name in names or names == ["all"] or found.get(name, {}).get("of") != fingerprint(name):
             found[name] = predict(name)

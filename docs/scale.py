@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-from sft_recipes.planning import speed
+from sft_recipes.planning import flops
 from sft_recipes.planning.memory import Footprint
-from sft_recipes.recipe import load, shipped
+from sft_recipes.recipe import bundled, parse
 from sft_recipes.recipe.schema import Recipe
 
-GPU = speed.gpu_named("H100") or speed.GPUS[0]
+GPU = flops.gpu_named("H100") or flops.GPUS[0]
 REACHED = 0.4  # of the GPU's rate: the middle of what `sft-recipe plan` takes
 A_MACHINE = 8  # GPUs
 # Bytes a second, in one direction. NVLink: of a GPU (H100's data sheet: 900 GB/s in both). The others: of a whole machine.
@@ -82,7 +82,7 @@ class Work:
     def flops(self) -> float:
         """Operations for a token, as `sft-recipe plan` counts them, with documents as long as a sequence."""
         config = SimpleNamespace(**vars(self.model))
-        return speed.flops_per_token(self.recipe, self.found, config, self.recipe.data.max_length, dense=False)
+        return flops.flops_per_token(self.recipe, self.found, config, self.recipe.data.max_length, dense=False)
 
     @property
     def compute(self) -> float:
@@ -141,9 +141,9 @@ def works() -> list[Work]:
     """The recipes, with one sequence at once where that is auto: most GPUs for the same global batch."""
     found = []
     for name, model in RECIPES.items():
-        file = shipped.folder() / f"{name}.yaml"
-        auto = load.load(file).recipe.train.micro_batch_size == "auto"
-        found.append(Work(name, load.load(file, ["train.micro_batch_size=1"] * auto).recipe, model))
+        file = bundled.folder() / f"{name}.yaml"
+        auto = parse.load(file).recipe.train.micro_batch_size == "auto"
+        found.append(Work(name, parse.load(file, ["train.micro_batch_size=1"] * auto).recipe, model))
     return found
 
 

@@ -6,7 +6,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sft_recipes.data.classic import PackedSFTDataset, iterate_batches
+    from sft_recipes.data.packed_dataset import PackedSFTDataset, iterate_batches
 
 __version__ = "0.1.0"
 __all__ = ["PackedSFTDataset", "__version__", "iterate_batches"]
@@ -14,7 +14,7 @@ __all__ = ["PackedSFTDataset", "__version__", "iterate_batches"]
 
 def __getattr__(name: str) -> Any:
     if name in ("PackedSFTDataset", "iterate_batches"):
-        from sft_recipes.data import classic
+        from sft_recipes.data import packed_dataset
 
-        return getattr(classic, name)
+        return getattr(packed_dataset, name)
     raise AttributeError(f"module 'sft_recipes' has no attribute '{name}'")

@@ -81,14 +81,14 @@ def run(
 ) -> None:
     """Fine-tune, evaluate and export a model."""
     from sft_recipes import stopping
-    from sft_recipes.recipe import check as recipe_check
-    from sft_recipes.recipe.model_files import read_ahead
-    from sft_recipes.scale import ranks
+    from sft_recipes.distributed import ranks
+    from sft_recipes.recipe import validate
+    from sft_recipes.recipe.model_dir import read_ahead
 
     if force and not resume:
         raise RecipeError("--force: only valid together with --resume. Add --resume, or remove --force.")
     limit = None if stop_after is None else stopping.seconds(stop_after)
-    ranks.end_with_launcher()
+    ranks.exit_with_launcher()
     if processes is not None:
         overrides = [*overrides, f"launch.processes={processes}"]
     again = sys.argv[1:] if "--resume" in sys.argv else [*sys.argv[1:], "--resume"]
@@ -96,14 +96,14 @@ def run(
     command = None if ranks.BY_US in os.environ else f"{started} {shlex.join(again)}"
     with stopping.on_request(limit, command) as stop:
         # Report a typo before torch is imported, which takes seconds; meanwhile a thread reads the weights ahead.
-        accepted = recipe_check.accepted(recipe, overrides)[0].recipe
+        accepted = validate.load_valid(recipe, overrides)[0].recipe
         _quiet(debug)
         if ranks.is_local_main():
             Thread(target=read_ahead, args=(accepted.model.name, accepted.model.revision), daemon=True).start()
         if ranks.to_be_started(accepted.launch):
-            from sft_recipes import several
+            from sft_recipes import run_distributed
 
-            several.run(
+            run_distributed.run(
                 recipe, overrides, resume=resume, force=force, cached=not no_cache, stop_after=stop_after, debug=debug
             )
         else:
@@ -116,7 +116,7 @@ def run(
 def check(recipe: RecipeFile, overrides: Overrides = [], debug: Debug = False) -> None:  # noqa: B006
     """Validate recipe and data, reporting all problems at once."""
     _quiet(debug)
-    from sft_recipes.checks import check as start
+    from sft_recipes.commands.check import check as start
 
     findings = start(recipe, overrides)
     for line in findings.lines:
@@ -139,7 +139,7 @@ def preview(
 ) -> None:
     """Show tokens, loss mask and document boundaries of training sequences."""
     _quiet(debug)
-    from sft_recipes.checks import preview as start
+    from sft_recipes.commands.check import preview as start
 
     start(recipe, overrides, number, rows, ids=ids)
 
@@ -165,7 +165,7 @@ def plan(
     Uses the recipe, the model's config and, if available, the data.
     """
     _quiet(debug)
-    from sft_recipes.plan import plan as start
+    from sft_recipes.commands.plan import plan as start
 
     with contextlib.redirect_stdout(sys.stderr):  # some libraries print on import, which would break --json
         prediction = start(recipe, overrides, gpu_memory=gpu_memory, gpus=gpus, gpu=gpu, cpu=cpu)
@@ -190,12 +190,12 @@ def generate(
     debug: Debug = False,
 ) -> None:
     """Answer a prompt, formatted with the template the model was trained with."""
-    from sft_recipes.recipe import model_files
+    from sft_recipes.recipe import model_dir
 
-    model_files.find_model(model)  # report errors before torch is imported, which takes seconds
+    model_dir.find_model(model)  # report errors before torch is imported, which takes seconds
     _warn_of_code(trust_remote_code)
     _quiet(debug)
-    from sft_recipes.talk import talk
+    from sft_recipes.commands.generate import talk
 
     print(
         talk(
@@ -231,15 +231,15 @@ def merge(
 
     OUT is created only after a separate process has verified that the merged model matches base + adapter.
     """
-    from sft_recipes.recipe.load import expectation, schema_of
+    from sft_recipes.recipe.parse import expectation, schema_of
 
     for option, value in (("dtype", dtype), ("max_shard_size", max_shard_size)):
         field = schema_of(("export", option))
         if not re.fullmatch(field.get("pattern", "|".join(field.get("enum", []))), value):
             raise RecipeError(f"--{option.replace('_', '-')}: expected {expectation(field)} (got {value}).")
-    from sft_recipes.recipe import model_files
+    from sft_recipes.recipe import model_dir
 
-    adapter_dir = model_files.find_adapter(adapter)
+    adapter_dir = model_dir.find_adapter(adapter)
     _warn_of_code(trust_remote_code)
     _quiet(debug)
     from sft_recipes.export import merge as merging
@@ -288,11 +288,11 @@ def list_recipes() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from sft_recipes.recipe import shipped
+    from sft_recipes.recipe import bundled
 
     table = Table("recipe", "method", "model", "hardware", "result", box=None, pad_edge=False, header_style="")
     table.columns[0].no_wrap, table.columns[2].overflow = True, "fold"
-    for recipe in shipped.recipes():
+    for recipe in bundled.recipes():
         result = recipe.result.partition(" (")[0]  # date and versions are in the recipe's header
         table.add_row(recipe.name, recipe.method, recipe.model, recipe.hardware, result)
     width = None if sys.stdout.isatty() else 1000  # one line per recipe in files and pipes
@@ -308,9 +308,9 @@ def new(
 
     If its directory or a parent has a schema (see schema), the copy begins with the line that editors read.
     """
-    from sft_recipes.recipe import shipped
+    from sft_recipes.recipe import bundled
 
-    print(shipped.copy(name, out))
+    print(bundled.copy(name, out))
 
 
 @app.command()
@@ -326,7 +326,7 @@ def job(
     cpu: Annotated[bool, typer.Option("--cpu", help="Request no GPUs.")] = False,
 ) -> None:
     """Write a cluster job file that resumes automatically."""
-    from sft_recipes.scale import jobs
+    from sft_recipes.distributed import jobs
 
     print(jobs.job(recipe, on, out, overrides, image=image, gpu=gpu, cpu=cpu))
 
@@ -337,15 +337,15 @@ def schema(
         Path | None, typer.Option(help="Output file; `new` finds .sft-recipe.schema.json. Default: print it.")
     ] = None,
 ) -> None:
-    """Write the JSON schema of recipes, for completion in editors."""
-    from sft_recipes.recipe import editors
+    """Write the JSON schema of recipes, for completion in editor_schema."""
+    from sft_recipes.recipe import editor_schema
 
     if out is None:
-        print(editors.schema())
+        print(editor_schema.schema())
         return
-    print(editors.write(out))
+    print(editor_schema.write(out))
     print("For completion in editors, begin a recipe in the same directory with")
-    print(editors.line(Path(out.name)))
+    print(editor_schema.line(Path(out.name)))
 
 
 @app.command()
@@ -362,13 +362,13 @@ def convert(
     Reports every key's outcome on stderr.
     """
     from sft_recipes.convert import conversion
-    from sft_recipes.recipe import shipped
+    from sft_recipes.recipe import bundled
 
     converted = conversion.convert(file, source)
     if out is None:
         print(converted.text, end="")
     else:
-        print(shipped.write_new(out, converted.text))
+        print(bundled.write_new(out, converted.text))
     print(*converted.report(), sep="\n", file=sys.stderr)
 
 
@@ -380,9 +380,9 @@ def doctor(
 ) -> None:
     """Diagnose versions, devices, memory and disks, with a fix for each problem."""
     _quiet(debug)
-    from sft_recipes import doctor as looking
+    from sft_recipes.commands import doctor as looking
 
-    findings = looking.examine(hub=hub)
+    findings = looking.diagnose(hub=hub)
     ok = not any(finding.blocks_runs for finding in findings)
     if as_json:
         print(json.dumps({"ok": ok, "findings": [finding.as_dict() for finding in findings]}, indent=2))
@@ -402,9 +402,9 @@ def main() -> NoReturn:
     try:
         code = app(standalone_mode=False)
     except SFTRecipeError as error:
-        from sft_recipes.scale import ranks
+        from sft_recipes.distributed import ranks
 
-        elsewhere = ranks.report(error) or ranks.leaves_it_to_another(error)  # the launcher or another rank prints it
+        elsewhere = ranks.report(error) or ranks.is_reported_elsewhere(error)  # the launcher or another rank prints it
         if debug or not elsewhere:
             _print_error(traceback.format_exc().rstrip() if debug else str(error))
         code = error.exit_code

@@ -68,8 +68,8 @@ def verify_here() -> Iterator[Callable[..., Any]]:
     from sft_recipes.export import verify
 
     with pytest.MonkeyPatch.context() as patch:
-        elsewhere = verify.elsewhere
-        patch.setattr(verify, "elsewhere", verify.examine)
+        elsewhere = verify.verify_in_subprocess
+        patch.setattr(verify, "elsewhere", verify.compare_outputs)
         yield elsewhere
 
 
@@ -138,13 +138,13 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 def build(recipe: Path, folder: Path, *overrides: str, console: Console | None = None, stop: Any = None) -> Any:
     """A trainer that is ready to run in a directory, without the rest of a run."""
-    from sft_recipes.data import prepare, tokens
-    from sft_recipes.recipe import load
+    from sft_recipes.data import encoder, prepare
+    from sft_recipes.recipe import parse
     from sft_recipes.training import model, trainer
 
-    wanted = load.load(recipe, overrides).recipe
+    wanted = parse.load(recipe, overrides).recipe
     folder.mkdir(exist_ok=True)
     tokenizer = model.load_tokenizer(wanted.model)
-    data = prepare.prepare(wanted, tokens.of_transformers(tokenizer))
+    data = prepare.prepare(wanted, encoder.from_transformers(tokenizer))
     network = model.load_model(wanted, tokenizer)
     return trainer.build(wanted, network, tokenizer, data, folder, console or Console(quiet=True), stop)

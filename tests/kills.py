@@ -125,7 +125,7 @@ def start(file: Path, *overrides: str, resume: bool, force: bool = False, stop: 
     from sft_recipes.export import verify
     from sft_recipes.run import run
 
-    verify.elsewhere = verify.examine  # in this process, which has the libraries loaded
+    verify.verify_in_subprocess = verify.compare_outputs  # in this process, which has the libraries loaded
     run(str(file), overrides, resume=resume, force=force, stop=stop, console=Console(quiet=True))
 
 
@@ -143,18 +143,18 @@ def outcome(folder: Path) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
 
 def faults(folder: Path) -> list[str]:
     """Directories that have their final name and are not whole."""
-    from sft_recipes import files
+    from sft_recipes import atomic_files
 
     found = [
         f"{checkpoint.name}: {fault}"
         for checkpoint in (folder / "checkpoints").glob("checkpoint-*")
-        if (fault := files.fault(checkpoint))
+        if (fault := atomic_files.find_corruption(checkpoint))
     ]
     if (folder / "model").exists():
         report = next(
             folder / "model" / name for name in ("merge.json", "export.json") if (folder / "model" / name).exists()
         )
-        listed, there = json.loads(report.read_text("utf-8"))["files"], files.described(folder / "model")
+        listed, there = json.loads(report.read_text("utf-8"))["files"], atomic_files.file_hashes(folder / "model")
         found += [f"model/{name}" for name in listed if there.get(name) != listed[name]]
     if (folder / "adapter").exists() and not (folder / "adapter" / "tokenizer_config.json").exists():
         found.append("adapter: no tokenizer")

@@ -20,8 +20,8 @@ import pytest
 from pyarrow import parquet
 
 from sft_recipes import cli
-from sft_recipes.recipe import check as recipe_check
-from sft_recipes.recipe import upstream
+from sft_recipes.recipe import library_names
+from sft_recipes.recipe import validate as recipe_check
 from tests.conftest import write_rows
 
 TINY = Path(__file__).parents[1] / "sft_recipes" / "builtin" / "tiny"
@@ -938,7 +938,7 @@ def test_packages_that_are_missing(
     package: str, sft_recipe: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     override, expected = PACKAGES[package]
-    monkeypatch.setattr(recipe_check, "installed", lambda name: name != package and upstream.installed(name))
+    monkeypatch.setattr(recipe_check, "installed", lambda name: name != package and library_names.installed(name))
 
     check_refused(sft_recipe, ["check", "recipe.yaml", "--set", override], expected)
 
@@ -984,7 +984,7 @@ def test_a_fault_of_the_machine_is_a_line(sft_recipe: Callable[..., Said], monke
     def refuse(*_: Any) -> None:
         raise PermissionError(13, "Permission denied", "/root/secret")
 
-    monkeypatch.setattr("sft_recipes.checks.check", refuse)
+    monkeypatch.setattr("sft_recipes.commands.check.check", refuse)
 
     check_refused(sft_recipe, ["check", "recipe.yaml"], "/root/secret: Permission denied", code=1)
 

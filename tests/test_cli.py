@@ -122,7 +122,7 @@ def test_check_warns_of_data_that_teaches_something_else(write_recipe: WriteReci
 
 
 def test_check_looks_for_room(write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sft_recipes.checks import check
+    from sft_recipes.commands.check import check
 
     full = {"lora": None, "export": {"dtype": "float32"}}  # 3 checkpoints of 12 bytes a weight, a model of 4
     recipe = str(write_recipe(**full))

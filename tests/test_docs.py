@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from sft_recipes.recipe import check, load, shipped
-from sft_recipes.recipe.load import field_names
+from sft_recipes.recipe import bundled, parse, validate
+from sft_recipes.recipe.parse import field_names
 from sft_recipes.recipe.schema import Recipe
 from tests.conftest import minimal, write_rows
 
@@ -47,13 +47,13 @@ def test_the_recipe_of_the_readme_is_accepted(tmp_path: Path, monkeypatch: pytes
     write_rows(tmp_path / "data" / "train.jsonl")
     (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
 
-    assert check.accepted(tmp_path / "recipe.yaml")[1] == []
+    assert validate.load_valid(tmp_path / "recipe.yaml")[1] == []
 
 
 def test_the_readme_names_every_recipe_that_ships() -> None:
     readme = (ROOT / "README.md").read_text("utf-8")
 
-    assert all(f"(recipes/{name}.yaml)" in readme for name in (each.name for each in shipped.recipes()))
+    assert all(f"(recipes/{name}.yaml)" in readme for name in (each.name for each in bundled.recipes()))
 
 
 def test_the_readme_and_ci_test_alike() -> None:
@@ -80,7 +80,7 @@ def test_recipes_of_the_pages_are_read(page: Path, tmp_path: Path) -> None:
             whole[name] = {**whole.get(name, {}), **value} if isinstance(value, dict) else value
         file = tmp_path / "recipe.yaml"
         YAML(typ="safe", pure=True).dump(whole, file)
-        load.load(file)
+        parse.load(file)
 
 
 @pytest.mark.parametrize("page", MARKDOWN, ids=lambda page: page.name)

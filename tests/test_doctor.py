@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
-from sft_recipes import doctor
+from sft_recipes.commands import doctor
 from sft_recipes.recipe import machine as machine_lookup
 from tests.commands import sft_recipe
 
@@ -247,7 +247,7 @@ def test_a_missing_package_leaves_the_rest(monkeypatch: pytest.MonkeyPatch) -> N
     for name in ("_packages", "_devices", "_kernels"):
         monkeypatch.setattr(doctor, name, lambda: iter(()))
     monkeypatch.setattr(doctor, "_memory", lacking)
-    memory, *disks = doctor.examine()
+    memory, *disks = doctor.diagnose()
 
     assert memory == doctor.Finding(
         "memory", "missing", "cannot be checked: No module named 'psutil'", "pip install 'psutil'"
@@ -293,8 +293,8 @@ def test_the_hub_is_asked_only_for_the_asking(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.get_session", lambda: pytest.fail("it was asked"))
 
-    assert doctor.examine() == []
-    [offline] = doctor.examine(hub=True)
+    assert doctor.diagnose() == []
+    [offline] = doctor.diagnose(hub=True)
     assert offline.fix == "unset HF_HUB_OFFLINE"
 
 

@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOTrainer
 from trl.trainer.utils import use_adapter
 
-from sft_recipes.data import prepare, tokens
+from sft_recipes.commands.generate import talk
+from sft_recipes.data import encoder, prepare
 from sft_recipes.data.sequences import IGNORED
 from sft_recipes.export.merge import merge
-from sft_recipes.recipe import load
-from sft_recipes.talk import talk
+from sft_recipes.recipe import parse
 from sft_recipes.training import model
 from tests.conftest import WriteRecipe, minimal, run, write_rows
 
@@ -149,8 +149,8 @@ def test_pairs_are_the_tokens_of_the_fine_tuning(
     recipe = write_recipe(export={"dtype": "float32"}, data={"eval": None, "packing": "none", "shuffle": False})
     named = [f"data.template={tmp_path / 'chat.jinja'}"] if template == "chat" else []
     run(recipe, "train.max_steps=1", *named)
-    loaded = load.load(recipe, named).recipe
-    sft = prepare.prepare(loaded, tokens.of_transformers(model.load_tokenizer(loaded.model))).train
+    loaded = parse.load(recipe, named).recipe
+    sft = prepare.prepare(loaded, encoder.from_transformers(model.load_tokenizer(loaded.model))).train
     dpo = build(tmp_path / "run" / "model", folder / "pairs.jsonl", tmp_path / "out", **SETTINGS).train_dataset
 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")

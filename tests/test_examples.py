@@ -19,8 +19,8 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from sft_recipes.data import prepare, tokens
-from sft_recipes.recipe import load
+from sft_recipes.data import encoder, prepare
+from sft_recipes.recipe import parse
 from tests.commands import forked, sft_recipe
 from tests.conftest import write_rows
 from tests.test_docs import MARKDOWN, ROOT, recipes_of
@@ -156,10 +156,10 @@ def stand_in(arguments: Sequence[str], edits: Sequence[str], folder: Path) -> li
     if name not in ("run", "check", "preview", "plan"):
         return [*arguments]
     if "--processes" in rest:
-        name, rest = "check", rest[:1]  # of several processes: tests/scale
+        name, rest = "check", rest[:1]  # of several processes: tests/distributed
     told = [*edits] if rest[0] == "assignment.yaml" else []
     with contextlib.chdir(folder):
-        recipe = load.load(rest[0], told).recipe
+        recipe = parse.load(rest[0], told).recipe
     model, data = recipe.model.name, str(recipe.data.train)
     small = [] if model.startswith("builtin:") else [*MODEL]
     small += [] if data.startswith("builtin:") or (folder / data).exists() else DATA
@@ -215,9 +215,9 @@ def test_plain_trl_is_sixty_lines() -> None:
 def test_plain_trl_trains_on_the_same_tokens(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same documents with the same labels, under the same settings; only which share a sequence is not the same."""
     monkeypatch.chdir(checkout)
-    recipe = load.load("recipes/quickstart.yaml").recipe
+    recipe = parse.load("recipes/quickstart.yaml").recipe
     theirs = runpy.run_path(str(SCRIPT))["build"]()
-    ours = prepare.prepare(recipe, tokens.of_transformers(theirs.processing_class))
+    ours = prepare.prepare(recipe, encoder.from_transformers(theirs.processing_class))
     assert Counter(documents(theirs.train_dataset)) == Counter(documents(ours.train.table().to_pylist()))
     assert Counter(documents(theirs.eval_dataset)) == Counter(documents(ours.eval.table().to_pylist()))
 

@@ -25,10 +25,10 @@ from pyarrow import parquet
 from ruamel.yaml import YAML
 
 from sft_recipes import cli
-from sft_recipes.checks import check
+from sft_recipes.commands.check import check
 from sft_recipes.errors import SFTRecipeError
-from sft_recipes.recipe.load import field_names
-from sft_recipes.recipe.shipped import folder as shipped
+from sft_recipes.recipe.bundled import folder as shipped
+from sft_recipes.recipe.parse import field_names
 from tests.conftest import write_rows
 
 MOST = 4000  # characters of a line

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig
 
+from sft_recipes.commands.plan import Plan, plan
 from sft_recipes.errors import InputError, RecipeError
-from sft_recipes.plan import Plan, plan
-from sft_recipes.recipe import load
-from sft_recipes.training import fitting
+from sft_recipes.recipe import parse
+from sft_recipes.training import autosize
 from tests.conftest import WriteRecipe, metrics, run, write_rows
 
 LLAMA_3 = {"num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072}
@@ -194,7 +194,7 @@ def test_a_run_with_auto_writes_the_number_down_and_goes_on_with_it(write_recipe
     assert metrics(folder)
     resolved["train"]["micro_batch_size"] = 2
     (folder / "recipe.resolved.json").write_text(json.dumps(resolved), encoding="utf-8")
-    assert fitting.resolved(load.load(file, []).recipe, folder).train.micro_batch_size == 2  # as it was begun
+    assert autosize.resolve_for_run(parse.load(file, []).recipe, folder).train.micro_batch_size == 2  # as it was begun
 
 
 def test_a_run_leaves_checkpointing_out_where_there_is_room_and_resumes_as_it_was_begun(
@@ -209,7 +209,7 @@ def test_a_run_leaves_checkpointing_out_where_there_is_room_and_resumes_as_it_wa
     assert "gradient checkpointing off" in printed
     resolved["train"]["gradient_checkpointing"] = 2
     (folder / "recipe.resolved.json").write_text(json.dumps(resolved), encoding="utf-8")
-    assert fitting.resolved(load.load(file, []).recipe, folder).train.gradient_checkpointing == 2
+    assert autosize.resolve_for_run(parse.load(file, []).recipe, folder).train.gradient_checkpointing == 2
 
 
 def test_checkpointing_of_a_gpu_that_is_not_known_is_all_layers(tmp_path: Path) -> None:

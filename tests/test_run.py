@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from sft_recipes import run_folder
+from sft_recipes import run_dir
 from sft_recipes.data.templates import alpaca_prompt
 from tests.conftest import ROWS, WriteRecipe, minimal, run, write_rows
 
@@ -326,13 +326,13 @@ def test_shards(trained: Trained) -> None:
 
 
 def test_what_is_said_at_the_end_fails_no_run(write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    finish = run_folder.finish
+    finish = run_dir.finish
 
     def and_lose_the_log(folder: Path, memory: float) -> None:
         finish(folder, memory)
         (folder / "metrics.jsonl").unlink()
 
-    monkeypatch.setattr(run_folder, "finish", and_lose_the_log)
+    monkeypatch.setattr(run_dir, "finish", and_lose_the_log)
     folder, said = run(write_recipe(train={"max_steps": 1}))
 
     assert f"warning: cannot create the summary: {folder}: not a run directory (metrics.jsonl is missing)" in said

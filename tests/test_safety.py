@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 import torch
 
-from sft_recipes import checks, cli, files
+from sft_recipes import atomic_files, cli
+from sft_recipes.commands import check
 from sft_recipes.errors import InputError, RecipeError, RunError
 from sft_recipes.recipe import secrets
 from tests.conftest import WriteRecipe, run, write_rows
@@ -121,8 +122,8 @@ def test_pickles_beside_what_is_read(
 
 
 def seal_again(folder: Path) -> None:
-    (folder / files.CHECKSUMS).unlink()
-    files.seal(folder)
+    (folder / atomic_files.CHECKSUMS).unlink()
+    atomic_files.write_manifest(folder)
 
 
 def test_nothing_but_pickles(write_recipe: WriteRecipe, tmp_path: Path, planted: Planted, command: Command) -> None:
@@ -164,13 +165,13 @@ def test_pickles_in_the_cache(
     """An entry that holds objects is made anew."""
     monkeypatch.setenv("SFT_RECIPES_CACHE", str(tmp_path / "cache"))
     recipe = str(write_recipe())
-    before = checks.check(recipe).lines
+    before = check.check(recipe).lines
     [entry] = (tmp_path / "cache").rglob("documents.npz")
     with np.load(entry) as columns:
         kept = {name: columns[name] for name in columns.files}
     np.savez(entry, allow_pickle=True, **{**kept, "offsets": np.array([planted], dtype=object)})
 
-    assert checks.check(recipe).lines == before
+    assert check.check(recipe).lines == before
     with np.load(entry) as columns:
         assert columns["offsets"].tolist() == kept["offsets"].tolist()
 
@@ -315,7 +316,7 @@ def test_a_template_that_does_what_none_may(case: str, write_recipe: WriteRecipe
     template = tmp_path / "mine.jinja"
     template.write_text(SAY + UNSAFE[case])
     with pytest.raises(RecipeError) as caught:
-        checks.check(str(write_recipe(data={"template": str(template)})))
+        check.check(str(write_recipe(data={"template": str(template)})))
 
     [line] = caught.value.lines
     assert f"data.template: {template}: the template violates the sandbox: " in line

@@ -18,9 +18,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sft_recipes.builtin import world
+from sft_recipes.builtin import corpus
 from sft_recipes.data import formats, templates
-from sft_recipes.export.save import save_tokenizer
+from sft_recipes.export.save_model import save_tokenizer
 
 HERE = Path(__file__).parent
 BEGIN, END, PAD = "<|begin|>", "<|end|>", "<|pad|>"
@@ -30,8 +30,8 @@ LENGTH, BATCH, PEAK_RATE = 256, 32, 3e-3
 def write_rows(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in {
-        "train": world.rows(6000, seed=1),
-        "heldout": world.rows(200, seed=2, unseen=True),
+        "train": corpus.rows(6000, seed=1),
+        "heldout": corpus.rows(200, seed=2, unseen=True),
     }.items():
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
@@ -40,8 +40,8 @@ def write_rows(folder: Path) -> None:
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Train a byte-level BPE of 1,024 tokens on pretraining text and fine-tuning rows in the Alpaca template."""
     rng = random.Random(0)
-    text, render = [world.document(rng) for _ in range(5000)], templates.Alpaca()
-    text += [render(formats.to_example(row, "alpaca", {}, "")).text for row in world.rows(2000, seed=0)]
+    text, render = [corpus.document(rng) for _ in range(5000)], templates.Alpaca()
+    text += [render(formats.to_example(row, "alpaca", {}, "")).text for row in corpus.rows(2000, seed=0)]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -61,7 +61,7 @@ def token_blocks(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[torc
     """Yield endless batches (BATCH, LENGTH): documents with BOS and EOS, concatenated and chunked."""
     rng, stream = random.Random(seed), []
     while True:
-        documents = [world.document(rng) for _ in range(200)]
+        documents = [corpus.document(rng) for _ in range(200)]
         for encoding in tokenizer.backend_tokenizer.encode_batch_fast(documents):
             stream += [*encoding.ids, tokenizer.eos_token_id]
         while len(stream) >= BATCH * LENGTH:

@@ -17,9 +17,9 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from sft_recipes.convert.draft import Draft, Kind, Outcome, format_value, leaves
 from sft_recipes.convert.rules import Converter, Table, names, table
 from sft_recipes.errors import RecipeError, one_line
-from sft_recipes.recipe import check, load
-from sft_recipes.recipe.load import field_names
-from sft_recipes.recipe.upstream import OWNED, sft_config_fields
+from sft_recipes.recipe import parse, validate
+from sft_recipes.recipe.library_names import OWNED, sft_config_fields
+from sft_recipes.recipe.parse import field_names
 
 _MOST = 10_000  # keys of a config
 _TOOLS = [table(name) for name in names()]
@@ -138,11 +138,11 @@ def _validate(text: str, name: str) -> list[str]:
         file = Path(folder) / "recipe.yaml"
         file.write_text(text, encoding="utf-8")
         try:
-            loaded = load.load(file)
+            loaded = parse.load(file)
         except RecipeError as error:
             place = re.compile(re.escape(str(file)) + r"(:\d+)?")  # lines of the recipe are not the config's
             raise RecipeError(*(place.sub(lambda _: name, line) for line in error.lines)) from None
-    verdict = check.judge(loaded.recipe, to_run=False)
+    verdict = validate.validate(loaded.recipe, to_run=False)
     return verdict.problems + verdict.warnings
 
 

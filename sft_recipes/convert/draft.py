@@ -8,9 +8,9 @@ from typing import Any, Literal, get_args
 from pydantic import ValidationError
 
 from sft_recipes.errors import shown
-from sft_recipes.recipe.load import expectation, schema_of, section_class
+from sft_recipes.recipe.library_names import OWNED, sft_config_fields
+from sft_recipes.recipe.parse import expectation, schema_of, section_class
 from sft_recipes.recipe.schema import Recipe
-from sft_recipes.recipe.upstream import OWNED, sft_config_fields
 
 FILL_IN = "FILL_IN"  # placeholder for a required value that the config does not have
 Kind = Literal["unsupported", "becomes", "default", "not_needed", "unknown", "empty"]  # the worst first

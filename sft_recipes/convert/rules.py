@@ -20,8 +20,8 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from sft_recipes.convert.draft import Draft, Entry
-from sft_recipes.recipe.load import schema_of
-from sft_recipes.recipe.upstream import optimizers, schedulers
+from sft_recipes.recipe.library_names import optimizers, schedulers
+from sft_recipes.recipe.parse import schema_of
 
 FOLDER = Path(__file__).parent / "tables"
 SHARED = Path(__file__).parent / "training_arguments.yaml"

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from sft_recipes.data.tokens import PER_DOCUMENT, Documents
+from sft_recipes.data.encoder import PER_DOCUMENT, Documents
 from sft_recipes.errors import RunError
 
 _UNUSED = 30 * 24 * 3600  # seconds after which an unused entry is removed

@@ -7,22 +7,22 @@ from typing import Any
 
 import numpy as np
 
-from sft_recipes.data import choosing, faults, sources, templates
-from sft_recipes.data.accounting import SourceAccount
+from sft_recipes.data import lint, selection, sources, templates
+from sft_recipes.data.encoder import Encoder, LightTokenizer
 from sft_recipes.data.formats import Example
 from sft_recipes.data.packing import Ints
-from sft_recipes.data.reading import open_all, train_sources, with_splits
-from sft_recipes.data.sequences import Chosen, Sequences, lay_out
-from sft_recipes.data.tokenising import Tokenised, tokenise_all
-from sft_recipes.data.tokens import Encoder, LightTokenizer
-from sft_recipes.data.ways import refuse_two_templates, way_of
+from sft_recipes.data.readers import open_all, train_sources, with_splits
+from sft_recipes.data.renderers import choose_renderer, refuse_two_templates
+from sft_recipes.data.sequences import SelectedRows, Sequences, build_sequences
+from sft_recipes.data.stats import SourceStats
+from sft_recipes.data.tokenization import TokenizedSource, tokenize_all
 from sft_recipes.errors import DataError, ModelError
-from sft_recipes.recipe import model_files
+from sft_recipes.recipe import model_dir
 from sft_recipes.recipe.schema import Data, Recipe
 
 
 @dataclass(frozen=True)
-class Prompt:
+class TrainedPrompt:
     """Messages before an assistant turn, and the token ids of their prompt in training."""
 
     messages: list[dict[str, Any]]
@@ -37,7 +37,7 @@ class Prepared:
     eval: Sequences | None
     chat_template: str | None  # for the exported tokenizer; None keeps its own
     stops: list[int]  # EOS tokens of the documents, most frequent first
-    prompt: Prompt | None  # a prompt as trained, to verify the chat template
+    prompt: TrainedPrompt | None  # a prompt as trained, to verify the chat template
     share: float  # fraction of the training rows that was read; below 1 if time ran out
     warnings: list[str]  # each begins with a recipe key
 
@@ -63,30 +63,32 @@ def prepare(
     refuse_two_templates(data, first_of)
 
     # Text and tokens
-    with _said_of(recipe.model.name):
+    with _name_model_in_errors(recipe.model.name):
         encoder = Encoder(tokenizer)
-        renderers = {format: way_of(data, format, first, tokenizer, encoder) for format, first in first_of.items()}
-        tokenized = tokenise_all(opened, data, renderers, encoder, tokenizer, cached=cached, seconds=seconds)
+        renderers = {
+            format: choose_renderer(data, format, first, tokenizer, encoder) for format, first in first_of.items()
+        }
+        tokenized = tokenize_all(opened, data, renderers, encoder, tokenizer, cached=cached, seconds=seconds)
 
     # Train and eval split
     weights = [source.weight for source in train_sources(data)]
     train, evaluation = tokenized[: len(weights)], tokenized[len(weights) :]
-    selection = choosing.choose(_sizes(train), weights, _sizes(evaluation), data, rng)
+    split = selection.select_rows(_sizes(train), weights, _sizes(evaluation), data, rng)
 
     # Sequences
-    train_rows = _chosen(train, selection.train, _sizes(train), selection.held_out)
+    train_rows = _chosen(train, split.train, _sizes(train), split.held_out)
     if isinstance(data.eval, float):
-        eval_rows = _chosen(train, selection.eval, selection.held_out)
+        eval_rows = _chosen(train, split.eval, split.held_out)
     else:
-        eval_rows = _chosen(evaluation, selection.eval, _sizes(evaluation))
+        eval_rows = _chosen(evaluation, split.eval, _sizes(evaluation))
     eval_rows = [selected for selected in eval_rows if selected.stats.rows_read]
     sufficient = _sufficient_length([*train_rows, *eval_rows], recipe.model.name)
-    train_sequences = lay_out(train_rows, data, rng if data.shuffle else None, sufficient)
+    train_sequences = build_sequences(train_rows, data, rng if data.shuffle else None, sufficient)
     if not train_sequences.stats.trained_tokens:
         raise DataError(
             "data.train: no trained tokens in the dataset (all labels are masked). Check data.format and data.train_on."
         )
-    eval_sequences = lay_out(eval_rows, data, None, sufficient) if eval_rows else None
+    eval_sequences = build_sequences(eval_rows, data, None, sufficient) if eval_rows else None
     if eval_sequences is not None and not eval_sequences.stats.trained_tokens:
         raise DataError(
             "data.eval: no trained tokens in the evaluation rows (all labels are masked). "
@@ -95,15 +97,13 @@ def prepare(
 
     # Warnings
     warnings = [
-        line
-        for renderer in renderers.values()
-        for line in faults.another_template(renderer, recipe.model.name, tokenizer)
+        line for renderer in renderers.values() for line in lint.check_template(renderer, recipe.model.name, tokenizer)
     ]
-    warnings += faults.without_end(train_sequences)
+    warnings += lint.check_eos(train_sequences)
     if eval_sequences is not None:
-        warnings += faults.overlap(train_sequences, eval_sequences, data)
+        warnings += lint.check_overlap(train_sequences, eval_sequences, data)
 
-    stops = [source.documents.stops[rows] for source, rows in zip(train, selection.train, strict=True)]
+    stops = [source.documents.stops[rows] for source, rows in zip(train, split.train, strict=True)]
     chat = next((source for source in train if source.renderer.chat_source is not None), None)
     return Prepared(
         train_sequences,
@@ -117,7 +117,7 @@ def prepare(
 
 
 @contextmanager
-def _said_of(model: str) -> Iterator[None]:
+def _name_model_in_errors(model: str) -> Iterator[None]:
     """Prefix errors of the tokenizer with the model's name."""
     try:
         yield
@@ -125,17 +125,17 @@ def _said_of(model: str) -> Iterator[None]:
         raise ModelError(*(f"model.name: {model}: {line}" for line in error.lines)) from None
 
 
-def _sufficient_length(chosen: Sequence[Chosen], model: str) -> int | None:
+def _sufficient_length(chosen: Sequence[SelectedRows], model: str) -> int | None:
     """Return the smallest `max_length` that fits all rows; None if the model's context is shorter."""
     longest = max(int(np.diff(selected.documents.offsets)[selected.rows].max(initial=0)) for selected in chosen)
     with suppress(ModelError):
-        folder = model_files.directory(model)
-        context = model_files.positions(model_files.config(folder)) if folder else None
+        folder = model_dir.directory(model)
+        context = model_dir.positions(model_dir.config(folder)) if folder else None
         return longest if context is None or longest <= context else None
     return longest
 
 
-def _sizes(tokenized: Sequence[Tokenised]) -> list[int]:
+def _sizes(tokenized: Sequence[TokenizedSource]) -> list[int]:
     return [len(source.documents) for source in tokenized]
 
 
@@ -150,16 +150,16 @@ def fingerprints(recipe: Recipe) -> dict[str, str]:
 
 
 def _chosen(
-    tokenized: Sequence[Tokenised], rows: Sequence[Ints], rows_read: Sequence[int], held_out: Sequence[int] = ()
-) -> list[Chosen]:
+    tokenized: Sequence[TokenizedSource], rows: Sequence[Ints], rows_read: Sequence[int], held_out: Sequence[int] = ()
+) -> list[SelectedRows]:
     """Combine the selected rows of each source with its documents and new statistics."""
     chosen = []
     for source, selected, read, held in zip(tokenized, rows, rows_read, held_out or [0] * len(rows), strict=True):
-        stats = SourceAccount(source.rows.source.path, source.rows.format or "", source.renderer.name, read, held)
+        stats = SourceStats(source.rows.source.path, source.rows.format or "", source.renderer.name, read, held)
         stats.not_sampled = read - held - len(np.unique(selected))
         if source.total > len(source.documents):
             stats.sampled = f"the first {len(source.documents):,} of about {source.total:,}"
-        chosen.append(Chosen(source.documents, selected, stats, source.rows.places))
+        chosen.append(SelectedRows(source.documents, selected, stats, source.rows.places))
     return chosen
 
 
@@ -168,10 +168,12 @@ def _most_frequent_first(stops: Ints) -> list[int]:
     return [int(stop) for stop in values[np.argsort(-counts, kind="stable")]]
 
 
-def _trained_prompt(source: Tokenised, data: Data, encoder: Encoder, tokenizer: LightTokenizer) -> Prompt | None:
+def _trained_prompt(
+    source: TokenizedSource, data: Data, encoder: Encoder, tokenizer: LightTokenizer
+) -> TrainedPrompt | None:
     """Encode a prompt as in training: "Hello", or the first row's if the template rejects that."""
     completion = data.model_copy(update={"train_on": "completion"})
-    renderer = way_of(completion, source.rows.format or "", source.first, tokenizer, encoder)
+    renderer = choose_renderer(completion, source.rows.format or "", source.first, tokenizer, encoder)
     hello = Example("", [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}])
     for example in (hello, source.first):
         try:
@@ -183,6 +185,6 @@ def _trained_prompt(source: Tokenised, data: Data, encoder: Encoder, tokenizer: 
         return None  # prompt and answer cannot be separated, which only train_on: all allows
     ids, trained = encoder.encode([rendered])[0]
     messages = example.messages[:-1]
-    return Prompt(
+    return TrainedPrompt(
         templates.as_chat(messages) if rendered.writes_specials else messages, ids[: int(trained.argmax())].tolist()
     )

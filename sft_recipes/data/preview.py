@@ -15,7 +15,7 @@ _CONTROLS = {code: 0x2400 + code for code in range(32) if code != ord("\n")} | {
 LEGEND = "tokens are separated by |; trained tokens are between ⟦ and ⟧"
 
 
-def choose(sequences: Sequences, count: int, rows: Sequence[str], seed: int) -> list[int]:
+def select_sequences(sequences: Sequences, count: int, rows: Sequence[str], seed: int) -> list[int]:
     """Select the sequences that contain `rows`, or `count` random ones if there are none.
 
     A row is given as `file:line` or as its number, from 1, in the first source. Raises DataError if no sequence contains it.

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft_recipes.data import packing
-from sft_recipes.data.accounting import Account, SourceAccount, percentiles
+from sft_recipes.data.encoder import Documents
 from sft_recipes.data.packing import Ints
-from sft_recipes.data.tokens import Documents
+from sft_recipes.data.stats import DatasetStats, SourceStats, percentiles
 from sft_recipes.errors import DataError
 from sft_recipes.recipe.schema import Data
 
@@ -22,12 +22,12 @@ _BATCH = 4096  # sequences per record batch
 
 
 @dataclass(frozen=True)
-class Chosen:
+class SelectedRows:
     """Selected rows of one source, ascending; a repeated row is trained repeatedly."""
 
     documents: Documents
     rows: Ints
-    stats: SourceAccount
+    stats: SourceStats
     places: Callable[[Collection[int]], dict[int, str]]  # row number -> file:line
 
 
@@ -39,13 +39,13 @@ class Sequences:
     bounds[s + 1] - 1.
     """
 
-    chosen: Sequence[Chosen]
+    chosen: Sequence[SelectedRows]
     source: Ints
     row: Ints
     start: Ints
     end: Ints
     bounds: Ints
-    stats: Account
+    stats: DatasetStats
     isolated: bool  # documents in one sequence do not attend to each other
 
     def __len__(self) -> int:
@@ -119,16 +119,16 @@ class Sequences:
         }
 
 
-def lay_out(
-    chosen: Sequence[Chosen], data: Data, rng: np.random.Generator | None, sufficient: int | None = None
+def build_sequences(
+    chosen: Sequence[SelectedRows], data: Data, rng: np.random.Generator | None, sufficient: int | None = None
 ) -> Sequences:
     """Build sequences from documents, shuffled by `rng` if given, and fill in the statistics.
 
     Raises DataError if rows are too long and `overlong` is `error`; it recommends the `max_length` that is `sufficient`.
     """
     isolated = not data.cross_document_attention
-    totals = Account([selected.stats for selected in chosen], packing=data.packing, max_length=data.max_length)
-    _look_at(chosen)
+    totals = DatasetStats([selected.stats for selected in chosen], packing=data.packing, max_length=data.max_length)
+    _count_rows(chosen)
     # The tokens [start, end) of every selected document; they are truncated, split and dropped below.
     source = np.repeat(np.arange(len(chosen)), [len(selected.rows) for selected in chosen])
     row = np.concatenate([selected.rows for selected in chosen])
@@ -186,7 +186,7 @@ def lay_out(
     return sequences
 
 
-def _look_at(chosen: Sequence[Chosen]) -> None:
+def _count_rows(chosen: Sequence[SelectedRows]) -> None:
     """Count rows, lengths, empty answers, lossy rows and duplicates, before any row is dropped."""
     distinct = [np.unique(selected.rows) for selected in chosen]  # rows repeated by a weight are not duplicates
     digests = np.concatenate(
@@ -218,7 +218,7 @@ def _count(sequences: Sequences) -> None:
         selected.stats.trained_tokens = int(trained[of_source].sum())
 
 
-def _trained(chosen: Sequence[Chosen], source: Ints, start: Ints, end: Ints) -> Ints:
+def _trained(chosen: Sequence[SelectedRows], source: Ints, start: Ints, end: Ints) -> Ints:
     """Count trained tokens per range [start, end); ranges ascend within each source."""
     counts = np.zeros(len(source), dtype=np.int64)
     for number, selected in enumerate(chosen):
@@ -235,7 +235,13 @@ def _trained(chosen: Sequence[Chosen], source: Ints, start: Ints, end: Ints) -> 
 
 
 def _overlong_message(
-    chosen: Sequence[Chosen], source: Ints, row: Ints, start: Ints, end: Ints, max_length: int, sufficient: int | None
+    chosen: Sequence[SelectedRows],
+    source: Ints,
+    row: Ints,
+    start: Ints,
+    end: Ints,
+    max_length: int,
+    sufficient: int | None,
 ) -> str:
     """Describe the lengths of all rows, and recommend only settings that work."""
     lengths = end - start

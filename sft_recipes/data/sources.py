@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_recipes.errors import DataError, shown
-from sft_recipes.recipe import model_files
+from sft_recipes.recipe import model_dir
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 TRAIN = ("train",)  # default splits of a Hub dataset; the first one that exists is read
@@ -26,7 +26,7 @@ BUILTIN = Path(__file__).parent.parent / "builtin"
 
 
 @dataclass(slots=True)  # creating a frozen dataclass takes three times as long
-class Row:
+class SourceRow:
     """One row and its location, `file:line` (tables: `file:row N`)."""
 
     place: str
@@ -46,7 +46,7 @@ def files(path: str) -> list[Path] | None:
                 f"{path}: unknown built-in dataset. Choose one of {', '.join(f'builtin:{name}' for name in bundled)}."
             )
         return found
-    if reason := model_files.unusable(path):
+    if reason := model_dir.unusable(path):
         raise DataError(f"{path}: {reason}. Use the path of a file, or a Hub id.")
     if any(sign in path for sign in "*?[") and not Path(path).exists():
         found_paths = map(Path, glob.glob(path, recursive=True))  # noqa: PTH207  # Path.glob rejects absolute patterns
@@ -62,7 +62,7 @@ def files(path: str) -> list[Path] | None:
         if not inside:
             raise DataError(f"{path}: this directory contains no data files ({', '.join(SUFFIXES)}, optionally .gz).")
         return inside
-    if _kind(file) or not model_files.could_be_hub_id(path):
+    if _kind(file) or not model_dir.could_be_hub_id(path):
         raise DataError(f"{path}: file not found (working directory: {Path.cwd()}).")
     return None
 
@@ -113,7 +113,7 @@ def _count(file: Path) -> int:
         return lines
 
 
-def read(path: str, name: str | None = None, splits: tuple[str, ...] = TRAIN) -> Iterator[Row | DataError]:
+def iter_rows(path: str, name: str | None = None, splits: tuple[str, ...] = TRAIN) -> Iterator[SourceRow | DataError]:
     """Yield the rows of all files of `path`; an invalid row is yielded as the DataError that describes it.
 
     Of a Hub dataset, `name` is the configuration, and the first of `splits` that exists is read. Raises DataError if a file
@@ -146,7 +146,7 @@ def _bytes(file: Path) -> Any:
     return gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb")
 
 
-def _jsonl(file: Path) -> Iterator[Row | DataError]:
+def _jsonl(file: Path) -> Iterator[SourceRow | DataError]:
     with _bytes(file) as stream:
         for number, line in enumerate(stream, start=1):
             place = f"{file}:{number}"
@@ -164,7 +164,7 @@ def _jsonl(file: Path) -> Iterator[Row | DataError]:
                 yield _row(place, values)
 
 
-def _json(file: Path) -> Iterator[Row | DataError]:
+def _json(file: Path) -> Iterator[SourceRow | DataError]:
     with _bytes(file) as stream:
         content = stream.read()
     try:
@@ -183,7 +183,7 @@ def _json(file: Path) -> Iterator[Row | DataError]:
         yield _row(f"{file}:row {number}", values)
 
 
-def _csv(file: Path) -> Iterator[Row | DataError]:
+def _csv(file: Path) -> Iterator[SourceRow | DataError]:
     csv.field_size_limit(1 << 30)  # the default, 128 KiB per field, is shorter than a long document
     with _bytes(file) as stream:
         reader = csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), strict=True)
@@ -198,14 +198,14 @@ def _csv(file: Path) -> Iterator[Row | DataError]:
                         f"{place}: number of fields differs from the header (expected {len(reader.fieldnames or [])})."
                     )
                 else:
-                    yield Row(place, values)
+                    yield SourceRow(place, values)
         except UnicodeDecodeError:
             raise DataError(f"{file}:{reader.line_num + 1} or later: invalid UTF-8. Save the file as UTF-8.") from None
         except csv.Error as error:
             raise DataError(f"{file}:{reader.line_num + 1} or later: invalid CSV: {error}.") from None
 
 
-def _parquet(file: Path) -> Iterator[Row | DataError]:
+def _parquet(file: Path) -> Iterator[SourceRow | DataError]:
     import pyarrow
     from pyarrow import parquet
 
@@ -215,17 +215,17 @@ def _parquet(file: Path) -> Iterator[Row | DataError]:
             for batch in parquet.ParquetFile(stream).iter_batches():
                 for values in batch.to_pylist():
                     number += 1
-                    yield Row(f"{file}:row {number}", _as_written(values))
+                    yield SourceRow(f"{file}:row {number}", _as_written(values))
     except UnicodeDecodeError:
         raise DataError(f"{file}:row {number + 1} or later: invalid UTF-8. Write the file again as UTF-8.") from None
     except (pyarrow.ArrowException, ArithmeticError, ValueError) as error:  # also for dates out of range
         raise DataError(f"{file}: invalid Parquet file: {_one_line(error)}. Download it again.") from None
 
 
-def _hub(path: str, name: str | None, splits: tuple[str, ...]) -> Iterator[Row]:
+def _hub(path: str, name: str | None, splits: tuple[str, ...]) -> Iterator[SourceRow]:
     rows, split = _from_hub(path, name, splits)
     for number, values in enumerate(rows, start=1):
-        yield Row(f"{path}:{split}:row {number}", _as_written(values))
+        yield SourceRow(f"{path}:{split}:row {number}", _as_written(values))
 
 
 def _as_written(values: Any) -> Any:
@@ -262,9 +262,9 @@ def _from_hub(path: str, name: str | None, splits: tuple[str, ...]) -> tuple[Any
         ) from None
 
 
-def _row(place: str, values: Any) -> Row | DataError:
+def _row(place: str, values: Any) -> SourceRow | DataError:
     if isinstance(values, dict):
-        return Row(place, values)
+        return SourceRow(place, values)
     return DataError(f"{place}: expected an object with columns (got {shown(values)}).")
 
 

@@ -15,17 +15,17 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from sft_recipes.atomic_files import atomic_dir, file_hashes, write_json
 from sft_recipes.errors import ModelError, OutputError, RunError, SFTRecipeError
-from sft_recipes.export import load, probe, reference, tensors, verify
-from sft_recipes.export.changes import Merged, NotRowByRow, refuse_incomplete
-from sft_recipes.export.load import Origin
+from sft_recipes.export import load_adapter, probe, reference, safetensors_io, verify
+from sft_recipes.export.dequantize import dequantized
+from sft_recipes.export.load_adapter import Origin
+from sft_recipes.export.lora_deltas import NotStreamable, TensorMerger, refuse_incomplete
 from sft_recipes.export.probe import Probe, rows_of_texts
-from sft_recipes.export.quantized import dequantized
 from sft_recipes.export.reference import Record, run_model
-from sft_recipes.export.save import DTYPES, save_around, save_model
+from sft_recipes.export.save_model import DTYPES, save_around, save_model
 from sft_recipes.export.weights import check_bits
-from sft_recipes.files import complete_or_not_there, described, write_json
-from sft_recipes.recipe import model_files
+from sft_recipes.recipe import model_dir
 
 FILE = "merge.json"  # in the merged model's directory
 BASES = ("original", "dequantized")
@@ -64,23 +64,23 @@ def merge(
     one with the lower loss on the held-out rows is kept. Raises ModelError where adapter and base do not fit or the result is
     not finite, OutputError where `out` is in use, RunError where the result is not the model that was trained.
     """
-    if reason := model_files.unusable(str(out)) or (None if out.exists() else model_files.not_to_be_made(str(out))):
+    if reason := model_dir.unusable(str(out)) or (None if out.exists() else model_dir.path_problem(str(out))):
         raise OutputError(f"{out}: cannot be made: {reason}; choose another --out")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out}: in use; choose another --out, or remove it")
-    of = load.origin(adapter, None if base in BASES else base)
+    of = load_adapter.origin(adapter, None if base in BASES else base)
     known = probe.of_adapter(adapter) or Probe()
     if base in BASES and not known.quantization:
         raise ModelError(
             f"--base {base}: {adapter} is not known to have been trained on a quantised base; merge it from its run's "
             "directory, or say where the base is"
         )
-    tokenizer = load.tokenizer_of(of, trust_remote_code=trust_remote_code)
-    stops = load.stops(adapter, tokenizer)
+    tokenizer = load_adapter.tokenizer_of(of, trust_remote_code=trust_remote_code)
+    stops = load_adapter.stops(adapter, tokenizer)
     job = _Job(adapter, of, known, tokenizer, stops, dtype, max_shard_size, trust_remote_code)
     names = [base] if base in BASES else [*BASES] if known.quantization else ["original"]
     try:
-        with complete_or_not_there(out) as folder:
+        with atomic_dir(out) as folder:
             ways = {name: _write(job, folder / name, name, out) for name in names if name}
             folders = {name: folder / name for name, way in ways.items() if way is not None}
             if not folders:
@@ -108,7 +108,7 @@ def merge(
 
 def write_report(file: Path, report: Mapping[str, Any]) -> None:
     """Write a report of a model's directory, with size and SHA-256 of every file in it."""
-    write_json(file, {**report, "files": described(file.parent)})
+    write_json(file, {**report, "files": file_hashes(file.parent)})
 
 
 def _proven(
@@ -133,7 +133,7 @@ def _proven(
         trust_remote_code=job.trust_remote_code,
     )
     try:
-        return verify.prove(request)
+        return verify.verify(request)
     except RunError as error:
         raise RunError(*(f"{out}: not kept: {line}" for line in error.lines)) from error
 
@@ -145,7 +145,7 @@ def _write(job: _Job, folder: Path, kind: str, out: Path) -> str | None:
         try:
             _row_by_row(job, folder, dequantize=kind == "dequantized")
             return "rows"
-        except NotRowByRow as error:
+        except NotStreamable as error:
             if kind == "dequantized":
                 return None
             _in_memory(job, folder, out)
@@ -159,17 +159,17 @@ def _write(job: _Job, folder: Path, kind: str, out: Path) -> str | None:
 
 def _row_by_row(job: _Job, folder: Path, *, dequantize: bool) -> None:
     of = job.of
-    with load.as_base_error(of.base):
-        files = load.files(of)
+    with load_adapter.as_base_error(of.base):
+        files = load_adapter.files(of)
         config = AutoConfig.from_pretrained(files, trust_remote_code=job.trust_remote_code)
-        model_files.refuse_kernels(config, trust_remote_code=job.trust_remote_code)
+        model_dir.reject_hub_kernels(config, trust_remote_code=job.trust_remote_code)
         if getattr(config, "auto_map", None):
-            raise NotRowByRow("the base brings code of its own")
+            raise NotStreamable("the base brings code of its own")
         if getattr(config, "quantization_config", None):
             raise ModelError(f"{of.base}: the base is stored quantised; give the one it was made from with --base")
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=DTYPES[job.dtype])
-        base = tensors.in_model(files)
+        base = safetensors_io.in_model(files)
         if (files / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(files)
         with torch.device("meta"):
@@ -178,9 +178,9 @@ def _row_by_row(job: _Job, folder: Path, *, dequantize: bool) -> None:
     if dequantize:
         assert job.probe.quantization is not None
         base = dequantized(base, model, job.probe.quantization, DTYPES[job.probe.loaded])
-    merged = Merged(job.adapter, of.config, base, model)
+    merged = TensorMerger(job.adapter, of.config, base, model)
     try:
-        tensors.write(merged.wanted, folder, DTYPES[job.dtype], job.max_shard_size)
+        safetensors_io.write(merged.wanted, folder, DTYPES[job.dtype], job.max_shard_size)
     except ModelError as error:
         raise ModelError(f"{job.adapter}: cannot be merged: {error}") from None
     text = model.config.get_text_config()
@@ -192,7 +192,7 @@ def _row_by_row(job: _Job, folder: Path, *, dequantize: bool) -> None:
 
 
 def _in_memory(job: _Job, folder: Path, out: Path) -> None:
-    adapted, _ = load.adapted(
+    adapted, _ = load_adapter.adapted(
         job.adapter, torch.float32, base=job.of.base, revision=job.of.revision, trust_remote_code=job.trust_remote_code
     )
     merged = adapted.merge_and_unload(safe_merge=True)  # ValueError where a number is not finite

@@ -19,12 +19,12 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 
+from sft_recipes.atomic_files import atomic_file
 from sft_recipes.data.prepare import Prepared
 from sft_recipes.data.sequences import IGNORED
 from sft_recipes.errors import ModelError
 from sft_recipes.export.probe import rows_of
-from sft_recipes.export.save import DTYPES
-from sft_recipes.files import replaced
+from sft_recipes.export.save_model import DTYPES
 from sft_recipes.recipe.schema import Recipe
 
 Rows = Sequence[dict[str, list[int]]]
@@ -91,7 +91,7 @@ class Record:
             for part in _PARTS
             for row, tensor in enumerate(getattr(outputs, part))
         }
-        with replaced(file) as partial:
+        with atomic_file(file) as partial:
             save_file(tensors, partial, metadata={"compute": self.compute})
 
 

@@ -28,11 +28,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sft_recipes.errors import RunError
-from sft_recipes.export import load, reference
+from sft_recipes.export import load_adapter, reference
 from sft_recipes.export.probe import TEXTS
 from sft_recipes.export.reference import Change, Outputs, Record, at_once, rounding, run_model
-from sft_recipes.export.save import DTYPES
-from sft_recipes.export.tensors import in_file, in_model
+from sft_recipes.export.safetensors_io import in_file, in_model
+from sft_recipes.export.save_model import DTYPES
 from sft_recipes.export.weights import Expected
 
 _ADAPTER = "adapter_model.safetensors"
@@ -72,15 +72,15 @@ class Request:
     trust_remote_code: bool = False
 
 
-def prove(request: Request) -> dict[str, dict[str, Any]]:
+def verify(request: Request) -> dict[str, dict[str, Any]]:
     """Figures of each model. Raises RunError with everything that is wrong with them."""
-    said = elsewhere(request)
+    said = verify_in_subprocess(request)
     if said["problems"]:
         raise RunError(*said["problems"])
     return dict(said["figures"])
 
 
-def elsewhere(request: Request) -> dict[str, Any]:
+def verify_in_subprocess(request: Request) -> dict[str, Any]:
     """What `examine` says, in a fresh process."""
     command = [sys.executable, "-P", "-m", "sft_recipes.export.verify"]  # -P: nothing from the working directory
     own = str(Path(__file__).parents[2])
@@ -105,7 +105,7 @@ def elsewhere(request: Request) -> dict[str, Any]:
     return dict(json.loads(last))
 
 
-def examine(request: Request) -> dict[str, Any]:
+def compare_outputs(request: Request) -> dict[str, Any]:
     """`problems`, a line each, and `figures` of each model."""
     folders = {name: Path(folder) for name, folder in request.models.items()}
     problems = [problem for folder in folders.values() for problem in _around_the_weights(request, folder)]
@@ -213,7 +213,7 @@ def _sums(model: Any, expected: Expected, request: Request) -> Change:
 
     @cache
     def base() -> Any:
-        held = _held(load.files_of(request.base, request.revision))
+        held = _held(load_adapter.files_of(request.base, request.revision))
         return AutoModelForCausalLM.from_pretrained(
             request.base, revision=request.revision, dtype=held, **_options(request)
         )
@@ -274,7 +274,7 @@ def _references(
     quantized base."""
 
     def of_adapter(dtype: torch.dtype, **quantization: Any) -> tuple[Outputs, Outputs]:
-        model, _ = load.adapted(
+        model, _ = load_adapter.adapted(
             Path(str(request.adapter)), dtype, base=request.base, revision=request.revision, device_map=device_map,
             trust_remote_code=request.trust_remote_code, **quantization,
         )  # fmt: skip
@@ -283,7 +283,7 @@ def _references(
         with model.disable_adapter():
             return trained, run_model(model, rows)
 
-    base_files = load.files_of(request.base, request.revision)
+    base_files = load_adapter.files_of(request.base, request.revision)
     held = _held(base_files)
     if request.adapter is not None and (
         request.merged  # some adapters change the base as they are loaded
@@ -337,7 +337,7 @@ def _expected(request: Request, name: str) -> Expected | None:
         return None
     adapter = Path(request.adapter)
     return Expected(
-        adapter, load.origin(adapter, request.base), request.dtype, trust_remote_code=request.trust_remote_code,
+        adapter, load_adapter.origin(adapter, request.base), request.dtype, trust_remote_code=request.trust_remote_code,
         quantization=request.quantization if name == "dequantized" else None, loaded=request.loaded,
     )  # fmt: skip
 
@@ -399,4 +399,4 @@ def _around_the_weights(request: Request, folder: Path) -> Iterator[str]:
 if __name__ == "__main__":
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with the process that asked for it
-    print(json.dumps(examine(Request(**json.load(sys.stdin)))))
+    print(json.dumps(compare_outputs(Request(**json.load(sys.stdin)))))

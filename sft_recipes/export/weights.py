@@ -16,12 +16,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sft_recipes.errors import RunError
-from sft_recipes.export import load, tensors
-from sft_recipes.export.changes import names_of_ends
-from sft_recipes.export.load import Origin
-from sft_recipes.export.quantized import dequantized
-from sft_recipes.export.save import DTYPES
-from sft_recipes.export.tensors import Stored
+from sft_recipes.export import load_adapter, safetensors_io
+from sft_recipes.export.dequantize import dequantized
+from sft_recipes.export.load_adapter import Origin
+from sft_recipes.export.lora_deltas import names_of_ends
+from sft_recipes.export.safetensors_io import Stored
+from sft_recipes.export.save_model import DTYPES
 
 _PREFIX = "base_model.model."
 _BLOCK = 1 << 20  # elements at once
@@ -107,20 +107,20 @@ class Expected:
         quantization: Mapping[str, Any] | None = None,
         loaded: str = "float32",
     ) -> None:
-        files = load.files(of)
+        files = load_adapter.files(of)
         config = AutoConfig.from_pretrained(files, trust_remote_code=trust_remote_code)
         self._dtype = DTYPES[dtype]
         with torch.device("meta"):
             network = AutoModelForCausalLM.from_config(config, dtype=self._dtype)
         self._head = names_of_ends(network)[1]
-        self._base = tensors.in_model(files)
+        self._base = safetensors_io.in_model(files)
         if quantization is not None:
             self._base = dequantized(self._base, network, quantization, DTYPES[loaded])
         self._sums = _sums(adapter, of, self._base, network)
 
     def problems(self, folder: Path) -> list[str]:
         """Compare every tensor in the files of a merged model, and return what is wrong."""
-        written, sums = tensors.in_model(folder), self._sums
+        written, sums = safetensors_io.in_model(folder), self._sums
         problems = [
             f"{name} is a tensor of neither base nor adapter" for name in sorted(written.keys() - sums.keys())[:1]
         ]
@@ -158,7 +158,7 @@ class Expected:
 
 def _sums(adapter: Path, of: Origin, base: Mapping[str, Stored], network: PreTrainedModel) -> dict[str, _Sum]:
     """What each tensor should be, by its name in the files."""
-    given = tensors.in_file(adapter / "adapter_model.safetensors")
+    given = safetensors_io.in_file(adapter / "adapter_model.safetensors")
     embeddings, head = names_of_ends(network)
 
     def in_files(name: str) -> str:
@@ -264,6 +264,6 @@ def _name(dtype: torch.dtype) -> str:
 def check_bits(model: PreTrainedModel, folder: Path, out: Path) -> None:
     """Raise RunError if a weight in the files is not bitwise the one in memory."""
     held = model.state_dict()
-    for name, stored in tensors.in_model(folder).items():
+    for name, stored in safetensors_io.in_model(folder).items():
         if name in held and not torch.equal(stored.whole(), held[name].cpu()):
             raise RunError(f"{out}: not kept: {name} is not in the file as it is in memory")

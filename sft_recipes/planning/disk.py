@@ -4,8 +4,8 @@ import shutil
 from pathlib import Path
 
 from sft_recipes.errors import OutputError
-from sft_recipes.recipe.check import STOCHASTIC_ROUNDING
 from sft_recipes.recipe.schema import Recipe
+from sft_recipes.recipe.validate import STOCHASTIC_ROUNDING
 
 _WRITTEN = ("checkpoints", "adapter", "model")
 _CONFIGS = 100_000  # bytes of what is written beside weights and tokenizer

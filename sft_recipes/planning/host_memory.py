@@ -5,8 +5,8 @@ from pathlib import Path
 
 import psutil
 
-from sft_recipes.planning.memory import GIB, Footprint, in_words
-from sft_recipes.recipe import model_files
+from sft_recipes.planning.memory import GIB, Footprint, format_bytes
+from sft_recipes.recipe import model_dir
 from sft_recipes.recipe.schema import Recipe
 
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -46,7 +46,7 @@ class HostMemory:
         return {name: size for name, size in named.items() if size is not None}
 
     def __str__(self) -> str:
-        return ", ".join(f"{in_words(size)} to {name}" for name, size in self.stages.items())
+        return ", ".join(f"{format_bytes(size)} to {name}" for name, size in self.stages.items())
 
 
 def predict(recipe: Recipe, model: Model, device: str) -> HostMemory:
@@ -92,11 +92,11 @@ def of_footprint(footprint: Footprint, embeddings: float) -> Model:
 
 def of_files(recipe: Recipe) -> Model | None:
     """The model of a local directory, without torch; None if its files do not tell, or it is on the hub."""
-    parameters = model_files.parameters(recipe.model.name)
-    folder = model_files.directory(recipe.model.name)
+    parameters = model_dir.parameters(recipe.model.name)
+    folder = model_dir.directory(recipe.model.name)
     if parameters is None or folder is None:
         return None
-    config = model_files.config(folder)
+    config = model_dir.config(folder)
     names = (("vocab_size",), ("hidden_size", "n_embd"), ("num_hidden_layers", "n_layer"))
     values = [next((config[name] for name in some if type(config.get(name)) is int), 0) for some in names]
     words, width, layers = values
@@ -112,13 +112,13 @@ def lacking(needed: HostMemory) -> str | None:
     short = {name: size for name, size in needed.stages.items() if size > total}
     if not short:
         return None
-    stages = ", ".join(f"{in_words(size)} to {name}" for name, size in short.items())
+    stages = ", ".join(f"{format_bytes(size)} to {name}" for name, size in short.items())
     remedy = "Run it on a machine with more memory"
     if short.keys() <= {"merge", "verify"} and needed.merge is not None:
         remedy += ", or set export.merge: false and merge the adapter elsewhere with `sft-recipe merge`"
     elif "load" in short:
         remedy += ", or set model.dtype: bfloat16 if it is float32"
-    return f"host memory: the run takes {stages} (this machine has {in_words(total)}). {remedy}."
+    return f"host memory: the run takes {stages} (this machine has {format_bytes(total)}). {remedy}."
 
 
 def installed() -> float:

@@ -86,7 +86,7 @@ def fits(footprint: Footprint, memory: float, device: str) -> bool:
     return footprint.peak_bytes <= (SHARE * memory - CONTEXT if device == "cuda" else memory)
 
 
-def in_words(size: float) -> str:
+def format_bytes(size: float) -> str:
     """A size in bytes, in GiB or what is smaller."""
     unit, name = next((each for each in ((GIB, "GiB"), (2**20, "MiB")) if size >= each[0]), (2**10, "KiB"))
     return f"{size / unit:.1f} {name}"

@@ -11,11 +11,11 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined, UndefinedError
 from ruamel.yaml import YAML
 
-from sft_recipes import files, stopping
+from sft_recipes import atomic_files, stopping
 from sft_recipes.errors import OutputError, RecipeError, SFTRecipeError, Stopped, one_line
-from sft_recipes.report import chart, facts
-from sft_recipes.report.curve import learning_curve, learning_curves
-from sft_recipes.report.facts import Run
+from sft_recipes.report import run_data, svg_chart
+from sft_recipes.report.learning_curve import learning_curve, learning_curves
+from sft_recipes.report.run_data import Run
 
 COMPARISON = Path("comparison")  # default output directory for several runs
 _PROMPTS = 20  # maximum number of prompts on the page
@@ -42,7 +42,7 @@ def report(folders: Sequence[Path], out: Path | None = None, *, table: bool = Fa
         html, rows = _html(runs, live), _csv(runs) if table else None
         out.mkdir(parents=True, exist_ok=True)
         written = [out / "learning_curve.png", out / "report.html"]
-        with files.replaced(written[0]) as partial:
+        with atomic_files.atomic_file(written[0]) as partial:
             if len(runs) == 1:
                 learning_curve(runs[0].metrics, partial, runs[0].name)
             else:
@@ -67,7 +67,7 @@ def report(folders: Sequence[Path], out: Path | None = None, *, table: bool = Fa
 
 def _read(folders: Sequence[Path]) -> list[Run]:
     try:
-        return [facts.read(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
+        return [run_data.load_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
     except SFTRecipeError:
         raise
     except OSError as error:
@@ -84,7 +84,7 @@ def follow(
     """
     seen, reported = list[int](), False
     with suppress(Stopped), stopping.on_request(None, None):
-        while any(folder.is_dir() and files.is_held(folder) for folder in folders):
+        while any(folder.is_dir() and atomic_files.is_held(folder) for folder in folders):
             start, modified = time.monotonic(), _modified(folders)
             if modified != seen and all((folder / "metrics.jsonl").is_file() for folder in folders):
                 written, seen = report(folders, out, table=table, live=True), modified
@@ -116,17 +116,17 @@ def _html(runs: Sequence[Run], live: bool) -> str:
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters |= {"clipped": _clipped, "yaml": _yaml}
     template = resources.files("sft_recipes.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
-    charts, prompts = facts.charts(runs), facts.answers(runs)
+    charts, prompts = run_data.charts(runs), run_data.answers(runs)
     return environment.from_string(template).render(
         title=", ".join(run.name for run in runs),
         runs=runs,
         one=runs[0] if len(runs) == 1 else None,
-        axes=chart.AXES,
+        axes=svg_chart.AXES,
         charts=charts,
         values=[each.values() for each in charts],
         prompts=prompts[:_PROMPTS],
         not_shown=max(0, len(prompts) - _PROMPTS),
-        facts=facts,
+        run_data=run_data,
         refresh=_PAUSE if live else None,
     )
 
@@ -154,4 +154,4 @@ def _csv(runs: Sequence[Run]) -> str:
 
 def _write(file: Path, text: str) -> None:
     # JSON can contain lone surrogates, which UTF-8 cannot encode.
-    files.write_text(file, text.encode("utf-8", "backslashreplace").decode("utf-8"))
+    atomic_files.write_text(file, text.encode("utf-8", "backslashreplace").decode("utf-8"))

@@ -18,9 +18,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from sft_recipes.errors import ModelError
+from sft_recipes.recipe.library_names import installed
 from sft_recipes.recipe.schema import Recipe
-from sft_recipes.recipe.upstream import installed
-from sft_recipes.training.arguments import padding_free
+from sft_recipes.training.sft_config import padding_free
 
 NAME = "varlen"  # with "flash" in it transformers would ask for flash-attn
 Capability = tuple[int, int]  # compute capability of a GPU, such as (8, 0)

@@ -7,8 +7,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from sft_recipes.data.encoder import Encoder, from_transformers
 from sft_recipes.data.templates import Chat, as_chat
-from sft_recipes.data.tokens import Encoder, of_transformers
 
 _BATCH = 16
 
@@ -22,10 +22,10 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]
     if raw or not isinstance(template, str):
         text = "\n\n".join(message["content"] for message in as_chat(messages))
         ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return [*Encoder(of_transformers(tokenizer)).bos, *ids]  # as trained, but for the end
+        return [*Encoder(from_transformers(tokenizer)).bos, *ids]  # as trained, but for the end
     if "message['input']" not in template:  # only the Alpaca template has a place for it
         messages = as_chat(messages)
-    light = of_transformers(tokenizer)
+    light = from_transformers(tokenizer)
     chat = Chat(template, "all", light.specials, (), name=f"{tokenizer.name_or_path}: its chat template")
     text = chat.render(messages, str(tokenizer.name_or_path), add_generation_prompt=True)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -11,7 +11,7 @@ from sft_recipes.stopping import Stop
 _IN_A_ROW = 20  # skipped steps after which no other outcome is to be expected
 
 
-class Finite(TrainerCallback):
+class NonFiniteGuard(TrainerCallback):
     """A loss or gradient that is not finite stops the run before it reaches the weights, or the step is skipped.
 
     Looked at once an optimizer step, so that the device is waited for once. With fp16 a gradient that overflows is part of
@@ -39,7 +39,7 @@ class Finite(TrainerCallback):
         scaler = trainer.accelerator.scaler is not None
         losses, gradient = torch.stack(trainer.losses).float(), torch.as_tensor(trainer.grad_norm)
         finite = losses.isfinite().all() & (gradient.isfinite().to(losses.device) | scaler)
-        if trainer.agree(not finite):
+        if trainer.any_rank(not finite):
             self._fail(losses, gradient.item())
         elif not scaler:
             self.in_a_row = 0
@@ -58,7 +58,7 @@ class Finite(TrainerCallback):
         # Of several processes those at fault know which rows it was; the gradient is the same in all.
         mine = f"the loss is {losses[bad[0]].item()}; {self._rows(bad[:1])}" if bad else None
         here = f"the norm of the gradient is {gradient}; {self._rows(None)}"
-        what = trainer.first(mine or here) if not trainer.agree(bool(bad)) else trainer.first(mine)
+        what = trainer.first_message(mine or here) if not trainer.any_rank(bool(bad)) else trainer.first_message(mine)
         if not self.skips:
             raise RunError(self._message(what))
         self._count(what)
@@ -75,7 +75,7 @@ class Finite(TrainerCallback):
             raise RunError(self._message(f"{what}; the {_IN_A_ROW - 1} steps before it were skipped"))
 
     def _rows(self, micro_batches: list[int] | None) -> str:
-        return str(self.trainer.rows_in_words(self.trainer.state.global_step, micro_batches))
+        return str(self.trainer.describe_rows(self.trainer.state.global_step, micro_batches))
 
     def _message(self, what: str) -> str:
         trainer = self.trainer
@@ -83,12 +83,12 @@ class Finite(TrainerCallback):
         taken = "it was taken, and is not saved" if trainer.is_deepspeed_enabled else "the step was not taken"
         return (
             f"{trainer.run_dir}: step {trainer.state.global_step + 1}: {what}; {taken}, and "
-            f"{trainer.last_checkpoint_in_words()}; look at these rows, skip such steps with --resume --force "
+            f"{trainer.describe_last_checkpoint()}; look at these rows, skip such steps with --resume --force "
             "--set train.on_nonfinite=skip, or train anew with a lower train.learning_rate"
         )
 
 
-class Stops(TrainerCallback):
+class StopOnRequest(TrainerCallback):
     """Ends the run after the step that is being made, with a checkpoint. All processes agree on the step."""
 
     def __init__(self, trainer: Any, stop: Stop) -> None:
@@ -110,7 +110,7 @@ class Stops(TrainerCallback):
         self._end_if_asked(control, save=False)
 
     def _end_if_asked(self, control: TrainerControl, *, save: bool) -> None:
-        if self.trainer.agree(self.stop.reason is not None):
+        if self.trainer.any_rank(self.stop.reason is not None):
             self.trainer.stopped = True
             control.should_training_stop = True
             control.should_save = control.should_save or save

@@ -17,8 +17,8 @@ from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_utils import unwrap_peft_model
 
 from sft_recipes.errors import ModelError
+from sft_recipes.recipe.library_names import installed, liger_model_types
 from sft_recipes.recipe.schema import Recipe
-from sft_recipes.recipe.upstream import installed, liger_model_types
 
 # Kernels of Liger that are used; apply functions of models that lack one ignore its name.
 _LIGER = {

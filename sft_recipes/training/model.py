@@ -33,9 +33,9 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from sft_recipes.data.prepare import Prepared
 from sft_recipes.data.templates import BOS
 from sft_recipes.errors import ModelError, RunError
-from sft_recipes.recipe import model_files, schema
+from sft_recipes.recipe import model_dir, schema
 from sft_recipes.recipe.schema import Recipe
-from sft_recipes.training import sharded
+from sft_recipes.training import strategies
 from sft_recipes.training.attention import select_here
 from sft_recipes.training.lora_addition import add_in_place
 
@@ -53,7 +53,7 @@ def load_tokenizer(model: schema.Model) -> PreTrainedTokenizerBase:
     """
     with as_model_error(f"model.name: {model.name}", "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
-            model_files.location(model.name), revision=model.revision, trust_remote_code=model.trust_remote_code
+            model_dir.location(model.name), revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     if not tokenizer.is_fast:
         raise ModelError(
@@ -111,11 +111,11 @@ def tokenizer_bytes(tokenizer: PreTrainedTokenizerBase) -> int:
 def load_config(recipe: Recipe) -> PreTrainedConfig:
     """The model's config, of a directory or from the hub. Raises ModelError where it cannot be had, or does not go with the
     recipe."""
-    wanted, name = recipe.model, model_files.location(recipe.model.name)
+    wanted, name = recipe.model, model_dir.location(recipe.model.name)
     with as_model_error(f"model.name: {wanted.name}", "config"):
         config = AutoConfig.from_pretrained(name, revision=wanted.revision, trust_remote_code=wanted.trust_remote_code)
-    model_files.refuse_kernels(config, trust_remote_code=wanted.trust_remote_code)
-    limit = model_files.positions(config.to_dict())
+    model_dir.reject_hub_kernels(config, trust_remote_code=wanted.trust_remote_code)
+    limit = model_dir.positions(config.to_dict())
     if limit is not None and recipe.data.max_length > limit:
         raise ModelError(
             f"data.max_length: {recipe.data.max_length} is more than the {limit} positions of {wanted.name}; "
@@ -131,8 +131,8 @@ def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrained
     """
     wanted, config = recipe.model, load_config(recipe)
     transformers.set_seed(recipe.train.seed)  # new embeddings and adapters are drawn at random
-    with as_model_error(f"model.name: {wanted.name}", "weights"), sharded.loading(recipe):
-        handed = _to_be_handed_weights(recipe, config)
+    with as_model_error(f"model.name: {wanted.name}", "weights"), strategies.loading(recipe):
+        handed = _empty_for_broadcast(recipe, config)
         model = _read(recipe, config) if handed is None else handed
     for module in model.modules():
         # On CPUs with AVX512-BF16 bitsandbytes 0.50 repacks 4-bit weights for inference at the first evaluation: in
@@ -157,7 +157,7 @@ def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrained
 def _read(recipe: Recipe, config: PreTrainedConfig) -> PreTrainedModel:
     """The model of a directory or of the hub."""
     model, loading = AutoModelForCausalLM.from_pretrained(
-        model_files.location(recipe.model.name),
+        model_dir.location(recipe.model.name),
         output_loading_info=True,
         config=config,
         revision=recipe.model.revision,
@@ -173,17 +173,17 @@ def _read(recipe: Recipe, config: PreTrainedConfig) -> PreTrainedModel:
     return model
 
 
-def _to_be_handed_weights(recipe: Recipe, config: PreTrainedConfig) -> PreTrainedModel | None:
+def _empty_for_broadcast(recipe: Recipe, config: PreTrainedConfig) -> PreTrainedModel | None:
     """The model without its weights, where another rank is to hand them to this one; else None."""
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         return None
     if recipe.launch.strategy != "fsdp2" or recipe.model.quantization:
         return None
-    model = sharded.without_memory(lambda: AutoModelForCausalLM.from_config(config, **_options(recipe, config)))
-    if not sharded.handed_on(recipe, model):
+    model = strategies.allocate_lazily(lambda: AutoModelForCausalLM.from_config(config, **_options(recipe, config)))
+    if not strategies.broadcasts_weights(recipe, model):
         return None
     with suppress(OSError):  # not every model has one
-        name = model_files.location(recipe.model.name)
+        name = model_dir.location(recipe.model.name)
         model.generation_config = GenerationConfig.from_pretrained(name, revision=recipe.model.revision)
     return model
 

@@ -17,8 +17,8 @@ from sft_recipes.data.sequences import IGNORED
 from sft_recipes.errors import ModelError, RunError, SFTRecipeError
 from sft_recipes.planning.memory import GIB
 from sft_recipes.recipe.schema import Recipe
-from sft_recipes.training import fitting, footprint, head
-from sft_recipes.training.logging import peak_memory
+from sft_recipes.training import autosize, cpu_loss, memory_trace
+from sft_recipes.training.metrics import peak_memory
 
 # Relative difference between a document's logits packed and alone. The two are computed in different shapes, which moves
 # logits by a few percent in half precision; positions that do not restart at a document move them far more.
@@ -74,7 +74,7 @@ def run_preflight(trainer: Any, *, packed: bool) -> Preflight:
 def _predict(recipe: Recipe, document: float) -> dict[str, Any]:
     """Peak memory of full sequences in GiB, and FLOPs per token; None for a model that cannot be predicted."""
     try:
-        peak, flops = fitting.here(recipe).peak_bytes, fitting.model_flops_per_token(recipe, document)
+        peak, flops = autosize.predict_here(recipe).peak_bytes, autosize.model_flops_per_token(recipe, document)
         return {"predicted_peak_gib": round(peak / GIB, 3), "flops_per_token": flops}
     except ModelError:
         return {"predicted_peak_gib": None, "flops_per_token": None}
@@ -82,8 +82,8 @@ def _predict(recipe: Recipe, document: float) -> dict[str, Any]:
 
 def _raise_if(condition: bool, error: SFTRecipeError, trainer: Any) -> None:
     """Raise the error in all ranks if the condition holds in one, so that none waits for another."""
-    if trainer.agree(condition):
-        raise type(error)(trainer.first(str(error) if condition else None))
+    if trainer.any_rank(condition):
+        raise type(error)(trainer.first_message(str(error) if condition else None))
 
 
 # --- State ------------------------------------------------------------------------------------------------------------
@@ -255,7 +255,7 @@ def _two_documents(trainer: Any) -> tuple[list[int], list[int]] | None:
         for row in dataset or ():
             start = 0
             for length in row["seq_lengths"][:2]:
-                found.append(row["input_ids"][start : start + min(length, footprint.ISOLATION_TOKENS)])
+                found.append(row["input_ids"][start : start + min(length, memory_trace.ISOLATION_TOKENS)])
                 start += length
             if len(row["seq_lengths"]) > 1 or (len(found) > 1 and micro > 1):
                 return found[-2], found[-1]
@@ -337,7 +337,7 @@ def _check_base_loss(trainer: Any, warnings: list[str]) -> dict[str, float]:
 
 
 def _loss_per_token(trainer: Any, tokens: list[int]) -> float:
-    with torch.no_grad(), head.in_place_of_trls() if trainer.own_head else nullcontext():
+    with torch.no_grad(), cpu_loss.in_place_of_trls() if trainer.own_head else nullcontext():
         outputs = _run_eagerly(trainer, tokens, [len(tokens)], fused_lm_head=True)
     return -(outputs.log_probs.sum() / outputs.label_mask.sum().clamp(min=1)).item()
 

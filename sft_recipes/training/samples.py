@@ -8,9 +8,9 @@ from typing import Any
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from sft_recipes import files
+from sft_recipes import atomic_files
+from sft_recipes.data.eval_prompts import EvalPrompt
 from sft_recipes.data.prepare import Prepared
-from sft_recipes.data.questions import Question
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.training.generate import answer, prompt_ids
 
@@ -20,7 +20,7 @@ class Samples:
 
     def __init__(
         self,
-        questions: list[Question],
+        questions: list[EvalPrompt],
         tokenizer: PreTrainedTokenizerBase,
         recipe: Recipe,
         data: Prepared,
@@ -43,7 +43,7 @@ class Samples:
         lines = [{"step": step, "messages": q.messages, "answer": a, "expected": q.expected} for q, a in answered]
         if self.warn is not None:
             try:
-                files.append(self.file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+                atomic_files.append(self.file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
             except OSError as error:
                 self.warn(f"{self.file}: the answers of step {step} are not recorded: {error}")
         rows = [{"step": step, "prompt": q.text, "answer": a, "expected": q.expected} for q, a in answered]
@@ -73,5 +73,5 @@ class SampleWithoutValidation(TrainerCallback):
             self._take()
 
     def _take(self) -> None:
-        if metrics := self.trainer.answers():
+        if metrics := self.trainer.generate_samples():
             self.trainer.log(metrics)

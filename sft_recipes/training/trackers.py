@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import MLflowCallback, TensorBoardCallback, TrackioCallback, WandbCallback
 from transformers.utils.generic import flatten_dict
 
-from sft_recipes import files
+from sft_recipes import atomic_files
 from sft_recipes.recipe.schema import Recipe
 
 KEPT = "trackers.json"  # in the run directory: what each tracker calls the run
@@ -41,7 +41,7 @@ class Tracker(TrainerCallback):
 
     def keep(self, run: str) -> None:
         """Write down what the tracker calls the run, to go on with it when the run is resumed."""
-        files.write_json(self.run_dir / KEPT, kept(self.run_dir) | {self.name: run})
+        atomic_files.write_json(self.run_dir / KEPT, kept(self.run_dir) | {self.name: run})
 
     def parameters(self) -> dict[str, Any]:
         """The recipe with every default, by dotted keys."""
@@ -239,7 +239,7 @@ class MLflow(Tracker, MLflowCallback):
             last.callback(self._ml_flow.flush_async_logging)
 
 
-class Guarded:
+class NonFatalTracker:
     """A tracker that can fail without stopping the run: it is then left alone, with one warning.
 
     It hears of each record once. What it knows from before the run was resumed would come again, and be the same.
@@ -305,7 +305,9 @@ class Guarded:
 KINDS: dict[str, type[Tracker]] = {kind.name: kind for kind in (Wandb, TensorBoard, Trackio, MLflow)}
 
 
-def trackers(recipe: Recipe, run_dir: Path, say: Callable[[str], None], warn: Callable[[str], None]) -> list[Guarded]:
+def trackers(
+    recipe: Recipe, run_dir: Path, say: Callable[[str], None], warn: Callable[[str], None]
+) -> list[NonFatalTracker]:
     """The trackers of log.to as callbacks, before metrics.jsonl is rewound. What they write on this machine goes into the run
     directory, unless the user says otherwise by the tracker's own variables."""
     guarded = []
@@ -314,7 +316,7 @@ def trackers(recipe: Recipe, run_dir: Path, say: Callable[[str], None], warn: Ca
             tracker = KINDS[name](recipe, run_dir)
             if tracker.caveat:
                 warn(f"log.to: {name} {tracker.caveat}")
-            guarded.append(Guarded(tracker, say, warn))
+            guarded.append(NonFatalTracker(tracker, say, warn))
         except Exception as error:
             warn(in_short(f"log.to: {name} cannot be started and is left out: {error!r}"))
     return guarded
@@ -335,7 +337,7 @@ def _recorded(run_dir: Path) -> set[tuple[int, str | None]]:
     """Steps of metrics.jsonl and samples.jsonl, and what each line records."""
     found: set[tuple[int, str | None]] = set()
     for name in ("metrics.jsonl", "samples.jsonl"):
-        for line in files.lines(run_dir / name) if (run_dir / name).is_file() else ():
+        for line in atomic_files.lines(run_dir / name) if (run_dir / name).is_file() else ():
             with suppress(ValueError, KeyError, TypeError):  # a power cut can leave anything
                 values = json.loads(line)
                 found.add((int(values["step"]), _record(values) or "samples"))

@@ -28,22 +28,22 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
+from sft_recipes.data.eval_prompts import eval_prompts
 from sft_recipes.data.prepare import Prepared
-from sft_recipes.data.questions import questions
 from sft_recipes.data.sequences import IGNORED, Sequences
 from sft_recipes.errors import RecipeError, RunError, SFTRecipeError, Stopped
 from sft_recipes.planning import disk
 from sft_recipes.planning.steps import count
-from sft_recipes.recipe import model_files
-from sft_recipes.recipe.check import TORCHAO
+from sft_recipes.recipe import model_dir
+from sft_recipes.recipe.library_names import imitates_bf16
 from sft_recipes.recipe.schema import Recipe
-from sft_recipes.recipe.upstream import imitates_bf16
+from sft_recipes.recipe.validate import TORCHAO
 from sft_recipes.stopping import Stop
-from sft_recipes.training import checkpoints, facts, fitting, head, sharded
-from sft_recipes.training.arguments import padding_free, sft_config
-from sft_recipes.training.guards import Finite, Stops
+from sft_recipes.training import autosize, checkpoint_dirs, cpu_loss, run_info, strategies
+from sft_recipes.training.checkpoint_mixin import CheckpointMixin
+from sft_recipes.training.guards import NonFiniteGuard, StopOnRequest
 from sft_recipes.training.kernels import Kernels, apply_kernels
-from sft_recipes.training.logging import Display, Metrics
+from sft_recipes.training.metrics import Metrics, ProgressDisplay
 from sft_recipes.training.model import (
     compile_layers,
     count_parameters,
@@ -53,16 +53,16 @@ from sft_recipes.training.model import (
     tokenizer_bytes,
 )
 from sft_recipes.training.preflight import Preflight, run_preflight
+from sft_recipes.training.sampler import SamplerMixin, pad_to_multiple
 from sft_recipes.training.samples import Samples, SampleWithoutValidation
-from sft_recipes.training.saving import Saving
-from sft_recipes.training.shares import Shares, filled
-from sft_recipes.training.trackers import Guarded, trackers
+from sft_recipes.training.sft_config import padding_free, sft_config
+from sft_recipes.training.trackers import NonFatalTracker, trackers
 
 _ROWS = 20  # that are named in an error
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # as configs of mixtures call them
 
 
-class Trainer(Saving, Shares, SFTTrainer):
+class Trainer(CheckpointMixin, SamplerMixin, SFTTrainer):
     """SFTTrainer, but for what it leaves to chance: the weighting of the validation loss, the completeness of checkpoints
     (Saving), numbers that are not finite, and the end on request."""
 
@@ -73,7 +73,7 @@ class Trainer(Saving, Shares, SFTTrainer):
     on_begin: Callable[[], None] | None = None  # called once when training begins, after the preflight
     aux_loss_enabled: bool  # SFTTrainer's own: whether a mixture of experts also learns to balance them
 
-    def set_up(
+    def attach_run(
         self,
         recipe: Recipe,
         run_dir: Path,
@@ -94,12 +94,12 @@ class Trainer(Saving, Shares, SFTTrainer):
         self.tokens: torch.Tensor | int = 0
         self.stopped = False  # on request
         self._losses_and_counts = list[torch.Tensor]()  # of the validation's micro-batches
-        self.own_head = head.applies(self.args.device.type, self.args.loss_type)
+        self.own_head = cpu_loss.applies(self.args.device.type, self.args.loss_type)
         # TRL gathers sums, of which nothing is to be cut off at the end of an epoch; else its averages over several processes
         # depend on where the run was resumed.
         self.accelerator.gather_for_metrics = self.accelerator.gather
-        self.add_callback(Finite(self))
-        self.add_callback(Stops(self, stop))
+        self.add_callback(NonFiniteGuard(self))
+        self.add_callback(StopOnRequest(self, stop))
 
     def begin(self) -> None:
         """Run the preflight, then let the run begin: from here on it is recorded, and can be resumed."""
@@ -110,7 +110,7 @@ class Trainer(Saving, Shares, SFTTrainer):
             self.metrics.flops_per_token = self.preflight.results["flops_per_token"]
             for warning in self.preflight.warnings:
                 self.warn(warning)
-            self.say(facts.preflight_line(self.preflight.results))
+            self.say(run_info.preflight_line(self.preflight.results))
         if self.on_begin is not None:
             self.on_begin()
 
@@ -138,7 +138,7 @@ class Trainer(Saving, Shares, SFTTrainer):
         return self.accelerator.reduce(count, "sum") if self.args.world_size > 1 and batches else count
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        with head.in_place_of_trls() if self.own_head else nullcontext():
+        with cpu_loss.in_place_of_trls() if self.own_head else nullcontext():
             return super().compute_loss(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -151,12 +151,12 @@ class Trainer(Saving, Shares, SFTTrainer):
         return self.grad_norm
 
     def get_train_dataloader(self) -> Any:
-        return _undisturbed(super().get_train_dataloader())
+        return _shield_workers(super().get_train_dataloader())
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        return _undisturbed(super().get_eval_dataloader(*args, **kwargs))
+        return _shield_workers(super().get_eval_dataloader(*args, **kwargs))
 
-    def agree(self, mine: torch.Tensor | bool) -> bool:
+    def any_rank(self, mine: torch.Tensor | bool) -> bool:
         """Whether it holds in any of the processes."""
         if self.args.world_size == 1:
             return bool(mine)
@@ -172,11 +172,11 @@ class Trainer(Saving, Shares, SFTTrainer):
             self._metrics["train" if self.model.training else "eval"].pop("entropy", None)  # is not computed
         super().log(logs, start_time)
 
-    def first(self, mine: str | None) -> str:
+    def first_message(self, mine: str | None) -> str:
         """What the first process has to say that says something; none says it twice."""
         return next(said for said in gather_object([mine]) if said is not None)
 
-    def rows_in_words(self, step: int, micro_batches: list[int] | None = None) -> str:
+    def describe_rows(self, step: int, micro_batches: list[int] | None = None) -> str:
         """The rows that this process trains on in the step after `step` steps, or in some of its micro-batches."""
         loader, accumulation = self.callback_handler.train_dataloader, self.args.gradient_accumulation_steps
         if loader is None:
@@ -208,15 +208,15 @@ class Trainer(Saving, Shares, SFTTrainer):
         if not math.isfinite(loss):
             raise RunError(
                 f"{self.run_dir}: the validation loss after step {self.state.global_step} is {loss}; "
-                f"{self.last_checkpoint_in_words()}; train anew with a lower train.learning_rate, or with "
+                f"{self.describe_last_checkpoint()}; train anew with a lower train.learning_rate, or with "
                 "train.mixed_precision: bf16 where it is fp16"
             )
         output.metrics["eval_perplexity"] = math.exp(min(output.metrics["eval_loss"], 700))
         if self.samples is not None:
-            output.metrics.update(self.answers())
+            output.metrics.update(self.generate_samples())
         return output
 
-    def answers(self) -> dict[str, float]:
+    def generate_samples(self) -> dict[str, float]:
         """Answer the prompts now, and write the answers down; how many are right, where that is known."""
         assert self.samples is not None
         with self.accelerator.autocast():  # as the model is trained and validated
@@ -260,7 +260,7 @@ def build(
     def warn(text: str) -> None:
         say(f"warning: {text}", "yellow")
 
-    display = Display(console)
+    display = ProgressDisplay(console)
     metrics = Metrics(run_dir / "metrics.jsonl", warn, display.show)
     before_all = _BeforeAll()
     text_config = model.config.get_text_config()
@@ -269,7 +269,7 @@ def build(
     }
     with _as_recipe_error(recipe, "trl: the training cannot be set up"):
         arguments = SFTConfig(**sft_config(recipe, steps, run_dir, validates=data.eval is not None))
-        sharded.finish(arguments, recipe, model)
+        strategies.configure_fsdp(arguments, recipe, model)
         # One process trains on one device; the Trainer would take all it sees for nn.DataParallel, which TRL refuses.
         arguments._n_gpu = min(arguments.n_gpu, 1)
         at_once = arguments.per_device_train_batch_size * arguments.world_size if arguments.world_size > 1 else 1
@@ -285,7 +285,7 @@ def build(
             callbacks=[before_all, metrics, display, *told],
         )
     before_all.trainer = trainer
-    trainer.set_up(recipe, run_dir, data, metrics, say, warn, stop or Stop())
+    trainer.attach_run(recipe, run_dir, data, metrics, say, warn, stop or Stop())
     text_config.update(routing)  # SFTTrainer asks for what it needs; the exported model is not to
     for unwanted in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(unwanted)
@@ -310,7 +310,7 @@ def build(
         # Set after construction, where transformers would ask that checkpoints fall on evaluations: _SaveBest sees to that.
         trainer.args.load_best_model_at_end = True
         trainer.add_callback(_SaveBest())
-    if asked := questions(recipe):
+    if asked := eval_prompts(recipe):
         heard = warn if trainer.is_world_process_zero() else None
         tables = [tracker.table for tracker in told]
         trainer.samples = Samples(asked, tokenizer, recipe, data, run_dir / "samples.jsonl", heard, tables)
@@ -323,7 +323,7 @@ def build(
 def _check_room_for_answers(recipe: Recipe, trainer: Trainer) -> None:
     assert trainer.samples is not None
     longest, most = max(map(len, trainer.samples.prompts)), recipe.eval.max_new_tokens
-    limit = model_files.positions(trainer.model.config.to_dict())
+    limit = model_dir.positions(trainer.model.config.to_dict())
     if limit is not None and longest + most > limit:
         raise RecipeError(
             f"eval.max_new_tokens: {most} tokens after a prompt of {longest} are more than the {limit} positions of "
@@ -341,7 +341,7 @@ def train(trainer: Trainer, checkpoint: Path | None, on_begin: Callable[[], None
 
     def begin() -> None:
         if trainer.is_world_process_zero():
-            checkpoints.rewind(run_dir, checkpoint)
+            checkpoint_dirs.discard_after(run_dir, checkpoint)
         if on_begin is not None:
             on_begin()
 
@@ -356,22 +356,22 @@ def train(trainer: Trainer, checkpoint: Path | None, on_begin: Callable[[], None
     except Exception as error:
         step, rows = trainer.state.global_step, "its rows cannot be told"
         with suppress(Exception):  # what failed may be what is asked
-            rows = trainer.rows_in_words(step)
+            rows = trainer.describe_rows(step)
         remedy = _memory_remedy(trainer.recipe, error)
         raise RunError(
             f"{run_dir}: training failed after step {step}: {reason_of(error)}{remedy}; {rows}, and "
-            f"{trainer.last_checkpoint_in_words()}"
+            f"{trainer.describe_last_checkpoint()}"
         ) from error
     finally:
         for callback in trainer.callback_handler.callbacks:
-            if isinstance(callback, Display | Guarded):
+            if isinstance(callback, ProgressDisplay | NonFatalTracker):
                 callback.close()
     state = trainer.state
-    saved = trainer.saved == checkpoints.place(run_dir, state.global_step)
-    if trainer.stopped or (saved and trainer.agree(stop.signal is not None)):
+    saved = trainer.saved == checkpoint_dirs.checkpoint_path(run_dir, state.global_step)
+    if trainer.stopped or (saved and trainer.any_rank(stop.signal is not None)):
         raise Stopped(
             f"{run_dir}: {stop.reason or 'stopped'} after step {state.global_step:,} of {state.max_steps:,}; "
-            f"{trainer.last_checkpoint_in_words()}"
+            f"{trainer.describe_last_checkpoint()}"
         )
     stop.waits = None if saved else "finishing the export, because the last step has no checkpoint"
 
@@ -398,14 +398,14 @@ def _as_recipe_error(recipe: Recipe, what: str) -> Iterator[None]:
         raise RecipeError(f"{what}: {reason_of(error)}") from error
 
 
-def _undisturbed(loader: Any) -> Any:
+def _shield_workers(loader: Any) -> Any:
     """Its workers leave signals to the process that they work for, which needs them for the step that it finishes."""
     inner = getattr(loader, "base_dataloader", loader)  # accelerate's own passes the attribute over
-    inner.worker_init_fn = partial(_deaf, inner.worker_init_fn)
+    inner.worker_init_fn = partial(_ignore_signals, inner.worker_init_fn)
     return loader
 
 
-def _deaf(then: Callable[[int], None] | None, worker: int) -> None:
+def _ignore_signals(then: Callable[[int], None] | None, worker: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     if then is not None:
@@ -416,7 +416,7 @@ def _memory_remedy(recipe: Recipe, error: Exception) -> str:
     if not is_out_of_memory(error):
         return ""
     try:
-        said = fitting.advice(recipe)
+        said = autosize.memory_advice(recipe)
     except Exception:  # of what is left of a device; the error that is told is the one before
         said = (
             "what takes less: a smaller train.micro_batch_size or data.max_length, train.gradient_checkpointing: true, an "
@@ -456,5 +456,5 @@ class _SaveBest(TrainerCallback):
 
 
 def _dataset(sequences: Sequences, keep_seq_lengths: bool, at_once: int, pad: int) -> datasets.Dataset:
-    table = filled(sequences, at_once, pad)
+    table = pad_to_multiple(sequences, at_once, pad)
     return datasets.Dataset(InMemoryTable(table if keep_seq_lengths else table.drop_columns(["seq_lengths"])))

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from sft_recipes.recipe.check import judge
+from sft_recipes.recipe.validate import validate
 from tests.convert.test_conversion import convert
 
 QLORA = """\
@@ -85,7 +85,7 @@ def test_a_whole_config(tmp_path: Path) -> None:
     )
     assert (recipe.eval.every, recipe.checkpoint.every, recipe.log.every, recipe.log.to) == (0.125, 0.5, 1, ["wandb"])
     assert (recipe.log.project, recipe.log.name, recipe.trl) == ("trials", "first", {})
-    assert judge(recipe, to_run=False).problems == []
+    assert validate(recipe, to_run=False).problems == []
     assert {key for key, outcome in converted.outcomes.items() if outcome.kind == "unsupported"} == set()
     assert "unknown" not in {outcome.kind for outcome in converted.outcomes.values()}
 
@@ -141,7 +141,7 @@ def test_numbers(tmp_path: Path, keys: str, dtype: str, precision: str) -> None:
     recipe = convert(tmp_path, BASE + ROWS + keys)[1]
 
     assert (recipe.model.dtype, recipe.train.mixed_precision) == (dtype, precision)
-    assert judge(recipe, to_run=False).problems == []
+    assert validate(recipe, to_run=False).problems == []
 
 
 def test_what_no_key_says_is_as_axolotl_does_it(tmp_path: Path) -> None:

@@ -27,10 +27,10 @@ from sft_recipes.convert.rules import (
     table,
 )
 from sft_recipes.errors import RecipeError
-from sft_recipes.recipe import load
-from sft_recipes.recipe.load import field_names
+from sft_recipes.recipe import parse
+from sft_recipes.recipe.library_names import OWNED, sft_config_fields
+from sft_recipes.recipe.parse import field_names
 from sft_recipes.recipe.schema import Recipe, WeightedSource
-from sft_recipes.recipe.upstream import OWNED, sft_config_fields
 from tests.commands import sft_recipe
 
 AXOLOTL = """\
@@ -51,7 +51,7 @@ def convert(folder: Path, text: str, **options: Any) -> tuple[conversion.Convert
     (folder / "config.yaml").write_text(text, encoding="utf-8")
     converted = conversion.convert(folder / "config.yaml", **options)
     (folder / "recipe.yaml").write_text(converted.text, encoding="utf-8")
-    return converted, load.load(folder / "recipe.yaml").recipe
+    return converted, parse.load(folder / "recipe.yaml").recipe
 
 
 # --- Draft -------------------------------------------------------------------------------------------------------------

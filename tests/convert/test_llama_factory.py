@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sft_recipes.recipe.check import judge
+from sft_recipes.recipe.validate import validate
 from tests.convert.test_conversion import convert
 
 LORA = """\
@@ -71,7 +71,7 @@ def test_a_whole_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert (recipe.train.micro_batch_size, recipe.accumulation, recipe.train.epochs) == (1, 8, 3)
     assert (recipe.train.learning_rate, recipe.train.lr_scheduler, recipe.train.warmup_ratio) == (1e-4, "cosine", 0.1)
     assert (recipe.eval.every, recipe.checkpoint.every, recipe.trl) == (500, 500, {"ddp_timeout": 180000000})
-    assert judge(recipe, to_run=False).problems == []
+    assert validate(recipe, to_run=False).problems == []
     assert {outcome.kind for outcome in converted.outcomes.values()} == {"becomes", "default", "not_needed", "empty"}
     assert any("identity, talks: not found in data/dataset_info.json" in line for line in converted.notes)
 
@@ -116,7 +116,7 @@ def test_numbers(tmp_path: Path, keys: str, dtype: str, precision: str) -> None:
     recipe = convert(tmp_path, BASE + keys)[1]
 
     assert (recipe.model.dtype, recipe.train.mixed_precision) == (dtype, precision)
-    assert judge(recipe, to_run=False).problems == []
+    assert validate(recipe, to_run=False).problems == []
 
 
 @pytest.mark.parametrize(

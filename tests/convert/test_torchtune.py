@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from sft_recipes.convert.tables import torchtune
-from sft_recipes.recipe.check import judge
+from sft_recipes.recipe.validate import validate
 from tests.convert.test_conversion import convert
 
 LORA = """\
@@ -100,7 +100,7 @@ def test_a_whole_config(tmp_path: Path) -> None:
     assert (recipe.train.weight_decay, recipe.train.max_grad_norm) == (0.01, 0)
     assert (recipe.train.mixed_precision, recipe.train.gradient_checkpointing) == ("no", False)
     assert (recipe.log.to, recipe.output_dir) == (["wandb"], "/tmp/torchtune/one")
-    assert judge(recipe, to_run=False).problems == []
+    assert validate(recipe, to_run=False).problems == []
     assert {key for key, outcome in converted.outcomes.items() if outcome.kind == "unsupported"} == set()
     assert recipe.log.project == "trials"
     assert "unknown" not in {outcome.kind for outcome in converted.outcomes.values()}

@@ -9,13 +9,13 @@ import pytest
 from datasets import Dataset
 
 from sft_recipes.convert.rules import table
-from sft_recipes.data.accounting import SourceAccount
+from sft_recipes.data.encoder import Documents
 from sft_recipes.data.formats import to_example
-from sft_recipes.data.sequences import Chosen, lay_out
+from sft_recipes.data.sequences import SelectedRows, build_sequences
+from sft_recipes.data.stats import SourceStats
 from sft_recipes.data.templates import Chat
-from sft_recipes.data.tokens import Documents
-from sft_recipes.recipe.check import judge
-from sft_recipes.recipe.upstream import sft_config_fields
+from sft_recipes.recipe.library_names import sft_config_fields
+from sft_recipes.recipe.validate import validate
 from tests.convert.test_conversion import convert
 
 LORA = """\
@@ -79,7 +79,7 @@ def test_a_whole_config(tmp_path: Path) -> None:
     assert (recipe.eval.every, recipe.checkpoint.every, recipe.checkpoint.keep, recipe.log.every) == (100, 0.5, 3, 5)
     assert (recipe.log.to, recipe.log.name) == (["wandb"], "first")
     assert recipe.trl == {"adam_beta2": 0.95, "lr_scheduler_kwargs": {"min_lr_rate": 0.1}}
-    assert judge(recipe, to_run=False).problems == []
+    assert validate(recipe, to_run=False).problems == []
     assert {key for key, outcome in converted.outcomes.items() if outcome.kind in ("unsupported", "unknown")} == {
         "push_to_hub"
     }
@@ -90,7 +90,7 @@ def test_trl_comes_to_the_same_arguments(tmp_path: Path, text: str) -> None:
     from trl.scripts.sft import make_parser
 
     from sft_recipes.planning import steps
-    from sft_recipes.training.arguments import sft_config
+    from sft_recipes.training.sft_config import sft_config
 
     _, recipe = convert(tmp_path, text)
     (tmp_path / "trl.yaml").write_text(f"{text}use_cpu: true\n".replace("fp16: true", "fp16: false"), encoding="utf-8")
@@ -117,7 +117,7 @@ def test_a_run_has_a_name_where_a_tracker_shows_it(tmp_path: Path, to: str, name
     converted, recipe = convert(tmp_path, BASE + f"report_to: {to}\nrun_name: first\n")
 
     assert (recipe.log.name, converted.outcomes["run_name"].kind) == (name, kind)
-    assert judge(recipe, to_run=False).problems == []
+    assert validate(recipe, to_run=False).problems == []
 
 
 def test_every_field_of_trl_has_a_place(tmp_path: Path) -> None:
@@ -162,8 +162,8 @@ def test_wrapped_texts_lose_no_token_as_in_trl(tmp_path: Path) -> None:
     ends, one_each = np.cumsum([0, *map(len, texts)]), np.zeros(len(texts), dtype=np.int64)
     ids = np.concatenate(texts).astype(np.int32)
     documents = Documents(ids, ids > 0, ends, *[one_each] * 4, np.arange(len(texts)), one_each)
-    rows = Chosen(documents, np.arange(len(texts)), SourceAccount("rows", "text", ""), lambda _: {})
-    ours = lay_out([rows], data, None)
+    rows = SelectedRows(documents, np.arange(len(texts)), SourceStats("rows", "text", ""), lambda _: {})
+    ours = build_sequences([rows], data, None)
 
     assert [ours[number]["input_ids"] for number in range(len(ours))] == list(theirs["input_ids"])
 

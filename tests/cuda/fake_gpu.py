@@ -32,7 +32,7 @@ from transformers.utils import import_utils
 from trl.kernels import chunked_logprob
 from trl.trainer import utils as trl_utils
 
-from sft_recipes.training.tracking import Tracker
+from sft_recipes.training.storage_tracker import StorageTracker
 
 GB = 10**9
 VOLTA, TURING, AMPERE, HOPPER = (7, 0), (7, 5), (8, 0), (9, 0)  # compute capabilities
@@ -50,7 +50,9 @@ class GPU:
     syncs: list[str] = field(default_factory=list)  # lines at which the host waits for the GPU
     attention_calls: int = 0  # of the varlen kernel
     calls: set[str] = field(default_factory=set)  # functions of torch.cuda that were called
-    allocated: Tracker = field(default_factory=lambda: Tracker(block=512))  # storages of fake tensors on it
+    allocated: StorageTracker = field(
+        default_factory=lambda: StorageTracker(block=512)
+    )  # storages of fake tensors on it
 
     @property
     def peak(self) -> int:

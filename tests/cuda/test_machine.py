@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from sft_recipes import talk
+from sft_recipes.commands import generate
+from sft_recipes.distributed import ranks
 from sft_recipes.errors import ModelError
-from sft_recipes.recipe import model_files
+from sft_recipes.recipe import model_dir
 from sft_recipes.recipe.schema import Recipe
-from sft_recipes.scale import ranks
-from sft_recipes.training import facts, logging, sharded
+from sft_recipes.training import metrics, run_info, strategies
 from tests.conftest import WriteRecipe
 from tests.cuda import fake_gpu
 from tests.cuda.fake_gpu import GPU
@@ -24,13 +24,13 @@ from tests.cuda.training import built, recipe_of, settings
 
 def test_the_device_is_named_with_its_memory() -> None:
     with fake_gpu.installed(GPU(memory=80 * 2**30)):
-        assert facts.device() == {"name": "NVIDIA H100 80GB HBM3", "memory_gib": 80.0, "cuda": "13.0"}
+        assert run_info.device() == {"name": "NVIDIA H100 80GB HBM3", "memory_gib": 80.0, "cuda": "13.0"}
 
 
 def test_a_run_says_what_it_runs_on(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     with built(write_recipe(**settings(lora={"rank": 4})), tmp_path / "run", GPU()) as found:
-        said = " ".join(facts.in_words(found.trainer.recipe, found.trainer))
-        used = facts.used(found.trainer)
+        said = " ".join(run_info.summary_lines(found.trainer.recipe, found.trainer))
+        used = run_info.used(found.trainer)
 
     assert "attention varlen" in said
     assert "NVIDIA H100 80GB HBM3" in said
@@ -41,10 +41,10 @@ def test_the_log_knows_the_peak_rate_of_the_gpu(tmp_path: Path) -> None:
     """100 TFLOP a second are 10 % of an H100."""
     gpu = GPU()
     with fake_gpu.installed(gpu):
-        metrics = logging.Metrics(tmp_path / "metrics.jsonl", print)
-        metrics.flops_per_token, metrics.seconds = 1e9, 2.0
-        metrics.before = {"tokens": 0, "trained_tokens": 0}
-        found = metrics._speed({"tokens": 200_000, "trained_tokens": 100}, 1)
+        recorder = metrics.Metrics(tmp_path / "metrics.jsonl", print)
+        recorder.flops_per_token, recorder.seconds = 1e9, 2.0
+        recorder.before = {"tokens": 0, "trained_tokens": 0}
+        found = recorder._speed({"tokens": 200_000, "trained_tokens": 100}, 1)
     assert found["tflops"] == 100
     assert found["mfu"] == pytest.approx(0.1, rel=0.02)
     assert "get_device_name" in gpu.calls
@@ -61,10 +61,10 @@ def test_chat_is_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         moved.append({weight.device.type for weight in model.parameters()})
         raise Stop
 
-    monkeypatch.setattr(talk, "answer", answer)
+    monkeypatch.setattr(generate, "answer", answer)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
     with pytest.raises(ModelError, match="Stop"):
-        talk.talk(model_files.BUILTIN / "tiny", "Say it.", max_new_tokens=4, temperature=0.0)
+        generate.talk(model_dir.BUILTIN / "tiny", "Say it.", max_new_tokens=4, temperature=0.0)
     assert moved == [{"meta"}]
 
 
@@ -93,7 +93,7 @@ def test_ranks_meet_over_nccl(strategy: Any, asked: dict[str, Any], monkeypatch:
     monkeypatch.setattr(ranks, "_meet", lambda *_: None)
     monkeypatch.setattr(accelerate, "PartialState", state)
     recipe: Recipe = recipe_of(launch={"strategy": strategy, "processes": 2})
-    with fake_gpu.installed(GPU()), pytest.raises(Exception, match="could not join"), ranks.joined(recipe, dict):
+    with fake_gpu.installed(GPU()), pytest.raises(Exception, match="could not join"), ranks.process_group(recipe, dict):
         pass
     assert asked.items() <= given.items()
 
@@ -101,6 +101,6 @@ def test_ranks_meet_over_nccl(strategy: Any, asked: dict[str, Any], monkeypatch:
 def test_offloading_is_from_the_gpu() -> None:
     recipe = recipe_of(launch={"strategy": "fsdp2", "processes": 2, "cpu_offload": True})
     with fake_gpu.installed(GPU()):
-        assert sharded.arguments(recipe)["fsdp_config"]["cpu_offload"] is True
+        assert strategies.arguments(recipe)["fsdp_config"]["cpu_offload"] is True
     if not torch.accelerator.is_available():  # there is nothing to offload from
-        assert sharded.arguments(recipe)["fsdp_config"]["cpu_offload"] is False
+        assert strategies.arguments(recipe)["fsdp_config"]["cpu_offload"] is False

@@ -9,10 +9,10 @@ import torch
 from transformers import AutoConfig, LlamaConfig
 
 from sft_recipes.errors import RunError
-from sft_recipes.planning import changes, memory
-from sft_recipes.recipe import shipped
-from sft_recipes.training import fitting, footprint
-from sft_recipes.training.logging import peak_memory
+from sft_recipes.planning import memory, remedies
+from sft_recipes.recipe import bundled
+from sft_recipes.training import autosize, memory_trace
+from sft_recipes.training.metrics import peak_memory
 from tests.conftest import WriteRecipe
 from tests.cuda import fake_gpu
 from tests.cuda.fake_gpu import GB, GPU, ROOT
@@ -42,7 +42,7 @@ def test_a_run_allocates_what_is_predicted(case: str, write_recipe: WriteRecipe,
     with built(write_recipe(**sections), tmp_path / "run", gpu, rows=400) as found:
         recipe = found.trainer.recipe
         found.train()
-    predicted = footprint.predict(recipe, footprint.config_of(recipe), "cuda", whole=True)
+    predicted = memory_trace.predict(recipe, memory_trace.config_of(recipe), "cuda", whole=True)
 
     print(f"{case}: predicted {predicted.peak_bytes / 2**20:.1f} MiB, allocated {gpu.peak / 2**20:.1f} MiB")
     assert predicted.peak_bytes == pytest.approx(gpu.peak, rel=0.05)
@@ -52,12 +52,12 @@ def test_a_run_allocates_what_is_predicted(case: str, write_recipe: WriteRecipe,
 def test_a_shipped_recipe_allocates_what_is_predicted(name: str, write_recipe: WriteRecipe, tmp_path: Path) -> None:
     """Its own widths, vocabulary, length and settings, with full sequences and the preflight; of its layers a few.
 
-    That all of them fit the card of its header follows from the prediction: tests/recipe/test_shipped_memory.py.
+    That all of them fit the card of its header follows from the prediction: tests/recipe/test_bundled_memory.py.
     """
     size = min(SCRIPT["known"]()[name]["fits"]) * GB
     gpu = GPU(capability=fake_gpu.AMPERE, memory=memory.SHARE * size - memory.CONTEXT)
     whole = AutoConfig.from_pretrained(SCRIPT["directory"](SCRIPT["_recipe"](name).model.name))
-    config = footprint._with_layers(whole, LAYERS)
+    config = memory_trace._with_layers(whole, LAYERS)
     micro = SCRIPT["_recipe"](name).train.micro_batch_size
     overrides = [
         f"model.name={write_model(tmp_path / 'model', config)}", f"data.train={tmp_path / 'train.jsonl'}", "data.eval=null",
@@ -66,10 +66,10 @@ def test_a_shipped_recipe_allocates_what_is_predicted(name: str, write_recipe: W
         f"train.global_batch_size={2 if micro == 'auto' else 2 * micro}", "train.gradient_checkpointing=true",
     ]  # fmt: skip
     write_recipe()
-    with built(shipped.folder() / f"{name}.yaml", tmp_path / "run", gpu, *overrides, rows=900, data=tmp_path) as found:
+    with built(bundled.folder() / f"{name}.yaml", tmp_path / "run", gpu, *overrides, rows=900, data=tmp_path) as found:
         recipe = found.trainer.recipe
         found.train()
-    predicted = footprint.predict(recipe, footprint.config_of(recipe), "cuda", whole=True)
+    predicted = memory_trace.predict(recipe, memory_trace.config_of(recipe), "cuda", whole=True)
 
     print(f"{name}: predicted {predicted.peak_bytes / 2**30:.2f} GiB, allocated {gpu.peak / 2**30:.2f} GiB")
     assert predicted.peak_bytes == pytest.approx(gpu.peak, rel=0.05)
@@ -94,7 +94,7 @@ def test_a_run_that_does_not_fit_is_refused_with_what_would(write_recipe: WriteR
 
 def test_room_is_what_is_free() -> None:
     with fake_gpu.installed(GPU(memory=24 * GB, free=20 * GB)):
-        assert fitting.room(recipe_of(), "cuda") == 20 * GB + memory.CONTEXT  # which asking has taken
+        assert autosize.available_memory(recipe_of(), "cuda") == 20 * GB + memory.CONTEXT  # which asking has taken
 
 
 def test_auto_takes_what_fits_the_gpu(tmp_path: Path) -> None:
@@ -106,12 +106,12 @@ def test_auto_takes_what_fits_the_gpu(tmp_path: Path) -> None:
     def peak(size: int, layers: bool) -> float:
         with fake_gpu.installed(GPU()) as gpu, fake_gpu.fake_tensors(gpu):
             sized = {"train.micro_batch_size": size, "train.gradient_checkpointing": layers}
-            return fitting.here(changes.applied(recipe, sized)).peak_bytes
+            return autosize.predict_here(remedies.applied(recipe, sized)).peak_bytes
 
     def settled(capacity: float) -> tuple[Any, Any]:
         free = (capacity + memory.CONTEXT) / memory.SHARE + 1 - memory.CONTEXT
         with fake_gpu.installed(GPU(memory=2 * capacity, free=free)) as gpu, fake_gpu.fake_tensors(gpu):
-            train = fitting.resolved(recipe, tmp_path).train
+            train = autosize.resolve_for_run(recipe, tmp_path).train
         return train.micro_batch_size, train.gradient_checkpointing
 
     assert settled(peak(8, layers=False)) == (8, False)
@@ -125,7 +125,7 @@ def test_advice_is_for_the_gpu(tmp_path: Path) -> None:
         train={"micro_batch_size": 16, "global_batch_size": 16, "gradient_checkpointing": False},
     )
     with fake_gpu.installed(GPU(memory=GB)) as gpu, fake_gpu.fake_tensors(gpu):
-        said = fitting.advice(recipe)
+        said = autosize.memory_advice(recipe)
 
     assert "the device has 953.7 MiB" in said
     assert "a single change that would fit: checkpointing, --set train.gradient_checkpointing=true" in said

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from sft_recipes.recipe.check import STOCHASTIC_ROUNDING
+from sft_recipes.recipe.validate import STOCHASTIC_ROUNDING
 from sft_recipes.training import trainer
 from tests.conftest import WriteRecipe
 from tests.cuda.fake_gpu import GPU

@@ -12,8 +12,8 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from sft_recipes.data import prepare, tokens
-from sft_recipes.recipe import load, model_files
+from sft_recipes.data import encoder, prepare
+from sft_recipes.recipe import model_dir, parse
 from sft_recipes.recipe.schema import Recipe, Train
 from sft_recipes.training import model, trainer
 from tests.conftest import ROWS, write_rows
@@ -67,11 +67,11 @@ def built(
             return AutoModelForCausalLM.from_config(**wanted), {"missing_keys": []}
 
     with fake_gpu.installed(gpu):
-        recipe = load.load(file, overrides).recipe
+        recipe = parse.load(file, overrides).recipe
         if rows is not None:
             write_rows((data or file.parent) / "train.jsonl", (ROWS * rows)[:rows])
         tokenizer = model.load_tokenizer(recipe.model)
-        prepared = prepare.prepare(recipe, tokens.of_transformers(tokenizer))
+        prepared = prepare.prepare(recipe, encoder.from_transformers(tokenizer))
         folder.mkdir(exist_ok=True)
         with fake_gpu.fake_tensors(gpu), patch.object(model.AutoModelForCausalLM, "from_pretrained", from_config):
             loaded = model.load_model(recipe, tokenizer)
@@ -88,7 +88,7 @@ def write_model(folder: Path, config: PreTrainedConfig) -> str:
     """Write what is read of a model if its weights are not: config and tokenizer."""
     config.save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(model_files.BUILTIN / "tiny" / file, folder)
+        shutil.copy(model_dir.BUILTIN / "tiny" / file, folder)
     return str(folder)
 
 

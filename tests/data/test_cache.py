@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sft_recipes.data import cache
-from sft_recipes.data.tokens import Documents
+from sft_recipes.data.encoder import Documents
 
 
 def documents(*rows: list[int]) -> Documents:

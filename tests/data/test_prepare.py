@@ -7,20 +7,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft_recipes.data import prepare, tokenising
+from sft_recipes.data import prepare, tokenization
+from sft_recipes.data.encoder import Encoder
 from sft_recipes.data.prepare import Prepared
 from sft_recipes.data.sequences import IGNORED
 from sft_recipes.data.templates import Rendered, alpaca_prompt
-from sft_recipes.data.tokens import Encoder
 from sft_recipes.errors import DataError
-from sft_recipes.recipe import load
+from sft_recipes.recipe import parse
 from sft_recipes.recipe.schema import Data, Model, Recipe, Train
 from tests.conftest import ROWS, WriteRecipe, write_rows
 from tests.data import tokenizers
 
 
 def prepared(recipe: Path, *overrides: str, kind: str = "bytes+bos") -> Prepared:
-    return prepare.prepare(load.load(recipe, ["data.max_length=200", *overrides]).recipe, tokenizers.make(kind))
+    return prepare.prepare(parse.load(recipe, ["data.max_length=200", *overrides]).recipe, tokenizers.make(kind))
 
 
 def problem(recipe: Path, *overrides: str) -> str:
@@ -432,7 +432,7 @@ def test_a_second_time_it_comes_from_the_cache(write_recipe: WriteRecipe, monkey
         raise AssertionError("tokenized again")
 
     # Single rows are encoded without `batches`, such as the prompt to verify the chat template.
-    monkeypatch.setattr(tokenising.Work, "batches", refuse)
+    monkeypatch.setattr(tokenization.Work, "batches", refuse)
     assert table(prepared(recipe)) == table(first)
     assert table(prepared(recipe, "train.seed=3", "data.packing=none")) != table(first)
     for other in ("data.train_on=all", "data.template=chat"):
@@ -441,7 +441,7 @@ def test_a_second_time_it_comes_from_the_cache(write_recipe: WriteRecipe, monkey
     with pytest.raises(AssertionError, match="tokenized again"):
         prepared(recipe, kind="bytes")
     with pytest.raises(AssertionError, match="tokenized again"):
-        prepare.prepare(load.load(recipe).recipe, tokenizers.make("bytes+bos"), cached=False)
+        prepare.prepare(parse.load(recipe).recipe, tokenizers.make("bytes+bos"), cached=False)
 
 
 def test_changed_rows_are_tokenized_again(write_recipe: WriteRecipe, tmp_path: Path) -> None:
@@ -454,11 +454,11 @@ def test_changed_rows_are_tokenized_again(write_recipe: WriteRecipe, tmp_path: P
 
 def test_a_sample_where_there_is_too_little_time(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     write_rows(tmp_path / "train.jsonl", ROWS * 100)
-    recipe = load.load(write_recipe(), ["data.max_length=200", "data.eval=null"]).recipe
+    recipe = parse.load(write_recipe(), ["data.max_length=200", "data.eval=null"]).recipe
     data = prepare.prepare(recipe, tokenizers.make("bytes+bos"), seconds=0)
 
     assert data.share == 500 / 2400
-    short = load.load(tmp_path / "recipe.yaml", ["data.max_length=9", "data.eval=null"]).recipe
+    short = parse.load(tmp_path / "recipe.yaml", ["data.max_length=9", "data.eval=null"]).recipe
     expected = (
         r"500 of 500 rows exceed 9 tokens \(.*; counted in the first 500 of about 2,400 rows of .*\)\. "
         r"Set data.max_length to at least \d+ \(rows that were not counted may be longer\), or data.overlong to split\."

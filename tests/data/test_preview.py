@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from sft_recipes.checks import preview
+from sft_recipes.commands.check import preview
 from sft_recipes.errors import DataError
 from tests.conftest import WriteRecipe, write_rows
 

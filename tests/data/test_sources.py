@@ -7,22 +7,22 @@ import pytest
 from pyarrow import parquet as pq
 
 from sft_recipes.data import sources
-from sft_recipes.data.sources import Row
+from sft_recipes.data.sources import SourceRow
 from sft_recipes.errors import DataError
 
 ROWS = [{"text": "a"}, {"text": "ü漢"}]
 
 
 def read(path: Path | str) -> list[dict[str, object]]:
-    rows = list(sources.read(str(path)))
+    rows = list(sources.iter_rows(str(path)))
     assert not [row for row in rows if isinstance(row, DataError)]
-    return [dict(row.values) for row in rows if isinstance(row, sources.Row)]
+    return [dict(row.values) for row in rows if isinstance(row, sources.SourceRow)]
 
 
 def problem(path: Path | str) -> str:
     """Return the one problem of a file, raised or among its rows."""
     try:
-        [error] = [row for row in sources.read(str(path)) if isinstance(row, DataError)]
+        [error] = [row for row in sources.iter_rows(str(path)) if isinstance(row, DataError)]
     except DataError as raised:
         error = raised
     return str(error)
@@ -86,7 +86,7 @@ def test_blank_lines_and_a_byte_order_mark(tmp_path: Path) -> None:
 def test_places_are_line_numbers(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", '{"a": 1}\n\nbroken\n[1]\n')
 
-    rows = list(sources.read(str(file)))
+    rows = list(sources.iter_rows(str(file)))
     assert [str(row) if isinstance(row, DataError) else row.place for row in rows] == [
         f"{file}:1",
         f"{file}:3:1: invalid JSON: expecting value.",
@@ -170,9 +170,9 @@ def test_objects_of_a_table_have_the_keys_that_were_written(tmp_path: Path) -> N
     table = pa.Table.from_pylist([{"calls": [call], "note": None} for call in calls])
     pq.write_table(table, tmp_path / "a.parquet")
 
-    assert [row.values["calls"] for row in sources.read(str(tmp_path / "a.parquet")) if isinstance(row, Row)] == [
-        [call] for call in calls
-    ]
+    assert [
+        row.values["calls"] for row in sources.iter_rows(str(tmp_path / "a.parquet")) if isinstance(row, SourceRow)
+    ] == [[call] for call in calls]
 
 
 def test_a_damaged_archive(tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_a_damaged_archive(tmp_path: Path) -> None:
     packed[25] ^= 0xFF
     (tmp_path / "a.jsonl.gz").write_bytes(packed)
     with pytest.raises(DataError, match=r"a.jsonl.gz: cannot read the file"):
-        list(sources.read(str(tmp_path / "a.jsonl.gz")))
+        list(sources.iter_rows(str(tmp_path / "a.jsonl.gz")))
 
 
 def test_rows_of_a_large_file_are_estimated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

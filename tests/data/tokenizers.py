@@ -6,8 +6,8 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from sft_recipes.data.encoder import LightTokenizer
 from sft_recipes.data.templates import alpaca_prompt
-from sft_recipes.data.tokens import LightTokenizer
 
 TEXT = [
     alpaca_prompt("Name three colors.", "red green"),

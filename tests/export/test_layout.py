@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from sft_recipes.data.templates import alpaca_prompt
-from sft_recipes.export import save
+from sft_recipes.export import save_model
 from tests.conftest import minimal, run, write_rows
 
 ROOT = Path(__file__).parents[2]
@@ -136,7 +136,7 @@ def test_the_rotary_embedding_is_said_in_the_keys_of_transformers_4_too(
         max_position_embeddings=512, rope_parameters={**rope, "rope_theta": 500000.0},
     )  # fmt: skip
     original = LlamaForCausalLM(config).eval()
-    save.save_model(
+    save_model.save_model(
         original, AutoTokenizer.from_pretrained(TINY), tmp_path / "m", dtype="float32", max_shard_size="5GB", stops=[1]
     )
     written = content(tmp_path / "m" / "config.json")

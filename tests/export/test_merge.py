@@ -22,9 +22,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from sft_recipes import files
+from sft_recipes import atomic_files
 from sft_recipes.errors import ModelError, OutputError, RunError
-from sft_recipes.export import changes, merge, save, tensors, verify
+from sft_recipes.export import lora_deltas, merge, safetensors_io, save_model, verify
 from sft_recipes.export.probe import Probe
 from tests.commands import forked
 
@@ -182,7 +182,7 @@ def test_shards_index_and_hashes(tmp_path: Path) -> None:
 
     files = sorted(file.name for file in (tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 4
-    index = json.loads((tmp_path / "out" / tensors.INDEX).read_text("utf-8"))
+    index = json.loads((tmp_path / "out" / safetensors_io.INDEX).read_text("utf-8"))
     assert sorted(set(index["weight_map"].values())) == files
     listed = json.loads((tmp_path / "out" / "merge.json").read_text("utf-8"))["files"]
     assert listed.keys() == {file.name for file in (tmp_path / "out").iterdir()} - {"merge.json"}
@@ -206,7 +206,7 @@ def test_the_base_can_be_given(tmp_path: Path) -> None:
 def test_a_base_that_is_a_pickle(tmp_path: Path) -> None:
     base = untied(tmp_path / "base")
     source = adapter(tmp_path / "adapter", base, target_modules=["q_proj"])
-    for file in (*base.glob("*.safetensors"), base / tensors.INDEX):
+    for file in (*base.glob("*.safetensors"), base / safetensors_io.INDEX):
         file.unlink()
     (base / "pytorch_model.bin").touch()
 
@@ -268,15 +268,15 @@ def test_a_token_that_no_one_has_weights_of(tmp_path: Path) -> None:
 def test_a_merge_that_is_wrong_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here of one layer alone, by half of what it should be."""
     source = adapter(tmp_path / "adapter", target_modules=["up_proj"])
-    low_rank = changes.Merged._low_rank
+    low_rank = lora_deltas.TensorMerger._low_rank
 
-    def half(self: changes.Merged, layer: str, *args: Any, **options: Any) -> None:
+    def half(self: lora_deltas.TensorMerger, layer: str, *args: Any, **options: Any) -> None:
         before = self.config.lora_alpha
         self.config.lora_alpha = before / 2 if ".2." in layer else before
         low_rank(self, layer, *args, **options)
         self.config.lora_alpha = before
 
-    monkeypatch.setattr(changes.Merged, "_low_rank", half)
+    monkeypatch.setattr(lora_deltas.TensorMerger, "_low_rank", half)
     with pytest.raises(RunError) as caught:
         merge.merge(source, tmp_path / "out")
 
@@ -293,9 +293,9 @@ def test_a_small_part_that_is_missing_is_noticed(tmp_path: Path, monkeypatch: py
     source = rewritten(
         adapter(tmp_path / "adapter", target_modules=["up_proj"]), lambda w: {name: t * 0.1 for name, t in w.items()}
     )
-    low_rank = changes.Merged._low_rank
+    low_rank = lora_deltas.TensorMerger._low_rank
     monkeypatch.setattr(
-        changes.Merged,
+        lora_deltas.TensorMerger,
         "_low_rank",
         lambda self, layer, *args, **kw: None if ".2." in layer else low_rank(self, layer, *args, **kw),
     )
@@ -339,7 +339,7 @@ def test_embeddings_with_an_adapter_and_more_rows(tmp_path: Path) -> None:
 
 
 def test_two_merges_into_one_place(tmp_path: Path) -> None:
-    with files.complete_or_not_there(tmp_path / "out"):
+    with atomic_files.atomic_dir(tmp_path / "out"):
         with pytest.raises(OutputError, match="out: another process is writing it"):
             merge.merge(adapter(tmp_path / "adapter", target_modules=["up_proj"]), tmp_path / "out")
         assert (tmp_path / ".out.partial").is_dir()
@@ -362,7 +362,7 @@ def test_a_tokenizer_template_or_stop_that_is_not_the_trained_one_is_not_kept(
 
     def wrong(model: PreTrainedModel, tokenizer: Any, folder: Path, *, dtype: str, stops: list[int]) -> None:
         tokenizer.add_tokens(["hat"])
-        save.save_around(model, tokenizer, folder, dtype=dtype, stops=stops)
+        save_model.save_around(model, tokenizer, folder, dtype=dtype, stops=stops)
         (folder / "generation_config.json").write_text('{"eos_token_id": 7}', "utf-8")
 
     monkeypatch.setattr(merge, "save_around", wrong)
@@ -518,5 +518,5 @@ def test_a_fresh_process_that_fails_says_why(tmp_path: Path) -> None:
         {"x": str(tmp_path / "empty")}, "float32", str(TINY), [1], str(TINY), adapter=str(tmp_path)
     )
     with pytest.raises(RunError, match="it could not be verified: "):
-        verify.prove(request)
+        verify.verify(request)
     shutil.rmtree(tmp_path / "empty")

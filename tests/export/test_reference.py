@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from sft_recipes.errors import ModelError, RunError
-from sft_recipes.export import merge, reference, save, verify
+from sft_recipes.export import merge, reference, save_model, verify
 from sft_recipes.export.reference import run_model
 from tests.conftest import WriteRecipe, run
 
@@ -130,7 +130,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """How many models the verification loads, passes it makes, and models are in memory at once."""
     found: dict[str, Any] = {"models": 0, "passes": 0, "at once": 0}
     alive: list[Any] = []
-    from_pretrained, examine = AutoModelForCausalLM.from_pretrained, verify.examine
+    from_pretrained, examine = AutoModelForCausalLM.from_pretrained, verify.compare_outputs
 
     def loads(*args: Any, **kwargs: Any) -> Any:
         loaded = from_pretrained(*args, **kwargs)
@@ -275,7 +275,7 @@ def test_a_fault_in_the_weights_is_refused(
         weights = load_file(file)
         FAULTS[fault](weights)
         save_file(weights, file, {"format": "pt"})
-        save.save_around(model, tokenizer, folder, **options)
+        save_model.save_around(model, tokenizer, folder, **options)
 
     monkeypatch.setattr(merge, "save_around", wrong)
     with pytest.raises(RunError, match="not kept: original: "):
@@ -288,7 +288,7 @@ def test_a_fault_in_the_config_is_refused(adapter: Path, key: str, monkeypatch: 
     """Whose effect rounding hides."""
 
     def wrong(model: Any, tokenizer: Any, folder: Path, **options: Any) -> None:
-        save.save_around(model, tokenizer, folder, **options)
+        save_model.save_around(model, tokenizer, folder, **options)
         config = json.loads((folder / "config.json").read_text("utf-8"))
         where = config if key in config else config["rope_parameters"]
         where[key] *= 1000 if key == "rms_norm_eps" else 1.01
@@ -310,7 +310,7 @@ def test_a_gpu_is_used_if_it_has_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: tuple[int, int], placed: Any
 ) -> None:
     """A model of 9 GiB, whose files hold nothing."""
-    from sft_recipes.export.tensors import Stored
+    from sft_recipes.export.safetensors_io import Stored
 
     files = {
         f"model.layers.{layer}.up.weight": Stored(tmp_path, torch.bfloat16, (1 << 24, 4), 0) for layer in range(72)
@@ -324,7 +324,7 @@ def test_a_gpu_is_used_if_it_has_room(
 
 
 def test_large_models_run_few_rows_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sft_recipes.export.tensors import Stored
+    from sft_recipes.export.safetensors_io import Stored
 
     request = verify.Request({"x": str(tmp_path)}, "bfloat16", "", [], "", rows=ROWS)
     monkeypatch.setattr(verify, "in_model", lambda folder: {"w": Stored(tmp_path, torch.bfloat16, (8_000_000_000,), 0)})

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from sft_recipes.checks import check
+from sft_recipes.commands.check import check
 from sft_recipes.planning import host_memory
 from sft_recipes.planning.host_memory import PROCESS, Model
 from sft_recipes.planning.memory import GIB

@@ -32,4 +32,4 @@ def test_room_for_what_the_allocator_does_not_count() -> None:
 
 
 def test_sizes_in_words() -> None:
-    assert [memory.in_words(size) for size in (2**34, 1.5 * 2**20, 512)] == ["16.0 GiB", "1.5 MiB", "0.5 KiB"]
+    assert [memory.format_bytes(size) for size in (2**34, 1.5 * 2**20, 512)] == ["16.0 GiB", "1.5 MiB", "0.5 KiB"]

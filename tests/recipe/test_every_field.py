@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sft_recipes.recipe.load import field_names
+from sft_recipes.recipe.parse import field_names
 from sft_recipes.recipe.schema import Recipe
 
 TESTS = Path(__file__).parents[1]

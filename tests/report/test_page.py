@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from sft_recipes import files
+from sft_recipes import atomic_files, console
 from sft_recipes.errors import OutputError, RecipeError
-from sft_recipes.report import page, words
+from sft_recipes.report import page
 from tests.commands import sft_recipe, start
 from tests.report import runs
 
@@ -154,7 +154,7 @@ def test_no_run(tmp_path: Path) -> None:
 
 
 def test_first_and_last_answers(finished: Path) -> None:
-    [(before, after)] = words.samples(finished)
+    [(before, after)] = console.samples(finished)
 
     assert (before["answer"], after["answer"]) == ("early", "late")
 
@@ -171,14 +171,14 @@ def test_a_run_that_may_not_be_read(finished: Path, monkeypatch: pytest.MonkeyPa
     def refuse(path: Path, *_: object) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(files, "_lock", refuse)
+    monkeypatch.setattr(atomic_files, "_lock", refuse)
     remedy = "run: cannot be read: Permission denied. Make it readable for this user"
     with pytest.raises(OutputError, match=remedy):
         page.follow([finished], None, print)
     begun = runs.write(finished.parent / "begun" / "run", runs.metrics(2), manifest=None, proof=None)
     with pytest.raises(OutputError, match=remedy):  # it is asked whether it is running
         page.write(begun)
-    monkeypatch.setattr(page.facts, "read", refuse)
+    monkeypatch.setattr(page.run_data, "read", refuse)
     with pytest.raises(OutputError, match=remedy):
         page.write(finished)
 
@@ -278,11 +278,11 @@ def test_a_run_is_followed_to_its_end(tmp_path: Path) -> None:
     begun = threading.Event()
 
     def run() -> None:
-        with files.locked(folder):
+        with atomic_files.locked(folder):
             begun.set()
             time.sleep(0.1)
             for line in lines:
-                files.append(folder / "metrics.jsonl", json.dumps(line) + "\n")
+                atomic_files.append(folder / "metrics.jsonl", json.dumps(line) + "\n")
                 before, patience = len(pages), time.monotonic() + 60
                 while time.monotonic() < patience:
                     if (folder / "report.html").is_file() and html_of(folder) not in pages:
@@ -314,7 +314,7 @@ def test_following_a_run_that_has_ended_writes_it_once(finished: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_following_and_not_the_page(finished: Path, tmp_path: Path, number: int) -> None:
     out, err = tmp_path / "out", tmp_path / "err"
-    with files.locked(finished):
+    with atomic_files.locked(finished):
         child = start("report", str(finished), "--watch", out=out, err=err)
         patience = time.monotonic() + 60
         while not (out.is_file() and out.read_text()) and time.monotonic() < patience:

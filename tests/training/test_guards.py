@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sft_recipes.errors import RunError
-from sft_recipes.training import checkpoints, guards, trainer
+from sft_recipes.training import checkpoint_dirs, guards, trainer
 from tests.conftest import WriteRecipe, build, metrics
 
 Bad = Callable[[trainer.Trainer, int], bool]
@@ -78,7 +78,7 @@ def test_a_loss_that_is_not_finite_names_the_rows_of_its_micro_batch(
     named = {word.rstrip(";,") for word in line.split() if "train.jsonl" in word}
     assert named == rows_of(sft, seen[4][2])
     assert all(torch.equal(before[name], weight) for name, weight in sft.model.state_dict().items())
-    assert checkpoints.newest(tmp_path / "run")[0] == tmp_path / "run" / "checkpoints" / "checkpoint-4"
+    assert checkpoint_dirs.latest_complete(tmp_path / "run")[0] == tmp_path / "run" / "checkpoints" / "checkpoint-4"
 
 
 @pytest.mark.parametrize("max_grad_norm", [0, 1])

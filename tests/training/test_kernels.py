@@ -24,9 +24,9 @@ from transformers import (
 
 from sft_recipes.errors import ModelError
 from sft_recipes.planning.memory import Footprint
-from sft_recipes.recipe import upstream
+from sft_recipes.recipe import library_names
 from sft_recipes.recipe.schema import Recipe
-from sft_recipes.training import footprint, kernels
+from sft_recipes.training import kernels, memory_trace
 from sft_recipes.training.kernels import Kernels
 from tests.commands import forked
 from tests.conftest import WriteRecipe, run
@@ -61,7 +61,7 @@ TRITON = [  # what Liger imports of it
     "triton.tools.tensor_descriptor",
 ]
 needs_liger = pytest.mark.skipif(
-    not upstream.installed("liger_kernel"), reason="pip install --no-deps liger-kernel, as .ci/run does"
+    not library_names.installed("liger_kernel"), reason="pip install --no-deps liger-kernel, as .ci/run does"
 )
 
 
@@ -182,8 +182,8 @@ def test_wrong_kernels_are_said_and_not_taken(liger_is_installed: None, monkeypa
 
 @needs_liger
 def test_model_types_are_those_of_ligers_source() -> None:
-    assert set(CONFIGS) <= upstream.liger_model_types()
-    assert "gpt2" not in upstream.liger_model_types()
+    assert set(CONFIGS) <= library_names.liger_model_types()
+    assert "gpt2" not in library_names.liger_model_types()
 
 
 def _apply(model_type: str, answers: Any) -> None:
@@ -221,7 +221,7 @@ def test_norms_and_mlps_of_the_model_change_and_its_module_stays(model_type: str
 @pytest.fixture
 def predicted(liger_is_installed: None) -> Callable[..., Footprint]:
     def predict(wanted: str, config: PreTrainedConfig, **model: Any) -> Footprint:
-        return footprint.predict(recipe_of(wanted, **model), config, "cuda")
+        return memory_trace.predict(recipe_of(wanted, **model), config, "cuda")
 
     return predict
 

@@ -10,7 +10,7 @@ from peft.tuners.lora import Linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sft_recipes.recipe import load
+from sft_recipes.recipe import parse
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.training.lora_addition import add_in_place
 from tests.conftest import WriteRecipe
@@ -106,7 +106,7 @@ def test_merging_is_pefts(safe: bool) -> None:
 
 def test_which_layers(write_recipe: WriteRecipe) -> None:
     def variants(**sections: Any) -> set[str]:
-        recipe = load.load(write_recipe(**sections)).recipe
+        recipe = parse.load(write_recipe(**sections)).recipe
         assert recipe.lora is not None
         config = LlamaConfig(
             hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=16

@@ -9,9 +9,9 @@ from peft.tuners.lora import LoraLayer
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sft_recipes.data import prepare, tokens
+from sft_recipes.data import encoder, prepare
 from sft_recipes.errors import ModelError
-from sft_recipes.recipe import load
+from sft_recipes.recipe import parse
 from sft_recipes.training import model
 from tests.conftest import WriteRecipe
 from tests.data import tokenizers
@@ -30,12 +30,12 @@ def test_the_chat_template_gives_the_trained_prompt(
         (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "utf-8")
     tokenizer = AutoTokenizer.from_pretrained(tokenizers.save(kind, tmp_path / "model"))
     assert isinstance(tokenizer, PreTrainedTokenizerFast)
-    recipe = load.load(
+    recipe = parse.load(
         write_recipe(
             data={"template": str(tmp_path / "t.jinja") if template == "file" else template, "overlong": "split"}
         )
     ).recipe
-    data = prepare.prepare(recipe, tokens.of_transformers(tokenizer))
+    data = prepare.prepare(recipe, encoder.from_transformers(tokenizer))
 
     model.set_chat_template(tokenizer, data)
 
@@ -76,7 +76,7 @@ def test_a_pad_token_that_is_not_the_end(special: dict[str, str], others: list[s
 
 
 def loaded(recipe: Path, *overrides: str) -> Any:
-    wanted = load.load(recipe, overrides).recipe
+    wanted = parse.load(recipe, overrides).recipe
     return model.load_model(wanted, model.load_tokenizer(wanted.model))
 
 
@@ -141,7 +141,7 @@ def test_without_a_float32_copy_of_an_adapters_input_every_bit_is_the_same(
     write_recipe: WriteRecipe, quantization: str | None, checkpointing: bool
 ) -> None:
     file = write_recipe(lora={}, model={"dtype": "bfloat16", "quantization": quantization})
-    recipe = load.load(file, ["train.mixed_precision=bf16"]).recipe
+    recipe = parse.load(file, ["train.mixed_precision=bf16"]).recipe
     found = []
     for copies in (False, True):
         adapted = loaded(file, f"model.quantization={quantization or 'null'}")
@@ -172,7 +172,7 @@ def test_the_copy_stays_where_something_is_computed_on_it(write_recipe: WriteRec
     ]
     file = write_recipe()
     adapted = loaded(file, *overrides)
-    model.settle_types(adapted, load.load(file, overrides).recipe)
+    model.settle_types(adapted, parse.load(file, overrides).recipe)
     assert all(part.cast_input_dtype_enabled for part in adapted.modules() if isinstance(part, LoraLayer))
 
 
@@ -191,7 +191,7 @@ def test_fsdp2_gets_4_bit_weights_in_the_type_that_it_casts_to(
     """In another it would cast the numbers that they are held in, and of the weights nothing would be left."""
     overrides = ["model.quantization=nf4", "lora={}", "launch.strategy=fsdp2"]
     overrides += [f"model.dtype={dtype}", f"train.mixed_precision={mixed}"]
-    recipe = load.load(write_recipe(), overrides).recipe
+    recipe = parse.load(write_recipe(), overrides).recipe
 
     assert (
         model._quantization(recipe, model.load_config(recipe))["quantization_config"].bnb_4bit_quant_storage == stored
@@ -204,7 +204,7 @@ def test_where_4_bit_weights_are_read(
 ) -> None:
     """0.9 million parameters, those of the embeddings in bfloat16: less than a MiB."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, free))
-    recipe = load.load(write_recipe(), ["model.quantization=nf4", "lora={}", "model.dtype=bfloat16"]).recipe
+    recipe = parse.load(write_recipe(), ["model.quantization=nf4", "lora={}", "model.dtype=bfloat16"]).recipe
     assert model._has_room_for_all(recipe, model.load_config(recipe)) == fits
 
 
@@ -227,7 +227,7 @@ def test_weights_are_read_onto_the_gpu_that_holds_all_of_them(
         given.update(options)
         return None, {"missing_keys": []}
 
-    recipe = load.load(write_recipe(), ["model.attention=sdpa", *overrides]).recipe
+    recipe = parse.load(write_recipe(), ["model.attention=sdpa", *overrides]).recipe
     config = model.load_config(recipe)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)

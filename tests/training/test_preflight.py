@@ -14,9 +14,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import SFTConfig
 
 from sft_recipes.errors import ModelError, RunError
-from sft_recipes.recipe.upstream import optimizers
+from sft_recipes.recipe.library_names import optimizers
 from sft_recipes.training import preflight, trainer
-from sft_recipes.training.tracking import Tracker
+from sft_recipes.training.storage_tracker import StorageTracker
 from tests.conftest import WriteRecipe, build, metrics, run, write_rows
 from tests.kills import TIMES
 
@@ -247,7 +247,7 @@ def test_it_tries_what_is_trained(write_recipe: WriteRecipe, tmp_path: Path, way
     assert autocast == way.endswith("bf16")
 
 
-class _Live(Tracker):
+class _Live(StorageTracker):
     """Counts storages of real tensors, the values of which can be read."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

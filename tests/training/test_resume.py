@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from sft_recipes.errors import Stopped
-from sft_recipes.recipe import load
+from sft_recipes.recipe import parse
 from sft_recipes.stopping import Stop, on_request
-from sft_recipes.training import checkpoints, model, trainer
+from sft_recipes.training import checkpoint_dirs, model, trainer
 from tests.conftest import WriteRecipe, build, metrics
 from tests.kills import TIMES
 
@@ -48,7 +48,7 @@ def train(
 ) -> dict[str, torch.Tensor]:
     """Train in a directory from its newest checkpoint, up to a SIGTERM in the given step or to the end; the weights."""
     folder.mkdir(exist_ok=True)
-    checkpoint, passed_over = checkpoints.newest(folder)
+    checkpoint, passed_over = checkpoint_dirs.latest_complete(folder)
     assert passed_over == []
     with on_request(None, "again") as stop:
         sft = build(recipe, folder, *overrides, stop=stop)
@@ -150,7 +150,7 @@ def test_the_recipe_is_as_it_was_when_the_trainer_is_made(write_recipe: WriteRec
     """PEFT changes the lists that it is given."""
     for layers in (["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]):
         recipe = write_recipe(lora={"rank": 2, "modules_to_save": layers, "target_modules": ["q_proj"]})
-        wanted = load.load(recipe, []).recipe
+        wanted = parse.load(recipe, []).recipe
         before = json.dumps(wanted.resolved())
         model.load_model(wanted, model.load_tokenizer(wanted.model))
         assert json.dumps(wanted.resolved()) == before
@@ -195,7 +195,7 @@ def test_after_a_time(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     with pytest.raises(Stopped, match=r"stopped after 0s after step 1 of 3; the last checkpoint is .*checkpoint-1$"):
         trainer.train(sft, None)
 
-    assert checkpoints.newest(tmp_path) == (tmp_path / "checkpoints" / "checkpoint-1", [])
+    assert checkpoint_dirs.latest_complete(tmp_path) == (tmp_path / "checkpoints" / "checkpoint-1", [])
 
 
 @pytest.mark.parametrize("when", ["evaluate", "_save_checkpoint"])

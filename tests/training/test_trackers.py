@@ -248,7 +248,7 @@ def test_nothing_is_told_to_one_that_failed(tmp_path: Path) -> None:
 
     warnings: list[str] = []
     broken = Broken(Recipe.model_validate(minimal(tmp_path)), tmp_path)
-    guarded = trackers.Guarded(broken, print, warnings.append)
+    guarded = trackers.NonFatalTracker(broken, print, warnings.append)
     guarded.table(1, [])
     guarded.table(2, [])
 

@@ -10,10 +10,10 @@ from trl import SFTConfig
 
 from sft_recipes.errors import RecipeError, RunError
 from sft_recipes.planning.steps import Steps, count
-from sft_recipes.recipe import load
-from sft_recipes.recipe.upstream import OWNED
+from sft_recipes.recipe import parse
+from sft_recipes.recipe.library_names import OWNED
 from sft_recipes.training import trainer
-from sft_recipes.training.arguments import CHECKPOINTING, sft_config
+from sft_recipes.training.sft_config import CHECKPOINTING, sft_config
 from tests.conftest import WriteRecipe
 
 SEQUENCES = 400
@@ -23,12 +23,12 @@ UNOWNED |= {"disable_tqdm", "use_cpu", "accelerator_config"}
 
 
 def config(recipe: Path, *overrides: str, validates: bool = True) -> SFTConfig:
-    loaded = load.load(recipe, overrides).recipe
+    loaded = parse.load(recipe, overrides).recipe
     return SFTConfig(**sft_config(loaded, count(loaded, SEQUENCES), recipe.parent / "run", validates=validates))
 
 
 def test_the_names_we_send_are_fields_of_sft_config_and_owned(write_recipe: WriteRecipe) -> None:
-    recipe = load.load(write_recipe(), ["train.optimizer=adamw_8bit_sr"]).recipe
+    recipe = parse.load(write_recipe(), ["train.optimizer=adamw_8bit_sr"]).recipe
     sent = set(sft_config(recipe, Steps(1, 1, 1), Path("run"), validates=True))
 
     assert sent <= {field.name for field in dataclasses.fields(SFTConfig)}
@@ -108,7 +108,7 @@ def test_without_validation(write_recipe: WriteRecipe) -> None:
 
 
 def test_too_little_memory_is_no_fault_of_the_recipe(write_recipe: WriteRecipe) -> None:
-    recipe = load.load(write_recipe(), []).recipe
+    recipe = parse.load(write_recipe(), []).recipe
     said = r"out of memory before the first step: .*; .* are predicted, and the device has .*: something else takes"
     with pytest.raises(RunError, match=said), trainer._as_recipe_error(recipe, "trl"):
         torch.empty(2**60, dtype=torch.uint8)

@@ -186,7 +186,7 @@ def test_bf16_on_a_cpu_without_it_is_a_warning(
 def test_answers_are_given_in_the_types_of_the_training(write_recipe: WriteRecipe) -> None:
     recipe = write_recipe(lora={}, model={"dtype": "bfloat16"}, eval={"generate": ["Say it."], "max_new_tokens": 3})
     sft = build(recipe, "train.mixed_precision=bf16")
-    assert sft.answers() == {}
+    assert sft.generate_samples() == {}
     assert (sft.run_dir / "samples.jsonl").read_text("utf-8")
 
 

@@ -1,0 +1,139 @@
+"""Count rows and tokens per source (data.json)."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass
+class SourceStats:
+    """Statistics of one source.
+
+    rows_read = held_out + not_sampled + rows, unless a weight above 1 repeats rows; rows = kept + dropped. `tokens` counts
+    the tokens in sequences, `trained_tokens` those with a label other than -100.
+    """
+
+    path: str
+    format: str
+    template: str
+    rows_read: int = 0  # of the source; for an evaluation split of training rows: the rows of that split
+    held_out: int = 0  # for evaluation
+    not_sampled: int = 0  # because of a weight below 1 or a limit on samples
+    rows: int = 0
+    kept: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)  # reason -> rows
+    duplicates: int = 0  # rows with the same tokens as an earlier row
+    empty_answers: int = 0
+    lossy_template: int = 0  # rows of which the template drops or rewrites some text
+    missing_eos: int = 0  # training rows whose answer has no EOS token in the loss
+    train_overlap: int = 0  # evaluation rows that are also training rows
+    prompt_overlap: int = 0  # other evaluation rows with the prompt of a training row
+    truncated_rows: int = 0
+    split_rows: int = 0
+    dropped_tokens: int = 0  # of kept rows, in no sequence
+    tokens: int = 0
+    trained_tokens: int = 0
+    token_lengths: dict[str, int] = field(default_factory=dict)  # percentiles over rows, before truncation
+    sampled: str = ""  # describes the sample if not all rows were read
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "path": self.path,
+            "format": self.format,
+            "template": self.template,
+            "rows_read": self.rows_read,
+            "held_out": self.held_out,
+            "not_sampled": self.not_sampled,
+            "rows": self.rows,
+            "kept": self.kept,
+            "dropped": dict(self.dropped),
+            "duplicates": self.duplicates,
+            "empty_answers": self.empty_answers,
+            "lossy_template": self.lossy_template,
+            "missing_eos": self.missing_eos,
+            "train_overlap": self.train_overlap,
+            "prompt_overlap": self.prompt_overlap,
+            "truncated_rows": self.truncated_rows,
+            "split_rows": self.split_rows,
+            "dropped_tokens": self.dropped_tokens,
+            "tokens": self.tokens,
+            "trained_tokens": self.trained_tokens,
+            "token_lengths": self.token_lengths,
+        }
+
+    def line(self) -> str:
+        """Format as one console line; counts of 0 are omitted."""
+        counts = {
+            "held out for evaluation": self.held_out,
+            "not sampled": self.not_sampled,
+            **{f"dropped ({reason})": count for reason, count in self.dropped.items()},
+            "identical to an earlier row": self.duplicates,
+            "with an empty answer": self.empty_answers,
+            "with text dropped or rewritten by the template": self.lossy_template,
+            "without an EOS token in the loss": self.missing_eos,
+            "also in the training data": self.train_overlap,
+            "with the prompt of a training row": self.prompt_overlap,
+            "truncated": self.truncated_rows,
+            "split": self.split_rows,
+            "tokens dropped": self.dropped_tokens,
+        }
+        fields = [
+            f"{self.rows:,} rows" + (f" from {self.sampled}" if self.sampled else ""),
+            f"format {self.format}, template {self.template}",
+            ", ".join(f"{count:,} {name}" for name, count in counts.items() if count),
+            "tokens per row: " + ", ".join(f"{name} {length:,}" for name, length in self.token_lengths.items()),
+        ]
+        return f"{self.path}: {'; '.join(filter(None, fields))}"
+
+
+@dataclass
+class DatasetStats:
+    """Statistics of the training or the evaluation data."""
+
+    sources: list[SourceStats] = field(default_factory=list)
+    sequences: int = 0
+    packing: str = "none"
+    max_length: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return sum(source.tokens for source in self.sources)
+
+    @property
+    def trained_tokens(self) -> int:
+        return sum(source.trained_tokens for source in self.sources)
+
+    @property
+    def packing_efficiency(self) -> float:
+        """Tokens / (sequences x max_length), from 0 to 1."""
+        return self.tokens / (self.sequences * self.max_length) if self.sequences else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "sources": [source.as_dict() for source in self.sources],
+            "tokens": self.tokens,
+            "trained_tokens": self.trained_tokens,
+            "sequences": self.sequences,
+            "packing": self.packing,
+            "packing_efficiency": round(self.packing_efficiency, 4),
+        }
+
+    def lines(self, name: str) -> list[str]:
+        """Format as console lines: one per source and one in total."""
+        return [
+            *(f"{name}: {source.line()}" for source in self.sources),
+            f"{name}: {self.sequences:,} sequences, {self.tokens:,} tokens, {self.trained_tokens:,} trained "
+            f"({self.trained_tokens / max(self.tokens, 1):.1%}); packing {self.packing}, {self.packing_efficiency:.1%} full",
+        ]
+
+
+def percentiles(lengths: Sequence[int] | NDArray[np.int64]) -> dict[str, int]:
+    """Return minimum, median, 90th and 99th percentile and maximum; {} if there are no lengths."""
+    if not len(lengths):
+        return {}
+    values = np.percentile(lengths, [0, 50, 90, 99, 100], method="higher").astype(int).tolist()
+    return dict(zip(("min", "p50", "p90", "p99", "max"), values, strict=True))

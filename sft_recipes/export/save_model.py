@@ -1,0 +1,289 @@
+"""A model directory that loads anywhere: weights, config, generation config, tokenizer, chat template."""
+
+import json
+import re
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import peft
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from sft_recipes.atomic_files import atomic_dir
+from sft_recipes.export.safetensors_io import Writer
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    dtype: str,
+    max_shard_size: str,
+    stops: Sequence[int],
+) -> None:
+    """Write the model with its weights rounded to `dtype`. The model is changed: it has `dtype` afterwards."""
+    round_weights(model, DTYPES[dtype])
+    tie_if_equal(model)
+    set_generation_config(model, tokenizer, stops)  # else it cannot be saved
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    save_around(model, tokenizer, folder, dtype=dtype, stops=stops)
+
+
+@dataclass
+class Written:
+    """Weights that were written to a directory while they were gathered."""
+
+    folder: Path
+    sha256: dict[str, str] = field(default_factory=dict)  # of each tensor's bytes, by its name in the files
+    error: Exception | None = None  # why they are not all there
+    note: str | None = None
+
+
+@contextmanager
+def written(
+    model: PreTrainedModel,
+    shapes: Mapping[str, torch.Tensor] | None,
+    weights: Iterable[tuple[str, torch.Tensor]],
+    folder: Path,
+    *,
+    main: bool,
+    max_shard_size: str,
+) -> Iterator[Written | None]:
+    """Write the weights of a sharded model to `folder` as they are gathered; on exit the folder is removed.
+
+    Every rank has to iterate over all of `weights`, so an error of the `main` one, which writes, is not raised but kept in
+    what is yielded. The model itself is only asked for names and config. Does nothing if `shapes` is None.
+
+    `shapes` are meta tensors of the final dtype, by their names in the model's state_dict; `weights` have the same names in
+    any order, with data. Files have up to `max_shard_size` ("5GB").
+    """
+    if shapes is None:
+        yield None
+        return
+    found = Written(folder)
+    try:
+        files = None
+        if main:
+            with _kept_in(found):
+                shutil.rmtree(folder, ignore_errors=True)  # left over from a killed run
+                folder.mkdir()
+                files = _Files(model, shapes, folder, max_shard_size)
+        for name, weight in weights:
+            if files is not None and found.error is None:
+                with _kept_in(found):
+                    files.put(name, weight)
+            del weight  # before the next one is gathered
+        if files is not None and found.error is None:
+            with _kept_in(found):
+                files.close()
+                found.sha256, found.note = files.writer.sha256, files.note
+        yield found
+    finally:
+        if main:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _kept_in(found: Written) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        found.error = error
+
+
+class _Files:
+    """The files that `save_pretrained` would write for a sharded model, made of one gathered tensor after the other."""
+
+    def __init__(
+        self, model: PreTrainedModel, shapes: Mapping[str, torch.Tensor], folder: Path, max_shard_size: str
+    ) -> None:
+        self._model, self._folder = model, folder
+        ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
+        saved = {name: shape for name, shape in shapes.items() if name not in ignored}
+        saved = remove_tied_weights_from_state_dict(saved, model)
+        # Names and layouts in the files may differ from those in memory, such as experts that are one tensor there. Usually
+        # each tensor can be converted alone.
+        files = revert_weight_conversion(model, dict(saved))
+        for self.note, self._group_of in _GROUPINGS:
+            self._groups = defaultdict[str, dict[str, torch.Tensor]](dict)
+            for name, shape in saved.items():
+                self._groups[self._group_of(name)][name] = shape
+            if self._converts_to(files):
+                break
+        else:
+            raise ValueError(f"the weights of {type(model).__name__} cannot be converted to those of its files")
+        self._waiting = defaultdict[str, dict[str, torch.Tensor]](dict)
+        self.writer = Writer(
+            {name: (shape.dtype, tuple(shape.shape)) for name, shape in files.items()}, folder, max_shard_size
+        )
+        self._parameters = sum(shapes[name].numel() for name, _ in model.named_parameters())
+
+    def _converts_to(self, files: Mapping[str, torch.Tensor]) -> bool:
+        found: dict[str, torch.Tensor] = {}
+        for group in self._groups.values():
+            try:
+                found |= revert_weight_conversion(self._model, dict(group))
+            except (ValueError, RuntimeError, LookupError):  # a tensor that it needs is in another group
+                return False
+        return {n: s.shape for n, s in found.items()} == {n: s.shape for n, s in files.items()}
+
+    def put(self, name: str, weight: torch.Tensor) -> None:
+        key = self._group_of(name)
+        if name not in self._groups.get(key, ()):
+            return  # tied to one that is saved, or not saved at all
+        group = self._waiting[key]
+        group[name] = weight if len(self._groups[key]) == 1 else weight.cpu()
+        if len(group) == len(self._groups[key]):
+            for file_name, tensor in revert_weight_conversion(self._model, self._waiting.pop(key)).items():
+                self.writer.put(file_name, tensor)
+
+    def close(self) -> None:
+        self.writer.close({"total_parameters": self._parameters})
+        model, config = self._model, self._model.config.get_text_config()
+        if model.is_remote_code():
+            custom_object_save(model, self._folder, config=model.config)
+        head = model.get_output_embeddings()
+        if config.tie_word_embeddings and head is not None:
+            config.tie_word_embeddings = head.weight is model.get_input_embeddings().weight
+
+
+def _layer(name: str) -> str:
+    """A name up to its first number, which is that of a layer."""
+    found = re.match(r".*?\.\d+\.", name)
+    return found[0] if found else name
+
+
+_GROUPINGS: list[tuple[str | None, Callable[[str], str]]] = [
+    (None, lambda name: name),
+    ("weights gathered layer by layer: their files need several of them at once", _layer),
+    (
+        "weights gathered as a whole in host memory: they cannot be converted to those of their files one by one",
+        lambda _: "",
+    ),
+]
+
+
+def round_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Take to `dtype` what is saved. What a model computes when it is made, such as rotary frequencies and Gemma's scale of
+    embeddings, stays as a model that is loaded has it."""
+    computed = [
+        (module, name, module._buffers[name])
+        for module in model.modules()
+        for name in module._non_persistent_buffers_set
+    ]
+    model.to(dtype)
+    for module, name, buffer in computed:
+        module._buffers[name] = buffer
+
+
+def save_around(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, dtype: str, stops: Sequence[int]
+) -> None:
+    """Write what belongs to weights of `dtype`: config, generation config, tokenizer; `stops` are the tokens that end an
+    answer."""
+    model.config.use_cache = True
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = DTYPES[dtype]
+    set_generation_config(model, tokenizer, stops)
+    model.config.save_pretrained(folder)
+    write_rope_v4_keys(folder / "config.json")
+    model.generation_config.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
+
+
+def save_adapter(
+    model: peft.PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    *,
+    stops: Sequence[int],
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write the adapter, with the tokenizer and generation config that belong to it; `weights` in place of the model's own."""
+    set_generation_config(model, tokenizer, stops)
+    with atomic_dir(out) as folder:
+        # Rows of new tokens are among the trained weights, so the embeddings need not be saved whole.
+        model.save_pretrained(folder, save_embedding_layers=False, state_dict=weights)
+        model.generation_config.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the tokenizer under a class name that transformers 4, and servers built on it, know as well."""
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for local in ("is_local", "local_files_only"):  # of this machine
+        config.pop(local, None)
+    file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_rope_v4_keys(file: Path) -> None:
+    """Say the rotary embedding of a config.json in the keys of transformers 4 as well.
+
+    It passes over `rope_parameters` without a word and takes a base of 10,000: another model, that answers otherwise.
+    """
+    config = json.loads(file.read_text(encoding="utf-8"))
+    for part in (config, config.get("text_config") or {}):
+        rope = part.get("rope_parameters") or {}
+        if "rope_theta" not in rope:
+            continue  # none, or one for each kind of layer, which has no common keys in transformers 4
+        part["rope_theta"] = rope["rope_theta"]
+        if "partial_rotary_factor" in rope:
+            part["partial_rotary_factor"] = rope["partial_rotary_factor"]
+        if rope.get("rope_type", "default") != "default":
+            part["rope_scaling"] = {
+                key: rope[key] for key in rope if key not in ("rope_theta", "partial_rotary_factor")
+            }
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def set_generation_config(
+    model: PreTrainedModel | peft.PeftModel, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]
+) -> None:
+    """Let `generate` stop where the trained documents end, besides where the base model did."""
+    config: GenerationConfig = model.generation_config
+    own = config.eos_token_id if config.eos_token_id is not None else []
+    # Configs made without a tokenizer name ends that are ordinary words of it.
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    own = [end for end in ([own] if isinstance(own, int) else own) if end in special]
+    ends = list(dict.fromkeys([*stops, *own]))
+    config.eos_token_id = ends[0] if len(ends) == 1 else ends
+    config.pad_token_id = tokenizer.pad_token_id
+    config.bos_token_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else config.bos_token_id
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    model.config.get_text_config().eos_token_id = tokenizer.eos_token_id
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        config.do_sample = (
+            True  # models ship sampling settings without saying that they sample, and then cannot be saved
+        )
+
+
+def untie(model: PreTrainedModel) -> None:
+    """Give the head weights of its own, where it shares those of the embeddings."""
+    config, head = model.config.get_text_config(), model.get_output_embeddings()
+    if config.tie_word_embeddings and head is not None:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        config.tie_word_embeddings = False
+
+
+def tie_if_equal(model: PreTrainedModel) -> None:
+    """Say in the config whether head and embeddings are one; a head that was trained apart is saved apart."""
+    config, head = model.config.get_text_config(), model.get_output_embeddings()
+    if config.tie_word_embeddings and head is not None:
+        config.tie_word_embeddings = torch.equal(head.weight, model.get_input_embeddings().weight)

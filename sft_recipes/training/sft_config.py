@@ -1,0 +1,87 @@
+"""The translation of our words into TRL's."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from sft_recipes.planning import disk
+from sft_recipes.planning.steps import Steps
+from sft_recipes.recipe.schema import Recipe
+from sft_recipes.recipe.validate import STOCHASTIC_ROUNDING
+from sft_recipes.training import strategies
+from sft_recipes.training.trackers import PROJECT
+
+# transformers before 5.23 has only the older name.
+CHECKPOINTING = next(
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, name)
+)
+
+
+def sft_config(recipe: Recipe, steps: Steps, run_dir: Path, *, validates: bool) -> dict[str, Any]:
+    """The arguments of SFTConfig that a recipe means. The data comes prepared, so TRL's own preparation is off."""
+    train, checkpoint = recipe.train, recipe.checkpoint
+    on_gpu = torch.accelerator.is_available()
+    optimizer = {"optim": train.optimizer}
+    if train.optimizer == STOCHASTIC_ROUNDING:
+        optimizer = {"optim": "adamw_torch_8bit", "optim_args": "bf16_stochastic_round=True"}
+    config = {
+        "output_dir": str(run_dir / "checkpoints"),
+        # data
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "max_length": None,
+        "packing": False,
+        "padding_free": padding_free(recipe),
+        "train_sampling_strategy": "random" if recipe.data.shuffle else "sequential",
+        "dataloader_pin_memory": on_gpu,
+        "accelerator_config": strategies.accelerator(recipe)
+        | {"non_blocking": on_gpu},  # the next micro-batch is copied while one is computed
+        # steps
+        "max_steps": steps.total,
+        "per_device_train_batch_size": train.micro_batch_size,
+        "per_device_eval_batch_size": train.micro_batch_size,
+        "gradient_accumulation_steps": recipe.accumulation,
+        "learning_rate": train.learning_rate,
+        "lr_scheduler_type": train.lr_scheduler,
+        "warmup_steps": steps.warmup,
+        "weight_decay": train.weight_decay,
+        "max_grad_norm": train.max_grad_norm,
+        **optimizer,
+        # numbers
+        "bf16": train.mixed_precision == "bf16",
+        "fp16": train.mixed_precision == "fp16",
+        CHECKPOINTING: train.recomputed > 0,
+        f"{CHECKPOINTING}_kwargs": {"every_n_layers": train.recomputed} if train.recomputed > 1 else None,
+        "use_cpu": not on_gpu,
+        "seed": train.seed,
+        # validation, checkpoints, log
+        "eval_strategy": "steps" if validates else "no",
+        "eval_steps": steps.every(recipe.eval.every) or steps.total,
+        "eval_on_start": validates,
+        "prediction_loss_only": True,
+        "save_strategy": "steps" if disk.saves(recipe) else "no",
+        "save_steps": steps.every(checkpoint.every) or steps.total,
+        "save_total_limit": None,  # Trainer.write_checkpoint sees to it: transformers counts what is not complete
+        "metric_for_best_model": "eval_loss" if checkpoint.export_best else None,
+        "greater_is_better": False if checkpoint.export_best else None,
+        "logging_steps": recipe.log.every,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,  # a loss that is not a number is to be seen, not replaced by the last good one
+        "report_to": "none",  # log.to: the trackers come as guarded callbacks
+        "run_name": recipe.log.name or run_dir.name,
+        "project": recipe.log.project or PROJECT,
+        "disable_tqdm": True,
+    }
+    config |= strategies.arguments(recipe) | recipe.trl
+    if torch.distributed.is_initialized():  # as scale.ranks has set it up
+        config["accelerator_config"] = {**config.get("accelerator_config", {}), "use_configured_state": True}
+    return config
+
+
+def padding_free(recipe: Recipe) -> bool:
+    """Whether a micro-batch is laid out as one row, in which only tokens of one `seq_lengths` entry see each other.
+
+    Without packing, rows are padded; with cross-document attention they are full, and plain causal attention is faster.
+    """
+    return recipe.data.packing != "none" and not recipe.data.cross_document_attention

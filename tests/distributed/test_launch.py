@@ -1,0 +1,270 @@
+"""`sft-recipe run --processes N`: ranks that are started, stopped, and fail."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sft_recipes.distributed import launch, ranks
+from sft_recipes.errors import RecipeError, RunError
+from sft_recipes.recipe import parse
+from tests import commands
+from tests.conftest import WriteRecipe, metrics
+from tests.distributed.ranks_in_forks import fork_ranks
+
+
+@pytest.fixture
+def in_ranks(tmp_path: Path) -> Callable[..., Any]:
+    """Runs the command; `first` is called in each rank before, with its number."""
+
+    def run(*arguments: str, first: Callable[[int], object] = int) -> Any:
+        return commands.sft_recipe("run", *arguments, first=partial(fork_ranks, tmp_path, first))
+
+    return run
+
+
+def in_step(number: int, of: int, act: Callable[[], object], rank: int) -> None:
+    """One of the ranks does something within a step."""
+    from sft_recipes.training import trainer
+
+    step = trainer.Trainer.training_step
+
+    def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if rank == of and self.state.global_step + 1 == number:
+            act()
+        return step(self, *args, **kwargs)
+
+    trainer.Trainer.training_step = training_step
+
+
+def stop_launcher() -> None:
+    os.kill(int(os.environ[ranks.BY_US]), signal.SIGTERM)
+
+
+def test_one_console_one_directory(write_recipe: WriteRecipe, tmp_path: Path, in_ranks: Callable[..., Any]) -> None:
+    done = in_ranks(str(write_recipe()), "--processes", "2")
+
+    assert (done.returncode, done.stderr) == (0, ""), done
+    said = (tmp_path / "out").read_text("utf-8")
+    assert said.count("3 steps; 4 sequences per step (micro-batch 2 x accumulation 1 x 2 processes)") == 1
+    assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == [1, 3]
+    assert not list(tmp_path.glob("run/**/.*"))
+
+
+def test_stopped_killed_and_resumed(write_recipe: WriteRecipe, tmp_path: Path, in_ranks: Callable[..., Any]) -> None:
+    recipe = str(write_recipe(train={"max_steps": 6}, checkpoint={"every": 2}))
+    stopped = in_ranks(recipe, "--processes", "2", first=partial(in_step, 3, 0, stop_launcher))
+    assert stopped.returncode == 75, stopped
+    run, again = tmp_path / "run", f"Resume with: sft-recipe run {recipe} --processes 2 --resume"
+    checkpoint = run / "checkpoints" / "checkpoint-3"
+    assert stopped.stderr.splitlines() == [
+        "",
+        "SIGTERM received: forwarded to all ranks. Send it again to quit immediately.",
+        f"{run}: stopped by SIGTERM after step 3 of 6; the last checkpoint is {checkpoint}",
+        again,
+    ]
+
+    kill = partial(in_step, 5, 1, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    killed = in_ranks(recipe, "--processes", "2", "--resume", first=kill)
+    assert killed.returncode == 1, killed
+    assert killed.stderr.startswith("rank 1 was killed (SIGKILL)")
+    assert len(killed.stderr.splitlines()) == 1
+
+    resumed = in_ranks(recipe, "--processes", "2", "--resume")
+    assert (resumed.returncode, resumed.stderr) == (0, "")
+    assert "Resuming from" in (tmp_path / "out").read_text("utf-8")
+
+
+def test_the_first_error_alone_is_shown(
+    write_recipe: WriteRecipe, tmp_path: Path, in_ranks: Callable[..., Any]
+) -> None:
+    def fail() -> None:
+        raise ValueError("no more")
+
+    recipe = str(write_recipe())
+    failed = in_ranks(recipe, "--processes", "2", first=partial(in_step, 2, 1, fail))
+    assert failed.returncode == 1, failed
+    assert re.fullmatch(
+        rf"rank 1: {tmp_path}/run: training failed after step 1: no more; it was at .*train.jsonl:\d+.*",
+        failed.stderr.strip(),
+    ), failed.stderr
+
+    wrong = in_ranks(recipe, "--processes", "3")
+    assert wrong.returncode == 2
+    assert len(wrong.stderr.splitlines()) == 1
+    assert "4 sequences a step do not come out of micro-batches of 2 on 3 processes" in wrong.stderr
+    data = in_ranks(recipe, "--processes", "2", "--set", "data.train=nowhere.jsonl", "--set", "output_dir=other")
+    assert data.returncode == 2
+    assert len(data.stderr.splitlines()) == 1
+
+
+def test_a_rank_that_hangs(write_recipe: WriteRecipe, tmp_path: Path, in_ranks: Callable[..., Any]) -> None:
+    recipe = str(write_recipe(trl={"ddp_timeout": 2}))
+    hung = in_ranks(recipe, "--processes", "2", first=partial(in_step, 2, 1, lambda: time.sleep(100)))
+    assert hung.returncode == 1, hung
+    assert hung.stderr.startswith(
+        f"rank 0: rank 1 does not answer: {tmp_path}/run: training failed after step 1: Timed out"
+    )
+    assert hung.stderr.endswith("continue with --resume (rank 1 was still running, and was ended)\n")
+
+
+def export_alone(folder: Path, act: Callable[[], object], rank: int) -> None:
+    """Rank 0 does something in place of the verification, some time after the other rank has ended."""
+    from sft_recipes.export import verify
+
+    if rank == 1:
+        (folder / "pid").write_text(str(os.getpid()))
+
+    def prove(_request: Any) -> Any:
+        while Path(f"/proc/{(folder / 'pid').read_text()}").exists():
+            time.sleep(0.05)
+        time.sleep(1.5)  # longer than others have for an error of their own
+        return act()
+
+    verify.verify = prove
+
+
+def test_rank_0_exports_when_the_others_have_ended(
+    write_recipe: WriteRecipe, tmp_path: Path, in_ranks: Callable[..., Any]
+) -> None:
+    """What goes wrong then is reported, and a signal stops it, as with one process."""
+
+    def fail() -> None:
+        raise RunError("it could not be verified: no more")
+
+    def stop() -> None:
+        stop_launcher()
+        time.sleep(100)
+
+    recipe = write_recipe(train={"max_steps": 1}, export={"dtype": "float32"})
+    failed = in_ranks(str(recipe), "--processes", "2", first=partial(export_alone, tmp_path, fail))
+    assert failed.stderr == f"rank 0: {tmp_path}/run/model: not kept: it could not be verified: no more\n"
+    assert failed.returncode == 1
+
+    options = ("--processes", "2", "--resume")
+    stopped = in_ranks(str(recipe), *options, first=partial(export_alone, tmp_path, stop))
+    assert stopped.returncode == 75, stopped
+    assert "stopped by SIGTERM; no training progress was lost" in stopped.stderr
+    assert not (tmp_path / "run" / "model").exists()
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+# --- Who starts whom ---
+
+
+@pytest.fixture
+def wanted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., bool]:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK"):
+        monkeypatch.setenv(name, "")  # so that it is taken back
+        monkeypatch.delenv(name)
+
+    def ask(environment: dict[str, str], **launch: Any) -> bool:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        return ranks.to_be_started(parse.Recipe.model_fields["launch"].annotation(**launch))
+
+    return ask
+
+
+def test_alone_or_to_be_started(wanted: Callable[..., bool]) -> None:
+    assert not wanted({})
+    assert wanted({}, processes=2)
+    assert wanted({}, strategy="fsdp2")
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"},
+        {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"},
+        {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
+        {"PMI_RANK": "1", "PMI_SIZE": "4"},
+        {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0", "PMI_RANK": "1", "PMI_SIZE": "4"},
+    ],
+    ids=["torchrun", "Slurm", "Open MPI", "MPICH", "MPICH under Slurm"],
+)
+def test_started_by_another(wanted: Callable[..., bool], environment: dict[str, str]) -> None:
+    assert not wanted({**environment, "MASTER_ADDR": "10.0.0.1"}, processes=2, machines=2)
+    assert [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")] == [
+        "1",
+        "4",
+        "1",
+        "2",
+    ]
+    with pytest.raises(RecipeError, match=r"launch.processes: 8 by the recipe \(4 x 2 machines\), and 4 were started"):
+        wanted({}, processes=4, machines=2)
+
+
+def test_one_process_a_machine_starts_the_ranks_there(wanted: Callable[..., bool]) -> None:
+    assert wanted({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"}, processes=8, machines=2)
+    assert os.environ["NODE_RANK"] == "1"
+
+
+def test_machines_that_do_not_know_each_other(write_recipe: WriteRecipe, wanted: Callable[..., bool]) -> None:
+    recipe = parse.load(write_recipe(), ["launch.machines=2"]).recipe
+    with pytest.raises(RecipeError, match=r"launch.machines: 2 machines meet at MASTER_ADDR"):
+        launch.launch(recipe, [])
+    wanted({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"})
+    with pytest.raises(RecipeError, match=r"launch.processes: 1 by the recipe .*, and 2 were started"):
+        wanted({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"})
+
+
+def test_numbers_in_the_environment_that_are_none(write_recipe: WriteRecipe, wanted: Callable[..., bool]) -> None:
+    recipe = parse.load(write_recipe(), ["launch.machines=2"]).recipe
+    with pytest.raises(RecipeError, match=r"^WORLD_SIZE is 2 in the environment, and RANK is not there"):
+        wanted({"WORLD_SIZE": "2"}, processes=2)
+    with pytest.raises(RecipeError, match=r"^WORLD_SIZE: 'two' in the environment is not a whole number"):
+        wanted({"WORLD_SIZE": "two"})
+    wanted({"WORLD_SIZE": "", "MASTER_ADDR": "127.0.0.1", "NODE_RANK": "first"}, machines=2)
+    with pytest.raises(RecipeError, match=r"^NODE_RANK: 'first' in the environment is not a whole number"):
+        launch.launch(recipe, [])
+    wanted({"NODE_RANK": "0", "MASTER_PORT": "http"}, machines=2)
+    with pytest.raises(RecipeError, match=r"^MASTER_PORT: 'http' in the environment is not a whole number"):
+        launch.launch(recipe, [])
+
+
+def test_more_processes_than_gpus(write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = parse.load(write_recipe(), ["launch.processes=4"]).recipe
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(RecipeError, match=r"^launch.processes: 4, and this machine shows 2 GPUs; .* --processes 2$"):
+        launch.launch(recipe, [])
+
+
+def test_a_port_in_use(write_recipe: WriteRecipe, wanted: Callable[..., bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    import socket
+
+    recipe = parse.load(write_recipe(), ["launch.machines=2"]).recipe
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        wanted({"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "1"}, machines=2)
+        with pytest.raises(RecipeError, match=f"MASTER_PORT: 127.0.0.1:{port} cannot be opened: the address is in use"):
+            launch.launch(recipe, [])
+
+
+def test_a_host_that_is_known_as_loopback_is_looked_for_elsewhere() -> None:
+    here = launch._interface("127.0.1.1", loopback=True)
+    assert here is not None
+    assert launch._interface("127.0.1.1") is None
+    assert launch._towards("127.0.0.1") == launch._towards("localhost") == here
+
+
+def test_two_processes_as_users_start_them(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """Everything from new: other tests fork."""
+    recipe = write_recipe(lora={"rank": 2}, export={"merge": False}, data={"eval": None}, train={"max_steps": 2})
+    command = [sys.executable, "-P", "-m", "sft_recipes.cli", "run", str(recipe), "--processes", "2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+    assert "(micro-batch 2 x accumulation 1 x 2 processes)" in done.stdout
+    assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == [1, 2]
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").stat().st_size > 1000

@@ -1,0 +1,265 @@
+"""Processes that train together, forked from one that has the libraries loaded."""
+
+import json
+import os
+import signal
+import socket
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tests.kills import forked, in_a_child, outcome, recipe, start
+
+
+def both(act: Callable[[int], object], *, number: int = 2) -> list[str]:
+    """Do it in two processes of one group; what each says: "done", or its error."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def one(rank: int) -> None:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(number)}
+        act(rank)
+
+    pipes = [forked(partial(one, rank))[1] for rank in range(number)]
+    said = []
+    for reader in pipes:
+        with os.fdopen(reader, "rb") as stream:
+            said.append(stream.read().decode())
+    for _ in pipes:
+        os.wait()
+    return said
+
+
+def stopped(file: Path, rank: int, *, resume: bool, at: int) -> None:
+    """Only the second process gets the signal, within a step. Writes down what the preflight tried, and what was trained."""
+    from sft_recipes.stopping import on_request
+    from sft_recipes.training import trainer
+
+    step = trainer.Trainer.training_step
+    models: dict[str, list[str]] = {"tried": [], "trained": []}
+
+    def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        models["tried" if self.preflight is None else "trained"].append(type(args[0]).__name__)
+        (file.parent / f"models_{rank}.json").write_text(json.dumps(models))
+        if rank == 1 and self.state.global_step + 1 == at and self.stop.signal is None:
+            signal.raise_signal(signal.SIGTERM)
+        return step(self, *args, **kwargs)
+
+    trainer.Trainer.training_step = training_step
+    with on_request(None, "again") as stop:
+        start(file, resume=resume, stop=stop)
+
+
+def observed(file: Path, rank: int) -> None:
+    """Writes down what this process has read, and how many numbers of its weights, and of what the optimizer holds for them,
+    it has at the end."""
+    from torch.distributed.tensor import DTensor
+    from transformers import AutoModelForCausalLM
+
+    from sft_recipes.training import trainer as module
+
+    train, from_pretrained, read = module.train, AutoModelForCausalLM.from_pretrained, []
+
+    def reads(*args: Any, **kwargs: Any) -> Any:
+        read.append(str(args[0]))
+        return from_pretrained(*args, **kwargs)
+
+    AutoModelForCausalLM.from_pretrained = reads
+
+    def here(weight: Any) -> int:
+        if isinstance(weight, DTensor):
+            return int(weight.to_local().numel())
+        return int(weight.ds_tensor.numel() if hasattr(weight, "ds_tensor") else weight.numel())
+
+    def look(trainer: Any, *args: Any) -> None:
+        train(trainer, *args)
+        weights = list(trainer.model.parameters())
+        states = [state for each in trainer.optimizer.state.values() for state in each.values() if state.dim()]
+        found = {
+            "whole": sum(getattr(weight, "ds_numel", weight.numel()) for weight in weights),
+            "weights": sum(map(here, weights)),
+            "kind": type(weights[0]).__name__,
+            "states": sum(map(here, states)),
+            "read": read,
+        }
+        (file.parent / f"rank_{rank}.json").write_text(json.dumps(found))
+
+    module.train = look
+    start(file, resume=False)
+
+
+def alone(folder: Path, method: str, sections: dict[str, Any]) -> None:
+    """The same run in one process."""
+    folder.mkdir()
+    file = recipe(folder, method, **sections)
+    said = in_a_child(lambda: start(file, resume=False), under=folder)
+    assert said == "done", said
+
+
+def main(
+    folder: Path,
+    method: str = "lora",
+    strategy: str = "ddp",
+    sections: dict[str, Any] | None = None,
+    stops: Sequence[int] = (3, 5),
+) -> None:
+    """A run of both, undisturbed; one with a preflight that is stopped by a signal to one of them, and resumed; what comes of
+    it."""
+    made = {}
+    for name in ("whole", "stopped"):
+        (folder / name).mkdir()
+        more = {"launch": {"processes": 2, "strategy": strategy}, **(sections or {})}
+        if name == "stopped":
+            more["train"] = {**more.get("train", {}), "preflight": True}
+        made[name] = recipe(folder / name, method, **more)
+    said = {"whole": both(lambda rank: observed(made["whole"], rank))}
+    for number, step in enumerate(stops):
+        act = partial(stopped, made["stopped"], resume=bool(number), at=step)
+        said[f"stopped at {step}"] = both(act)
+    if stops:
+        said["resumed"] = both(lambda rank: start(made["stopped"], resume=True))
+    same = bool(stops) and outcome(folder / "whole" / "run") == outcome(folder / "stopped" / "run")
+    print(json.dumps({"said": said, "same": same}))
+
+
+def exported(folder: Path, strategy: str, sections: dict[str, Any], disk_full: bool = False) -> None:
+    """A full fine-tune of both, of which the first keeps whole weights beside the export, and each counts what it gathers."""
+    folder.mkdir()
+    sections = {"checkpoint": {"every": 9, "export_best": False}, **sections}
+    file = recipe(folder, "full", launch={"processes": 2, "strategy": strategy}, **sections)
+
+    def act(rank: int) -> None:
+        watch_export(folder, rank, strategy, disk_full=disk_full)
+        start(file, resume=False)
+
+    print(json.dumps({"said": both(act)}))
+
+
+def watch_export(folder: Path, rank: int, strategy: str, *, disk_full: bool) -> None:
+    import errno
+    import time
+    import weakref
+
+    import torch
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    from sft_recipes.distributed import ranks
+    from sft_recipes.export import safetensors_io, verify
+    from sft_recipes.training import strategies
+    from sft_recipes.training import trainer as module
+
+    found: dict[str, Any] = {"alive": [], "gathered": [], "put": []}
+    train, gather, put, leave, prove = (
+        module.train,
+        strategies._gather,
+        safetensors_io.Writer.put,
+        ranks.leave,
+        verify.verify,
+    )
+    seen: list[Any] = []
+
+    def trained(trainer: Any, *args: Any) -> None:
+        train(trainer, *args)
+        if strategy == "fsdp2":
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            weights = get_model_state_dict(trainer.model, options=options)
+        else:
+            weights = trainer.deepspeed._zero3_consolidated_16bit_state_dict()
+        if rank == 0:
+            torch.save(weights, folder / "expected.pt")
+
+    def gathers(weight: Any, dtype: Any) -> Any:
+        found["alive"].append(sum(ref() is not None for ref in seen))
+        whole = gather(weight, dtype)
+        seen.append(weakref.ref(whole))
+        found["gathered"].append(list(whole.shape))
+        return whole
+
+    def puts(self: Any, name: str, tensor: Any) -> None:
+        found["put"].append(name)
+        if disk_full and len(found["put"]) == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        put(self, name, tensor)
+
+    def leaves() -> None:
+        if rank == 1:
+            time.sleep(0.5)
+            (folder / "rank 1 leaves").touch()
+        leave()
+        (folder / f"rank_{rank}.json").write_text(json.dumps(found))
+
+    def proves(request: Any) -> Any:
+        alone = not torch.distributed.is_initialized() and (folder / "rank 1 leaves").exists()
+        (folder / "alone").write_text(json.dumps(alone))
+        return prove(request)
+
+    module.train, strategies._gather, safetensors_io.Writer.put = trained, gathers, puts
+    ranks.leave, verify.verify = leaves, proves
+
+
+def tried(folder: Path, method: str, strategy: str) -> None:
+    """Two steps of both with the preflight and without it, in bfloat16, with checkpointing and accumulation."""
+    said = {}
+    for preflight in (True, False):
+        (folder / str(preflight)).mkdir()
+        train = {"max_steps": 2, "mixed_precision": "bf16", "gradient_checkpointing": True, "preflight": preflight}
+        more = {"launch": {"processes": 2, "strategy": strategy}, "checkpoint": {"every": None, "export_best": False}}
+        made = recipe(folder / str(preflight), method, train=train, eval={"every": None}, **more)
+        said[str(preflight)] = both(lambda _: start(made, resume=False))  # noqa: B023
+    same = outcome(folder / "True" / "run") == outcome(folder / "False" / "run")
+    print(json.dumps({"said": said, "same": same}))
+
+
+def failing(folder: Path) -> None:
+    """What both say if one of them finds a loss that is no number in the preflight, or fails there."""
+    from sft_recipes.training import trainer
+
+    def fail(rank: int, how: str) -> None:
+        step = trainer.Trainer.training_step
+
+        def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if rank == 1 and how == "fails":
+                raise MemoryError("no memory here")
+            loss = step(self, *args, **kwargs)
+            return loss * float("nan") if rank == 1 else loss
+
+        trainer.Trainer.training_step = training_step
+        start(made, resume=False)
+
+    made = recipe(folder, "lora", launch={"processes": 2}, train={"preflight": True})
+    found = {how: both(partial(fail, how=how)) for how in ("not a number", "fails")}
+    print(json.dumps({"said": found, "left": (folder / "run").exists()}))
+
+
+def fewer(folder: Path, method: str, strategy: str, sections: dict[str, Any]) -> None:
+    """A run of two that is stopped, and goes on as a run of one: without and with --force."""
+    folder.mkdir()
+    file = recipe(folder, method, launch={"processes": 2, "strategy": strategy}, **sections)
+    said = {"two": both(partial(stopped, file, resume=False, at=3))}
+    for force in (False, True):
+        said[str(force)] = both(lambda _: start(file, "launch.processes=1", resume=True, force=force), number=1)  # noqa: B023
+    print(json.dumps(said))
+
+
+def meet() -> None:
+    """What two processes say that do the same, or have other data, and one that waits in vain for another."""
+    from sft_recipes.distributed import ranks
+    from sft_recipes.recipe.schema import Recipe
+
+    wanted = {"model": {"name": "builtin:tiny"}, "data": {"train": "x.jsonl"}, "output_dir": "run"}
+    wanted |= {"launch": {"processes": 2}, "trl": {"ddp_timeout": 1}}
+
+    def join(rank: int, differ: bool, absent: bool) -> None:
+        if not (absent and rank == 1):
+            with ranks.process_group(Recipe.model_validate(wanted), lambda: {"data": rank if differ else 0}):
+                pass
+
+    found = {
+        "the same": both(partial(join, differ=False, absent=False)),
+        "other data": both(partial(join, differ=True, absent=False)),
+        "alone": both(partial(join, differ=False, absent=True)),
+    }
+    print(json.dumps(found))

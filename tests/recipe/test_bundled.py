@@ -1,0 +1,191 @@
+import json
+import re
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import save_file
+
+from sft_recipes.commands import check
+from sft_recipes.errors import RecipeError
+from sft_recipes.recipe import bundled, editor_schema, model_dir, parse, validate
+from sft_recipes.recipe.schema import Recipe
+from tests.conftest import ROWS, write_rows
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+each_recipe = pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+NUMBERS = {"one": 1, "two": 2, "four": 4, "eight": 8, "sixteen": 16}
+
+
+def header(file: Path) -> bundled.Shipped:
+    return bundled.of_header(file.stem, file.read_text("utf-8"))
+
+
+def test_all_are_found() -> None:
+    assert len(RECIPES) == 16
+    assert [each.name for each in bundled.recipes()] == [file.stem for file in RECIPES]
+
+
+@each_recipe
+def test_every_recipe_is_accepted_without_a_warning(file: Path) -> None:
+    loaded, verdict = validate.validate_file(file)
+
+    assert loaded is not None
+    assert verdict.problems == []
+    assert verdict.warnings == []
+
+
+@each_recipe
+def test_every_header_says_what_the_recipe_does(file: Path) -> None:
+    said, recipe = header(file), parse.load(file).recipe
+
+    method = "full" if recipe.lora is None else "QLoRA" if recipe.model.quantization else "LoRA"
+    assert said.method == method + (f", {recipe.launch.strategy}" if recipe.launch.strategy != "ddp" else "")
+    assert said.model == recipe.model.name
+    assert said.purpose.endswith(".")
+    assert said.launch.startswith(f"sft-recipe run recipes/{file.name}")
+    # a figure has its date, and where its command stands
+    assert said.result == "not measured" or re.search(r"\(20\d\d-\d\d-\d\d, .*; benchmarks/RESULTS\.md\)$", said.result)
+    gpus = re.match(r"(\w+) \d+ GB GPU", said.hardware)
+    assert gpus is None or NUMBERS[gpus[1]] == recipe.launch.processes * recipe.launch.machines
+    assert ("torchao" in said.needs) == (recipe.train.optimizer in validate.TORCHAO)
+    gated = said.model.startswith(("meta-llama/", "google/"))
+    assert not gated or "access to the model on the hub" in said.needs
+
+
+def test_no_two_are_alike() -> None:
+    recipes = [parse.load(file).recipe for file in RECIPES]
+    outputs, purposes = {recipe.output_dir for recipe in recipes}, {header(file).purpose for file in RECIPES}
+
+    assert len(outputs) == len(purposes) == len(RECIPES)
+    assert all(output.startswith("runs/") for output in outputs)
+
+
+# --- Their check, with a model and data that are here ---
+
+TURNS = [
+    {"role": "system", "content": "You are short."},
+    {"role": "user", "content": "Hello"},
+    {"role": "assistant", "content": "Hi"},
+]
+SPECIAL = ("<|im_start|>", "<|im_end|>")
+
+
+def rows_for(recipe: Recipe) -> list[dict[str, Any]]:
+    """Rows as the recipe's own data has them."""
+    if "smoltalk" in str(recipe.data.train):
+        asked = [[{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}."}] for n in range(24)]
+        return [{"messages": [*TURNS[n % 2 :], *more]} for n, more in enumerate(asked)]
+    if recipe.data.columns:
+        return [{"question": f"What is {n} and {n}?", "answer": f"{2 * n}"} for n in range(24)]
+    return ROWS
+
+
+def stand_in(model: str, folder: Path) -> Path:
+    """A model's directory: its config, the embedded model's tokenizer with a chat template of TRL's, no weights."""
+    folder.mkdir()
+    config = ROOT / "tests" / "models" / model.replace("/", "--") / "config.json"
+    shutil.copy(config, folder)
+    tiny = model_dir.BUILTIN / "tiny"
+    shutil.copy(tiny / "tokenizer.json", folder)
+    specials = json.loads((tiny / "tokenizer_config.json").read_text("utf-8")) | {"additional_special_tokens": SPECIAL}
+    (folder / "tokenizer_config.json").write_text(json.dumps(specials), encoding="utf-8")
+    trl = find_spec("trl")
+    assert trl is not None
+    assert trl.origin is not None
+    template = Path(trl.origin).parent / "chat_templates" / "qwen3_instruct_2507.jinja"
+    shutil.copy(template, folder / "chat_template.jinja")
+    save_file({}, folder / "model.safetensors")
+    return folder
+
+
+@each_recipe
+def test_every_recipe_passes_check_and_says_its_steps(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = parse.load(file).recipe
+    monkeypatch.chdir(tmp_path)
+    overrides = []
+    if file.stem != "quickstart":  # which has all it needs
+        model, rows = (
+            stand_in(recipe.model.name, tmp_path / "model"),
+            write_rows(tmp_path / "rows.jsonl", rows_for(recipe)),
+        )
+        overrides = [f"model.name={model}", f"data.train={rows}", "data.eval=0.25"]
+
+    found = check.check(str(file), overrides)
+
+    [steps] = [line for line in found.lines if line.startswith("steps: ")]
+    assert f" of {recipe.sequences_per_step} sequences" in steps
+    assert found.warnings == []
+
+
+# --- Copies ---
+
+
+def test_copy_keeps_the_comments_and_names_itself(tmp_path: Path) -> None:
+    out = bundled.copy("quickstart", tmp_path / "new" / "mine.yaml")
+
+    text = (ROOT / "recipes" / "quickstart.yaml").read_text("utf-8")
+    assert out.read_text("utf-8") == text.replace("recipes/quickstart.yaml", str(out))
+    assert f"# Launch:   sft-recipe run {out}\n" in out.read_text("utf-8")
+    with pytest.raises(RecipeError, match="exists"):
+        bundled.copy("quickstart", out)
+
+
+@each_recipe
+def test_a_copy_is_the_recipe(file: Path, tmp_path: Path) -> None:
+    copy = bundled.copy(file.name, tmp_path / "a copy.yaml")
+
+    assert parse.load(copy).recipe == parse.load(file).recipe
+    assert f"sft-recipe run '{copy}'" in copy.read_text("utf-8")
+
+
+def test_copies_find_the_schema(tmp_path: Path) -> None:
+    editor_schema.write(tmp_path / editor_schema.FILE)
+
+    out = bundled.copy("quickstart", tmp_path / "mine" / "quick.yaml")
+
+    first, second, *_ = out.read_text("utf-8").splitlines()
+    assert first == "# yaml-language-server: $schema=../.sft-recipe.schema.json"
+    assert second.startswith("# Fine-tune the embedded base model")
+
+
+def test_copy_of_what_does_not_ship(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="there are gemma3_1b_full, llama70b_full_fsdp"):
+        bundled.copy("nothing", tmp_path / "x.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("# Purpose.\nmodel:\n", "x: its header lacks method, model"),
+        ("# Purpose.\n# Method:   full\n# Method:   LoRA\n", "x: 'Method' is given twice"),
+        ("# Purpose.\n# Speed:    high\n", "'Speed' is given twice, or is none of method"),
+    ],
+)
+def test_headers_that_say_too_little_or_too_much(text: str, said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        bundled.of_header("x", text)
+
+
+def test_a_field_can_go_on() -> None:
+    fields = "".join(f"# {field.capitalize()}: {field}\n" for field in bundled.FIELDS)
+
+    assert bundled.of_header("x", f"# It is.\n#\n{fields}#         and more\nmodel:\n").result == "result and more"
+
+
+def test_the_users_recipe() -> None:
+    """The assignment: Llama 3.1 8B, Alpaca, loss on all tokens, packed the classic way, 32 sequences in micro-batches of 2."""
+    recipe = validate.load_valid(next(f for f in RECIPES if f.stem == "llama8b_full"))[0].recipe
+
+    assert recipe.model.name == "meta-llama/Llama-3.1-8B"
+    assert recipe.model.dtype == "bfloat16"
+    assert recipe.lora is None
+    assert (recipe.data.train_on, recipe.data.packing, recipe.data.max_length) == ("all", "wrapped", 512)
+    assert (recipe.train.micro_batch_size, recipe.accumulation, recipe.sequences_per_step) == (2, 16, 32)
+    assert (recipe.train.learning_rate, recipe.train.lr_scheduler, recipe.train.warmup_ratio) == (2e-5, "cosine", 0.03)
+    assert recipe.train.epochs == 1
