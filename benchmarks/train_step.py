@@ -151,7 +151,7 @@ def compare(given: argparse.Namespace, method: str, rows: int, length: int) -> l
     return differ
 
 
-def any_rank(losses: list[float], theirs: list[float], digits: int) -> bool:
+def agree(losses: list[float], theirs: list[float], digits: int) -> bool:
     """Whether they are the same when rounded to so many digits behind the point, of large ones in all."""
     return all(abs(a - b) <= 0.5 * 10**-digits * max(abs(b), 1) for a, b in zip(losses, theirs, strict=True))
 

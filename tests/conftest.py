@@ -69,7 +69,7 @@ def verify_here() -> Iterator[Callable[..., Any]]:
 
     with pytest.MonkeyPatch.context() as patch:
         elsewhere = verify.verify_in_subprocess
-        patch.setattr(verify, "elsewhere", verify.compare_outputs)
+        patch.setattr(verify, "verify_in_subprocess", verify.compare_outputs)
         yield elsewhere
 
 
@@ -79,7 +79,7 @@ def verify_elsewhere(
 ) -> None:
     """Those of tests that are marked `fresh` are verified as users' are."""
     if "fresh" in request.keywords:
-        monkeypatch.setattr("sft_recipes.export.verify.elsewhere", verify_here)
+        monkeypatch.setattr("sft_recipes.export.verify.verify_in_subprocess", verify_here)
 
 
 def write_rows(file: Path, rows: Iterable[Any] = ROWS) -> Path:

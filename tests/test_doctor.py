@@ -315,7 +315,7 @@ def test_what_is_missing_fails_the_command(monkeypatch: pytest.MonkeyPatch, caps
     from sft_recipes import cli
 
     monkeypatch.setattr(
-        doctor, "examine", lambda hub: [doctor.Finding("trl", "missing", "not installed", "pip install trl")]
+        doctor, "diagnose", lambda hub: [doctor.Finding("trl", "missing", "not installed", "pip install trl")]
     )
     monkeypatch.setattr("sys.argv", ["sft-recipe", "doctor"])
     with pytest.raises(SystemExit) as ended:

@@ -81,7 +81,8 @@ def largest_micro_batch(recipe: Recipe, predict: Predict, capacity: float, devic
     if low == 0:
         needed, available = (memory.format_bytes(size) for size in (peak(1).peak_bytes, capacity))
         raise RecipeError(
-            f"train.micro_batch_size: auto: a single sequence does not fit (predicted {needed}, available {available}). `sft-recipe plan RECIPE --set train.micro_batch_size=1 "
+            f"train.micro_batch_size: auto: a single sequence does not fit (predicted {needed}, available {available}). "
+            "`sft-recipe plan RECIPE --set train.micro_batch_size=1 "
             f"--gpu-memory {capacity / 2**20:.0f}MiB` lists changes that fit."
         )
     return with_size(sizes[low - 1])

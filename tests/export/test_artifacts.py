@@ -109,7 +109,7 @@ def test_the_optimizer_is_gone_when_the_model_is_verified(
         return prove(request)
 
     monkeypatch.setattr(trainer, "train", trained)
-    monkeypatch.setattr(verify, "prove", proves)
+    monkeypatch.setattr(verify, "verify", proves)
     run(write_recipe(train={"max_steps": 1}, **method))
     assert held[1] is None
 

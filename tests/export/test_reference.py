@@ -151,7 +151,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             patch.setattr(verify, "run_model", passes)
             return examine(request)
 
-    monkeypatch.setattr(verify, "elsewhere", counting)
+    monkeypatch.setattr(verify, "verify_in_subprocess", counting)
     return found
 
 

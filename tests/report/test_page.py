@@ -178,7 +178,7 @@ def test_a_run_that_may_not_be_read(finished: Path, monkeypatch: pytest.MonkeyPa
     begun = runs.write(finished.parent / "begun" / "run", runs.metrics(2), manifest=None, proof=None)
     with pytest.raises(OutputError, match=remedy):  # it is asked whether it is running
         page.write(begun)
-    monkeypatch.setattr(page.run_data, "read", refuse)
+    monkeypatch.setattr(page.run_data, "load_run", refuse)
     with pytest.raises(OutputError, match=remedy):
         page.write(finished)
 
