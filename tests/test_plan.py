@@ -91,7 +91,7 @@ def test_a_gpu_before_ampere_masks_all_pairs(tmp_path: Path) -> None:
     )
 
     assert (known.attention, named.attention) == ("varlen", "sdpa")
-    assert known.found.peak_bytes < named.found.peak_bytes == masked.found.peak_bytes
+    assert known.footprint.peak_bytes < named.footprint.peak_bytes == masked.footprint.peak_bytes
     assert "attention" not in [each.kind for each in (*named.remedies, *masked.remedies)]
     note = "attention varlen: a GPU of compute capability 8.0 or later is assumed; --gpu T4 is an earlier one"
     assert note in known.amount.notes
