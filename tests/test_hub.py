@@ -65,7 +65,7 @@ def test_check_counts_with_the_tokenizer_of_the_hub(write_recipe: WriteRecipe, h
     done = sft_recipe(hub, "check", str(write_recipe(model={"name": "me/tiny"})))
 
     assert done.returncode == 0, done.stderr
-    assert "steps: 3 of 4 sequences" in done.stdout
+    assert "schedule: 3 steps, 1 of warmup; 4 sequences per step" in done.stdout
 
 
 class DataHub(BaseHTTPRequestHandler):
