@@ -371,9 +371,6 @@ def _kernel_is_right(width: int, of_values: int, groups: int, half: torch.dtype)
 # --- Registration ----------------------------------------------------------------------------------------------------
 
 
-_causal: dict[int, Any] = {}  # configs of models in whose packed documents no token attends to the next one
-
-
 def mask_for(
     *, mask_function: Any, q_length: int, kv_length: int, attention_mask: torch.Tensor | None = None, **how: Any
 ) -> Any:
@@ -394,16 +391,14 @@ def mask_for(
     if not causal or attention_mask is not None or q_length != kv_length:
         return build()
     # transformers forbids to skip the mask of packed documents, and that of blocks of tokens, such as an image's, that attend
-    # to each other. Which of them it is depends on the model's code: the answer, which the host waits for, is kept.
-    config = how["config"]
-    if not how.get("allow_is_causal_skip", True) and _causal.get(id(config)) is not config:
+    # to each other. The host waits for the answer, once per micro-batch: another model input may bring another mask.
+    if not how.get("allow_is_causal_skip", True):
         tokens = torch.arange(q_length - 1, device=how.get("device"))
         row = tokens.new_zeros(())
         if mask_function(row, row, tokens, tokens + 1).any():
             return build()
-        _causal[id(config)] = config
     size = how.get("local_size")
-    if size is not None and size == getattr(config, "attention_chunk_size", None):
+    if size is not None and size == getattr(how["config"], "attention_chunk_size", None):
         return LazyMask(build, chunk=size)
     return LazyMask(build, window=size)
 

@@ -103,9 +103,7 @@ def stand_in(model: str, folder: Path) -> Path:
 
 
 @each_recipe
-def test_every_recipe_passes_check_and_says_its_steps(
-    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_recipe_passes_check(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = parse.load(file).recipe
     monkeypatch.chdir(tmp_path)
     overrides = []
@@ -118,8 +116,8 @@ def test_every_recipe_passes_check_and_says_its_steps(
 
     found = check.check(str(file), overrides)
 
-    [steps] = [line for line in found.lines if line.startswith("steps: ")]
-    assert f" of {recipe.sequences_per_step} sequences" in steps
+    [schedule] = [line for line in found.lines if line.startswith("schedule: ")]
+    assert f"; {recipe.sequences_per_step} sequences per step" in schedule
     assert found.warnings == []
 
 
