@@ -74,7 +74,7 @@ def test_fp16_scales_the_loss(write_recipe: WriteRecipe, tmp_path: Path) -> None
 
 
 def test_the_host_waits_for_no_layer(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    """A wait per layer would leave the GPU idle between layers. Left are metrics of TRL, and one wait of ours per micro-batch and
+    """A wait per layer would leave the GPU idle between layers. Left are TRL's metrics, and ours: one per micro-batch and one
     per step."""
     syncs = []
     for layers in (1, 3):
