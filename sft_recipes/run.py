@@ -91,7 +91,7 @@ def run(
         trainer.train(sft, checkpoint, record)
 
         # What all ranks are needed for: what the trained model computes, which the export is compared with, and its weights
-        reference.record(sft, recipe, data, folder)
+        recorded = reference.record(sft, recipe, data)
         trained = sharded.gathered(sft, recipe)
         with outputs.written(
             recipe, trained.model, trained.shapes, trained.weights, folder, ranks.is_main()
@@ -102,7 +102,10 @@ def run(
 
             # What comes out. Gradients and optimizer states go first: verification may need their memory.
             sft = network = None  # type: ignore[assignment]
-            said = outputs.export(recipe, trained.model, tokenizer, data, folder, trained.adapter, weights)
+            assert recorded is not None
+            said = outputs.export(
+                recipe, trained.model, tokenizer, data, folder, recorded, trained.adapter, weights
+            )  # fmt: skip
         words.say(console, said)
         with words.no_more_than_a_warning(console, "the report"):
             page.write(folder)
