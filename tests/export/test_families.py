@@ -66,7 +66,7 @@ def make_base(tmp_path: Path) -> Any:
     return make
 
 
-@pytest.mark.parametrize(("stored", "held", "exported"), DTYPES, ids=" ".join)
+@pytest.mark.parametrize(("stored", "held", "exported"), DTYPES)
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_right_export_is_not_refused(
@@ -101,3 +101,23 @@ def test_a_right_export_is_not_refused(
 
     assert any(line.startswith("verified in a fresh process") for line in said)
     assert not any("changed nothing" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [5]},
+    ],
+    ids=["LoRA", "in full", "some tokens"],
+)
+def test_buffers_inside_of_peft_are_computed_in_float32(make_base: Any, settings: dict[str, Any]) -> None:
+    """By the names that PEFT gives them (0.21): each scale of Gemma's embeddings has a place in the base."""
+    model: Any = AutoModelForCausalLM.from_pretrained(make_base("gemma3_text", torch.bfloat16), dtype=torch.bfloat16)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=2, **settings))
+    scales = [name for name, _ in adapted.named_buffers(remove_duplicate=False) if name.endswith("embed_scale")]
+    computed = [value for _, name, value in reference._computed_buffers(adapted) if name == "embed_scale"]
+
+    assert len(computed) == len(scales) > 0
+    assert {value.dtype for value in computed} == {torch.float32}
