@@ -96,7 +96,7 @@ def run(
         trainer.train(sft, checkpoint, record)
 
         # On all ranks: record the trained model's outputs, which the export is compared with, and gather its weights
-        reference.record(sft, recipe, data, folder)
+        recorded = reference.record(sft, recipe, data)
         trained = strategies.gather_for_export(sft, recipe)
         with artifacts.written(
             recipe, trained.model, trained.shapes, trained.weights, folder, ranks.is_main()
@@ -107,7 +107,8 @@ def run(
 
             # Export. Free gradients and optimizer states first: verification may need their memory.
             sft = network = None  # type: ignore[assignment]
-            lines = artifacts.export(recipe, trained.model, tokenizer, data, folder, trained.adapter, weights)
+            assert recorded is not None
+            lines = artifacts.export(recipe, trained.model, tokenizer, data, folder, recorded, trained.adapter, weights)
         print_lines(console, lines)
         with warn_on_error(console, "the report"):
             page.write(folder)

@@ -426,6 +426,7 @@ def _watch(event: str, arguments: tuple[Any, ...]) -> None:
 @contextmanager
 def attempts() -> Iterator[list[str]]:
     """Attempts of this process to reach something over a network."""
+    importlib.import_module("urllib3")  # which binds a socket when it is imported first (PROBE), by whichever library
     if not getattr(sys, "_sft_recipes_watched", False):
         sys.addaudithook(_watch)  # for the life of the process
         sys._sft_recipes_watched = True  # type: ignore[attr-defined]

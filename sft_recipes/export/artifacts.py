@@ -17,6 +17,7 @@ from sft_recipes.errors import InputError, ModelError, RunError
 from sft_recipes.export import reference, safetensors_io, verify
 from sft_recipes.export.merge import merge, proof_in_words, write_report
 from sft_recipes.export.probe import Probe, rows_of
+from sft_recipes.export.reference import Record
 from sft_recipes.export.save_model import Written, save_adapter, save_around, save_model
 from sft_recipes.export.save_model import written as write_gathered
 from sft_recipes.export.weights import check_bits
@@ -52,10 +53,11 @@ def export(
     tokenizer: PreTrainedTokenizerBase,
     data: Prepared,
     folder: Path,
+    record: Record,
     adapter: dict[str, torch.Tensor] | None = None,
     weights: Written | None = None,
 ) -> list[str]:
-    """Write adapter/ and model/ into the run directory; returns what is to be said of them.
+    """Write adapter/ and model/ into the run directory, and `record` beside them; returns what is to be said of them.
 
     A model that is sharded across ranks does not hold its weights: then `adapter` has the trained ones by name or, if all
     were trained, `weights` says where they are.
@@ -87,6 +89,7 @@ def export(
             "evaluation" if data.eval else "training",
         )
         probe.save(folder)
+        record.save(folder / reference.FILE)
         if recipe.lora is None:
             return _whole(recipe, model, tokenizer, data.stops, probe, folder / "model", weights)
         save_adapter(model, tokenizer, folder / "adapter", stops=data.stops, weights=adapter)

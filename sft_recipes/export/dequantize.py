@@ -1,4 +1,4 @@
-"""A base as training saw it: its weights taken to 4 or 8 bits by bitsandbytes, and back."""
+"""A base as training held it: rounded to `model.dtype` when it was loaded, or taken to 4 or 8 bits and back."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,6 +10,48 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from sft_recipes.export.safetensors_io import Stored
+from sft_recipes.export.save_model import DTYPES
+
+
+def held_in(loaded: str, kind: str, *, quantized: bool, recorded: bool) -> torch.dtype:
+    """The dtype to which a base is rounded before an adapter is merged into it; float32: it is not rounded.
+
+    Args: the dtype in which training loaded it; `original` or `dequantized`; whether training quantized it; whether what the
+    trained model computes was recorded. Without that, PEFT's sum of the files as they are is what a merge is compared with.
+    """
+    as_trained = kind == "dequantized" or (recorded and not quantized)
+    return DTYPES[loaded] if as_trained else torch.float32
+
+
+def is_rounded(model: PreTrainedModel, name: str, stored: torch.dtype, loaded: torch.dtype) -> bool:
+    """Return whether `from_pretrained(dtype=loaded)` rounds a tensor. transformers keeps some in float32, such as the biases
+    by which routers choose experts."""
+    kept = [*(model._keep_in_fp32_modules_strict or ())]  # no public name; sft_recipes.training.sharded needs it, too
+    if loaded == torch.float16:
+        kept += model._keep_in_fp32_modules or ()
+    rounds = stored.is_floating_point and loaded not in (torch.float32, stored)
+    return rounds and not any(part in name for part in kept)
+
+
+@dataclass
+class Rounded(Stored):
+    """A stored tensor of which training held a rounded one."""
+
+    verbatim: ClassVar[bool] = False
+    loaded: torch.dtype
+
+    def rows(self, first: int, last: int) -> torch.Tensor:
+        return super().rows(first, last).to(self.loaded).float()
+
+
+def as_loaded(base: Mapping[str, Stored], model: PreTrainedModel, loaded: torch.dtype) -> dict[str, Stored]:
+    """The base as a model that is loaded in `loaded` holds it. `model` is the base on the meta device."""
+    return {
+        name: Rounded(own.file, own.dtype, own.shape, own.start, loaded)
+        if is_rounded(model, name, own.dtype, loaded)
+        else own
+        for name, own in base.items()
+    }
 
 
 @dataclass

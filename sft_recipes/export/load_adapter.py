@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sft_recipes.errors import ModelError
+from sft_recipes.export.dequantize import is_rounded
 from sft_recipes.export.lora_deltas import names_of_ends, vocabulary
 from sft_recipes.export.safetensors_io import INDEX, in_file
 from sft_recipes.export.save_model import untie
@@ -119,10 +121,11 @@ def adapted(
     trust_remote_code: bool = False,
     quantization: BitsAndBytesConfig | None = None,
     back_to: Any = None,
+    rounded_to: torch.dtype = torch.float32,
     device_map: Any = None,
 ) -> tuple[peft.PeftModel, PreTrainedTokenizerBase]:
     """An adapter on its base (its own, or `base`) with weights in `dtype`, or quantised, or that and `back_to` another
-    type; and its tokenizer.
+    type, or rounded to a narrower one first; and its tokenizer.
 
     Raises ModelError where the base cannot be loaded or does not fit.
     """
@@ -142,6 +145,10 @@ def adapted(
         )
     if back_to is not None:
         model = model.dequantize(dtype=back_to).to(back_to)
+    with torch.no_grad():
+        for name, weight in model.state_dict().items():
+            if is_rounded(model, name, weight.dtype, rounded_to):
+                weight.copy_(weight.to(rounded_to))
     for module in model.modules():  # as in training
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False

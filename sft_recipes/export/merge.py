@@ -18,7 +18,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from sft_recipes.atomic_files import atomic_dir, file_hashes, write_json
 from sft_recipes.errors import ModelError, OutputError, RunError, SFTRecipeError
 from sft_recipes.export import load_adapter, probe, reference, safetensors_io, verify
-from sft_recipes.export.dequantize import dequantized
+from sft_recipes.export.dequantize import as_loaded, dequantized, held_in
 from sft_recipes.export.load_adapter import Origin
 from sft_recipes.export.lora_deltas import NotStreamable, TensorMerger, refuse_incomplete
 from sft_recipes.export.probe import Probe, rows_of_texts
@@ -46,6 +46,12 @@ class _Job:
 
     def __post_init__(self) -> None:
         self.rows = self.probe.rows or rows_of_texts(self.tokenizer)
+        record = self.adapter.resolve().parent / reference.FILE
+        self.record = str(record) if self.probe.rows and record.is_file() else None
+
+    def held_in(self, kind: str) -> torch.dtype:
+        recorded, quantized = self.record is not None, bool(self.probe.quantization)
+        return held_in(self.probe.loaded, kind, quantized=quantized, recorded=recorded)
 
 
 def merge(
@@ -123,9 +129,7 @@ def _proven(
         revision=job.of.revision,
         adapter=str(job.adapter.resolve()),
         merged={name: str(_computed(folder)) for name, folder in folders.items() if ways[name] != "rows"},
-        record=str(record)
-        if job.probe.rows and (record := job.adapter.resolve().parent / reference.FILE).is_file()
-        else None,
+        record=job.record,
         rows=job.rows,
         prompt=job.probe.prompt,
         quantization=job.probe.quantization,
@@ -175,6 +179,7 @@ def _row_by_row(job: _Job, folder: Path, *, dequantize: bool) -> None:
         with torch.device("meta"):
             twin = AutoModelForCausalLM.from_config(config, dtype=DTYPES[job.dtype])
     refuse_incomplete(job.adapter, of.config, twin)
+    base = as_loaded(base, model, job.held_in("dequantized" if dequantize else "original"))
     if dequantize:
         assert job.probe.quantization is not None
         base = dequantized(base, model, job.probe.quantization, DTYPES[job.probe.loaded])
@@ -193,8 +198,9 @@ def _row_by_row(job: _Job, folder: Path, *, dequantize: bool) -> None:
 
 def _in_memory(job: _Job, folder: Path, out: Path) -> None:
     adapted, _ = load_adapter.adapted(
-        job.adapter, torch.float32, base=job.of.base, revision=job.of.revision, trust_remote_code=job.trust_remote_code
-    )
+        job.adapter, torch.float32, base=job.of.base, revision=job.of.revision, trust_remote_code=job.trust_remote_code,
+        rounded_to=job.held_in("original"),
+    )  # fmt: skip
     merged = adapted.merge_and_unload(safe_merge=True)  # ValueError where a number is not finite
     computed = Record(run_model(merged, job.rows))
     merged.generation_config = _generation(job, merged.generation_config)

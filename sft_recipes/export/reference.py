@@ -5,14 +5,17 @@ be mistaken for them. All is computed in float32, one layer at a time: a model t
 are stored, and those of its largest layer in float32.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.fsdp import FSDPModule
@@ -38,6 +41,8 @@ _POSITIONS = 8  # per row, whose logits are compared
 _WORDS = 4096  # of a larger vocabulary, evenly spaced, beside the tokens of the rows
 _LOGITS, _TOKENS = 1 << 27, 1 << 10  # at once: 512 MiB of logits; tokens whose hidden states are held
 _PIECE = 1 << 22  # numbers that are rounded at once
+# Between a layer's name in the base and that of the same layer inside of PEFT's.
+_IN_PEFT = re.compile(r"\.(base_layer|original_module|token_adapter|modules_to_save\.\w+)(?=\.|$)")
 _PARTS = ("logits", "losses", "hidden")
 _OF = ("trained", "base", "rounded")
 
@@ -119,14 +124,15 @@ def load(file: Path) -> Record | None:
         ) from None
 
 
-def record(trainer: Any, recipe: Recipe, data: Prepared, folder: Path) -> None:
-    """Write reference.safetensors: what the trained model, and its base, compute from the probe rows.
+def record(trainer: Any, recipe: Recipe, data: Prepared) -> Record | None:
+    """Compute what the trained model, and its base, make of the probe rows; None in ranks other than 0.
 
-    Every rank has to call this after training, while the process group is alive and the shards are in place; rank 0 writes.
+    Every rank has to call this after training, while the process group is alive and the shards are in place. Nothing is
+    written here: if the disk fails while other ranks still need this one, they wait for it.
     """
     sharded = recipe.launch.strategy in _SHARDED
     if not sharded and not trainer.is_world_process_zero():
-        return
+        return None
     # Without accelerate's autocast, in which float32 weights would compute something else than the exported model does.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     rows, device = rows_of(data.eval or data.train), trainer.args.device
@@ -147,8 +153,7 @@ def record(trainer: Any, recipe: Recipe, data: Prepared, folder: Path) -> None:
             module.reshard()
     if sharded:
         found.compute = {"bf16": "bfloat16", "fp16": "float16"}.get(recipe.train.mixed_precision, recipe.model.dtype)
-    if trainer.is_world_process_zero():
-        found.save(folder / FILE)
+    return found if trainer.is_world_process_zero() else None
 
 
 def _round_shards(model: torch.nn.Module, dtype: torch.dtype) -> None:
@@ -289,6 +294,12 @@ def _computing_in(dtype: torch.dtype, model: torch.nn.Module, change: Change | N
             # Quantized weights have a type of their own, and know the dtype that they are computed in.
             if weight is not None and weight.dtype.is_floating_point and type(weight) is torch.nn.Parameter
         ]
+        found += [
+            (module, name, buffer)
+            for module in unit.modules()
+            for name, buffer in module._buffers.items()
+            if name not in module._non_persistent_buffers_set and buffer is not None and buffer.dtype.is_floating_point
+        ]
         if change is None:
             found = [each for each in found if each[2].dtype != dtype]
         swap(found)
@@ -323,8 +334,9 @@ def _computing_in(dtype: torch.dtype, model: torch.nn.Module, change: Change | N
             own.copy_(weight)
             if change is not None:
                 change(module, name, own, rows)
-            swapped.append((module._parameters, name, weight))
-            module._parameters[name] = torch.nn.Parameter(own, requires_grad=False)
+            where = module._parameters if name in module._parameters else module._buffers
+            swapped.append((where, name, weight))
+            where[name] = torch.nn.Parameter(own, requires_grad=False) if where is module._parameters else own
 
     def restore(_unit: torch.nn.Module, _inputs: Any, _output: Any) -> None:
         while swapped:
@@ -334,6 +346,10 @@ def _computing_in(dtype: torch.dtype, model: torch.nn.Module, change: Change | N
                 del where[name]
 
     handles = []
+    computed = [*_computed_buffers(model)] if dtype == torch.float32 else []
+    held = [(module, name, module._buffers[name]) for module, name, _ in computed]
+    for module, name, buffer in computed:
+        module._buffers[name] = buffer
     for unit in _units(model):
         before = cast_rows if type(unit) is torch.nn.Embedding else cast
         handles.append(unit.register_forward_pre_hook(before))
@@ -343,6 +359,32 @@ def _computing_in(dtype: torch.dtype, model: torch.nn.Module, change: Change | N
     finally:
         for handle in handles:
             handle.remove()
+        for module, name, buffer in held:
+            module._buffers[name] = buffer
+
+
+def _computed_buffers(model: Any) -> Iterator[tuple[torch.nn.Module, str, torch.Tensor]]:
+    """Yield module, name and value of each buffer that no file holds, as a model built in float32 computes it.
+
+    Such buffers (Gemma's scale of embeddings, rotary frequencies) are rounded to the dtype in which a model is built, or to
+    which it was moved later. The trained model and the exported one can differ in that, with equal weights and config. So
+    neither computes with its own: both take what their own config gives in float32, also if training used rounded ones. What
+    is compared is weights and config. A config that was damaged still shows.
+    """
+    own = model.get_base_model() if hasattr(model, "get_base_model") else model
+    with init_empty_weights(include_buffers=False):  # no memory for weights
+        twin = type(own)(deepcopy(own.config))
+    values = dict(twin.named_buffers(remove_duplicate=False))
+    for path, module in own.named_modules(remove_duplicate=False):
+        for name in module._non_persistent_buffers_set:
+            buffer, value = (
+                module._buffers[name],
+                values.get(f"{_IN_PEFT.sub('', f'.{path}')}.{name}".removeprefix(".")),
+            )
+            if buffer is None or value is None or value.shape != buffer.shape:
+                continue  # of a library that wraps layers, or grown with the length of the rows
+            if buffer.dtype.is_floating_point:
+                yield module, name, value.to(buffer.device)
 
 
 def _of_4_bits(module: Any, dtype: torch.dtype, inputs: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sft_recipes.errors import RunError
 from sft_recipes.export import load_adapter, reference
+from sft_recipes.export.dequantize import held_in
 from sft_recipes.export.probe import TEXTS
 from sft_recipes.export.reference import Change, Outputs, Record, at_once, rounding, run_model
 from sft_recipes.export.safetensors_io import in_file, in_model
@@ -68,7 +69,7 @@ class Request:
     rows: list[dict[str, list[int]]] = field(default_factory=list)  # input_ids and labels
     prompt: dict[str, Any] | None = None  # messages, and the ids that were trained as their prompt
     quantization: dict[str, Any] | None = None
-    loaded: str = "float32"  # type of the weights that were quantised
+    loaded: str = "float32"  # type in which training loaded its base
     trust_remote_code: bool = False
 
 
@@ -213,7 +214,8 @@ def _sums(model: Any, expected: Expected, request: Request) -> Change:
 
     @cache
     def base() -> Any:
-        held = _held(load_adapter.files_of(request.base, request.revision))
+        rounded = expected.loaded != torch.float32
+        held = expected.loaded if rounded else _held(load_adapter.files_of(request.base, request.revision))
         return AutoModelForCausalLM.from_pretrained(
             request.base, revision=request.revision, dtype=held, **_options(request)
         )
@@ -224,7 +226,7 @@ def _sums(model: Any, expected: Expected, request: Request) -> Change:
         if stored is not None:
             expected.exact(stored, weight, rows)
         elif expected.rounds_the_base:  # transformers makes it of several tensors
-            own = base().get_parameter(whole)
+            own = base().get_parameter_or_buffer(whole)
             weight.copy_(own if rows is None else own[rows.to(own.device)])
 
     return change
@@ -336,9 +338,13 @@ def _expected(request: Request, name: str) -> Expected | None:
     if request.adapter is None or name in request.merged:
         return None
     adapter = Path(request.adapter)
+    of = replace(load_adapter.origin(adapter, request.base), revision=request.revision)
     return Expected(
-        adapter, load_adapter.origin(adapter, request.base), request.dtype, trust_remote_code=request.trust_remote_code,
-        quantization=request.quantization if name == "dequantized" else None, loaded=request.loaded,
+        adapter, of, request.dtype, trust_remote_code=request.trust_remote_code,
+        quantization=request.quantization if name == "dequantized" else None,
+        loaded=held_in(
+            request.loaded, name, quantized=bool(request.quantization), recorded=request.record is not None
+        ),
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sft_recipes.errors import RunError
 from sft_recipes.export import load_adapter, safetensors_io
-from sft_recipes.export.dequantize import dequantized
+from sft_recipes.export.dequantize import as_loaded, dequantized
 from sft_recipes.export.load_adapter import Origin
 from sft_recipes.export.lora_deltas import names_of_ends
 from sft_recipes.export.safetensors_io import Stored
@@ -94,7 +94,7 @@ class Expected:
     """What each tensor of a merged model should be.
 
     `quantization` is that of a base that was dequantized before the merge (None: the original base was merged), `loaded` the
-    dtype in which the training held the weights that were not quantized.
+    dtype to which the other weights were rounded when they were loaded (float32: they were not).
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Expected:
         *,
         trust_remote_code: bool = False,
         quantization: Mapping[str, Any] | None = None,
-        loaded: str = "float32",
+        loaded: torch.dtype = torch.float32,
     ) -> None:
         files = load_adapter.files(of)
         config = AutoConfig.from_pretrained(files, trust_remote_code=trust_remote_code)
@@ -113,9 +113,10 @@ class Expected:
         with torch.device("meta"):
             network = AutoModelForCausalLM.from_config(config, dtype=self._dtype)
         self._head = names_of_ends(network)[1]
-        self._base = safetensors_io.in_model(files)
+        self.loaded = loaded
+        self._base = as_loaded(safetensors_io.in_model(files), network, loaded)
         if quantization is not None:
-            self._base = dequantized(self._base, network, quantization, DTYPES[loaded])
+            self._base = dequantized(self._base, network, quantization, loaded)
         self._sums = _sums(adapter, of, self._base, network)
 
     def problems(self, folder: Path) -> list[str]:

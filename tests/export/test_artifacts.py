@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from sft_recipes.distributed import ranks
 from sft_recipes.errors import RunError
 from sft_recipes.export import artifacts, reference, safetensors_io, verify
 from sft_recipes.export.save_model import Written
@@ -40,13 +41,14 @@ def broken_files(model: Any, tokenizer: Any, folder: Path, **options: Any) -> No
     file.write_bytes(content)
 
 
-def another_model(trainer: Any, *args: Any) -> None:
+def another_model(trainer: Any, *args: Any) -> Any:
     norm = trainer.model.model.norm.weight
     with torch.no_grad():
         norm *= 1.01
-    _RECORD(trainer, *args)
+    recorded = _RECORD(trainer, *args)
     with torch.no_grad():
         norm /= 1.01
+    return recorded
 
 
 _SAVE, _RECORD = artifacts.save_model, reference.record
@@ -71,6 +73,24 @@ def test_what_is_not_the_trained_model_is_not_kept(
     folder = recipe.parent / "run"
     assert not (folder / "model").exists()
     assert not list(folder.glob(".*"))
+
+
+def test_a_full_disk_waits_until_no_rank_needs_this_one(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the trained model computes is written when the process group has ended."""
+    order: list[str] = []
+
+    def full(*_: Any) -> None:
+        order.append("record")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ranks, "leave", lambda: order.append("leave"))
+    monkeypatch.setattr(reference.Record, "save", full)
+    with pytest.raises(RunError, match=r"run: export failed: .*No space left on device"):
+        run(write_recipe(train={"max_steps": 1}))
+
+    assert order == ["leave", "record"]
 
 
 def test_a_gathered_weight_that_is_damaged_on_its_way_to_the_disk(tmp_path: Path) -> None:
