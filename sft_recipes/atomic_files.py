@@ -134,7 +134,7 @@ def file_hashes(folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def write_manifest(folder: Path) -> None:
+def write_checksums(folder: Path) -> None:
     """Write checksums.json, by which `fault` finds missing, truncated and changed files."""
     write_json(folder / CHECKSUMS, {"files": file_hashes(folder)})
 

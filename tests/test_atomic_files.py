@@ -142,7 +142,7 @@ def sealed(folder: Path) -> Path:
     (folder / "weights").write_bytes(bytes(1000))
     (folder / "inner").mkdir()
     (folder / "inner" / "state").write_bytes(b"state")
-    atomic_files.write_manifest(folder)
+    atomic_files.write_checksums(folder)
     return folder
 
 

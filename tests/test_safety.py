@@ -123,7 +123,7 @@ def test_pickles_beside_what_is_read(
 
 def seal_again(folder: Path) -> None:
     (folder / atomic_files.CHECKSUMS).unlink()
-    atomic_files.write_manifest(folder)
+    atomic_files.write_checksums(folder)
 
 
 def test_nothing_but_pickles(write_recipe: WriteRecipe, tmp_path: Path, planted: Planted, command: Command) -> None:

@@ -74,7 +74,7 @@ class CheckpointMixin(transformers.Trainer):
             if main:
                 (partial_folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
                 self.state.save_to_json(str(partial_folder / "trainer_state.json"))
-                atomic_files.write_manifest(partial_folder)
+                atomic_files.write_checksums(partial_folder)
                 whole.close()
 
         whole = ExitStack()

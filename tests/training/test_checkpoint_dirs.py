@@ -24,7 +24,7 @@ def made(run_dir: Path, *steps: int) -> None:
         folder = checkpoint_dirs.checkpoint_path(run_dir, step)
         folder.mkdir(parents=True)
         (folder / "weights").write_text(str(step))
-        atomic_files.write_manifest(folder)
+        atomic_files.write_checksums(folder)
 
 
 def names(run_dir: Path) -> list[str]:
