@@ -46,7 +46,7 @@ def in_step(number: int, of: int, act: Callable[[], object], rank: int) -> None:
 
 
 def stop_launcher() -> None:
-    os.kill(int(os.environ[ranks.BY_US]), signal.SIGTERM)
+    os.kill(int(os.environ[ranks.LAUNCHER_PID]), signal.SIGTERM)
 
 
 def test_one_console_one_directory(write_recipe: WriteRecipe, tmp_path: Path, in_ranks: Callable[..., Any]) -> None:
@@ -111,9 +111,9 @@ def test_a_rank_that_hangs(write_recipe: WriteRecipe, tmp_path: Path, in_ranks: 
     hung = in_ranks(recipe, "--processes", "2", first=partial(in_step, 2, 1, lambda: time.sleep(100)))
     assert hung.returncode == 1, hung
     assert hung.stderr.startswith(
-        f"rank 0: rank 1 does not answer: {tmp_path}/run: training failed after step 1: Timed out"
+        f"rank 0: no response from rank 1: {tmp_path}/run: training failed after step 1: Timed out"
     )
-    assert hung.stderr.endswith("continue with --resume (rank 1 was still running, and was ended)\n")
+    assert hung.stderr.endswith("Continue with --resume. (Killed, still running: rank 1.)\n")
 
 
 def export_alone(folder: Path, act: Callable[[], object], rank: int) -> None:
@@ -169,7 +169,9 @@ def wanted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., bool]:
     def ask(environment: dict[str, str], **launch: Any) -> bool:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        return ranks.to_be_started(parse.Recipe.model_fields["launch"].annotation(**launch))
+        settings = parse.Recipe.model_fields["launch"].annotation(**launch)
+        ranks.set_launcher_env(settings)
+        return ranks.needs_launch(settings)
 
     return ask
 
@@ -199,7 +201,7 @@ def test_started_by_another(wanted: Callable[..., bool], environment: dict[str, 
         "1",
         "2",
     ]
-    with pytest.raises(RecipeError, match=r"launch.processes: 8 by the recipe \(4 x 2 machines\), and 4 were started"):
+    with pytest.raises(RecipeError, match=r"launch.processes: the number of ranks must be 8 \(4 x 2 nodes; got 4\)"):
         wanted({}, processes=4, machines=2)
 
 
@@ -210,31 +212,33 @@ def test_one_process_a_machine_starts_the_ranks_there(wanted: Callable[..., bool
 
 def test_machines_that_do_not_know_each_other(write_recipe: WriteRecipe, wanted: Callable[..., bool]) -> None:
     recipe = parse.load(write_recipe(), ["launch.machines=2"]).recipe
-    with pytest.raises(RecipeError, match=r"launch.machines: 2 machines meet at MASTER_ADDR"):
+    with pytest.raises(RecipeError, match=r"launch.machines: 2 nodes need MASTER_ADDR"):
         launch.launch(recipe, [])
     wanted({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"})
-    with pytest.raises(RecipeError, match=r"launch.processes: 1 by the recipe .*, and 2 were started"):
+    with pytest.raises(RecipeError, match=r"launch.processes: the number of ranks must be 1 \(1 x 1 node; got 2\)"):
         wanted({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"})
 
 
 def test_numbers_in_the_environment_that_are_none(write_recipe: WriteRecipe, wanted: Callable[..., bool]) -> None:
     recipe = parse.load(write_recipe(), ["launch.machines=2"]).recipe
-    with pytest.raises(RecipeError, match=r"^WORLD_SIZE is 2 in the environment, and RANK is not there"):
+    with pytest.raises(RecipeError, match=r"^RANK: not in the environment, but WORLD_SIZE is \(got 2\)"):
         wanted({"WORLD_SIZE": "2"}, processes=2)
-    with pytest.raises(RecipeError, match=r"^WORLD_SIZE: 'two' in the environment is not a whole number"):
+    with pytest.raises(RecipeError, match=r"^WORLD_SIZE: the environment variable is not an integer \(got 'two'\)"):
         wanted({"WORLD_SIZE": "two"})
     wanted({"WORLD_SIZE": "", "MASTER_ADDR": "127.0.0.1", "NODE_RANK": "first"}, machines=2)
-    with pytest.raises(RecipeError, match=r"^NODE_RANK: 'first' in the environment is not a whole number"):
+    with pytest.raises(RecipeError, match=r"^NODE_RANK: the environment variable is not an integer \(got 'first'\)"):
         launch.launch(recipe, [])
     wanted({"NODE_RANK": "0", "MASTER_PORT": "http"}, machines=2)
-    with pytest.raises(RecipeError, match=r"^MASTER_PORT: 'http' in the environment is not a whole number"):
+    with pytest.raises(RecipeError, match=r"^MASTER_PORT: the environment variable is not an integer \(got 'http'\)"):
         launch.launch(recipe, [])
 
 
 def test_more_processes_than_gpus(write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = parse.load(write_recipe(), ["launch.processes=4"]).recipe
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    with pytest.raises(RecipeError, match=r"^launch.processes: 4, and this machine shows 2 GPUs; .* --processes 2$"):
+    with pytest.raises(
+        RecipeError, match=r"^launch.processes: only 2 GPUs are visible, .* \(got 4\). Pass --processes 2.$"
+    ):
         launch.launch(recipe, [])
 
 
@@ -247,7 +251,7 @@ def test_a_port_in_use(write_recipe: WriteRecipe, wanted: Callable[..., bool], m
         taken.listen()
         port = str(taken.getsockname()[1])
         wanted({"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "1"}, machines=2)
-        with pytest.raises(RecipeError, match=f"MASTER_PORT: 127.0.0.1:{port} cannot be opened: the address is in use"):
+        with pytest.raises(RecipeError, match=f"MASTER_PORT: cannot listen on 127.0.0.1:{port}: the address is in use"):
             launch.launch(recipe, [])
 
 
@@ -255,7 +259,7 @@ def test_a_host_that_is_known_as_loopback_is_looked_for_elsewhere() -> None:
     here = launch._interface("127.0.1.1", loopback=True)
     assert here is not None
     assert launch._interface("127.0.1.1") is None
-    assert launch._towards("127.0.0.1") == launch._towards("localhost") == here
+    assert launch._interface_for("127.0.0.1") == launch._interface_for("localhost") == here
 
 
 def test_two_processes_as_users_start_them(write_recipe: WriteRecipe, tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def test_the_cable_is_pulled_out(write_recipe: WriteRecipe, tmp_path: Path, mach
     ip("-n", machines[1], "link", "set", "cable", "down")
     for (code, said), silent in zip(cut.end(), ("rank 1", "another rank"), strict=True):
         assert code == 1, said
-        assert f"{silent} does not answer: {tmp_path}/run: training failed after step" in said
+        assert f"no response from {silent}: {tmp_path}/run: training failed after step" in said
         assert "the last checkpoint is" in said
         # The launcher keeps the meeting place; where it has no name for an address it says so, but in a fresh process.
         assert len([line for line in said.splitlines() if "socket.cpp" not in line]) == 1, said

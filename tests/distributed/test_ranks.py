@@ -50,8 +50,6 @@ def test_all_are_there_and_about_to_do_the_same(tmp_path: Path, capfd: pytest.Ca
 
     assert found["the same"] == ["done", "done"]
     for said in found["other data"]:
-        assert said.startswith("RecipeError: launch: rank 1 on ")
-        assert " has another data than rank 0 on " in said
-    assert found["alone"][0].startswith(
-        "RunError: 1 of 2 processes came within 1 s; rank 1 did not; look at what it said"
-    )
+        assert said.startswith("RecipeError: launch: data of rank 1 on ")
+        assert " differs from rank 0 on " in said
+    assert found["alone"][0].startswith("RunError: only 1 of 2 ranks joined within 1 s (missing: rank 1). Read the log")
