@@ -114,8 +114,8 @@ class Plan:
         ranks = f"; {self.ranks} ranks, {recipe.launch.strategy}" if self.ranks > 1 else ""
         lines = [
             f"model: {recipe.model.name}; {recipe.method}; trainable parameters {footprint.trained:,} of "
-            f"{footprint.parameters:,}; weights {recipe.model.quantization or recipe.model.dtype}; attention {self.attention}; kernels "
-            f"{self.kernels}{ranks}",
+            f"{footprint.parameters:,}; weights {recipe.model.quantization or recipe.model.dtype}; attention "
+            f"{self.attention}; kernels {self.kernels}{ranks}",
             f"step: {recipe.sequences_per_step} sequences of {recipe.data.max_length:,} tokens (micro-batch "
             f"{recipe.train.micro_batch_size} x accumulation {recipe.accumulation}); gradient checkpointing "
             f"{recipe.train.recomputed_in_words}",

@@ -154,9 +154,9 @@ def _one_task_per_node(launch: Launch, started: int) -> bool:
 def no_rendezvous(launch: Launch) -> str:
     """Return the error for nodes that cannot find each other."""
     return (
-        f"launch.machines: {launch.machines} nodes need MASTER_ADDR (address of node 0), MASTER_PORT and NODE_RANK (0, 1, ...), "
-        "and at least one is missing from the environment. Set them on each node. Under Slurm: export MASTER_PORT=29500 "
-        'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1), then srun one task per node.'
+        f"launch.machines: {launch.machines} nodes need MASTER_ADDR (address of node 0), MASTER_PORT and NODE_RANK "
+        "(0, 1, ...), and at least one is missing from the environment. Set them on each node. Under Slurm: export "
+        'MASTER_PORT=29500 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1), then srun one task per node.'
     )
 
 

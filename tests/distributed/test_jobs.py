@@ -235,10 +235,10 @@ def test_on_the_command_line(recipe: str, system: str, tmp_path: Path) -> None:
     [
         ("slurm", ["train.learning_ratee=1"], {}, "did you mean 'learning_rate'"),
         ("slurm", ["train.global_batch_size=3"], {}, "3 sequences a step do not come out"),
-        ("slurm", [], {"gpu": "H100", "cpu": True}, "--gpu and --cpu"),
-        ("slurm", [], {"gpu": "H100\n"}, "is no name of a GPU"),
-        ("slurm", [], {"image": "an image"}, "is no name of an image"),
-        ("kubernetes", [], {}, "--on kubernetes needs --image"),
+        ("slurm", [], {"gpu": "H100", "cpu": True}, "--gpu, --cpu: cannot be combined"),
+        ("slurm", [], {"gpu": "H100\n"}, "not a GPU name"),
+        ("slurm", [], {"image": "an image"}, "not an image name"),
+        ("kubernetes", [], {}, "--image: required with --on kubernetes"),
     ],
 )
 def test_what_is_wrong_is_a_line_and_nothing_is_written(
@@ -258,7 +258,7 @@ def test_skypilot_sends_the_working_directory(recipe: str, monkeypatch: pytest.M
     Path("elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
 
-    with pytest.raises(InputError, match="sends the working directory, and the recipe is not in it"):
+    with pytest.raises(InputError, match="the recipe is outside the working directory"):
         jobs.job(absolute, "skypilot")
 
 
