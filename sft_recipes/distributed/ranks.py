@@ -156,7 +156,8 @@ def no_rendezvous(launch: Launch) -> str:
     return (
         f"launch.machines: {launch.machines} nodes need MASTER_ADDR (address of node 0), MASTER_PORT and NODE_RANK "
         "(0, 1, ...), and at least one is missing from the environment. Set them on each node. Under Slurm: export "
-        'MASTER_PORT=29500 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1), then srun one task per node.'
+        'MASTER_PORT=29500 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1), then '
+        "srun one task per node."
     )
 
 
