@@ -101,8 +101,10 @@ def set_launcher_env(launch: Launch) -> None:
     Raises RecipeError if the launcher's variables are incomplete.
     """
     environment = os.environ
+    if "LOCAL_RANK" in environment:
+        return
     started, (rank_name, size_name, local_rank, local_size) = _started_tasks()
-    if "LOCAL_RANK" in environment or started == 1:
+    if started == 1:
         return
     if from_environment(rank_name) is None:
         raise RecipeError(
