@@ -132,7 +132,7 @@ def sizes() -> Iterator[str]:
     for name, of in found.items():
         launch = _recipe(name).launch
         dots = " | ".join("•" if size in of["fits"] else " " for size in SIZES)
-        yield f"| {name} | {launch.processes * launch.machines} | {memory.format_bytes(of['peak'])} | {dots} |"
+        yield f"| {name} | {launch.world_size} | {memory.format_bytes(of['peak'])} | {dots} |"
     cards = [", ".join(gpu.name for gpu in flops.gpus_of(size)) for size in SIZES]
     yield f"| *such as* | | | {' | '.join(cards)} |"
 

@@ -179,7 +179,7 @@ def share_table() -> Iterator[str]:
     for work in works():
         launch = work.recipe.launch
         for gpus in (8, 16, 64, 512):
-            if gpus < launch.processes * launch.machines:
+            if gpus < launch.world_size:
                 continue  # of its memory
             cells = []
             for between in (INFINIBAND, ETHERNET):

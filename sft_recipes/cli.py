@@ -93,14 +93,15 @@ def run(
         overrides = [*overrides, f"launch.processes={processes}"]
     again = sys.argv[1:] if "--resume" in sys.argv else [*sys.argv[1:], "--resume"]
     started = "torchrun ... -m sft_recipes.cli" if "LOCAL_RANK" in os.environ else "sft-recipe"
-    command = None if ranks.BY_US in os.environ else f"{started} {shlex.join(again)}"
+    command = None if ranks.LAUNCHER_PID in os.environ else f"{started} {shlex.join(again)}"
     with stopping.on_request(limit, command) as stop:
         # Report a typo before torch is imported, which takes seconds; meanwhile a thread reads the weights ahead.
         accepted = validate.load_valid(recipe, overrides)[0].recipe
         _quiet(debug)
         if ranks.is_local_main():
             Thread(target=read_ahead, args=(accepted.model.name, accepted.model.revision), daemon=True).start()
-        if ranks.to_be_started(accepted.launch):
+        ranks.set_launcher_env(accepted.launch)
+        if ranks.needs_launch(accepted.launch):
             from sft_recipes import run_distributed
 
             run_distributed.run(

@@ -44,7 +44,8 @@ def run(
     """
     loaded, warnings = validate.load_valid(recipe_file, overrides)
     recipe = loaded.recipe
-    if ranks.to_be_started(recipe.launch):
+    ranks.set_launcher_env(recipe.launch)
+    if ranks.needs_launch(recipe.launch):
         return run_distributed.run(recipe_file, overrides, resume=resume, force=force, cached=cached)
     console = console or PipeSafeConsole(quiet=not ranks.is_main())
     warn(console, warnings)

@@ -28,7 +28,7 @@ def run(
     loaded, _ = validate.load_valid(recipe_file, overrides)  # rank 0 prints the warnings
     recipe = loaded.recipe
     with loaded.locate_errors():
-        first = ranks.machine(recipe.launch) == 0  # on the other nodes, the run of node 0 may exist already
+        first = ranks.node_rank(recipe.launch) == 0  # on the other nodes, the run of node 0 may exist already
         if first and (problem := run_dir.output_dir_problem(recipe.output_dir, resume=resume)):
             raise OutputError(problem)
         tokenizer, _ = check.tokenizer_of(recipe.model)

@@ -54,7 +54,7 @@ class Plan:
 
     @property
     def ranks(self) -> int:
-        return self.recipe.launch.processes * self.recipe.launch.machines
+        return self.recipe.launch.world_size
 
     @property
     def flops(self) -> float | None:
@@ -110,13 +110,12 @@ class Plan:
     def lines(self) -> list[str]:
         """Return the console output."""
         recipe, footprint = self.recipe, self.footprint
-        method = "full fine-tuning" if recipe.lora is None else "QLoRA" if recipe.model.quantization else "LoRA"
         unit = "GPU" if self.device == "cuda" else "process"
         ranks = f"; {self.ranks} ranks, {recipe.launch.strategy}" if self.ranks > 1 else ""
         lines = [
-            f"model: {recipe.model.name}; {method}; trainable parameters {footprint.trained:,} of {footprint.parameters:,}; "
-            f"weights {recipe.model.quantization or recipe.model.dtype}; attention {self.attention}; kernels "
-            f"{self.kernels}{ranks}",
+            f"model: {recipe.model.name}; {recipe.method}; trainable parameters {footprint.trained:,} of "
+            f"{footprint.parameters:,}; weights {recipe.model.quantization or recipe.model.dtype}; attention "
+            f"{self.attention}; kernels {self.kernels}{ranks}",
             f"step: {recipe.sequences_per_step} sequences of {recipe.data.max_length:,} tokens (micro-batch "
             f"{recipe.train.micro_batch_size} x accumulation {recipe.accumulation}); gradient checkpointing "
             f"{recipe.train.recomputed_in_words}",

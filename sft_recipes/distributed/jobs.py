@@ -1,8 +1,8 @@
-"""Job files: a recipe's `launch` in the words of Slurm, SkyPilot and Kubernetes.
+"""Write job files for Slurm, SkyPilot and Kubernetes from a recipe's `launch` section.
 
-All three start `sft-recipe run RECIPE --resume` once on each machine, with MASTER_ADDR, MASTER_PORT and NODE_RANK where there
-are several, and start it again when it ended with exit code 75 or its machines were taken away. The files are for their
-owner to edit; what is not in a recipe (time, partition, claim) has a default there.
+Each starts `sft-recipe run RECIPE --resume` once per node, with MASTER_ADDR, MASTER_PORT and NODE_RANK if there are several,
+and restarts it after exit code 75 or if nodes are preempted. What a recipe does not have (time limit, partition, volume claim)
+gets a default for users to edit.
 """
 
 import hashlib
@@ -25,8 +25,8 @@ from sft_recipes.recipe.validate import TORCHAO, validate
 
 System = Literal["slurm", "skypilot", "kubernetes"]
 _TEMPLATES = {"slurm": "slurm.sh", "skypilot": "skypilot.yaml", "kubernetes": "kubernetes.yaml"}
-_CORES = 8  # for a process: to tokenise, to load data, to merge
-_LONGEST = 50  # of a name: Kubernetes allows 63 with what it adds for a machine
+_CORES = 8  # per process: to tokenize, load data and merge
+_MAX_NAME = 50  # characters: Kubernetes allows 63, including its suffix per pod
 
 
 def job(
@@ -39,10 +39,10 @@ def job(
     gpu: str | None = None,
     cpu: bool = False,
 ) -> Path:
-    """Write a job file; returns where. It is written to `out`, by default to the recipe's name with the system's.
+    """Write a job file and return its path; `out` defaults to the recipe's name plus the system's suffix.
 
-    `image`: a container image that has sft-recipe. `gpu`: which, as the system calls it. `cpu`: no GPUs. Raises InputError
-    with every problem of the recipe; what only this machine lacks is none.
+    `image` is a container image that has sft-recipe, `gpu` a GPU type as the system names it; `cpu` requests no GPUs. Raises
+    InputError with all problems of the recipe, except that this machine lacks something.
     """
     loaded, problems = parse.parse_recipe(recipe_file, overrides)
     if loaded is None or problems:
@@ -50,47 +50,49 @@ def job(
     if found := validate(loaded.recipe, to_run=False).problems:
         raise RecipeError(*(loaded.with_location(line) for line in found))
     if gpu and cpu:
-        raise RecipeError("--gpu and --cpu: a run is on one or the other; give one")
+        raise RecipeError("--gpu, --cpu: cannot be combined. Pass only one of them.")
     if gpu is not None and not re.fullmatch(r"[\w.+:-]+", gpu):
-        raise RecipeError(f"--gpu: {gpu!r} is no name of a GPU; expected such as H100 or A100-80GB")
+        raise RecipeError(f"--gpu: not a GPU name (got {gpu!r}). Pass one such as H100 or A100-80GB.")
     if image is not None and not re.fullmatch(r"[\w.:/@#+-]+", image):
-        raise RecipeError(f"--image: {image!r} is no name of an image; expected such as registry.example/sft-recipes:1")
+        raise RecipeError(
+            f"--image: not an image name (got {image!r}). Pass one such as registry.example/sft-recipes:1."
+        )
     if system == "kubernetes" and image is None:
         raise RecipeError(
-            "--on kubernetes needs --image: a container image with sft-recipe in it; docs/scale.md has one"
+            "--image: required with --on kubernetes. Pass a container image that has sft-recipe (see docs/scale.md)."
         )
     if system == "skypilot" and not Path(recipe_file).resolve().is_relative_to(Path.cwd()):
         raise RecipeError(
-            f"{recipe_file}: --on skypilot sends the working directory, and the recipe is not in it; change to one that holds "
-            "recipe and data"
+            f"{recipe_file}: the recipe is outside the working directory, which is all that --on skypilot uploads. Change to "
+            "a directory that contains recipe and data."
         )
     out = out or Path(f"{_name(Path(recipe_file))}.{_TEMPLATES[system]}")
-    chosen = [*(["--image", image] if image else []), *(["--gpu", gpu] if gpu else []), *(["--cpu"] if cpu else [])]
+    options = [*(["--image", image] if image else []), *(["--gpu", gpu] if gpu else []), *(["--cpu"] if cpu else [])]
     recipe = loaded.recipe
     values = {
-        "made_by": shlex.join(["sft-recipe", "job", recipe_file, "--on", system, *_options(overrides), *chosen]),
+        "made_by": shlex.join(["sft-recipe", "job", recipe_file, "--on", system, *_set_options(overrides), *options]),
         "file": shlex.quote(str(out)),
         "image": image,
         "gpu": gpu,
         "gpus": 0 if cpu else recipe.launch.processes,
-        "arguments": _run(recipe, recipe_file, system, overrides),
+        "arguments": _run_command(recipe, recipe_file, system, overrides),
     }
-    return bundled.write_new(out, _filled(recipe, Path(recipe_file), system, values))
+    return bundled.write_new(out, _render(recipe, Path(recipe_file), system, values))
 
 
-def _run(recipe: Recipe, recipe_file: str, system: System, overrides: Sequence[str]) -> list[str]:
-    """What is started on each machine."""
+def _run_command(recipe: Recipe, recipe_file: str, system: System, overrides: Sequence[str]) -> list[str]:
+    """Return the command that each node starts."""
     if system == "kubernetes":
         recipe_file = "/recipe/recipe.yaml"
     elif system == "skypilot":
         recipe_file = str(Path(recipe_file).resolve().relative_to(Path.cwd()))
-        # In the bucket: nothing else is there when other machines take over.
+        # In the bucket, which is all that survives when nodes are replaced.
         kept = [override for override in overrides if override.partition("=")[0].strip() != "output_dir"]
         overrides = [*kept, f"output_dir=/runs/{Path(recipe.output_dir).name}"]
-    return ["sft-recipe", "run", recipe_file, "--resume", *_options(overrides)]
+    return ["sft-recipe", "run", recipe_file, "--resume", *_set_options(overrides)]
 
 
-def _filled(recipe: Recipe, recipe_file: Path, system: System, values: dict[str, Any]) -> str:
+def _render(recipe: Recipe, recipe_file: Path, system: System, values: dict[str, Any]) -> str:
     launch, name = recipe.launch, _name(recipe_file)
     environment = Environment(trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined)
     environment.filters |= {"quote": shlex.quote, "one_line": one_line}
@@ -113,23 +115,23 @@ def _filled(recipe: Recipe, recipe_file: Path, system: System, values: dict[str,
     )
 
 
-def _options(overrides: Sequence[str]) -> list[str]:
+def _set_options(overrides: Sequence[str]) -> list[str]:
     return [part for override in overrides for part in ("--set", override)]
 
 
 def _name(recipe_file: Path) -> str:
-    """A name that is one to all three: small letters, digits and hyphens, from a letter on."""
-    name = re.sub(r"[^a-z0-9]+", "-", recipe_file.stem.lower()).strip("-")[:_LONGEST].strip("-")
+    """Return a job name valid in all three systems: lowercase letters, digits and hyphens, beginning with a letter."""
+    name = re.sub(r"[^a-z0-9]+", "-", recipe_file.stem.lower()).strip("-")[:_MAX_NAME].strip("-")
     return name if re.match("[a-z]", name) else f"sft-{name}".strip("-")
 
 
 def _install(recipe: Recipe) -> str:
-    """What pip has to be told on a machine that has nothing: this checkout where the command is given in one."""
-    wanted = ["torchao"] if recipe.train.optimizer in TORCHAO else []
-    wanted += recipe.log.to
-    wanted += ["deepspeed"] if recipe.launch.strategy in ("zero2", "zero3") else []
-    wanted += ["flash"] if recipe.model.attention == "flash_attention_2" else []
-    extras = f"[{','.join(wanted)}]" if wanted else ""
+    """Return pip's arguments to install sft-recipes: this checkout if the working directory is one, else the release."""
+    extras = ["torchao"] if recipe.train.optimizer in TORCHAO else []
+    extras += recipe.log.to
+    extras += ["deepspeed"] if recipe.launch.strategy in ("zero2", "zero3") else []
+    extras += ["flash"] if recipe.model.attention == "flash_attention_2" else []
+    suffix = f"[{','.join(extras)}]" if extras else ""
     if Path("sft_recipes").is_dir() and Path("constraints.txt").is_file():
-        return f"-c constraints.txt -e {shlex.quote('.' + extras)}"
-    return shlex.quote(f"sft-recipes{extras}=={__version__}")
+        return f"-c constraints.txt -e {shlex.quote('.' + suffix)}"
+    return shlex.quote(f"sft-recipes{suffix}=={__version__}")

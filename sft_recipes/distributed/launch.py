@@ -1,4 +1,4 @@
-"""Starting the ranks of this machine, and ending them: all come to their end, or the first error is shown and none is left."""
+"""Launch the ranks of this node and wait for them; if one fails, stop the others and raise the first error."""
 
 import json
 import logging
@@ -17,210 +17,212 @@ from sft_recipes.distributed import ranks
 from sft_recipes.errors import InputError, RecipeError, RunError, SFTRecipeError, Stopped
 from sft_recipes.recipe.schema import Launch, Recipe
 
-# Seconds that other ranks have for an error of their own, after one has failed: by itself, or for want of another.
-_PATIENCE = {False: 1.0, True: 4.5}
-_ELSEWHERE = "198.51.100.1"  # an address that is nobody's (RFC 5737)
+# Seconds in which other ranks may report their own errors after one failed; keys: whether it failed for lack of another.
+_GRACE_SECONDS = {False: 1.0, True: 4.5}
+_EXTERNAL_ADDRESS = "198.51.100.1"  # reserved for documentation (RFC 5737)
 _STOPPED = Stopped.exit_code
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def launch(recipe: Recipe, arguments: Sequence[str], *, debug: bool = False) -> None:
-    """Run `sft-recipe ARGUMENTS` in each rank of this machine, to the end. The first rank has the console.
+    """Run `sft-recipe ARGUMENTS` in each rank of this node and wait; the node's first rank has the console.
 
-    A signal is handed on: the ranks stop at the same step. Raises what the rank that failed first has raised.
+    Signals are forwarded, so that all ranks stop at the same step. Raises the error of the rank that failed first.
     """
     import torch
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std, start_processes
 
-    wanted = recipe.launch
-    if 0 < (gpus := torch.cuda.device_count()) < wanted.processes:
+    settings = recipe.launch
+    if 0 < (gpus := torch.cuda.device_count()) < settings.processes:
         raise RecipeError(
-            f"launch.processes: {wanted.processes}, and this machine shows {gpus} GPU{'s' if gpus > 1 else ''}; each takes "
-            f"one of its own; say --processes {gpus}"
+            f"launch.processes: only {gpus} GPU{'s are' if gpus > 1 else ' is'} visible, one is needed per process "
+            f"(got {settings.processes}). Pass --processes {gpus}."
         )
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it says is said here
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # errors are reported here
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the others are handled here
     with tempfile.TemporaryDirectory(prefix="sft-recipes-") as folder:
-        first, meeting = _meeting(wanted)
-        numbers = range(wanted.processes)
-        # What the libraries say of a lost connection is pages long; the last line is shown where a rank says nothing itself.
-        quiet = {number: Std.NONE if debug else Std.ERR if number == 0 else Std.ALL for number in numbers}
+        first_rank, rendezvous = _rendezvous(settings)
+        local_ranks = range(settings.processes)
+        # The libraries print pages about a lost connection. _describe_exit shows the last line if a rank reports no error.
+        redirects = {local: Std.NONE if debug else Std.ERR if local == 0 else Std.ALL for local in local_ranks}
         command = ("-P", "-m", "sft_recipes.cli", *arguments)
         started = start_processes(
             name="rank", entrypoint=sys.executable,
-            args=dict.fromkeys(numbers, command),
-            envs={number: meeting | _of(first + number, number, wanted) for number in numbers},
-            logs_specs=DefaultLogsSpecs(log_dir=folder, redirects=quiet),
+            args=dict.fromkeys(local_ranks, command),
+            envs={local: rendezvous | _rank_environment(first_rank + local, local, settings) for local in local_ranks},
+            logs_specs=DefaultLogsSpecs(log_dir=folder, redirects=redirects),
         )  # fmt: skip
         try:
-            with _handed_on([handler.proc for handler in started.subprocess_handlers.values()]) as signals:
-                codes, ended = _wait(started)
+            with _forwarded_signals([handler.proc for handler in started.subprocess_handlers.values()]) as signals:
+                codes, end_times = _wait(started)
         finally:
             started.close(signal.SIGKILL)
         if any(codes.values()):
-            errors = {n: Path(file) for n, file in started.error_files.items()}
-            raise _first(codes, ended, errors, {n: Path(f) for n, f in started.stderrs.items() if f}, first, signals)
+            errors = {local: Path(file) for local, file in started.error_files.items()}
+            stderrs = {local: Path(file) for local, file in started.stderrs.items() if file}
+            raise _first_error(codes, end_times, errors, stderrs, first_rank, signals)
 
 
-def _meeting(wanted: Launch) -> tuple[int, dict[str, str]]:
-    """The number of this machine's first rank, and where all meet. The first machine keeps the place."""
+def _rendezvous(settings: Launch) -> tuple[int, dict[str, str]]:
+    """Return this node's first rank and the variables with the rendezvous address; node 0 starts the store there."""
     from torch.distributed import TCPStore
 
-    environment, machine = os.environ, ranks.machine(wanted)
-    address, port = "127.0.0.1", 0  # whatever is free
-    if wanted.machines > 1:
+    environment, node = os.environ, ranks.node_rank(settings)
+    address, port = "127.0.0.1", 0  # any free port
+    if settings.machines > 1:
         if not environment.get("MASTER_ADDR"):
-            raise RecipeError(ranks.no_address(wanted))
+            raise RecipeError(ranks.no_rendezvous(settings))
         address, port = environment["MASTER_ADDR"], ranks.from_environment("MASTER_PORT") or int(ranks.PORT)
-    global _place
-    if machine == 0:
+    global _store
+    if node == 0:
         try:
-            _place = TCPStore(address, port, is_master=True, wait_for_workers=False)
+            _store = TCPStore(address, port, is_master=True, wait_for_workers=False)
         except RuntimeError as error:
             raise RecipeError(
-                f"MASTER_PORT: {address}:{port} cannot be opened: {_reason(error)}; another program, or an earlier run, "
-                "may be using it; set another"
+                f"MASTER_PORT: cannot listen on {address}:{port}: {_reason(error)}. Stop the program that uses it, or set "
+                "MASTER_PORT to a free port."
             ) from None
-        port = _place.port
-    found = {"MASTER_ADDR": address, "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    if wanted.machines > 1 and (interface := _towards(address)):
-        found["GLOO_SOCKET_IFNAME"] = environment.get("GLOO_SOCKET_IFNAME", interface)
-    return machine * wanted.processes, found
+        port = _store.port
+    variables = {"MASTER_ADDR": address, "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    if settings.machines > 1 and (interface := _interface_for(address)):
+        variables["GLOO_SOCKET_IFNAME"] = environment.get("GLOO_SOCKET_IFNAME", interface)
+    return node * settings.processes, variables
 
 
-_place: Any = None  # it is there as long as it has a name
+_store: Any = None  # garbage collection would stop the server
 
 
 def _reason(error: Exception) -> str:
     return "the address is in use" if "EADDRINUSE" in str(error) else " ".join(str(error).split())[:200]
 
 
-def _towards(address: str) -> str | None:
-    """The network interface by which an address is reached; gloo would take that of the host's name. Many hosts know their own
-    name as 127.0.1.1, where no other machine finds them: then it is the way to everywhere else."""
-    named = not address.startswith("127.") and address != "localhost"
-    return _interface(address, loopback=not named) or _interface(_ELSEWHERE) or _interface(address, loopback=True)
+def _interface_for(address: str) -> str | None:
+    """Return the network interface that reaches an address; gloo would use that of the host name.
+
+    Many hosts resolve their own name to 127.0.1.1, which is no use to other nodes; then take the default route's interface.
+    """
+    is_name = not address.startswith("127.") and address != "localhost"
+    return (
+        _interface(address, loopback=not is_name) or _interface(_EXTERNAL_ADDRESS) or _interface(address, loopback=True)
+    )
 
 
-def _interface(towards: str, *, loopback: bool = False) -> str | None:
+def _interface(destination: str, *, loopback: bool = False) -> str | None:
     import psutil
 
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((towards, 9))  # sends nothing
+        probe.connect((destination, 9))  # sends nothing
         own = probe.getsockname()[0]
         if loopback or not own.startswith("127."):
-            here = psutil.net_if_addrs().items()
-            return next((name for name, found in here if any(each.address == own for each in found)), None)
+            interfaces = psutil.net_if_addrs().items()
+            return next((name for name, addresses in interfaces if any(a.address == own for a in addresses)), None)
     return None
 
 
-def _of(number: int, local: int, wanted: Launch) -> dict[str, str]:
-    """The environment of one rank."""
+def _rank_environment(rank: int, local_rank: int, settings: Launch) -> dict[str, str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
-        ranks.BY_US: str(os.getpid()),
-        "RANK": str(number),
-        "LOCAL_RANK": str(local),
-        "WORLD_SIZE": str(wanted.processes * wanted.machines),
-        "LOCAL_WORLD_SIZE": str(wanted.processes),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // wanted.processes)),
+        ranks.LAUNCHER_PID: str(os.getpid()),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(local_rank),
+        "WORLD_SIZE": str(settings.world_size),
+        "LOCAL_WORLD_SIZE": str(settings.processes),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // settings.processes)),
     }
 
 
 @contextmanager
-def _handed_on(processes: Sequence[Any]) -> Iterator[list[int]]:
-    """Signals go to the ranks, which finish the step; a second one ends all at once. Yields those that came."""
-    came: list[int] = []
+def _forwarded_signals(processes: Sequence[Any]) -> Iterator[list[int]]:
+    """Forward signals to the ranks, which finish the step; on a second one, kill them. Yields the received signals."""
+    received: list[int] = []
 
-    def hand_on(number: int, _frame: Any) -> None:
+    def forward(number: int, _frame: Any) -> None:
         for process in processes:
-            if (
-                process.poll() is None
-            ):  # rank 0 exports for long after the others, whose numbers others may have by then
+            if process.poll() is None:  # while rank 0 exports, the pids of the other ranks may have been reused
                 with suppress(ProcessLookupError):
-                    os.kill(process.pid, signal.SIGKILL if came else number)
-        if came:
+                    os.kill(process.pid, signal.SIGKILL if received else number)
+        if received:
             os._exit(128 + number)
-        came.append(number)
+        received.append(number)
         with suppress(OSError):
             name = signal.Signals(number).name
             os.write(2, f"\n{name} received: forwarded to all ranks. Send it again to quit immediately.\n".encode())
 
     before = {}
     with suppress(ValueError):  # not in the main thread
-        before = {number: signal.signal(number, hand_on) for number in _SIGNALS}
+        before = {number: signal.signal(number, forward) for number in _SIGNALS}
     try:
-        yield came
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def _wait(started: Any) -> tuple[dict[int, int], dict[int, float]]:
-    """Exit codes of the ranks, and when each ended; those that had to be ended are not among them."""
+    """Return exit codes and end times (seconds since 1970) by local rank, without those that are still running."""
     codes: dict[int, int] = {}
-    ended: dict[int, float] = {}
-    failed: dict[bool, float] = {}  # when the first did, by itself or for want of another
+    end_times: dict[int, float] = {}
+    failed: dict[bool, float] = {}  # time of the first failure, by whether it was for lack of another rank
     while len(codes) < len(started.subprocess_handlers):
-        for number, handler in started.subprocess_handlers.items():
-            if number not in codes and (code := handler.proc.poll()) is not None:
-                codes[number], ended[number] = code, time.time()
+        for local, handler in started.subprocess_handlers.items():
+            if local not in codes and (code := handler.proc.poll()) is not None:
+                codes[local], end_times[local] = code, time.time()
                 if code not in (0, _STOPPED):
-                    failed.setdefault(_said(started.error_files[number]).get("lost", False), time.monotonic())
-        if any(time.monotonic() - since > _PATIENCE[lost] for lost, since in failed.items()):
+                    failed.setdefault(_reported(started.error_files[local]).get("lost", False), time.monotonic())
+        if any(time.monotonic() - since > _GRACE_SECONDS[lost] for lost, since in failed.items()):
             break
         time.sleep(0.05)
-    return codes, ended
+    return codes, end_times
 
 
-def _first(
+def _first_error(
     codes: Mapping[int, int],
-    ended: Mapping[int, float],
+    end_times: Mapping[int, float],
     errors: Mapping[int, Path],
     stderrs: Mapping[int, Path],
-    first: int,
+    first_rank: int,
     signals: Sequence[int],
 ) -> SFTRecipeError:
-    """The error of the rank that failed first: of those that say more than that another does not answer, if there are any."""
-    found = []
-    for number, code in codes.items():
+    """Return the error of the rank that failed first; those that only lost another rank count last."""
+    failures = []
+    for local, code in codes.items():
         if code == 0:
             continue
-        said: dict[str, Any] = {
-            "lines": [_how_it_ended(first + number, code, stderrs.get(number))],
+        failure: dict[str, Any] = {
+            "lines": [_describe_exit(first_rank + local, code, stderrs.get(local))],
             "exit_code": 1,
             "lost": False,
         }
-        said |= {"at": ended[number]} | _said(errors[number])
-        if -code in signals:  # it came before the rank was ready for it
+        failure |= {"at": end_times[local]} | _reported(errors[local])
+        if -code in signals:  # the rank had no handler yet
             name = signal.Signals(-code).name
-            said |= {"lines": [f"stopped by {name}; no training progress was lost"], "exit_code": _STOPPED}
-        found.append((said["lost"], said["at"], first + number, said))
-    _, _, number, said = min(found, key=lambda each: each[:3])
-    lines = list(said["lines"])
-    if said["exit_code"] == InputError.exit_code:
+            failure |= {"lines": [f"stopped by {name}; no training progress was lost"], "exit_code": _STOPPED}
+        failures.append((failure["lost"], failure["at"], local, failure))
+    failure = min(failures, key=lambda entry: entry[:3])[3]
+    lines = list(failure["lines"])
+    if failure["exit_code"] == InputError.exit_code:
         return InputError(*lines)
-    if said["exit_code"] == _STOPPED:
+    if failure["exit_code"] == _STOPPED:
         return Stopped(*lines)
-    silent = [first + n for n in errors if n not in codes]
-    if said["lost"] and silent:
-        lines[0] += f" ({ranks.format_ranks(silent)} was still running, and was ended)"
+    running = [first_rank + local for local in errors if local not in codes]
+    if failure["lost"] and running:
+        lines[0] += f" (Killed, still running: {ranks.format_ranks(running)}.)"
     return RunError(*lines)
 
 
-def _said(error_file: Path | str) -> dict[str, Any]:
-    """What a rank has reported; {} where it could not."""
+def _reported(error_file: Path | str) -> dict[str, Any]:
+    """Return the error that a rank reported, or {}."""
     with suppress(OSError, ValueError):
         return dict(json.loads(Path(error_file).read_text("utf-8")))
     return {}
 
 
-def _how_it_ended(number: int, code: int, stderr: Path | None) -> str:
-    """Of a rank that could not say it itself."""
+def _describe_exit(rank: int, code: int, stderr: Path | None) -> str:
+    """Return the error line of a rank that reported none."""
     if code == -signal.SIGKILL:
-        return f"rank {number} was killed (SIGKILL), as the system does where memory runs out; continue with --resume"
-    how = f"ended with exit code {code}" if code > 0 else f"was ended by {signal.Signals(-code).name}"
-    said = ""
+        return f"rank {rank} was killed (SIGKILL), probably because host memory ran out. Continue with --resume."
+    reason = f"exited with code {code}" if code > 0 else f"was killed by {signal.Signals(-code).name}"
+    last_line = ""
     with suppress(OSError, AttributeError):
-        said = stderr.read_text("utf-8", "replace").strip().rpartition("\n")[2][:300]  # type: ignore[union-attr]
-    return f"rank {number} {how}{f': {said}' if said else ''}"
+        last_line = stderr.read_text("utf-8", "replace").strip().rpartition("\n")[2][:300]  # type: ignore[union-attr]
+    return f"rank {rank} {reason}{f': {last_line}' if last_line else ''}"

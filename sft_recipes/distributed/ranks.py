@@ -1,7 +1,6 @@
-"""The processes that train together: whether this is one of them, which, and how they meet.
+"""The ranks of a run: who launches them, how they find each other, and how their failures are reported.
 
-torchrun's names in the environment are ours too: RANK of WORLD_SIZE, LOCAL_RANK of LOCAL_WORLD_SIZE on this machine,
-MASTER_ADDR and MASTER_PORT where they meet.
+Whatever started them, ranks use torchrun's environment variables: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and so on.
 """
 
 import ctypes
@@ -22,140 +21,158 @@ from typing import Any, TypeVar, cast
 from sft_recipes.errors import RecipeError, RunError, SFTRecipeError
 from sft_recipes.recipe.schema import Launch, Recipe
 
-BY_US = "SFT_RECIPES_LAUNCHER"  # in the environment of ranks: the process that has started them with `launch`
-PORT = "29500"  # where ranks of another launcher meet, unless MASTER_PORT says otherwise; torch's own
+LAUNCHER_PID = "SFT_RECIPES_LAUNCHER"  # environment variable of the ranks that `launch.launch` started: its process id
+PORT = "29500"  # default of MASTER_PORT, as torch's
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
-# What launchers other than torchrun call the four. Under Slurm mpirun starts helpers by srun, one a machine, whose names its
-# processes have beside their own: those count that say of more.
-_THEIRS = (
+# Other launchers' names of RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE. Under Slurm, mpirun's processes also inherit
+# srun's variables (of its helpers, one per node), so the launcher with the largest world size counts.
+_LAUNCHER_VARIABLES = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # MPICH, Intel MPI
 )
-_LOST = re.compile(  # what torch says of the network, and of processes that do not answer
+_CONNECTION_ERROR = re.compile(  # torch's errors if a rank or the network is gone
     r"closed by peer|reset by peer|[Tt]imed? ?out|timeout|Broken pipe|refused|unreachable|No route to host|"
     r"NCCL|gloo/|recvValue failed|sendBytes failed|[Ss]ocket|\b[Ss]tore\b|Store\b"
 )
 _NOISE = re.compile(r"\[\S*/gloo/\S+\] | This is typically caused by .*?GLHF! \S+")
 _T = TypeVar("_T")
-_ANSWERS = 3.0  # seconds in which ranks that have lost another say so
+_RESPONSE_SECONDS = 3.0  # for ranks that have lost another one to report it
 
 
 def rank() -> int:
-    """The number of this process among those that train together."""
+    """Return the global rank of this process."""
     return int(os.environ.get("RANK") or 0)
 
 
 def world_size() -> int:
-    """How many processes train together."""
+    """Return the number of ranks on all nodes."""
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes and speaks for all."""
+    """Return True for rank 0, which writes files and prints."""
     return rank() == 0
 
 
-def machine(launch: Launch) -> int:
-    """The number of this machine, as its launcher says; 0 where there is but one. Raises RecipeError where it is not said."""
+def node_rank(launch: Launch) -> int:
+    """Return the index of this node: NODE_RANK or SLURM_NODEID. Raises RecipeError if several nodes have neither."""
     if launch.machines == 1:
         return 0
-    number = from_environment("NODE_RANK", from_environment("SLURM_NODEID"))
-    if number is None:
-        raise RecipeError(no_address(launch))
-    if number >= launch.machines:
-        raise RecipeError(f"launch.machines: NODE_RANK is {number}, and there are {launch.machines}, from 0 on")
-    return number
+    node = from_environment("NODE_RANK", from_environment("SLURM_NODEID"))
+    if node is None:
+        raise RecipeError(no_rendezvous(launch))
+    if node >= launch.machines:
+        raise RecipeError(
+            f"NODE_RANK: must be 0 to {launch.machines - 1}, as launch.machines is {launch.machines} (got {node})."
+        )
+    return node
 
 
-def from_environment(name: str, otherwise: int | None = None) -> int | None:
-    """A number in the environment, or `otherwise` where there is none. Raises RecipeError where it is something else."""
+def from_environment(name: str, default: int | None = None) -> int | None:
+    """Return an environment variable as int, or `default` if it is unset. Raises RecipeError if it is not a number."""
     text = os.environ.get(name)
     if not text:
-        return otherwise
+        return default
     if not text.isdecimal():
-        raise RecipeError(f"{name}: '{text}' in the environment is not a whole number; set one, or unset it")
+        raise RecipeError(f"{name}: the environment variable is not an integer (got '{text}'). Correct or unset it.")
     return int(text)
 
 
 def is_local_main() -> bool:
-    """Whether this is the first process of its machine."""
+    """Return True for the first rank of each node."""
     return int(os.environ.get("LOCAL_RANK") or 0) == 0
 
 
 def exit_with_launcher() -> None:
-    """Let the kernel end this process when the one that started it is killed, which could not say so any more."""
-    if BY_US in os.environ and sys.platform == "linux":
+    """Let the kernel kill this process when its launcher dies: a killed launcher cannot stop its ranks."""
+    if LAUNCHER_PID in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != int(os.environ[BY_US]):  # it was faster
+        if os.getppid() != int(os.environ[LAUNCHER_PID]):  # the launcher died before prctl took effect
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-# --- Started already? ---
+# --- Launchers ---
 
 
-def to_be_started(launch: Launch) -> bool:
-    """Whether the processes that a recipe wants are yet to be started on this machine; else this is one of them, or alone.
+def set_launcher_env(launch: Launch) -> None:
+    """Translate the variables of Slurm, Open MPI or MPICH into torchrun's; for one task per node, only NODE_RANK.
 
-    Those of Slurm (srun), Open MPI and MPICH are given torchrun's names. One process a machine, of several that are wanted
-    there, is the one that is to start them. Raises RecipeError where another number of processes was started, or they
-    cannot know where to meet.
+    Raises RecipeError if the launcher's variables are incomplete.
     """
-    wanted = launch.processes * launch.machines
     environment = os.environ
-    if "LOCAL_RANK" not in environment:
-        theirs = [names for names in _THEIRS if names[1] in environment]
-        number, size, local, beside = max(
-            theirs, key=lambda names: from_environment(names[1]) or 1, default=("RANK", "WORLD_SIZE", "", "")
-        )
-        started = from_environment(size) or 1
-        if started > 1 and from_environment(number) is None:
-            raise RecipeError(f"{size} is {started} in the environment, and {number} is not there; set both, or none")
-        if launch.machines > 1 and launch.processes > 1 and started == launch.machines:
-            environment.setdefault("NODE_RANK", environment[number])
-            return True
-        if started == 1:
-            return wanted > 1 or launch.strategy != "ddp"
-        environment["WORLD_SIZE"] = str(started)
-        if started == wanted:
-            environment["RANK"] = environment[number]
-            environment["LOCAL_RANK"] = environment.get(local) or str(int(environment[number]) % launch.processes)
-            environment["LOCAL_WORLD_SIZE"] = re.sub(r"\D.*", "", environment.get(beside) or "") or str(
-                launch.processes
-            )
-            environment.setdefault("MASTER_PORT", PORT)
-            if launch.machines == 1:
-                environment.setdefault("MASTER_ADDR", "127.0.0.1")
-    if world_size() != wanted:
+    if "LOCAL_RANK" in environment:
+        return
+    started, (rank_name, size_name, local_rank, local_size) = _started_tasks()
+    if started == 1:
+        return
+    if from_environment(rank_name) is None:
         raise RecipeError(
-            f"launch.processes: {wanted} by the recipe ({launch.processes} x {launch.machines} machine"
-            f"{'s' if launch.machines > 1 else ''}), and {world_size()} were started; say --processes "
-            f"{environment.get('LOCAL_WORLD_SIZE') or world_size()}, or start {wanted}"
+            f"{rank_name}: not in the environment, but {size_name} is (got {started}). Set both or neither."
         )
-    if "MASTER_ADDR" not in environment and wanted > 1:
-        raise RecipeError(no_address(launch))
+    if _one_task_per_node(launch, started):
+        environment.setdefault("NODE_RANK", environment[rank_name])
+    elif started == launch.world_size:
+        environment["WORLD_SIZE"], environment["RANK"] = str(started), environment[rank_name]
+        environment["LOCAL_RANK"] = environment.get(local_rank) or str(int(environment["RANK"]) % launch.processes)
+        # Slurm writes 2(x2) for 2 tasks on each of 2 nodes.
+        per_node = re.sub(r"\D.*", "", environment.get(local_size) or "")
+        environment["LOCAL_WORLD_SIZE"] = per_node or str(launch.processes)
+        environment.setdefault("MASTER_PORT", PORT)
+        if launch.machines == 1:
+            environment.setdefault("MASTER_ADDR", "127.0.0.1")
+
+
+def needs_launch(launch: Launch) -> bool:
+    """Return True if the recipe's ranks are still to be started on this node. Call `set_launcher_env` before.
+
+    Raises RecipeError if the number of started processes does not match the recipe, or MASTER_ADDR is missing.
+    """
+    started = world_size() if "LOCAL_RANK" in os.environ else _started_tasks()[0]
+    if "LOCAL_RANK" not in os.environ and (started == 1 or _one_task_per_node(launch, started)):
+        return launch.world_size > 1 or launch.strategy != "ddp"
+    if started != launch.world_size:
+        raise RecipeError(
+            f"launch.processes: the number of ranks must be {launch.world_size} ({launch.processes} x {launch.machines} node"
+            f"{'s' if launch.machines > 1 else ''}; got {started}). Pass --processes "
+            f"{os.environ.get('LOCAL_WORLD_SIZE') or started}, or start {launch.world_size} ranks."
+        )
+    if "MASTER_ADDR" not in os.environ and started > 1:
+        raise RecipeError(no_rendezvous(launch))
     return False
 
 
-def no_address(launch: Launch) -> str:
-    """What is said where machines do not know each other."""
+def _started_tasks() -> tuple[int, tuple[str, str, str, str]]:
+    """Return how many processes a launcher started (1 without one), and its names of torchrun's four variables."""
+    present = [names for names in _LAUNCHER_VARIABLES if names[1] in os.environ]
+    names = max(present, key=lambda names: from_environment(names[1]) or 1, default=("RANK", "WORLD_SIZE", "", ""))
+    return from_environment(names[1]) or 1, names
+
+
+def _one_task_per_node(launch: Launch, started: int) -> bool:
+    return launch.processes > 1 and started == launch.machines > 1
+
+
+def no_rendezvous(launch: Launch) -> str:
+    """Return the error for nodes that cannot find each other."""
     return (
-        f"launch.machines: {launch.machines} machines meet at MASTER_ADDR, the address of the first, and MASTER_PORT, each "
-        "with its NODE_RANK from 0 on, and the environment lacks one of them; under Slurm: export MASTER_PORT=29500 "
-        'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1), and srun one task a machine'
+        f"launch.machines: {launch.machines} nodes need MASTER_ADDR (address of node 0), MASTER_PORT and NODE_RANK "
+        "(0, 1, ...), and at least one is missing from the environment. Set them on each node. Under Slurm: export "
+        'MASTER_PORT=29500 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1), then '
+        "srun one task per node."
     )
 
 
-# --- Together ---
+# --- Process group ---
 
 
 @contextmanager
 def process_group(recipe: Recipe, facts: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
-    """Within, this process is in the group of those that train together, as the recipe's strategy wants it. `leave` ends that
-    earlier.
+    """Join the process group that the recipe's strategy needs, until the end of the block or `leave`.
 
-    `facts` have to be the same in all: recipe, code, data. Raises RecipeError where they are not, RunError where not all
-    come within the time that they wait for each other (trl.ddp_timeout, in seconds).
+    Raises:
+        RecipeError: `facts` (recipe, code, data) differ between ranks.
+        RunError: A rank did not join within trl.ddp_timeout seconds, or another rank was lost in the block.
     """
     if "LOCAL_RANK" not in os.environ or (world_size() == 1 and recipe.launch.strategy == "ddp"):
         yield
@@ -164,21 +181,23 @@ def process_group(recipe: Recipe, facts: Callable[[], Mapping[str, Any]]) -> Ite
     from accelerate import PartialState
     from accelerate.utils import DistributedType
 
-    patience = timedelta(seconds=float(recipe.trl.get("ddp_timeout", 1800)))
+    timeout = timedelta(seconds=float(recipe.trl.get("ddp_timeout", 1800)))
     strategy, cpu = recipe.launch.strategy, not torch.cuda.is_available()
     try:
-        _meet(facts(), patience)
+        _rendezvous(facts(), timeout)
         if strategy == "fsdp2" and not cpu:
-            # What is in host memory (checkpoints, cpu_offload) is gathered there.
-            PartialState(backend="cuda:nccl,cpu:gloo", timeout=patience)
+            # Tensors in host memory (checkpoints, cpu_offload) are gathered over gloo.
+            PartialState(backend="cuda:nccl,cpu:gloo", timeout=timeout)
         else:
-            PartialState(cpu=cpu, timeout=patience)
+            PartialState(cpu=cpu, timeout=timeout)
     except SFTRecipeError:
         raise
-    except Exception as error:  # as many types as there are layers
-        raise RunError(f"rank {rank()} could not join the others: {' '.join(str(error).split())[:300]}") from error
+    except Exception as error:  # of accelerate, torch, NCCL or gloo
+        raise RunError(
+            f"rank {rank()} could not join the process group: {' '.join(str(error).split())[:300]}"
+        ) from error
     if strategy == "fsdp2":
-        # Of CPUs accelerate takes any strategy for DDP; it goes by this word alone.
+        # On CPUs accelerate treats every strategy as DDP; this value is all it checks.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     elif strategy in ("zero2", "zero3"):
         if cpu:
@@ -191,18 +210,19 @@ def process_group(recipe: Recipe, facts: Callable[[], Mapping[str, Any]]) -> Ite
         yield
     except Exception as error:
         reason = error.__cause__ if isinstance(error, RunError) else error
-        together = torch.distributed.is_initialized()
-        if together and isinstance(reason, Exception) and (who := unreachable_ranks(reason)):
-            raise LostError(f"{who}: {_NOISE.sub('', ' '.join(str(error).split()))}; continue with --resume") from error
+        joined = torch.distributed.is_initialized()
+        if joined and isinstance(reason, Exception) and (unreachable := unreachable_ranks(reason)):
+            text = _NOISE.sub("", " ".join(str(error).split())).rstrip(".")
+            raise LostError(f"{unreachable}: {text}. Continue with --resume.") from error
         raise
     leave()
 
 
 def leave() -> None:
-    """End the process group, in all ranks at the same time; without one, do nothing.
+    """Destroy the process group in all ranks at the same time, if there is one.
 
-    NCCL can hang if a rank destroys its communicators long before the others do, so no rank may leave while another still
-    has work of its own before it. Afterwards nothing in this process may need a collective, or ask accelerate for its state.
+    NCCL can hang if a rank destroys its communicators long before the others. Afterwards this process must not use
+    collectives or accelerate's state.
     """
     import torch
 
@@ -216,31 +236,31 @@ def leave() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def _meet(facts: Mapping[str, Any], patience: timedelta) -> None:
-    """Waits for all, and compares what they are about to do with what the first is."""
-    store, size = _store(patience), world_size()
-    mine = {name: _digest(value) for name, value in facts.items()} | {"host": socket.gethostname()}
-    store.set(f"facts/{rank()}", json.dumps(mine))
+def _rendezvous(facts: Mapping[str, Any], timeout: timedelta) -> None:
+    """Wait for all ranks, and compare their facts with rank 0's."""
+    store, size = _store(timeout), world_size()
+    local = {name: _digest(value) for name, value in facts.items()} | {"host": socket.gethostname()}
+    store.set(f"facts/{rank()}", json.dumps(local))
     keys = [f"facts/{number}" for number in range(size)]
     try:
-        store.wait(keys, patience)
+        store.wait(keys, timeout)
     except RuntimeError:
-        lacking = [number for number, key in enumerate(keys) if not store.check([key])]
+        missing = [number for number, key in enumerate(keys) if not store.check([key])]
         raise RunError(
-            f"{size - len(lacking)} of {size} processes came within {patience.total_seconds():g} s; "
-            f"{format_ranks(lacking)} did not; look at what it said where it was to start"
+            f"only {size - len(missing)} of {size} ranks joined within {timeout.total_seconds():g} s "
+            f"(missing: {format_ranks(missing)}). Read the log of the node where the missing rank starts."
         ) from None
     first, *others = map(json.loads, store.multi_get(keys))
     store.set(f"read/{rank()}", b"1")
-    if is_main():  # it may be the one that keeps the store
+    if is_main():  # it may host the store
         with suppress(RuntimeError):
-            store.wait([f"read/{number}" for number in range(size)], timedelta(seconds=_ANSWERS))
+            store.wait([f"read/{number}" for number in range(size)], timedelta(seconds=_RESPONSE_SECONDS))
     for number, other in enumerate(others, 1):
         for name, value in first.items():
             if name != "host" and name in other and other[name] != value:
                 raise RecipeError(
-                    f"launch: rank {number} on {other['host']} has another {name} than rank 0 on {first['host']}; all "
-                    "machines need the same recipe, code, library versions and data files"
+                    f"launch: {name} of rank {number} on {other['host']} differs from rank 0 on {first['host']}. Use the same "
+                    "recipe, code, library versions and data files on all nodes."
                 )
 
 
@@ -248,26 +268,26 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _store(patience: timedelta) -> Any:
-    """Where ranks leave word for each other, and find each other's addresses."""
+def _store(timeout: timedelta) -> Any:
+    """Return the store in which ranks exchange messages and addresses; rank 0 hosts it unless the launcher does."""
     import torch.distributed as dist
 
-    here = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and is_main()  # else the launcher keeps it
+    host = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and is_main()
     store = dist.TCPStore(
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=here, timeout=patience,
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=host, timeout=timeout,
         wait_for_workers=False, multi_tenant=True,
     )  # fmt: skip
-    global _kept
-    _kept = store  # what it serves ends with it
+    global _open_store
+    _open_store = store  # garbage collection would stop the server
     return dist.PrefixStore("sft-recipes", store)
 
 
-_kept: Any = None
+_open_store: Any = None
 
 
 @contextmanager
 def main_first() -> Iterator[None]:
-    """What is done within is done by the main process before the others, which find it done."""
+    """Run the block in rank 0 first and then in the others, which find its results, e.g. in a cache."""
     if world_size() == 1:
         yield
         return
@@ -277,45 +297,48 @@ def main_first() -> Iterator[None]:
         yield
 
 
-def run_on_main(decide: Callable[[], _T]) -> _T:
-    """What the main process decides; all have to come here. What it raises for the user is raised in all."""
+def run_on_main(function: Callable[[], _T]) -> _T:
+    """Return rank 0's result in all ranks; an SFTRecipeError is raised in all. All ranks have to call this."""
     if world_size() == 1:
-        return decide()
+        return function()
     from accelerate.utils import broadcast_object_list
 
-    decided: list[Any] = [None, None]
+    outcome: list[Any] = [None, None]  # result, error
     if is_main():
         try:
-            decided[0] = decide()
+            outcome[0] = function()
         except SFTRecipeError as error:
-            decided[1] = error
-    broadcast_object_list(decided)
-    if decided[1] is not None:
-        raise decided[1]
-    return cast(_T, decided[0])
+            outcome[1] = error
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return cast(_T, outcome[0])
 
 
-# --- When something goes wrong ---
+# --- Failures ---
 
 
 def format_ranks(numbers: list[int]) -> str:
-    """rank 3, or ranks 0, 2."""
+    """Return "rank 3" or "ranks 0, 2"."""
     return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
 
 
 def unreachable_ranks(error: Exception) -> str | None:
-    """Where an error says no more than that another rank does not answer: who it is, as far as that can be told."""
+    """Return which ranks do not respond if that is all `error` is about, else None.
+
+    Each rank that lost another one reports it in the store; ranks that do not are the unreachable ones.
+    """
     if world_size() == 1 or not (
-        _is_distributed(error) or (isinstance(error, RuntimeError) and _LOST.search(str(error)))
+        _is_distributed(error) or (isinstance(error, RuntimeError) and _CONNECTION_ERROR.search(str(error)))
     ):
         return None
-    silent: list[int] = []
-    with suppress(Exception):  # the store may be on the other side
-        store = _store(timedelta(seconds=_ANSWERS))
+    missing: list[int] = []
+    with suppress(Exception):  # the store may be unreachable too
+        store = _store(timedelta(seconds=_RESPONSE_SECONDS))
         store.set(f"lost/{rank()}", b"1")
-        time.sleep(_ANSWERS)
-        silent = [number for number in range(world_size()) if not store.check([f"lost/{number}"])]
-    return f"{format_ranks(silent)} does not answer" if silent else "another rank does not answer"
+        time.sleep(_RESPONSE_SECONDS)
+        missing = [number for number in range(world_size()) if not store.check([f"lost/{number}"])]
+    return f"no response from {format_ranks(missing) if missing else 'another rank'}"
 
 
 def _is_distributed(error: Exception) -> bool:
@@ -325,26 +348,25 @@ def _is_distributed(error: Exception) -> bool:
 
 
 def report(error: SFTRecipeError) -> bool:
-    """Leave an error for `launch`, which shows the first one; whether it is there to do so."""
+    """Write an error to the launcher's error file. Returns True if our launcher prints the first one."""
     lines = list(error.lines)
     if isinstance(error, RunError) and world_size() > 1:
         lines[0] = f"rank {rank()}: {lines[0]}"
         error.args = ("\n".join(lines),)
     file = os.environ.get(_ERROR_FILE)
     if file:
-        found = {"lines": lines, "exit_code": error.exit_code, "at": time.time(), "lost": isinstance(error, LostError)}
-        # What torchrun reads, and shows in a box of its own.
+        fields = {"lines": lines, "exit_code": error.exit_code, "at": time.time(), "lost": isinstance(error, LostError)}
+        # "message" is for torchrun, which prints it in a box.
         message = {"message": "; ".join(lines), "extraInfo": {"py_callstack": "", "timestamp": str(int(time.time()))}}
         with suppress(OSError):
-            Path(file).write_text(json.dumps(found | {"message": message}), "utf-8")
-    return bool(file) and BY_US in os.environ
+            Path(file).write_text(json.dumps(fields | {"message": message}), "utf-8")
+    return bool(file) and LAUNCHER_PID in os.environ
 
 
 def is_reported_elsewhere(error: SFTRecipeError) -> bool:
-    """Whether another rank, where another launcher has started them, says the same: what is wrong with the recipe, or the
-    end on request."""
+    """Return True if the node's first rank prints the same error: a wrong recipe, or a stop on request."""
     return not isinstance(error, RunError) and not is_local_main() and world_size() > 1
 
 
 class LostError(RunError):
-    """Another rank does not answer: what it has to say is the reason."""
+    """Another rank does not respond; its own error, if any, is the cause."""

@@ -44,7 +44,7 @@ def per_rank(whole: Footprint, recipe: Recipe) -> Footprint:
     cpu_offload: weights and optimizer (zero2: the optimizer; fsdp2: gradients too) are in host memory.
     """
     launch = recipe.launch
-    ranks = launch.processes * launch.machines
+    ranks = launch.world_size
     if ranks == 1 and not launch.cpu_offload:
         return whole
     rule = {"ddp": _ddp, "fsdp2": _fsdp2, "zero2": _zero, "zero3": _zero}[launch.strategy](whole, recipe, ranks)

@@ -84,7 +84,7 @@ def candidates(recipe: Recipe, attention: str | None) -> Iterator[tuple[str, lis
         yield "nf4", [{"model.quantization": "nf4"} | ({"lora": {}} if recipe.lora is None else {})]
     if "8bit" not in train.optimizer and "4bit" not in train.optimizer:
         yield "8-bit optimizer", [{"train.optimizer": "adamw_8bit_sr"}]
-    ranks = launch.processes * launch.machines
+    ranks = launch.world_size
     more = [n for n in (2, 4, 8, 16, 32, _MOST_GPUS) if n > ranks or (n == ranks and launch.strategy == "ddp")]
     if launch.machines == 1 and model.quantization != "int8" and (possible := [n for n in more if _divides(recipe, n)]):
         yield "fsdp2", [{"launch.strategy": "fsdp2", "launch.processes": n} for n in possible]
@@ -94,7 +94,7 @@ def candidates(recipe: Recipe, attention: str | None) -> Iterator[tuple[str, lis
 
 def micro_batch_sizes(recipe: Recipe) -> list[int]:
     """Powers of two that keep global_batch_size on this number of processes, smallest first; at least 1."""
-    train, world = recipe.train, recipe.launch.processes * recipe.launch.machines
+    train, world = recipe.train, recipe.launch.world_size
     if train.gradient_accumulation_steps is not None:
         return []
     whole = train.global_batch_size or DEFAULT_GLOBAL_BATCH_SIZE

@@ -23,9 +23,8 @@ class Steps:
 
 def count(recipe: Recipe, sequences: int) -> Steps:
     """Steps over `sequences` training sequences. The last step of an epoch may be smaller than the others."""
-    train, world = recipe.train, recipe.launch.processes * recipe.launch.machines
-    # Whatever auto becomes, the steps are the same, but where TRL drops micro-batches that are not full.
-    micro = 1 if train.micro_batch_size == "auto" else train.micro_batch_size
+    train, world = recipe.train, recipe.launch.world_size
+    micro = train.micro_batch_size_or_1  # auto may change the steps only if TRL drops partial micro-batches
     if recipe.trl.get("dataloader_drop_last"):
         micro_batches = sequences // (micro * world)
     else:

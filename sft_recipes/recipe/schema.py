@@ -167,6 +167,11 @@ class Train(_Section):
     """Of the split, the order of the data, new weights and dropout."""
 
     @property
+    def micro_batch_size_or_1(self) -> int:
+        """micro_batch_size; 1 for auto, which does not change the sequences per step."""
+        return 1 if self.micro_batch_size == "auto" else self.micro_batch_size
+
+    @property
     def recomputed(self) -> int:
         """Of how many layers one is recomputed, 0 where none is; auto is taken for true where it is not settled yet."""
         return 1 if self.gradient_checkpointing == "auto" else int(self.gradient_checkpointing)
@@ -254,6 +259,11 @@ class Launch(_Section):
     cpu_offload: bool = False
     """Keep parameters and optimizer states (zero2: optimizer states) in host memory."""
 
+    @property
+    def world_size(self) -> int:
+        """Processes on all nodes."""
+        return self.processes * self.machines
+
 
 class Recipe(_Section):
     """One fine-tuning run. Only model.name, data.train and output_dir have to be given."""
@@ -282,18 +292,22 @@ class Recipe(_Section):
         return values
 
     @property
+    def method(self) -> str:
+        """Name of the fine-tuning method."""
+        if self.lora is None:
+            return "full fine-tuning"
+        return "QLoRA" if self.model.quantization else "DoRA" if self.lora.use_dora else "LoRA"
+
+    @property
     def accumulation(self) -> int:
         """Forward passes per optimizer step on each device."""
-        train, world = self.train, self.launch.processes * self.launch.machines
+        train, world = self.train, self.launch.world_size
         if train.gradient_accumulation_steps is not None:
             return train.gradient_accumulation_steps
-        # Whatever auto becomes, the sequences of a step are the same.
-        micro = 1 if train.micro_batch_size == "auto" else train.micro_batch_size
         # At least 1 also where the division does not come out, which is an error: the rest can still be looked at.
-        return max(1, (train.global_batch_size or DEFAULT_GLOBAL_BATCH_SIZE) // (micro * world))
+        return max(1, (train.global_batch_size or DEFAULT_GLOBAL_BATCH_SIZE) // (train.micro_batch_size_or_1 * world))
 
     @property
     def sequences_per_step(self) -> int:
         """Sequences in one optimizer step over all devices."""
-        micro = 1 if self.train.micro_batch_size == "auto" else self.train.micro_batch_size
-        return micro * self.accumulation * self.launch.processes * self.launch.machines
+        return self.train.micro_batch_size_or_1 * self.accumulation * self.launch.world_size

@@ -153,8 +153,8 @@ def _batch(recipe: Recipe) -> Iterator[str]:
             )
         return
     whole = train.global_batch_size or DEFAULT_GLOBAL_BATCH_SIZE
-    world = recipe.launch.processes * recipe.launch.machines
-    at_once = world if micro == "auto" else micro * world  # at least one sequence in each process
+    world = recipe.launch.world_size
+    at_once = recipe.train.micro_batch_size_or_1 * world  # at least one sequence in each process
     if whole % at_once == 0:
         return
     fitting = [n for n in range(1, whole // world + 1) if whole % (n * world) == 0]

@@ -61,7 +61,7 @@ def largest_micro_batch(recipe: Recipe, predict: Predict, capacity: float, devic
     if not sizes:
         raise RecipeError(
             f"train.global_batch_size: {recipe.sequences_per_step} sequences a step do not come out of "
-            f"{recipe.launch.processes * recipe.launch.machines} processes; set a multiple of them"
+            f"{recipe.launch.world_size} processes; set a multiple of them"
         )
 
     def with_size(size: int) -> Recipe:
@@ -195,10 +195,10 @@ def _device() -> str:
 
 def available_memory(recipe: Recipe, device: str) -> float:
     """Bytes that a prediction may come to now in this process, the same number in all that train together."""
-    if recipe.launch.processes * recipe.launch.machines > 1:
+    if recipe.launch.world_size > 1:
         PartialState(cpu=device == "cpu")  # which gives each process its device
     if device == "cuda":
         free = float(torch.cuda.mem_get_info()[0]) + memory.CONTEXT  # which asking has taken already
     else:
         free = _SHARE_OF_HOST * psutil.virtual_memory().available / recipe.launch.processes
-    return min(gather_object([free])) if recipe.launch.processes * recipe.launch.machines > 1 else free
+    return min(gather_object([free])) if recipe.launch.world_size > 1 else free

@@ -12,7 +12,6 @@ from sft_recipes.training.model import count_parameters
 def summary_lines(recipe: Recipe, trainer: Any) -> list[str]:
     """What is about to run, in words."""
     total, trained = count_parameters(trainer.model)
-    method = "full fine-tuning" if recipe.lora is None else "QLoRA" if recipe.model.quantization else "LoRA"
     steps = trainer.args.max_steps
     micro, accumulation, world = recipe.train.micro_batch_size, recipe.accumulation, trainer.args.world_size
     processes = f" x {world} processes" if world > 1 else ""
@@ -23,7 +22,7 @@ def summary_lines(recipe: Recipe, trainer: Any) -> list[str]:
         deterministic = f"; deterministic algorithms only{on_cpu}"
     _, why = attention.select_here(recipe, trainer.model.config)
     return [
-        f"model: {recipe.model.name}; {method}; trainable parameters {trained:,} of {total:,} ({trained / total:.2%}); "
+        f"model: {recipe.model.name}; {recipe.method}; trainable parameters {trained:,} of {total:,} ({trained / total:.2%}); "
         f"weights {recipe.model.quantization or recipe.model.dtype}; "
         f"attention {trainer.model.config._attn_implementation}{f' ({why})' if why else ''}; "
         f"{f'kernels {trainer.kernels}; ' if on_gpu else ''}device {device()['name']}",

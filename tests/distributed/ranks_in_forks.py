@@ -1,4 +1,4 @@
-"""Ranks that are forked from the tests' process, which has loaded the libraries, where `run` would start fresh ones."""
+"""Fork ranks from the test process, which has the libraries loaded, instead of starting fresh ones as `run` does."""
 
 import os
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from tests import commands
 
 
 class Forked:
-    """A rank as Popen gives it."""
+    """A forked rank with the interface of Popen."""
 
     def __init__(self, process: BaseProcess) -> None:
         self.process, self.pid = process, process.pid
@@ -25,8 +25,10 @@ class Forked:
 
 
 def fork_ranks(folder: Path, first: Callable[[int], object] = int) -> None:
-    """From here on, ranks of this process are forked off; `first` is called in each before, with its number. What has the
-    console writes to `out` and `err` in the folder."""
+    """Fork the ranks that this process launches from now on; each calls `first` with its rank before it starts.
+
+    Console output goes to `out` and `err` in the folder.
+    """
 
     def popen(self: Any, command: Any, env: dict[str, str]) -> Forked:
         def prepare() -> None:
@@ -35,7 +37,7 @@ def fork_ranks(folder: Path, first: Callable[[int], object] = int) -> None:
 
         out = self._stdout.name if self._stdout else folder / "out"
         err = self._stderr.name if self._stderr else folder / "err"
-        words = command[command.index("run") :]
-        return Forked(commands.start(*words, out=Path(out), err=Path(err), environment=env, first=prepare))
+        arguments = command[command.index("run") :]
+        return Forked(commands.start(*arguments, out=Path(out), err=Path(err), environment=env, first=prepare))
 
     SubprocessHandler._popen = popen

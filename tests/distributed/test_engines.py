@@ -1,4 +1,4 @@
-"""DDP, FSDP2 and DeepSpeed ZeRO, on two processes over gloo: the run of one process, and a whole model out of it."""
+"""DDP, FSDP2 and DeepSpeed ZeRO on two processes over gloo: same run as one process, and a complete export."""
 
 import json
 import os
@@ -19,20 +19,19 @@ from tests.distributed import two
 
 TINY = Path(__file__).parents[2] / "sft_recipes" / "builtin" / "tiny"
 needs_deepspeed = pytest.mark.skipif(not installed("deepspeed"), reason="DeepSpeed is not installed")
-TRAINED = {"loss": 1e-5, "eval_loss": 1e-5, "grad_norm": 1e-4}  # and how far they may be off, relatively
-# Without dropout, which each process draws for itself; 9 sequences, so that the last step of an epoch is not full.
-ASKED = {"eval": {"generate": ["Say the word number 1."], "max_new_tokens": 3}}
+TOLERANCES = {"loss": 1e-5, "eval_loss": 1e-5, "grad_norm": 1e-4}  # relative
+# No dropout, which each process samples itself; 9 sequences, so that the last step of an epoch is partial.
+GENERATE = {"eval": {"generate": ["Say the word number 1."], "max_new_tokens": 3}}
 SAME: dict[str, Any] = {
-    "lora": {"lora": {"rank": 2, "dropout": 0.0}, **ASKED},
-    "full": ASKED,
+    "lora": {"lora": {"rank": 2, "dropout": 0.0}, **GENERATE},
+    "full": GENERATE,
     "qlora": {"lora": {"rank": 2, "dropout": 0.0}},
 }
 
 
 @pytest.fixture(scope="module", autouse=True)
 def deepspeed() -> None:
-    """Imported once, and not in each child; without its collectives in shared memory, which it would compile for half a
-    minute, and keep in the user's cache."""
+    """Import DeepSpeed once, not in each child; disable its shared-memory collectives, which take half a minute to compile."""
     if installed("deepspeed"):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed
@@ -50,11 +49,11 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {method: folder / method / "run" for method in SAME}
 
 
-def losses_are_the_same(alone: list[dict[str, Any]], together: list[dict[str, Any]]) -> None:
+def assert_same_metrics(alone: list[dict[str, Any]], together: list[dict[str, Any]]) -> None:
     assert [line["step"] for line in alone] == [line["step"] for line in together]
     for mine, theirs in zip(alone, together, strict=True):
-        for name in TRAINED.keys() & mine.keys():
-            assert theirs[name] == pytest.approx(mine[name], rel=TRAINED[name]), (name, mine["step"])
+        for name in TOLERANCES.keys() & mine.keys():
+            assert theirs[name] == pytest.approx(mine[name], rel=TOLERANCES[name]), (name, mine["step"])
 
 
 def weights(run: Path) -> dict[str, Any]:
@@ -80,7 +79,7 @@ def weights(run: Path) -> dict[str, Any]:
         pytest.param("zero3", "lora", True, marks=needs_deepspeed),
     ],
 )
-def test_two_processes_do_what_one_does(
+def test_two_processes_train_the_same_model_as_one(
     strategy: str,
     method: str,
     resumes: bool,
@@ -90,47 +89,47 @@ def test_two_processes_do_what_one_does(
 ) -> None:
     child = forked(two.main, tmp_path, method, strategy, SAME[method], (3,) if resumes else ())
     child.join()
-    said = capfd.readouterr()
-    assert child.exitcode == 0, said
-    found = json.loads(said.out.splitlines()[-1])
-    assert found["said"]["whole"] == ["done", "done"], found
+    captured = capfd.readouterr()
+    assert child.exitcode == 0, captured
+    found = json.loads(captured.out.splitlines()[-1])
+    assert found["results"]["whole"] == ["done", "done"], found
 
-    # Each step, within rounding.
+    # Metrics of each step agree within rounding.
     run = tmp_path / "whole" / "run"
     alone, together = metrics(one_process[method]), metrics(run)
-    losses_are_the_same(alone, together)
+    assert_same_metrics(alone, together)
     assert [line["tokens"] for line in alone] == [line["tokens"] for line in together]
 
-    # All of them answer together, and one writes it down.
+    # All ranks generate, and one writes the samples.
     if "eval" in SAME[method]:
         answers = [(where / "samples.jsonl").read_text("utf-8") for where in (one_process[method], run)]
         assert answers[0] == answers[1]
         assert answers[0].count("\n") >= 3
 
-    # Each process has its share, and no more.
+    # Each rank holds its shard only.
     for rank in (0, 1):
         held = json.loads((tmp_path / "whole" / f"rank_{rank}.json").read_text("utf-8"))
-        handed = strategy == "fsdp2" and method != "qlora"
-        assert len(held["read"]) == (0 if handed and rank else 1)
+        broadcast = strategy == "fsdp2" and method != "qlora"
+        assert len(held["read"]) == (0 if broadcast and rank else 1)
         if strategy in ("fsdp2", "zero3"):
             assert 0.4 * held["whole"] < held["weights"] < 0.6 * held["whole"], held
             assert held["kind"] == ("DTensor" if strategy == "fsdp2" else "Parameter")
         else:
             assert held["weights"] == held["whole"]
 
-    # What is exported is complete, and the same model.
+    # The export is complete, and the same model.
     wanted, exported = weights(one_process[method]), weights(run)
     assert {name: tensor.shape for name, tensor in exported.items()} == {n: t.shape for n, t in wanted.items()}
     for name, tensor in exported.items():
         assert tensor.any(), name
         assert (tensor - wanted[name]).abs().max() < 1e-4, name
 
-    # Stopped and resumed, it is the run that was never stopped; and so it is with a preflight, of what was trained.
+    # Stopped and resumed, also with a preflight, the run is bitwise identical to the uninterrupted one.
     if resumes:
         models = json.loads((tmp_path / "stopped" / "models_1.json").read_text("utf-8"))
         assert set(models["tried"]) == set(models["trained"])
-        assert all("after step 3 of 7" in each for each in found["said"]["stopped at 3"]), found
-        assert found["said"]["resumed"] == ["done", "done"]
+        assert all("after step 3 of 7" in result for result in found["results"]["stopped at 3"]), found
+        assert found["results"]["resumed"] == ["done", "done"]
         assert found["same"]
 
 
@@ -143,16 +142,16 @@ def test_two_processes_do_what_one_does(
         pytest.param("zero3", "float32", marks=needs_deepspeed),
     ],
 )
-def test_weights_are_written_one_by_one_while_they_are_gathered(
+def test_weights_are_written_one_by_one_as_they_are_gathered(
     strategy: str, dtype: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """In the files of save_pretrained, and before the ranks leave together; rank 0 verifies alone."""
+    """Same files as save_pretrained, written before the ranks leave together; rank 0 verifies alone."""
     sections = {"export": {"dtype": dtype, "max_shard_size": "300KB"}}
     sections["train"] = {"mixed_precision": "bf16", "max_steps": 2, "learning_rate": 1e-4}
     forked(two.exported, tmp_path / "run", strategy, sections).join()
-    assert json.loads(capfd.readouterr().out.splitlines()[-1])["said"] == ["done", "done"]
+    assert json.loads(capfd.readouterr().out.splitlines()[-1])["results"] == ["done", "done"]
 
-    # The same files as save_model makes of the whole model.
+    # Same files as save_model writes for the whole model.
     expected, folder = torch.load(tmp_path / "run" / "expected.pt"), tmp_path / "run" / "run" / "model"
     whole = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
     assert not whole.load_state_dict({name: weight.float() for name, weight in expected.items()}).missing_keys
@@ -169,7 +168,7 @@ def test_weights_are_written_one_by_one_while_they_are_gathered(
     for name, stored in found.items():
         mine, theirs = stored.whole(), wanted[name].whole()
         assert mine.dtype == getattr(torch, dtype)
-        if strategy == "zero3" and dtype == "float32":  # not rounded to the 16 bits that DeepSpeed computes with
+        if strategy == "zero3" and dtype == "float32":  # not rounded to DeepSpeed's 16-bit compute dtype
             exact += torch.equal(mine, theirs)
             mine, theirs = mine.bfloat16(), theirs.bfloat16()
         assert torch.equal(mine, theirs), name
@@ -185,11 +184,9 @@ def test_weights_are_written_one_by_one_while_they_are_gathered(
     assert not list(folder.parent.glob(".*"))
 
 
-def test_a_full_disk_while_weights_are_gathered_ends_no_other_rank(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_full_disk_during_the_gather_fails_no_other_rank(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     forked(two.exported, tmp_path / "run", "fsdp2", {"train": {"max_steps": 1}}, True).join()
-    first, second = json.loads(capfd.readouterr().out.splitlines()[-1])["said"]
+    first, second = json.loads(capfd.readouterr().out.splitlines()[-1])["results"]
     run = tmp_path / "run" / "run"
 
     assert second == "done"
@@ -206,7 +203,7 @@ def test_adapters_under_autocast_and_accumulation_with_fsdp2(tmp_path: Path, cap
     half["train"]["preflight"] = True
     child = forked(two.main, tmp_path, "lora", "fsdp2", half, ())
     child.join()
-    assert json.loads(capfd.readouterr().out.splitlines()[-1])["said"]["whole"] == ["done", "done"]
+    assert json.loads(capfd.readouterr().out.splitlines()[-1])["results"]["whole"] == ["done", "done"]
 
     run = tmp_path / "whole" / "run"
     found = json.loads((run / "manifest.json").read_text("utf-8"))["preflight"]
@@ -214,9 +211,7 @@ def test_adapters_under_autocast_and_accumulation_with_fsdp2(tmp_path: Path, cap
     assert "tflops" in metrics(run)[-2]
 
 
-def test_a_base_that_is_in_4_bits_already_is_read_by_each_rank(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_pre_quantized_base_is_read_by_each_rank(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     base = AutoModelForCausalLM.from_pretrained(TINY, quantization_config=config, device_map={"": "cpu"})
     base.save_pretrained(tmp_path / "base")
@@ -224,7 +219,7 @@ def test_a_base_that_is_in_4_bits_already_is_read_by_each_rank(
     sections = {"model": {"name": str(tmp_path / "base")}, "lora": {"rank": 2}, "export": {"merge": False}}
     child = forked(two.main, tmp_path, "lora", "fsdp2", sections | {"train": {"max_steps": 2}}, ())
     child.join()
-    assert json.loads(capfd.readouterr().out.splitlines()[-1])["said"]["whole"] == ["done", "done"]
+    assert json.loads(capfd.readouterr().out.splitlines()[-1])["results"]["whole"] == ["done", "done"]
 
     held = json.loads((tmp_path / "whole" / "rank_1.json").read_text("utf-8"))
     assert len(held["read"]) == 1
@@ -233,24 +228,24 @@ def test_a_base_that_is_in_4_bits_already_is_read_by_each_rank(
 @pytest.mark.parametrize(
     "strategy", ["ddp", "fsdp2", pytest.param("zero2", marks=needs_deepspeed)], ids=["ddp", "fsdp2", "zero2"]
 )
-def test_a_run_goes_on_with_fewer_processes(
+def test_a_run_resumes_with_fewer_processes(
     strategy: str, tmp_path: Path, one_process: dict[str, Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
     child = forked(two.fewer, tmp_path / "run", "full", strategy, SAME["full"])
     child.join()
-    said = json.loads(capfd.readouterr().out.splitlines()[-1])
+    results = json.loads(capfd.readouterr().out.splitlines()[-1])
 
-    assert all("after step 3 of 7" in each for each in said["two"])
-    assert said["False"][0].startswith(
+    assert all("after step 3 of 7" in result for result in results["two"])
+    assert results["False"][0].startswith(
         "RecipeError: --set: launch.processes: changed from 2 to 1 since the run started."
     )
     if strategy == "zero2":
-        assert said["True"][0].startswith(
+        assert results["True"][0].startswith(
             "RecipeError: --set: launch.processes: changed from 2 to 1 since the run started."
         )
     else:
-        assert said["True"] == ["done"]
-        losses_are_the_same(metrics(one_process["full"]), metrics(tmp_path / "run" / "run"))
+        assert results["True"] == ["done"]
+        assert_same_metrics(metrics(one_process["full"]), metrics(tmp_path / "run" / "run"))
 
 
 @pytest.mark.parametrize(
@@ -269,7 +264,7 @@ def test_the_preflight_runs_and_changes_nothing(
     child = forked(two.tried, tmp_path, method, strategy)
     child.join()
     found = json.loads(capfd.readouterr().out.splitlines()[-1])
-    assert found == {"said": {"True": ["done", "done"], "False": ["done", "done"]}, "same": True}
+    assert found == {"results": {"True": ["done", "done"], "False": ["done", "done"]}, "same": True}
 
     results = json.loads((tmp_path / "True" / "run" / "manifest.json").read_text("utf-8"))["preflight"]
     assert results["isolation"]["gradient_leak"] == 0
@@ -278,13 +273,13 @@ def test_the_preflight_runs_and_changes_nothing(
     assert (largest["trained_tensors"], largest["tensors_without_gradient"]) == (56 if "lora" in method else 38, 0)
 
 
-def test_what_one_rank_finds_in_the_preflight_ends_all(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_preflight_failure_in_one_rank_stops_all(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     child = forked(two.failing, tmp_path)
     child.join()
     found = json.loads(capfd.readouterr().out.splitlines()[-1])
 
-    assert len(set(found["said"]["not a number"])) == 1
-    assert "the loss of the largest micro-batch before the first step is nan" in found["said"]["not a number"][0]
-    assert "no memory here" in found["said"]["fails"][1]
-    assert found["said"]["fails"][0] != "done"
+    assert len(set(found["results"]["not a number"])) == 1
+    assert "the loss of the largest micro-batch before the first step is nan" in found["results"]["not a number"][0]
+    assert "no memory here" in found["results"]["fails"][1]
+    assert found["results"]["fails"][0] != "done"
     assert not found["left"]

@@ -1,4 +1,4 @@
-"""Job files, read by what the systems themselves read them with, as far as that can be had without a cluster."""
+"""Job files, validated with the schedulers' own schemas and run with stand-ins where there is no cluster."""
 
 import json
 import os
@@ -28,7 +28,7 @@ train: {learning_rate: 2e-4}
 launch: {processes: 4, machines: 2, strategy: fsdp2}
 output_dir: runs/mine
 """
-# SkyPilot's own, from get_task_schema and get_resources_schema of sky.utils.schemas: the package brings a hundred others.
+# From get_task_schema and get_resources_schema of sky.utils.schemas; the package itself has a hundred dependencies.
 SKYPILOT = json.loads((Path(__file__).parent / "skypilot.schema.json").read_text("utf-8"))
 
 
@@ -40,11 +40,11 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "recipes/My Recipe_2.yaml"
 
 
-def parsed(file: Path) -> list[Any]:
+def load_yaml(file: Path) -> list[Any]:
     return list(YAML(typ="safe", pure=True).load_all(file.read_text("utf-8")))
 
 
-def program(folder: Path, name: str, text: str) -> None:
+def write_program(folder: Path, name: str, text: str) -> None:
     file = folder / name
     file.parent.mkdir(exist_ok=True, parents=True)
     file.write_text(f"#!/usr/bin/env bash\n{text}\n", encoding="utf-8")
@@ -63,7 +63,7 @@ SHELLCHECK = Path(sys.executable).with_name("shellcheck")
 
 @pytest.mark.parametrize("launch", ["launch.machines=1", "launch.machines=2"])
 @pytest.mark.parametrize("options", [{}, {"image": "registry.example/sft:1"}, {"gpu": "h100"}, {"cpu": True}])
-def test_slurm_script_has_nothing_that_shellcheck_finds(recipe: str, launch: str, options: Any) -> None:
+def test_slurm_script_passes_shellcheck(recipe: str, launch: str, options: Any) -> None:
     file = jobs.job(recipe, "slurm", None, [launch, "eval.generate=['it''s $HOME']"], **options)
 
     done = subprocess.run([SHELLCHECK, file], capture_output=True, text=True, check=False)
@@ -75,14 +75,14 @@ def directives(file: Path) -> dict[str, str]:
     return {name: value for name, _, value in (line.removeprefix("#SBATCH --").partition("=") for line in lines)}
 
 
-def test_slurm_asks_for_what_the_recipe_says(recipe: str) -> None:
-    asked = directives(jobs.job(recipe, "slurm", gpu="h100"))
+def test_slurm_requests_what_the_recipe_needs(recipe: str) -> None:
+    requested = directives(jobs.job(recipe, "slurm", gpu="h100"))
 
-    assert asked["nodes"] == "2"
-    assert asked["ntasks-per-node"] == "1"  # `run` starts the four itself
-    assert asked["gpus-per-node"] == "h100:4"
-    assert asked["signal"] == "TERM@300"  # to the run, not to the script (B:), which has only to wait
-    assert {"requeue", "exclusive"} <= asked.keys()
+    assert requested["nodes"] == "2"
+    assert requested["ntasks-per-node"] == "1"  # `run` starts the four itself
+    assert requested["gpus-per-node"] == "h100:4"
+    assert requested["signal"] == "TERM@300"  # to the run, not to the script (B:), which only waits
+    assert {"requeue", "exclusive"} <= requested.keys()
     alone = directives(jobs.job(recipe, "slurm", Path("alone.sh"), ["launch.machines=1"], cpu=True))
     assert alone["nodes"] == "1"
     assert not {"gpus-per-node", "exclusive"} & alone.keys()
@@ -90,12 +90,14 @@ def test_slurm_asks_for_what_the_recipe_says(recipe: str) -> None:
 
 @pytest.mark.parametrize(("code", "requeued"), [(0, False), (1, False), (2, False), (75, True), (137, False)])
 def test_slurm_script_requeues_after_75_alone(recipe: str, code: int, requeued: bool, tmp_path: Path) -> None:
-    """Run for real, with a stand-in for each program of Slurm's: srun starts a task a machine, as it would."""
+    """Run the script with a stand-in for each of Slurm's programs; srun starts one task per node."""
     bin_ = tmp_path / "bin"
     each = 'for n in 0 1; do SLURM_NODEID=$n "$@" || code=$?; done'
-    program(bin_, "srun", f"code=0\nwhile [[ $1 == --* ]]; do shift; done\n{each}\nexit $code")
-    program(bin_, "scontrol", f'if [ "$1" = show ]; then printf "n1\\nn2\\n"; else echo "$*" >> {tmp_path}/told; fi')
-    program(bin_, "sft-recipe", f'echo "$NODE_RANK $MASTER_ADDR $MASTER_PORT $*" >> {tmp_path}/ran; exit {code}')
+    write_program(bin_, "srun", f"code=0\nwhile [[ $1 == --* ]]; do shift; done\n{each}\nexit $code")
+    write_program(
+        bin_, "scontrol", f'if [ "$1" = show ]; then printf "n1\\nn2\\n"; else echo "$*" >> {tmp_path}/told; fi'
+    )
+    write_program(bin_, "sft-recipe", f'echo "$NODE_RANK $MASTER_ADDR $MASTER_PORT $*" >> {tmp_path}/ran; exit {code}')
     file = jobs.job(recipe, "slurm")
     text = file.read_text("utf-8")
     file.write_text(
@@ -117,9 +119,9 @@ def test_slurm_script_requeues_after_75_alone(recipe: str, code: int, requeued: 
 def test_slurm_script_of_one_machine_runs_the_command_itself(
     recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The real one, from the environment that wrote the file: a recipe that has become wrong is 2, and not tried again."""
-    program(tmp_path / "bin", "srun", 'while [[ $1 == --* ]]; do shift; done; exec "$@"')
-    program(tmp_path / "bin", "scontrol", f"touch {tmp_path}/told")
+    """With the real sft-recipe: a recipe that has become invalid exits with 2 and is not requeued."""
+    write_program(tmp_path / "bin", "srun", 'while [[ $1 == --* ]]; do shift; done; exec "$@"')
+    write_program(tmp_path / "bin", "scontrol", f"touch {tmp_path}/told")
     file = jobs.job(recipe, "slurm", None, ["launch.machines=1"], cpu=True)
     Path(recipe).write_text(RECIPE + "outputdir: x\n", encoding="utf-8")
 
@@ -135,8 +137,8 @@ def test_slurm_script_of_one_machine_runs_the_command_itself(
 
 @pytest.mark.parametrize("launch", ["launch.machines=1", "launch.machines=2"])
 @pytest.mark.parametrize("options", [{}, {"image": "registry.example/sft:1"}, {"gpu": "H100"}, {"cpu": True}])
-def test_skypilot_task_is_one_of_its_schema(recipe: str, launch: str, options: Any) -> None:
-    [task] = parsed(jobs.job(recipe, "skypilot", None, [launch], **options))
+def test_skypilot_task_matches_its_schema(recipe: str, launch: str, options: Any) -> None:
+    [task] = load_yaml(jobs.job(recipe, "skypilot", None, [launch], **options))
 
     jsonschema.validate(task, SKYPILOT["task"])
     jsonschema.validate(task["resources"], SKYPILOT["resources"])
@@ -146,17 +148,17 @@ def test_skypilot_task_is_one_of_its_schema(recipe: str, launch: str, options: A
         jsonschema.validate(task["resources"] | {"accelerator": "H100"}, SKYPILOT["resources"])
 
 
-def test_skypilot_job_is_resumed_and_runs_beside_its_bucket(recipe: str, tmp_path: Path) -> None:
+def test_skypilot_job_resumes_from_its_bucket(recipe: str, tmp_path: Path) -> None:
     overrides = ["output_dir=elsewhere/theirs", "train.optimizer=adamw_8bit_sr", "launch.strategy=zero3"]
-    [task] = parsed(jobs.job(recipe, "skypilot", None, overrides))
+    [task] = load_yaml(jobs.job(recipe, "skypilot", None, overrides))
 
     assert task["num_nodes"] == 2
     assert task["resources"]["accelerators"] == "80GB+:4"
     assert task["resources"]["job_recovery"] == {"max_restarts_on_errors": 0, "recover_on_exit_codes": [75]}
     assert list(task["file_mounts"]) == ["/runs"]
     assert f"'sft-recipes[torchao,deepspeed]=={jobs.__version__}'" in task["setup"]
-    program(tmp_path / "home/venv/bin", "activate", "")
-    program(tmp_path / "bin", "sft-recipe", 'echo "$NODE_RANK $MASTER_ADDR $MASTER_PORT $*"; exit 75')
+    write_program(tmp_path / "home/venv/bin", "activate", "")
+    write_program(tmp_path / "bin", "sft-recipe", 'echo "$NODE_RANK $MASTER_ADDR $MASTER_PORT $*"; exit 75')
     ips = {"SKYPILOT_NODE_IPS": "10.0.0.7\n10.0.0.8", "SKYPILOT_NODE_RANK": "1"}
     done = shell(task["run"], HOME=str(tmp_path / "home"), PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}", **ips)
     assert done.returncode == 75
@@ -169,11 +171,11 @@ def test_skypilot_job_is_resumed_and_runs_beside_its_bucket(recipe: str, tmp_pat
 # --- Kubernetes ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("version", ["1.31", "1.37"])  # where podFailurePolicy is stable from, and the newest there is
+@pytest.mark.parametrize("version", ["1.31", "1.37"])  # the first with a stable podFailurePolicy, and the newest
 @pytest.mark.parametrize("launch", ["launch.machines=1", "launch.machines=2"])
 @pytest.mark.parametrize("options", [{}, {"cpu": True}])
-def test_kubernetes_takes_every_object(recipe: str, version: str, launch: str, options: Any) -> None:
-    objects = parsed(jobs.job(recipe, "kubernetes", None, [launch], image="registry.example/sft:1", **options))
+def test_kubernetes_accepts_every_object(recipe: str, version: str, launch: str, options: Any) -> None:
+    objects = load_yaml(jobs.job(recipe, "kubernetes", None, [launch], image="registry.example/sft:1", **options))
 
     assert [each["kind"] for each in objects] == (
         ["ConfigMap", "Service", "Job"] if launch.endswith("2") else ["ConfigMap", "Job"]
@@ -185,9 +187,9 @@ def test_kubernetes_takes_every_object(recipe: str, version: str, launch: str, o
         kubernetes_validate.validate(objects[-1], version, strict=True)
 
 
-def test_kubernetes_carries_the_recipe_and_says_which_codes_end_it(recipe: str, tmp_path: Path) -> None:
+def test_kubernetes_contains_the_recipe_and_handles_exit_codes(recipe: str, tmp_path: Path) -> None:
     file = jobs.job(recipe, "kubernetes", None, ["train.epochs=2"], image="registry.example/sft:1")
-    config, service, job = parsed(file)
+    config, service, job = load_yaml(file)
 
     assert config["data"]["recipe.yaml"] == RECIPE
     spec, pod = job["spec"], job["spec"]["template"]["spec"]
@@ -205,7 +207,7 @@ def test_kubernetes_carries_the_recipe_and_says_which_codes_end_it(recipe: str, 
     assert container["command"] == ["sft-recipe", "run", "/recipe/recipe.yaml", "--resume", "--set", "train.epochs=2"]
     assert container["resources"]["limits"] == {"nvidia.com/gpu": 4}
     environment = {each["name"]: each.get("value") for each in container["env"]}
-    # a pod of an indexed job is called JOB-INDEX, and found under its subdomain, which is the service's name
+    # a pod of an indexed job is named JOB-INDEX and resolves under its subdomain, the service's name
     assert environment["MASTER_ADDR"] == f"{job['metadata']['name']}-0.{service['metadata']['name']}"
     assert pod["subdomain"] == service["metadata"]["name"]
     assert list(service["spec"]["selector"].values()) == [job["metadata"]["name"]]
@@ -235,13 +237,13 @@ def test_on_the_command_line(recipe: str, system: str, tmp_path: Path) -> None:
     [
         ("slurm", ["train.learning_ratee=1"], {}, "did you mean 'learning_rate'"),
         ("slurm", ["train.global_batch_size=3"], {}, "3 sequences a step do not come out"),
-        ("slurm", [], {"gpu": "H100", "cpu": True}, "--gpu and --cpu"),
-        ("slurm", [], {"gpu": "H100\n"}, "is no name of a GPU"),
-        ("slurm", [], {"image": "an image"}, "is no name of an image"),
-        ("kubernetes", [], {}, "--on kubernetes needs --image"),
+        ("slurm", [], {"gpu": "H100", "cpu": True}, "--gpu, --cpu: cannot be combined"),
+        ("slurm", [], {"gpu": "H100\n"}, "not a GPU name"),
+        ("slurm", [], {"image": "an image"}, "not an image name"),
+        ("kubernetes", [], {}, "--image: required with --on kubernetes"),
     ],
 )
-def test_what_is_wrong_is_a_line_and_nothing_is_written(
+def test_an_error_is_one_line_and_nothing_is_written(
     recipe: str, system: jobs.System, overrides: list[str], options: Any, message: str
 ) -> None:
     before = sorted(Path().rglob("*"))
@@ -253,23 +255,23 @@ def test_what_is_wrong_is_a_line_and_nothing_is_written(
     assert sorted(Path().rglob("*")) == before
 
 
-def test_skypilot_sends_the_working_directory(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_skypilot_uploads_the_working_directory(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     absolute = str(Path(recipe).resolve())
     Path("elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
 
-    with pytest.raises(InputError, match="sends the working directory, and the recipe is not in it"):
+    with pytest.raises(InputError, match="the recipe is outside the working directory"):
         jobs.job(absolute, "skypilot")
 
 
 @pytest.mark.parametrize(
     ("stem", "name"), [("Llama-3.1_8B", "llama-3-1-8b"), ("70b", "sft-70b"), ("ä", "sft"), ("x" * 80, "x" * 50)]
 )
-def test_names_are_ones_to_all_three(stem: str, name: str) -> None:
+def test_names_are_valid_in_all_three(stem: str, name: str) -> None:
     assert jobs._name(Path(f"{stem}.yaml")) == name
 
 
-def test_what_this_machine_lacks_is_no_matter(recipe: str) -> None:
-    """Its own processes, packages, disks: the job runs elsewhere."""
+def test_what_this_machine_lacks_is_no_error(recipe: str) -> None:
+    """GPUs, packages and disks may be missing here: the job runs elsewhere."""
     assert parse.load(recipe).recipe.launch.processes == 4
     assert jobs.job(recipe, "slurm", None, ["model.attention=flash_attention_3", "output_dir=/proc/1/x"]).is_file()

@@ -1,4 +1,4 @@
-"""`sft-recipe run --processes N`: ranks that are started, stopped, and fail."""
+"""`sft-recipe run --processes N`: ranks are launched, stopped and fail."""
 
 import os
 import re
@@ -23,7 +23,7 @@ from tests.distributed.ranks_in_forks import fork_ranks
 
 @pytest.fixture
 def in_ranks(tmp_path: Path) -> Callable[..., Any]:
-    """Runs the command; `first` is called in each rank before, with its number."""
+    """Return a function that runs the command; each rank calls `first` with its rank before it starts."""
 
     def run(*arguments: str, first: Callable[[int], object] = int) -> Any:
         return commands.sft_recipe("run", *arguments, first=partial(fork_ranks, tmp_path, first))
@@ -31,14 +31,14 @@ def in_ranks(tmp_path: Path) -> Callable[..., Any]:
     return run
 
 
-def in_step(number: int, of: int, act: Callable[[], object], rank: int) -> None:
-    """One of the ranks does something within a step."""
+def in_step(step_number: int, acting_rank: int, act: Callable[[], object], rank: int) -> None:
+    """Call `act` in one of the ranks during a step."""
     from sft_recipes.training import trainer
 
     step = trainer.Trainer.training_step
 
     def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if rank == of and self.state.global_step + 1 == number:
+        if rank == acting_rank and self.state.global_step + 1 == step_number:
             act()
         return step(self, *args, **kwargs)
 
@@ -46,15 +46,15 @@ def in_step(number: int, of: int, act: Callable[[], object], rank: int) -> None:
 
 
 def stop_launcher() -> None:
-    os.kill(int(os.environ[ranks.BY_US]), signal.SIGTERM)
+    os.kill(int(os.environ[ranks.LAUNCHER_PID]), signal.SIGTERM)
 
 
-def test_one_console_one_directory(write_recipe: WriteRecipe, tmp_path: Path, in_ranks: Callable[..., Any]) -> None:
+def test_one_rank_prints_and_writes(write_recipe: WriteRecipe, tmp_path: Path, in_ranks: Callable[..., Any]) -> None:
     done = in_ranks(str(write_recipe()), "--processes", "2")
 
     assert (done.returncode, done.stderr) == (0, ""), done
-    said = (tmp_path / "out").read_text("utf-8")
-    assert said.count("3 steps; 4 sequences per step (micro-batch 2 x accumulation 1 x 2 processes)") == 1
+    output = (tmp_path / "out").read_text("utf-8")
+    assert output.count("3 steps; 4 sequences per step (micro-batch 2 x accumulation 1 x 2 processes)") == 1
     assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == [1, 3]
     assert not list(tmp_path.glob("run/**/.*"))
 
@@ -63,13 +63,13 @@ def test_stopped_killed_and_resumed(write_recipe: WriteRecipe, tmp_path: Path, i
     recipe = str(write_recipe(train={"max_steps": 6}, checkpoint={"every": 2}))
     stopped = in_ranks(recipe, "--processes", "2", first=partial(in_step, 3, 0, stop_launcher))
     assert stopped.returncode == 75, stopped
-    run, again = tmp_path / "run", f"Resume with: sft-recipe run {recipe} --processes 2 --resume"
+    run, resume_hint = tmp_path / "run", f"Resume with: sft-recipe run {recipe} --processes 2 --resume"
     checkpoint = run / "checkpoints" / "checkpoint-3"
     assert stopped.stderr.splitlines() == [
         "",
         "SIGTERM received: forwarded to all ranks. Send it again to quit immediately.",
         f"{run}: stopped by SIGTERM after step 3 of 6; the last checkpoint is {checkpoint}",
-        again,
+        resume_hint,
     ]
 
     kill = partial(in_step, 5, 1, lambda: os.kill(os.getpid(), signal.SIGKILL))
@@ -83,9 +83,7 @@ def test_stopped_killed_and_resumed(write_recipe: WriteRecipe, tmp_path: Path, i
     assert "Resuming from" in (tmp_path / "out").read_text("utf-8")
 
 
-def test_the_first_error_alone_is_shown(
-    write_recipe: WriteRecipe, tmp_path: Path, in_ranks: Callable[..., Any]
-) -> None:
+def test_only_the_first_error_is_shown(write_recipe: WriteRecipe, tmp_path: Path, in_ranks: Callable[..., Any]) -> None:
     def fail() -> None:
         raise ValueError("no more")
 
@@ -111,31 +109,31 @@ def test_a_rank_that_hangs(write_recipe: WriteRecipe, tmp_path: Path, in_ranks: 
     hung = in_ranks(recipe, "--processes", "2", first=partial(in_step, 2, 1, lambda: time.sleep(100)))
     assert hung.returncode == 1, hung
     assert hung.stderr.startswith(
-        f"rank 0: rank 1 does not answer: {tmp_path}/run: training failed after step 1: Timed out"
+        f"rank 0: no response from rank 1: {tmp_path}/run: training failed after step 1: Timed out"
     )
-    assert hung.stderr.endswith("continue with --resume (rank 1 was still running, and was ended)\n")
+    assert hung.stderr.endswith("Continue with --resume. (Killed, still running: rank 1.)\n")
 
 
 def export_alone(folder: Path, act: Callable[[], object], rank: int) -> None:
-    """Rank 0 does something in place of the verification, some time after the other rank has ended."""
+    """Replace the verification in rank 0 by `act`, some time after the other rank has exited."""
     from sft_recipes.export import verify
 
     if rank == 1:
         (folder / "pid").write_text(str(os.getpid()))
 
-    def prove(_request: Any) -> Any:
+    def verify_later(_request: Any) -> Any:
         while Path(f"/proc/{(folder / 'pid').read_text()}").exists():
             time.sleep(0.05)
-        time.sleep(1.5)  # longer than others have for an error of their own
+        time.sleep(1.5)  # longer than the grace period for other ranks' errors
         return act()
 
-    verify.verify = prove
+    verify.verify = verify_later
 
 
-def test_rank_0_exports_when_the_others_have_ended(
+def test_rank_0_exports_after_the_others_exited(
     write_recipe: WriteRecipe, tmp_path: Path, in_ranks: Callable[..., Any]
 ) -> None:
-    """What goes wrong then is reported, and a signal stops it, as with one process."""
+    """Errors are then reported, and a signal stops it, as with one process."""
 
     def fail() -> None:
         raise RunError("it could not be verified: no more")
@@ -157,27 +155,29 @@ def test_rank_0_exports_when_the_others_have_ended(
     assert not list((tmp_path / "run").glob(".*"))
 
 
-# --- Who starts whom ---
+# --- set_launcher_env and needs_launch ---
 
 
 @pytest.fixture
-def wanted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., bool]:
+def launch_needed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., bool]:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK"):
-        monkeypatch.setenv(name, "")  # so that it is taken back
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores it
         monkeypatch.delenv(name)
 
-    def ask(environment: dict[str, str], **launch: Any) -> bool:
+    def evaluate(environment: dict[str, str], **launch: Any) -> bool:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        return ranks.to_be_started(parse.Recipe.model_fields["launch"].annotation(**launch))
+        settings = parse.Recipe.model_fields["launch"].annotation(**launch)
+        ranks.set_launcher_env(settings)
+        return ranks.needs_launch(settings)
 
-    return ask
+    return evaluate
 
 
-def test_alone_or_to_be_started(wanted: Callable[..., bool]) -> None:
-    assert not wanted({})
-    assert wanted({}, processes=2)
-    assert wanted({}, strategy="fsdp2")
+def test_without_a_launcher(launch_needed: Callable[..., bool]) -> None:
+    assert not launch_needed({})
+    assert launch_needed({}, processes=2)
+    assert launch_needed({}, strategy="fsdp2")
 
 
 @pytest.mark.parametrize(
@@ -191,75 +191,83 @@ def test_alone_or_to_be_started(wanted: Callable[..., bool]) -> None:
     ],
     ids=["torchrun", "Slurm", "Open MPI", "MPICH", "MPICH under Slurm"],
 )
-def test_started_by_another(wanted: Callable[..., bool], environment: dict[str, str]) -> None:
-    assert not wanted({**environment, "MASTER_ADDR": "10.0.0.1"}, processes=2, machines=2)
+def test_ranks_of_another_launcher(launch_needed: Callable[..., bool], environment: dict[str, str]) -> None:
+    assert not launch_needed({**environment, "MASTER_ADDR": "10.0.0.1"}, processes=2, machines=2)
     assert [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")] == [
         "1",
         "4",
         "1",
         "2",
     ]
-    with pytest.raises(RecipeError, match=r"launch.processes: 8 by the recipe \(4 x 2 machines\), and 4 were started"):
-        wanted({}, processes=4, machines=2)
+    with pytest.raises(RecipeError, match=r"launch.processes: the number of ranks must be 8 \(4 x 2 nodes; got 4\)"):
+        launch_needed({}, processes=4, machines=2)
 
 
-def test_one_process_a_machine_starts_the_ranks_there(wanted: Callable[..., bool]) -> None:
-    assert wanted({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"}, processes=8, machines=2)
+def test_one_task_per_node_launches_the_ranks(launch_needed: Callable[..., bool]) -> None:
+    assert launch_needed(
+        {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"}, processes=8, machines=2
+    )
     assert os.environ["NODE_RANK"] == "1"
 
 
-def test_machines_that_do_not_know_each_other(write_recipe: WriteRecipe, wanted: Callable[..., bool]) -> None:
+def test_nodes_without_a_rendezvous(write_recipe: WriteRecipe, launch_needed: Callable[..., bool]) -> None:
     recipe = parse.load(write_recipe(), ["launch.machines=2"]).recipe
-    with pytest.raises(RecipeError, match=r"launch.machines: 2 machines meet at MASTER_ADDR"):
+    with pytest.raises(RecipeError, match=r"launch.machines: 2 nodes need MASTER_ADDR"):
         launch.launch(recipe, [])
-    wanted({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"})
-    with pytest.raises(RecipeError, match=r"launch.processes: 1 by the recipe .*, and 2 were started"):
-        wanted({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"})
+    launch_needed({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"})
+    with pytest.raises(RecipeError, match=r"launch.processes: the number of ranks must be 1 \(1 x 1 node; got 2\)"):
+        launch_needed({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"})
 
 
-def test_numbers_in_the_environment_that_are_none(write_recipe: WriteRecipe, wanted: Callable[..., bool]) -> None:
+def test_variables_that_are_not_numbers(write_recipe: WriteRecipe, launch_needed: Callable[..., bool]) -> None:
     recipe = parse.load(write_recipe(), ["launch.machines=2"]).recipe
-    with pytest.raises(RecipeError, match=r"^WORLD_SIZE is 2 in the environment, and RANK is not there"):
-        wanted({"WORLD_SIZE": "2"}, processes=2)
-    with pytest.raises(RecipeError, match=r"^WORLD_SIZE: 'two' in the environment is not a whole number"):
-        wanted({"WORLD_SIZE": "two"})
-    wanted({"WORLD_SIZE": "", "MASTER_ADDR": "127.0.0.1", "NODE_RANK": "first"}, machines=2)
-    with pytest.raises(RecipeError, match=r"^NODE_RANK: 'first' in the environment is not a whole number"):
+    with pytest.raises(RecipeError, match=r"^RANK: not in the environment, but WORLD_SIZE is \(got 2\)"):
+        launch_needed({"WORLD_SIZE": "2"}, processes=2)
+    with pytest.raises(RecipeError, match=r"^WORLD_SIZE: the environment variable is not an integer \(got 'two'\)"):
+        launch_needed({"WORLD_SIZE": "two"})
+    launch_needed({"WORLD_SIZE": "", "MASTER_ADDR": "127.0.0.1", "NODE_RANK": "first"}, machines=2)
+    with pytest.raises(RecipeError, match=r"^NODE_RANK: the environment variable is not an integer \(got 'first'\)"):
         launch.launch(recipe, [])
-    wanted({"NODE_RANK": "0", "MASTER_PORT": "http"}, machines=2)
-    with pytest.raises(RecipeError, match=r"^MASTER_PORT: 'http' in the environment is not a whole number"):
+    launch_needed({"NODE_RANK": "0", "MASTER_PORT": "http"}, machines=2)
+    with pytest.raises(RecipeError, match=r"^MASTER_PORT: the environment variable is not an integer \(got 'http'\)"):
         launch.launch(recipe, [])
 
 
 def test_more_processes_than_gpus(write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = parse.load(write_recipe(), ["launch.processes=4"]).recipe
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    with pytest.raises(RecipeError, match=r"^launch.processes: 4, and this machine shows 2 GPUs; .* --processes 2$"):
+    with pytest.raises(
+        RecipeError, match=r"^launch.processes: only 2 GPUs are visible, .* \(got 4\). Pass --processes 2.$"
+    ):
         launch.launch(recipe, [])
 
 
-def test_a_port_in_use(write_recipe: WriteRecipe, wanted: Callable[..., bool], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_port_in_use(
+    write_recipe: WriteRecipe, launch_needed: Callable[..., bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import socket
 
     recipe = parse.load(write_recipe(), ["launch.machines=2"]).recipe
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = str(taken.getsockname()[1])
-        wanted({"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "1"}, machines=2)
-        with pytest.raises(RecipeError, match=f"MASTER_PORT: 127.0.0.1:{port} cannot be opened: the address is in use"):
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        port = str(server.getsockname()[1])
+        launch_needed(
+            {"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "1"}, machines=2
+        )
+        with pytest.raises(RecipeError, match=f"MASTER_PORT: cannot listen on 127.0.0.1:{port}: the address is in use"):
             launch.launch(recipe, [])
 
 
-def test_a_host_that_is_known_as_loopback_is_looked_for_elsewhere() -> None:
-    here = launch._interface("127.0.1.1", loopback=True)
-    assert here is not None
+def test_loopback_host_names_use_the_default_route() -> None:
+    interface = launch._interface("127.0.1.1", loopback=True)
+    assert interface is not None
     assert launch._interface("127.0.1.1") is None
-    assert launch._towards("127.0.0.1") == launch._towards("localhost") == here
+    assert launch._interface_for("127.0.0.1") == launch._interface_for("localhost") == interface
 
 
-def test_two_processes_as_users_start_them(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    """Everything from new: other tests fork."""
+def test_two_fresh_processes(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """Started as users do; other tests fork."""
     recipe = write_recipe(lora={"rank": 2}, export={"merge": False}, data={"eval": None}, train={"max_steps": 2})
     command = [sys.executable, "-P", "-m", "sft_recipes.cli", "run", str(recipe), "--processes", "2"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

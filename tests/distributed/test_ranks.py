@@ -1,4 +1,4 @@
-"""Several processes: real ones, over gloo."""
+"""Process groups of real processes over gloo."""
 
 import json
 from pathlib import Path
@@ -17,15 +17,15 @@ def test_two_processes_stop_at_the_same_step_and_resume_exactly(
 ) -> None:
     child = forked(two.main, tmp_path)
     child.join()
-    said = capfd.readouterr()
-    assert child.exitcode == 0, said
-    found = json.loads(said.out.splitlines()[-1])
+    captured = capfd.readouterr()
+    assert child.exitcode == 0, captured
+    found = json.loads(captured.out.splitlines()[-1])
 
-    assert found["said"]["whole"] == found["said"]["resumed"] == ["done", "done"]
+    assert found["results"]["whole"] == found["results"]["resumed"] == ["done", "done"]
     for step in (3, 5):
-        for said in found["said"][f"stopped at {step}"]:
-            assert said.startswith("Stopped: ")
-            assert f"after step {step} of 7; the last checkpoint is " in said
+        for result in found["results"][f"stopped at {step}"]:
+            assert result.startswith("Stopped: ")
+            assert f"after step {step} of 7; the last checkpoint is " in result
     assert found["same"]
     run = tmp_path / "stopped" / "run"
     assert {file.name for file in (run / "checkpoints" / "checkpoint-7").glob("*_[01].*")} == {
@@ -37,21 +37,19 @@ def test_two_processes_stop_at_the_same_step_and_resume_exactly(
     assert steps == sorted(set(steps))
 
 
-def test_one_speaks_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_is_main(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ranks.is_main()
     monkeypatch.setenv("RANK", "1")
     assert not ranks.is_main()
 
 
-def test_all_are_there_and_about_to_do_the_same(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_rendezvous_compares_ranks(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     child = forked(two.meet)
     child.join()
     found = json.loads(capfd.readouterr().out.splitlines()[-1])
 
     assert found["the same"] == ["done", "done"]
-    for said in found["other data"]:
-        assert said.startswith("RecipeError: launch: rank 1 on ")
-        assert " has another data than rank 0 on " in said
-    assert found["alone"][0].startswith(
-        "RunError: 1 of 2 processes came within 1 s; rank 1 did not; look at what it said"
-    )
+    for result in found["different data"]:
+        assert result.startswith("RecipeError: launch: data of rank 1 on ")
+        assert " differs from rank 0 on " in result
+    assert found["alone"][0].startswith("RunError: only 1 of 2 ranks joined within 1 s (missing: rank 1). Read the log")

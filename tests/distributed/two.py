@@ -1,4 +1,4 @@
-"""Processes that train together, forked from one that has the libraries loaded."""
+"""Runs of two ranks, forked from a process that has the libraries loaded."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from tests.kills import forked, in_a_child, outcome, recipe, start
 
 
 def both(act: Callable[[int], object], *, number: int = 2) -> list[str]:
-    """Do it in two processes of one group; what each says: "done", or its error."""
+    """Call `act` with the rank in each process of a group. Returns each process's result: "done", or its error."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -24,17 +24,17 @@ def both(act: Callable[[int], object], *, number: int = 2) -> list[str]:
         act(rank)
 
     pipes = [forked(partial(one, rank))[1] for rank in range(number)]
-    said = []
+    results = []
     for reader in pipes:
         with os.fdopen(reader, "rb") as stream:
-            said.append(stream.read().decode())
+            results.append(stream.read().decode())
     for _ in pipes:
         os.wait()
-    return said
+    return results
 
 
 def stopped(file: Path, rank: int, *, resume: bool, at: int) -> None:
-    """Only the second process gets the signal, within a step. Writes down what the preflight tried, and what was trained."""
+    """Send a signal to rank 1 only, during a step. Writes the model classes seen in preflight and training to a file."""
     from sft_recipes.stopping import on_request
     from sft_recipes.training import trainer
 
@@ -54,8 +54,7 @@ def stopped(file: Path, rank: int, *, resume: bool, at: int) -> None:
 
 
 def observed(file: Path, rank: int) -> None:
-    """Writes down what this process has read, and how many numbers of its weights, and of what the optimizer holds for them,
-    it has at the end."""
+    """Write to a file what this rank loaded, and how many elements of weights and optimizer states it holds at the end."""
     from torch.distributed.tensor import DTensor
     from transformers import AutoModelForCausalLM
 
@@ -63,40 +62,40 @@ def observed(file: Path, rank: int) -> None:
 
     train, from_pretrained, read = module.train, AutoModelForCausalLM.from_pretrained, []
 
-    def reads(*args: Any, **kwargs: Any) -> Any:
+    def record_load(*args: Any, **kwargs: Any) -> Any:
         read.append(str(args[0]))
         return from_pretrained(*args, **kwargs)
 
-    AutoModelForCausalLM.from_pretrained = reads
+    AutoModelForCausalLM.from_pretrained = record_load
 
-    def here(weight: Any) -> int:
+    def local_size(weight: Any) -> int:
         if isinstance(weight, DTensor):
             return int(weight.to_local().numel())
         return int(weight.ds_tensor.numel() if hasattr(weight, "ds_tensor") else weight.numel())
 
-    def look(trainer: Any, *args: Any) -> None:
+    def train_and_record(trainer: Any, *args: Any) -> None:
         train(trainer, *args)
         weights = list(trainer.model.parameters())
         states = [state for each in trainer.optimizer.state.values() for state in each.values() if state.dim()]
-        found = {
+        recorded = {
             "whole": sum(getattr(weight, "ds_numel", weight.numel()) for weight in weights),
-            "weights": sum(map(here, weights)),
+            "weights": sum(map(local_size, weights)),
             "kind": type(weights[0]).__name__,
-            "states": sum(map(here, states)),
+            "states": sum(map(local_size, states)),
             "read": read,
         }
-        (file.parent / f"rank_{rank}.json").write_text(json.dumps(found))
+        (file.parent / f"rank_{rank}.json").write_text(json.dumps(recorded))
 
-    module.train = look
+    module.train = train_and_record
     start(file, resume=False)
 
 
 def alone(folder: Path, method: str, sections: dict[str, Any]) -> None:
-    """The same run in one process."""
+    """Run the recipe in one process."""
     folder.mkdir()
     file = recipe(folder, method, **sections)
-    said = in_a_child(lambda: start(file, resume=False), under=folder)
-    assert said == "done", said
+    results = in_a_child(lambda: start(file, resume=False), under=folder)
+    assert results == "done", results
 
 
 def main(
@@ -106,8 +105,7 @@ def main(
     sections: dict[str, Any] | None = None,
     stops: Sequence[int] = (3, 5),
 ) -> None:
-    """A run of both, undisturbed; one with a preflight that is stopped by a signal to one of them, and resumed; what comes of
-    it."""
+    """Print the results of an uninterrupted run, and of one with a preflight that a signal to rank 1 stops; resume it."""
     made = {}
     for name in ("whole", "stopped"):
         (folder / name).mkdir()
@@ -115,18 +113,18 @@ def main(
         if name == "stopped":
             more["train"] = {**more.get("train", {}), "preflight": True}
         made[name] = recipe(folder / name, method, **more)
-    said = {"whole": both(lambda rank: observed(made["whole"], rank))}
+    results = {"whole": both(lambda rank: observed(made["whole"], rank))}
     for number, step in enumerate(stops):
         act = partial(stopped, made["stopped"], resume=bool(number), at=step)
-        said[f"stopped at {step}"] = both(act)
+        results[f"stopped at {step}"] = both(act)
     if stops:
-        said["resumed"] = both(lambda rank: start(made["stopped"], resume=True))
+        results["resumed"] = both(lambda rank: start(made["stopped"], resume=True))
     same = bool(stops) and outcome(folder / "whole" / "run") == outcome(folder / "stopped" / "run")
-    print(json.dumps({"said": said, "same": same}))
+    print(json.dumps({"results": results, "same": same}))
 
 
 def exported(folder: Path, strategy: str, sections: dict[str, Any], disk_full: bool = False) -> None:
-    """A full fine-tune of both, of which the first keeps whole weights beside the export, and each counts what it gathers."""
+    """Fine-tune all weights. Rank 0 saves them next to the export, and each rank records what it gathers."""
     folder.mkdir()
     sections = {"checkpoint": {"every": 9, "export_best": False}, **sections}
     file = recipe(folder, "full", launch={"processes": 2, "strategy": strategy}, **sections)
@@ -135,7 +133,7 @@ def exported(folder: Path, strategy: str, sections: dict[str, Any], disk_full: b
         watch_export(folder, rank, strategy, disk_full=disk_full)
         start(file, resume=False)
 
-    print(json.dumps({"said": both(act)}))
+    print(json.dumps({"results": both(act)}))
 
 
 def watch_export(folder: Path, rank: int, strategy: str, *, disk_full: bool) -> None:
@@ -152,7 +150,7 @@ def watch_export(folder: Path, rank: int, strategy: str, *, disk_full: bool) -> 
     from sft_recipes.training import trainer as module
 
     found: dict[str, Any] = {"alive": [], "gathered": [], "put": []}
-    train, gather, put, leave, prove = (
+    train, gather, put, leave, original_verify = (
         module.train,
         strategies._gather,
         safetensors_io.Writer.put,
@@ -171,50 +169,50 @@ def watch_export(folder: Path, rank: int, strategy: str, *, disk_full: bool) -> 
         if rank == 0:
             torch.save(weights, folder / "expected.pt")
 
-    def gathers(weight: Any, dtype: Any) -> Any:
+    def recording_gather(weight: Any, dtype: Any) -> Any:
         found["alive"].append(sum(ref() is not None for ref in seen))
         whole = gather(weight, dtype)
         seen.append(weakref.ref(whole))
         found["gathered"].append(list(whole.shape))
         return whole
 
-    def puts(self: Any, name: str, tensor: Any) -> None:
+    def recording_put(self: Any, name: str, tensor: Any) -> None:
         found["put"].append(name)
         if disk_full and len(found["put"]) == 3:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         put(self, name, tensor)
 
-    def leaves() -> None:
+    def recording_leave() -> None:
         if rank == 1:
             time.sleep(0.5)
             (folder / "rank 1 leaves").touch()
         leave()
         (folder / f"rank_{rank}.json").write_text(json.dumps(found))
 
-    def proves(request: Any) -> Any:
+    def recording_verify(request: Any) -> Any:
         alone = not torch.distributed.is_initialized() and (folder / "rank 1 leaves").exists()
         (folder / "alone").write_text(json.dumps(alone))
-        return prove(request)
+        return original_verify(request)
 
-    module.train, strategies._gather, safetensors_io.Writer.put = trained, gathers, puts
-    ranks.leave, verify.verify = leaves, proves
+    module.train, strategies._gather, safetensors_io.Writer.put = trained, recording_gather, recording_put
+    ranks.leave, verify.verify = recording_leave, recording_verify
 
 
 def tried(folder: Path, method: str, strategy: str) -> None:
-    """Two steps of both with the preflight and without it, in bfloat16, with checkpointing and accumulation."""
-    said = {}
+    """Print the results of two steps with and without the preflight, in bfloat16 with checkpointing and accumulation."""
+    results = {}
     for preflight in (True, False):
         (folder / str(preflight)).mkdir()
         train = {"max_steps": 2, "mixed_precision": "bf16", "gradient_checkpointing": True, "preflight": preflight}
         more = {"launch": {"processes": 2, "strategy": strategy}, "checkpoint": {"every": None, "export_best": False}}
         made = recipe(folder / str(preflight), method, train=train, eval={"every": None}, **more)
-        said[str(preflight)] = both(lambda _: start(made, resume=False))  # noqa: B023
+        results[str(preflight)] = both(lambda _: start(made, resume=False))  # noqa: B023
     same = outcome(folder / "True" / "run") == outcome(folder / "False" / "run")
-    print(json.dumps({"said": said, "same": same}))
+    print(json.dumps({"results": results, "same": same}))
 
 
 def failing(folder: Path) -> None:
-    """What both say if one of them finds a loss that is no number in the preflight, or fails there."""
+    """Print the errors if rank 1's preflight finds a NaN loss, or fails."""
     from sft_recipes.training import trainer
 
     def fail(rank: int, how: str) -> None:
@@ -231,21 +229,21 @@ def failing(folder: Path) -> None:
 
     made = recipe(folder, "lora", launch={"processes": 2}, train={"preflight": True})
     found = {how: both(partial(fail, how=how)) for how in ("not a number", "fails")}
-    print(json.dumps({"said": found, "left": (folder / "run").exists()}))
+    print(json.dumps({"results": found, "left": (folder / "run").exists()}))
 
 
 def fewer(folder: Path, method: str, strategy: str, sections: dict[str, Any]) -> None:
-    """A run of two that is stopped, and goes on as a run of one: without and with --force."""
+    """Print the results of a run of two ranks that is stopped, and resumed with one rank, without and with --force."""
     folder.mkdir()
     file = recipe(folder, method, launch={"processes": 2, "strategy": strategy}, **sections)
-    said = {"two": both(partial(stopped, file, resume=False, at=3))}
+    results = {"two": both(partial(stopped, file, resume=False, at=3))}
     for force in (False, True):
-        said[str(force)] = both(lambda _: start(file, "launch.processes=1", resume=True, force=force), number=1)  # noqa: B023
-    print(json.dumps(said))
+        results[str(force)] = both(lambda _: start(file, "launch.processes=1", resume=True, force=force), number=1)  # noqa: B023
+    print(json.dumps(results))
 
 
 def meet() -> None:
-    """What two processes say that do the same, or have other data, and one that waits in vain for another."""
+    """Print the results of ranks with the same data, with different data, and of one that waits for a missing rank."""
     from sft_recipes.distributed import ranks
     from sft_recipes.recipe.schema import Recipe
 
@@ -259,7 +257,7 @@ def meet() -> None:
 
     found = {
         "the same": both(partial(join, differ=False, absent=False)),
-        "other data": both(partial(join, differ=True, absent=False)),
+        "different data": both(partial(join, differ=True, absent=False)),
         "alone": both(partial(join, differ=False, absent=True)),
     }
     print(json.dumps(found))

@@ -50,7 +50,7 @@ def test_every_header_says_what_the_recipe_does(file: Path) -> None:
     # a figure has its date, and where its command stands
     assert said.result == "not measured" or re.search(r"\(20\d\d-\d\d-\d\d, .*; benchmarks/RESULTS\.md\)$", said.result)
     gpus = re.match(r"(\w+) \d+ GB GPU", said.hardware)
-    assert gpus is None or NUMBERS[gpus[1]] == recipe.launch.processes * recipe.launch.machines
+    assert gpus is None or NUMBERS[gpus[1]] == recipe.launch.world_size
     assert ("torchao" in said.needs) == (recipe.train.optimizer in validate.TORCHAO)
     gated = said.model.startswith(("meta-llama/", "google/"))
     assert not gated or "access to the model on the hub" in said.needs
