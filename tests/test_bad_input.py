@@ -649,15 +649,15 @@ RUNS: dict[str, tuple[Change, list[str], str]] = {
     "an adapter on the head": (both(), ["lora.target_modules=[lm_head]"],
         "--set: lora.target_modules: …modules_to_save: [lm_head]"),
     "a schedule without its settings": (both(), ["train.lr_scheduler=cosine_with_min_lr"],
-        "--set: train.lr_scheduler: cosine_with_min_lr (trl.lr_scheduler_kwargs"),
+        "--set: train.lr_scheduler: cosine_with_min_lr (configured by trl.lr_scheduler_kwargs"),
     "an optimizer to be installed": (both(), ["train.optimizer=galore_adamw"],
         "--set: train.optimizer: galore_adamw: You need to install"),
     "a field of TRL of another type": (both(), ["trl.dataloader_num_workers=x"],
-        "--set: trl: the training cannot be set up: "),
+        "--set: trl: cannot set up SFTTrainer: "),
     "a flash attention on a CPU": (both(), ["model.attention=flex_attention"],
         "--set: model.attention: flex_attention …; set sdpa"),
     "answers longer than the model": (both(), ["eval.generate=[a]", "eval.max_new_tokens=1020"],
-        "--set: eval.max_new_tokens: 1020 tokens…; set at most"),
+        "--set: eval.max_new_tokens: with a prompt of …(got 1020). Set eval.max_new_tokens to"),
     "an output that cannot be made": (both(), ["output_dir=/proc/run"], "--set: output_dir: /proc/run cannot be created"),
 }  # fmt: skip
 

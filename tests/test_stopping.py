@@ -143,13 +143,13 @@ def test_the_step_is_finished_and_the_command_told_that_resumes(write_recipe: Wr
     assert lines[0] == (
         "SIGTERM received: finishing this step and saving a checkpoint. Send it again to quit immediately."
     )
-    assert lines[1].startswith(f"{tmp_path / 'run'}: stopped by SIGTERM after step 3 of 500; the last checkpoint is ")
+    assert lines[1].startswith(f"{tmp_path / 'run'}: stopped by SIGTERM after step 3 of 500. Last checkpoint: ")
     assert lines[2:] == [f"Resume with: sft-recipe run {recipe} --set log.every=1 --resume"]
     assert metrics(tmp_path / "run")[-1]["step"] == 3
 
     code, said = Started(tmp_path, "run", recipe, "--set", "log.every=1", "--resume", "--stop-after", "0.1s").end()
     assert code == 75
-    assert "stopped after 0.1s after step 4 of 500; the last checkpoint is " in said
+    assert "stopped after 0.1s after step 4 of 500. Last checkpoint: " in said
     assert metrics(tmp_path / "run")[-1]["step"] == 4
 
 

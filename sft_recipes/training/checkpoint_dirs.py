@@ -1,4 +1,4 @@
-"""Checkpoints to resume from: complete or not there, and never the last of them removed."""
+"""Find, rotate and roll back checkpoint directories."""
 
 import json
 import math
@@ -10,40 +10,38 @@ from pathlib import Path
 from sft_recipes import atomic_files
 
 _NAME = re.compile(r"checkpoint-(\d+)")
-_WRITTEN = re.compile(r"\.(checkpoint-\d+)\.partial")
+_PARTIAL = re.compile(r"\.(checkpoint-\d+)\.partial")
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint after a step is."""
+    """Return the directory of the checkpoint after `step`."""
     return run_dir / "checkpoints" / f"checkpoint-{step}"
 
 
 def step_of(checkpoint: Path) -> int:
-    """The number of steps after which a checkpoint was made."""
+    """Return the step after which a checkpoint was saved."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
 def latest_complete(run_dir: Path) -> tuple[Path | None, list[str]]:
-    """The latest checkpoint of which every file is as it was written, None where there is none; and a line for each later
-    one that was passed over, with the reason."""
+    """Return the latest intact checkpoint (or None), and a line with the reason for each later one that is skipped."""
     folder = run_dir / "checkpoints"
     names = [child.name for child in folder.iterdir()] if folder.is_dir() else []
-    passed_over = [
-        f"Skipping {folder / found[1]}: incomplete (the run ended while writing it)"
-        for found in map(_WRITTEN.fullmatch, names)
-        if found
+    skipped = [
+        f"Skipping {folder / match[1]}: incomplete (the run ended while writing it)"
+        for match in map(_PARTIAL.fullmatch, names)
+        if match
     ]
     for checkpoint in _latest_first(run_dir):
-        fault = atomic_files.find_corruption(checkpoint)
-        if fault is None:
-            return checkpoint, passed_over
-        passed_over.append(f"Skipping {checkpoint}: {fault}")
-    return None, passed_over
+        corruption = atomic_files.find_corruption(checkpoint)
+        if corruption is None:
+            return checkpoint, skipped
+        skipped.append(f"Skipping {checkpoint}: {corruption}")
+    return None, skipped
 
 
 def rotate(newest: Path, keep: int, best: Path | None) -> None:
-    """Remove checkpoints before the `newest`, which has just become complete, but the best one and so many of the latest
-    that with it there are `keep`."""
+    """Remove old checkpoints except `best`, keeping the `keep` latest intact ones, `newest` included."""
     earlier = [folder for folder in _latest_first(newest.parent.parent) if step_of(folder) < step_of(newest)]
     complete = [folder for folder in earlier if atomic_files.find_corruption(folder, thoroughly=False) is None]
     for folder in earlier:
@@ -52,11 +50,11 @@ def rotate(newest: Path, keep: int, best: Path | None) -> None:
 
 
 def discard_after(run_dir: Path, checkpoint: Path | None) -> None:
-    """Take back what was logged after the checkpoint, for those steps will be run again, and what was being written."""
+    """Remove partial files, and metrics and samples logged after the checkpoint, because those steps run again."""
     for pattern in ("checkpoints/.checkpoint-*", ".model.*", ".adapter.*"):
-        for left in run_dir.glob(pattern):
-            shutil.rmtree(left, ignore_errors=True)
-    for file in run_dir.glob(".*.json*.partial"):  # what `report` writes may be another process's
+        for partial in run_dir.glob(pattern):
+            shutil.rmtree(partial, ignore_errors=True)
+    for file in run_dir.glob(".*.json*.partial"):  # no others: `report` may be writing them in another process
         file.unlink()
     last = -1 if checkpoint is None else step_of(checkpoint)
     for name in ("metrics.jsonl", "samples.jsonl"):
@@ -69,7 +67,7 @@ def discard_after(run_dir: Path, checkpoint: Path | None) -> None:
 def _step(line: str) -> float:
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # a power cut can leave anything
+    except (ValueError, KeyError, TypeError):  # a power loss can leave any content
         return math.inf
 
 

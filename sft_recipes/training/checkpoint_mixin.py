@@ -1,4 +1,4 @@
-"""The part of the Trainer that writes checkpoints and reads them back: all that an exact continuation takes, or nothing."""
+"""Trainer mixin: save and restore complete training state."""
 
 import json
 from collections.abc import Callable
@@ -17,25 +17,25 @@ from sft_recipes.recipe.schema import Recipe
 from sft_recipes.training import checkpoint_dirs
 from sft_recipes.training.model import count_parameters, reason_of, tokenizer_bytes
 
-_WRITING_FAILED = (OSError, RuntimeError, SafetensorError)  # RuntimeError is torch's own word for a full disk
+_WRITING_FAILED = (OSError, RuntimeError, SafetensorError)  # torch raises RuntimeError on a full disk
 
 
 class CheckpointMixin(transformers.Trainer):
-    """Checkpoints that are complete or not there, in place of transformers', which are written where they are looked for."""
+    """Trainer mixin with atomic checkpoints. transformers writes to the final directory, so a crash leaves a broken one."""
 
     recipe: Recipe
     run_dir: Path
     warn: Callable[[str], None]
-    any_rank: Callable[[bool], bool]  # whether it holds in any of the processes
+    any_rank: Callable[[bool], bool]  # whether a condition holds on any rank
     skipped_steps: int
     trained_tokens: torch.Tensor | int
     tokens: torch.Tensor | int
-    stopped: bool  # on request
+    stopped: bool  # by a signal or time limit
     saved: Path | None = None  # the last complete checkpoint
-    best: tuple[float | None, int | None] = (None, None)  # validation loss and step of the best one
+    best: tuple[float | None, int | None] = (None, None)  # eval loss and step of the best one
 
     def _save_checkpoint(self, model: Any = None, trial: Any = None) -> None:
-        """All that an exact continuation takes, complete or not there."""
+        """Save everything that an exact resume needs, atomically."""
         folder, state = checkpoint_dirs.checkpoint_path(self.run_dir, self.state.global_step), self.state
         state.num_input_tokens_seen = int(self.tokens)
         best_before = state.best_model_checkpoint
@@ -46,7 +46,7 @@ class CheckpointMixin(transformers.Trainer):
         if error is not None:
             state.best_model_checkpoint = best_before
             state.best_metric, state.best_global_step = self.best
-            self._not_saved(folder, error)
+            self._report_failure(folder, error)
             return
         self.saved, self.best = folder, (state.best_metric, state.best_global_step)
         best = Path(state.best_model_checkpoint) if state.best_model_checkpoint else None
@@ -54,30 +54,30 @@ class CheckpointMixin(transformers.Trainer):
             checkpoint_dirs.rotate(folder, self.recipe.checkpoint.keep, best)
 
     def _write(self, folder: Path) -> Exception | None:
-        """Write a checkpoint; what went wrong, here or in another process, and then there is none."""
+        """Write a checkpoint. If any rank fails, return the error and leave no checkpoint."""
         main = self.is_world_process_zero()
         partial_folder = folder.with_name(f".{folder.name}.partial")
 
         def begin() -> None:
             if main:
-                atomic_files.remove(folder)  # passed over when the run was resumed
-                whole.enter_context(atomic_files.atomic_dir(folder))
+                atomic_files.remove(folder)  # corrupt, skipped on resume
+                directory.enter_context(atomic_files.atomic_dir(folder))
 
         def write() -> None:
             self.save_model(str(partial_folder), _internal_call=True)
             self._save_optimizer_and_scheduler(str(partial_folder))
             self._save_scaler(str(partial_folder))
             self._save_rng_state(str(partial_folder))
-            atomic_files.write_json(partial_folder / self._running_file, self._running())
+            atomic_files.write_json(partial_folder / self._averages_file, self._averages())
 
         def end() -> None:
             if main:
-                (partial_folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
+                (partial_folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, not needed to resume
                 self.state.save_to_json(str(partial_folder / "trainer_state.json"))
                 atomic_files.write_checksums(partial_folder)
-                whole.close()
+                directory.close()
 
-        whole = ExitStack()
+        directory = ExitStack()
         for phase in (begin, write, end):
             error: Exception | None = None
             try:
@@ -85,29 +85,31 @@ class CheckpointMixin(transformers.Trainer):
             except _WRITING_FAILED as failed:
                 error = failed
             if self.any_rank(error is not None):
-                error = error or OSError("another process could not write")
+                error = error or OSError("another process failed to write")
                 with suppress(OSError):
-                    whole.__exit__(type(error), error, None)
+                    directory.__exit__(type(error), error, None)
                 return error
         return None
 
-    def _not_saved(self, folder: Path, error: Exception) -> None:
+    def _report_failure(self, folder: Path, error: Exception) -> None:
         trained, tokenizer = count_parameters(self.model)[1], tokenizer_bytes(self.processing_class)
         lacking = disk.lacking(self.run_dir, disk.of_checkpoint(self.recipe, trained, tokenizer))
-        line = f"{folder}: not saved: {reason_of(error)}{lacking}; {self.describe_last_checkpoint()}"
+        line = f"{folder}: checkpoint not saved: {reason_of(error).rstrip('.')}{lacking}. {self.describe_last_checkpoint()}"
         if self.recipe.checkpoint.on_failure == "stop":
-            raise RunError(f"{line}; {'make room, and ' if lacking else ''}continue with --resume") from error
-        self.warn(f"{line}; the run goes on")
+            raise RunError(
+                f"{line} {'Free disk space and continue' if lacking else 'Continue'} with --resume."
+            ) from error
+        self.warn(f"{line} Training continues.")
 
     def describe_last_checkpoint(self) -> str:
-        return f"the last checkpoint is {self.saved}" if self.saved else "there is no checkpoint yet"
+        return f"Last checkpoint: {self.saved or 'none'}."
 
     @property
-    def _running_file(self) -> str:
+    def _averages_file(self) -> str:
         return f"trainer_metrics_{self.args.process_index}.json"
 
-    def _running(self) -> dict[str, Any]:
-        """The averages that are being taken, which transformers and TRL forget: the loss is logged every so many steps."""
+    def _averages(self) -> dict[str, Any]:
+        """Return the running averages since the last log, which transformers and TRL do not save."""
         return {
             "loss": self._tr_loss.item(),
             "steps": self.state.global_step - self._globalstep_last_logged,
@@ -119,39 +121,40 @@ class CheckpointMixin(transformers.Trainer):
         }
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """The last that is restored before the first step: random states, and here the running averages too."""
+        """Restore random states and the running averages: the last hook before the first step."""
         super()._load_rng_state(checkpoint)
         if checkpoint is None:
             return
-        file = Path(checkpoint) / self._running_file
-        if file.is_file():  # not where the number of processes is another
-            running = json.loads(file.read_text(encoding="utf-8"))
-            if running["processes"] != self.args.world_size:
-                return  # averages of as many begin anew
-            self._tr_loss.fill_(running["loss"])
-            self._globalstep_last_logged = self.state.global_step - running["steps"]
-            self._metrics["train"].update(running["averages"])
-            self._total_train_tokens, self.skipped_steps = running["tokens"], running["skipped_steps"]
+        file = Path(checkpoint) / self._averages_file
+        if file.is_file():  # not if there are more processes now
+            saved = json.loads(file.read_text(encoding="utf-8"))
+            if saved["processes"] != self.args.world_size:
+                return  # averages over a different number of processes cannot continue
+            self._tr_loss.fill_(saved["loss"])
+            self._globalstep_last_logged = self.state.global_step - saved["steps"]
+            self._metrics["train"].update(saved["averages"])
+            self._total_train_tokens, self.skipped_steps = saved["tokens"], saved["skipped_steps"]
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         trained = super()._init_training_state(*args, **kwargs)
-        if self.state.best_global_step:  # by its step: the run directory may have been moved
+        if self.state.best_global_step:  # not by its saved path: the run directory may have been moved
             best = checkpoint_dirs.checkpoint_path(self.run_dir, self.state.best_global_step)
-            fault = atomic_files.find_corruption(best) if best.is_dir() else "it is missing"
-            self.state.best_model_checkpoint = None if fault else str(best)
-            if fault:
+            corruption = atomic_files.find_corruption(best) if best.is_dir() else "missing"
+            self.state.best_model_checkpoint = None if corruption else str(best)
+            if corruption:
                 self.state.best_metric = self.state.best_global_step = None
                 self.warn(
-                    f"{best}, with the lowest validation loss so far, cannot be used: {fault}; a later one will be"
+                    f"{best}: the checkpoint with the lowest eval loss so far cannot be used: {corruption}. "
+                    "The best later checkpoint is exported instead."
                 )
         self.best = (self.state.best_metric, self.state.best_global_step)
         self.tokens = self.state.num_input_tokens_seen
-        if self.saved is not None and (file := self.saved / self._running_file).is_file():
+        if self.saved is not None and (file := self.saved / self._averages_file).is_file():
             self.trained_tokens = json.loads(file.read_text(encoding="utf-8"))["trained_tokens"]
         return trained
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Where a run is resumed after its last step, transformers 5.23 would make one more."""
+        """Skip the epoch if no step is left: resumed after its last step, transformers 5.23 would run one more."""
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
         else:
@@ -161,8 +164,9 @@ class CheckpointMixin(transformers.Trainer):
         if self.stopped:
             return
         best = Path(self.state.best_model_checkpoint)
-        if fault := atomic_files.find_corruption(best):
+        if corruption := atomic_files.find_corruption(best):
             raise RunError(
-                f"{best}: the best checkpoint cannot be exported: {fault}; --resume exports the last step instead"
+                f"{best}: the best checkpoint cannot be exported: {corruption}. "
+                "Pass --resume to export the last step instead."
             )
         super()._load_best_model()

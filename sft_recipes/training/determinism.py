@@ -1,6 +1,6 @@
-"""Switch torch to deterministic algorithms for the length of a run.
+"""Switch torch to deterministic algorithms during a run.
 
-By default some CUDA kernels add in an order that differs from run to run, the backward pass of flash attention among them.
+By default some CUDA kernels, such as the backward pass of flash attention, sum in an order that differs between runs.
 """
 
 import os
@@ -16,14 +16,14 @@ _VARIABLES = {
 
 
 @contextmanager
-def deterministic(wanted: bool) -> Iterator[None]:
-    """Allow deterministic algorithms only, if wanted, and restore the process's settings at the end.
+def deterministic(enabled: bool) -> Iterator[None]:
+    """Allow only deterministic algorithms if `enabled`, and restore the previous settings at the end.
 
-    Enter it before CUDA starts. An operation without a deterministic implementation raises RuntimeError. It has to be an
-    error: with `warn_only`, torch keeps the nondeterministic kernels of flash and memory-efficient attention. This is
+    Enter it before CUDA starts. Operations without a deterministic implementation raise RuntimeError, not a
+    warning: with `warn_only`, torch keeps the nondeterministic kernels of flash and memory-efficient attention. This is
     transformers' enable_full_determinism without CUDA_LAUNCH_BLOCKING, which makes every kernel launch wait.
     """
-    if not wanted:
+    if not enabled:
         yield
         return
     before = {name: os.environ.get(name) for name in _VARIABLES}

@@ -1,4 +1,4 @@
-"""Answers to prompts, in the template the model was trained with."""
+"""Generate answers to prompts with the template of training."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,19 +14,19 @@ _BATCH = 16
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], *, raw: bool = False) -> list[int]:
-    """Token ids of messages up to the answer: through the chat template, or (`raw`, or without one) as plain text.
+    """Return the token ids of messages up to the answer: in the chat template, or as plain text (`raw` or no template).
 
-    Raises RecipeError where the template does what none may: it can be anyone's, and is run in our own sandbox.
+    The template is untrusted and rendered in a sandbox. Raises RecipeError if it does something forbidden.
     """
     template = tokenizer.chat_template
     if raw or not isinstance(template, str):
         text = "\n\n".join(message["content"] for message in as_chat(messages))
         ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return [*Encoder(from_transformers(tokenizer)).bos, *ids]  # as trained, but for the end
-    if "message['input']" not in template:  # only the Alpaca template has a place for it
+        return [*Encoder(from_transformers(tokenizer)).bos, *ids]  # as in training, without the EOS token
+    if "message['input']" not in template:  # only the Alpaca template has an input field
         messages = as_chat(messages)
-    light = from_transformers(tokenizer)
-    chat = Chat(template, "all", light.specials, (), name=f"{tokenizer.name_or_path}: its chat template")
+    specials = from_transformers(tokenizer).specials
+    chat = Chat(template, "all", specials, (), name=f"{tokenizer.name_or_path}: its chat template")
     text = chat.render(messages, str(tokenizer.name_or_path), add_generation_prompt=True)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -40,7 +40,7 @@ def answer(
     stops: Sequence[int],
     temperature: float = 0.0,
 ) -> list[str]:
-    """One answer a prompt, up to a stop token: the likeliest tokens, or with `temperature` above 0 drawn at random.
+    """Generate one answer per prompt, up to a stop token: greedy decoding, or sampling if `temperature` > 0.
 
     Prompts are padded on the left, so that each answer starts right after its prompt.
     """

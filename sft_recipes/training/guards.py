@@ -1,4 +1,4 @@
-"""What watches each step: that its numbers are finite, and whether the run is to end."""
+"""Callbacks that check each step for NaN and Inf and stop the run on request."""
 
 from typing import Any
 
@@ -8,14 +8,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from sft_recipes.errors import RunError
 from sft_recipes.stopping import Stop
 
-_IN_A_ROW = 20  # skipped steps after which no other outcome is to be expected
+_IN_A_ROW = 20  # consecutive bad steps after which the run stops
 
 
 class NonFiniteGuard(TrainerCallback):
-    """A loss or gradient that is not finite stops the run before it reaches the weights, or the step is skipped.
+    """Callback that stops the run, or skips the step, before a NaN or Inf in loss or gradient reaches the weights.
 
-    Looked at once an optimizer step, so that the device is waited for once. With fp16 a gradient that overflows is part of
-    the method: the loss scaler skips the step and scales less; that is only counted.
+    It checks once per optimizer step, so that the device is synchronized once. With fp16, overflowing gradients are expected:
+    the loss scaler skips the step and lowers its scale, so these steps are only counted.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -28,7 +28,7 @@ class NonFiniteGuard(TrainerCallback):
     ) -> None:
         trainer = self.trainer
         trainer.losses.clear()
-        # What a skipped step leaves in the averages is taken out again.
+        # Kept to remove a skipped step from the averages.
         self.loss_before = trainer._tr_loss.clone()
         self.counts = {name: len(values) for name, values in trainer._metrics["train"].items()}
 
@@ -48,48 +48,50 @@ class NonFiniteGuard(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.trainer.accelerator.optimizer_step_was_skipped:
-            self._count(f"the norm of the gradient is not finite; {self._rows(None)}")
+            self._count(self._message("gradient norm is NaN or Inf", None))
         elif self.trainer.accelerator.scaler is not None:
             self.in_a_row = 0
 
     def _fail(self, losses: torch.Tensor, gradient: float) -> None:
         trainer = self.trainer
         bad = losses.isfinite().logical_not().nonzero().flatten().tolist()  # micro-batches
-        # Of several processes those at fault know which rows it was; the gradient is the same in all.
-        mine = f"the loss is {losses[bad[0]].item()}; {self._rows(bad[:1])}" if bad else None
-        here = f"the norm of the gradient is {gradient}; {self._rows(None)}"
-        what = trainer.first_message(mine or here) if not trainer.any_rank(bool(bad)) else trainer.first_message(mine)
+        # Only the rank with the bad loss knows its rows; the gradient norm is the same on all ranks.
+        message = self._message(f"loss is {losses[bad[0]].item()}", bad[:1]) if bad else None
+        if not trainer.any_rank(bool(bad)):
+            message = self._message(f"gradient norm is {gradient}", None)
+        message = trainer.first_message(message)
         if not self.skips:
-            raise RunError(self._message(what))
-        self._count(what)
-        trainer.optimizer.zero_grad(set_to_none=True)  # so that the optimizer passes over every weight
+            raise RunError(message)
+        self._count(message)
+        trainer.optimizer.zero_grad(set_to_none=True)  # so that the optimizer skips every weight
         trainer._tr_loss.copy_(self.loss_before)
-        trainer._globalstep_last_logged += 1  # the average is over the steps that were taken
+        trainer._globalstep_last_logged += 1  # the average covers only applied steps
         for name, values in trainer._metrics["train"].items():
             del values[self.counts.get(name, 0) :]
 
-    def _count(self, what: str) -> None:
+    def _count(self, message: str) -> None:
         self.trainer.skipped_steps += 1
         self.in_a_row += 1
         if self.in_a_row == _IN_A_ROW:
-            raise RunError(self._message(f"{what}; the {_IN_A_ROW - 1} steps before it were skipped"))
+            raise RunError(message)
 
-    def _rows(self, micro_batches: list[int] | None) -> str:
-        return str(self.trainer.describe_rows(self.trainer.state.global_step, micro_batches))
-
-    def _message(self, what: str) -> str:
-        trainer = self.trainer
-        # DeepSpeed takes its step within the backward pass.
-        taken = "it was taken, and is not saved" if trainer.is_deepspeed_enabled else "the step was not taken"
+    def _message(self, problem: str, micro_batches: list[int] | None) -> str:
+        """Format the error. `micro_batches`: those of this rank whose rows are named; None: all."""
+        trainer, step = self.trainer, self.trainer.state.global_step
+        # DeepSpeed applies its step within the backward pass.
+        applied = "was applied but not saved" if trainer.is_deepspeed_enabled else "was not applied"
+        last = self.in_a_row + 1 == _IN_A_ROW
+        if last:
+            problem = f"{problem}, after {_IN_A_ROW - 1} skipped steps in a row"
+        skip = "" if last or self.skips else "resume with `--resume --force --set train.on_nonfinite=skip`; "
         return (
-            f"{trainer.run_dir}: step {trainer.state.global_step + 1}: {what}; {taken}, and "
-            f"{trainer.describe_last_checkpoint()}; look at these rows, skip such steps with --resume --force "
-            "--set train.on_nonfinite=skip, or train anew with a lower train.learning_rate"
+            f"{trainer.run_dir}: step {step + 1}: {problem}. The step {applied}. {trainer.describe_last_checkpoint()} "
+            f"Inspect {trainer.describe_rows(step, micro_batches)}; {skip}or restart with a lower train.learning_rate."
         )
 
 
 class StopOnRequest(TrainerCallback):
-    """Ends the run after the step that is being made, with a checkpoint. All processes agree on the step."""
+    """Callback that stops the run after the current step and saves a checkpoint. All ranks stop at the same step."""
 
     def __init__(self, trainer: Any, stop: Stop) -> None:
         self.trainer, self.stop = trainer, stop
@@ -100,16 +102,16 @@ class StopOnRequest(TrainerCallback):
         self.stop.waits = "finishing this step and saving a checkpoint"
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._end_if_asked(control, save=True)
+        self._stop_if_requested(control, save=True)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.stop.waits:  # not before the first step
-            self._end_if_asked(control, save=True)
+            self._stop_if_requested(control, save=True)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._end_if_asked(control, save=False)
+        self._stop_if_requested(control, save=False)
 
-    def _end_if_asked(self, control: TrainerControl, *, save: bool) -> None:
+    def _stop_if_requested(self, control: TrainerControl, *, save: bool) -> None:
         if self.trainer.any_rank(self.stop.reason is not None):
             self.trainer.stopped = True
             control.should_training_stop = True

@@ -1,4 +1,4 @@
-"""What is recorded and said while training: metrics.jsonl, and the console."""
+"""Record metrics.jsonl and display progress."""
 
 import json
 import resource
@@ -14,9 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sft_recipes import atomic_files
-from sft_recipes.training.trackers import in_short
+from sft_recipes.planning.flops import peak_rate
+from sft_recipes.training.trackers import shorten
 
-# Names of the Trainer's log, and of metrics.jsonl.
+# Keys in the Trainer's log: keys in metrics.jsonl.
 _NAMES = {
     "loss": "loss",
     "learning_rate": "learning_rate",
@@ -31,12 +32,12 @@ _NAMES = {
     "eval_exact_match": "eval_exact_match",
     "skipped_steps": "skipped_steps",
 }
-# What is found out here, and trackers are told too.
-_FIGURES = ("tokens_per_second", "trained_tokens_per_second", "tflops", "mfu", "peak_memory_gib")
+# Computed here and added to the log for the trackers.
+_COMPUTED = ("tokens_per_second", "trained_tokens_per_second", "tflops", "mfu", "peak_memory_gib")
 
 
 def peak_memory() -> float:
-    """The most memory used so far, in GiB: of the GPU where there is one, else of this process."""
+    """Return the peak memory so far in GiB: allocated on the GPU, or the resident set of this process without one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -44,27 +45,27 @@ def peak_memory() -> float:
 
 
 class Metrics(TrainerCallback):
-    """Writes metrics.jsonl, one object a line, and hands each to those who show it. What of that fails is a warning."""
+    """Callback that appends records to metrics.jsonl and passes them to `shows`. Failures are warnings."""
 
     def __init__(self, file: Path, warn: Callable[[str], None], *shows: Callable[[dict[str, Any]], None]) -> None:
         self.file = file
         self.warn = warn
         self.shows = shows
-        self.seconds = 0.0  # in training steps since the last record, data included, without evaluation and saving
-        self.before: dict[str, Any] = {}  # tokens up to the last record
+        self.seconds = 0.0  # since the last record: data loading and training steps, without evaluation and saving
+        self.before: dict[str, Any] = {}  # the last record
         self.began = 0.0
-        self.flops_per_token: float | None = None  # of the model, where that is known
+        self.flops_per_token: float | None = None  # None if unknown
 
     def begin(self, tokens: torch.Tensor | int, trained_tokens: torch.Tensor | int) -> None:
-        """A step begins after so many tokens: its data is about to be asked for."""
+        """Start timing a step, before its data is loaded, with the token counts so far."""
         self.began = time.monotonic()
         self.before = self.before or {"tokens": int(tokens), "trained_tokens": int(trained_tokens)}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
-            control.should_log = True  # the last step is logged, whatever log.every
+            control.should_log = True  # log the last step, regardless of log.every
         if control.should_log and torch.cuda.is_available():
-            torch.cuda.synchronize()  # the log waits for the step's last work anyway; its time is the step's
+            torch.cuda.synchronize()  # logging synchronizes anyway; count that time as part of the step
         self.seconds += time.monotonic() - self.began
 
     def on_log(
@@ -77,45 +78,44 @@ class Metrics(TrainerCallback):
         if "loss" in logs:
             line |= self._speed(line, args.world_size)
         line["peak_memory_gib"] = round(peak_memory(), 3)
-        if "loss" in logs:  # of which the trackers hear next
-            logs.update({name: line[name] for name in _FIGURES if line.get(name) is not None})
+        if "loss" in logs:  # trackers receive the same dict next
+            logs.update({name: line[name] for name in _COMPUTED if line.get(name) is not None})
         try:
             atomic_files.append(self.file, json.dumps(line) + "\n")
             for show in self.shows:
                 show(line)
         except Exception as error:
-            self.warn(in_short(f"{self.file}: step {state.global_step} is not recorded: {error!r}"))
+            self.warn(shorten(f"{self.file}: cannot write metrics of step {state.global_step}: {error!r}"))
 
     def _speed(self, line: dict[str, Any], devices: int) -> dict[str, float | None]:
-        """Tokens a second, of all and of those trained on, over all devices. Per device the model's operations, in 10^12 a
-        second, and of a GPU's peak rate the share that they are."""
+        """Return tokens/s over all devices, and per device the model's TFLOP/s and their share of the GPU's peak (MFU)."""
         seconds, before = self.seconds, self.before
         self.seconds, self.before = 0.0, line
         if not seconds:
             return dict.fromkeys(("tokens_per_second", "trained_tokens_per_second"))
         rate = (line["tokens"] - before["tokens"]) / seconds
-        found: dict[str, float | None] = {
+        speed: dict[str, float | None] = {
             "tokens_per_second": round(rate, 1),
             "trained_tokens_per_second": round((line["trained_tokens"] - before["trained_tokens"]) / seconds, 1),
         }
         if self.flops_per_token is not None:
             flops = rate * self.flops_per_token / devices
-            found["tflops"] = round(flops / 1e12, 3)
-            if peak := flops.peak_rate(torch.cuda.get_device_name()) if torch.cuda.is_available() else None:
-                found["mfu"] = round(flops / peak, 4)
-        return found
+            speed["tflops"] = round(flops / 1e12, 3)
+            if peak := peak_rate(torch.cuda.get_device_name()) if torch.cuda.is_available() else None:
+                speed["mfu"] = round(flops / peak, 4)
+        return speed
 
 
 class ProgressDisplay(TrainerCallback):
-    """The console: a progress bar with the latest figures on a terminal, a sober line a record elsewhere."""
+    """Callback that shows a progress bar with the latest metrics on a terminal, else one line per record."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        # Not a file, also where colours are forced into it (FORCE_COLOR); no notebook, no terminal that cannot move back.
-        self.moves = console.is_interactive and console.file.isatty() and not console.quiet
+        # Not for files (even with FORCE_COLOR), notebooks and terminals that cannot move the cursor.
+        self.show_bar = console.is_interactive and console.file.isatty() and not console.quiet
         self.progress: Progress | None = None
         self.validation: TaskID | None = None
-        self.figures: list[str] = []  # the latest; the last have no place on a narrow terminal
+        self.latest: list[str] = []  # metrics of the last record, most important first
         self.total = 0
         self.started: float | None = None
         self.first_step = 0
@@ -124,7 +124,7 @@ class ProgressDisplay(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.total, self.first_step, self.started = state.max_steps, state.global_step, None
-        if self.moves:
+        if self.show_bar:
             self.progress = Progress(
                 BarColumn(self._bar()), MofNCompleteColumn(), TextColumn("{task.description}"),
                 console=self.console, transient=True, refresh_per_second=4,
@@ -182,27 +182,27 @@ class ProgressDisplay(TrainerCallback):
         if "eval_exact_match" in line:
             parts.append(f"exact match {line['eval_exact_match']:.1%}")
         if self.progress and not evaluated:
-            self.figures = parts
+            self.latest = parts
             self._update(line["step"])
             return
-        if not evaluated and (left := self._left(line["step"])):
-            parts.append(left)
+        if not evaluated and (eta := self._eta(line["step"])):
+            parts.append(eta)
         self.console.print("  ".join([f"step {line['step']}/{self.total}", *parts]), highlight=False, soft_wrap=True)
 
     def _update(self, step: int) -> None:
         if self.progress:
-            figures = [*self.figures[:1], *filter(None, [self._left(step)]), *self.figures[1:]]
-            room = self.console.width - self._bar() - len(f"  {self.total}/{self.total}")
-            while figures and len("  ".join(figures)) > room:
-                figures.pop()
-            self.progress.update(self.training, completed=step, description="  ".join(figures))
+            parts = [*self.latest[:1], *filter(None, [self._eta(step)]), *self.latest[1:]]
+            width = self.console.width - self._bar() - len(f"  {self.total}/{self.total}")
+            while parts and len("  ".join(parts)) > width:
+                parts.pop()
+            self.progress.update(self.training, completed=step, description="  ".join(parts))
 
     def _bar(self) -> int:
-        """Columns of the bar, which leaves room for the figures."""
+        """Return the width of the bar in columns."""
         return min(40, max(8, self.console.width - 90))
 
-    def _left(self, step: int) -> str | None:
-        """The time that is left, by what the steps so far have taken, validation and checkpoints between them included."""
+    def _eta(self, step: int) -> str | None:
+        """Estimate the remaining time from the mean time per step, evaluation and checkpoints included."""
         done = step - self.first_step
         if not done or self.started is None:
             return None

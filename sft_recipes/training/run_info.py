@@ -1,4 +1,4 @@
-"""What is about to run, and what it runs on: for the console and for the manifest."""
+"""Summarize the run for console and manifest."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from sft_recipes.training.model import count_parameters
 
 
 def summary_lines(recipe: Recipe, trainer: Any) -> list[str]:
-    """What is about to run, in words."""
+    """Return the `model:` and `schedule:` lines of the console."""
     total, trained = count_parameters(trainer.model)
     steps = trainer.args.max_steps
     micro, accumulation, world = recipe.train.micro_batch_size, recipe.accumulation, trainer.args.world_size
@@ -20,11 +20,11 @@ def summary_lines(recipe: Recipe, trainer: Any) -> list[str]:
     if recipe.train.deterministic:
         on_cpu = "" if on_gpu else " (train.deterministic has no effect on CPUs)"
         deterministic = f"; deterministic algorithms only{on_cpu}"
-    _, why = attention.select_here(recipe, trainer.model.config)
+    _, reason = attention.select_here(recipe, trainer.model.config)
     return [
         f"model: {recipe.model.name}; {recipe.method}; trainable parameters {trained:,} of {total:,} ({trained / total:.2%}); "
         f"weights {recipe.model.quantization or recipe.model.dtype}; "
-        f"attention {trainer.model.config._attn_implementation}{f' ({why})' if why else ''}; "
+        f"attention {trainer.model.config._attn_implementation}{f' ({reason})' if reason else ''}; "
         f"{f'kernels {trainer.kernels}; ' if on_gpu else ''}device {device()['name']}",
         f"schedule: {steps:,} steps; {recipe.sequences_per_step} sequences per step (micro-batch {micro} x accumulation "
         f"{accumulation}{processes}); peak learning rate {recipe.train.learning_rate:g}, {recipe.train.lr_scheduler}, "
@@ -34,15 +34,15 @@ def summary_lines(recipe: Recipe, trainer: Any) -> list[str]:
 
 
 def preflight_line(results: dict[str, Any]) -> str:
-    """What the preflight found."""
+    """Return the `preflight:` line of the console."""
     largest, base, predicted = results["largest_micro_batch"], results["base"], results["predicted_peak_gib"]
-    # What is measured on a CPU is the process, and libraries are large.
-    measured, of = ([], "") if torch.cuda.is_available() else (["whole process"], " for tensors")
-    said = "; ".join([*measured, *([] if predicted is None else [f"predicted{of} {predicted:.1f}"])])
+    # On a CPU the whole process is measured, including the libraries, which are large.
+    measured, scope = ([], "") if torch.cuda.is_available() else (["whole process"], " for tensors")
+    details = "; ".join([*measured, *([] if predicted is None else [f"predicted{scope} {predicted:.1f}"])])
     parts = [
         f"passed in {results['seconds']} s",
         f"largest micro-batch {largest['tokens']:,} tokens" if "tokens" in largest else "no micro-batch tried",
-        f"peak memory {largest['peak_gib']:.1f} GiB{f' ({said})' if said else ''}",
+        f"peak memory {largest['peak_gib']:.1f} GiB{f' ({details})' if details else ''}",
         f"base loss {base['loss']:.2f} per token ({base['shuffled_loss']:.2f} with shuffled tokens)",
         *(["packed documents isolated"] if results.get("isolation") else []),
     ]
@@ -50,7 +50,7 @@ def preflight_line(results: dict[str, Any]) -> str:
 
 
 def used(trainer: Any) -> dict[str, Any]:
-    """What is used, also if the recipe leaves that open, for the manifest."""
+    """Return the settings in effect, with defaults and auto resolved, for the manifest."""
     (total, trained), recipe = count_parameters(trainer.model), trainer.recipe
     return {
         "device": device(),
@@ -69,7 +69,7 @@ def used(trainer: Any) -> dict[str, Any]:
 
 
 def device() -> dict[str, Any]:
-    """What it runs on."""
+    """Describe the device."""
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
         return {"name": gpu.name, "memory_gib": round(gpu.total_memory / 2**30, 1), "cuda": torch.version.cuda}

@@ -1,7 +1,7 @@
-"""Each process's share of the data: together what one process would see, in its order, and nothing twice.
+"""Split batches across ranks without repeating rows: together, all ranks get the rows of one process in the same order.
 
-Where the rows do not divide by the processes, accelerate gives some of them rows from the beginning again, which would be
-trained on, and validated on, once more. Here they get rows in which nothing is trained on.
+If the number of rows is not divisible by the number of ranks, accelerate repeats rows from the start, which would count
+twice in training and evaluation. Here padding rows without labels are appended instead.
 """
 
 from collections.abc import Iterator
@@ -13,21 +13,21 @@ from torch.utils.data import RandomSampler, Sampler
 from sft_recipes.data.sequences import IGNORED, Sequences
 
 
-def pad_to_multiple(sequences: Sequences, at_once: int, pad: int) -> Any:
-    """The table of sequences, and behind them as many of two pad tokens, without labels, as make a multiple of `at_once`."""
+def pad_to_multiple(sequences: Sequences, multiple: int, pad: int) -> Any:
+    """Return the table of sequences, padded with unlabeled rows of two pad tokens to a multiple of `multiple` rows."""
     import pyarrow
 
     table = sequences.table()
-    lacking = -len(table) % at_once
-    if not lacking:
+    missing = -len(table) % multiple
+    if not missing:
         return table
     row = {"input_ids": [pad, pad], "labels": [IGNORED, IGNORED], "seq_lengths": [2]}
-    filling = pyarrow.Table.from_pylist([row] * lacking, schema=table.schema)
-    return pyarrow.concat_tables([table, filling])
+    padding = pyarrow.Table.from_pylist([row] * missing, schema=table.schema)
+    return pyarrow.concat_tables([table, padding])
 
 
 class SamplerMixin(transformers.Trainer):
-    """A random order of the sequences alone; what fills the last step up comes last."""
+    """Trainer mixin that shuffles the sequences and keeps padding rows at the end."""
 
     rows: Sequences
 
@@ -37,14 +37,14 @@ class SamplerMixin(transformers.Trainer):
 
     def get_train_dataloader(self) -> Any:
         loader = super().get_train_dataloader()
-        inner = getattr(loader.batch_sampler, "batch_sampler", loader.batch_sampler)  # that of all processes
+        inner = getattr(loader.batch_sampler, "batch_sampler", loader.batch_sampler)  # of all ranks, before sharding
         if isinstance(inner.sampler, RandomSampler) and len(inner.sampler) < len(self.train_dataset):
             loader.set_sampler(_PaddedSampler(inner.sampler, len(self.train_dataset)))
         return loader
 
 
 class _PaddedSampler(Sampler[int]):
-    """A sampler's rows, and then those up to a number."""
+    """Sampler that yields the rows of another sampler, then the padding rows up to `number`."""
 
     def __init__(self, rows: Any, number: int) -> None:
         self.rows, self.number = rows, number

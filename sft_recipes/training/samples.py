@@ -1,4 +1,4 @@
-"""Answers to the same prompts at each evaluation: samples.jsonl, and how many are exactly right."""
+"""Answer the eval.generate prompts at each evaluation, record samples.jsonl and compute the exact match."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from sft_recipes.training.generate import answer, prompt_ids
 
 
 class Samples:
-    """Answers the questions and writes them down. An answer is right if it equals what is expected, outer spaces aside."""
+    """The prompts of eval.generate and where their answers are recorded."""
 
     def __init__(
         self,
@@ -28,16 +28,17 @@ class Samples:
         warn: Callable[[str], None] | None,
         shows: Sequence[Callable[[int, list[dict[str, Any]]], None]] = (),
     ) -> None:
-        """`warn` hears of answers that cannot be written; without it none are, as in all processes but one. `shows` take
-        the step and a row an answer: step, prompt, answer, expected."""
+        """Prepare the prompts. Without `warn` (all ranks except rank 0) nothing is written. `shows` receive the step and one
+        dict per answer: step, prompt, answer, expected.
+        """
         self.questions, self.tokenizer, self.file, self.warn = questions, tokenizer, file, warn
         self.shows = shows
         self.stops, self.max_new_tokens = data.stops, recipe.eval.max_new_tokens
-        raw = data.chat_template is None  # plain text was trained on, so plain text is continued
+        raw = data.chat_template is None  # trained on plain text, so prompts are plain text too
         self.prompts = [prompt_ids(tokenizer, question.messages, raw=raw) for question in questions]
 
     def take(self, model: PreTrainedModel, step: int) -> dict[str, float]:
-        """Answer all questions now; {"eval_exact_match": share} where answers are expected, else {}."""
+        """Answer all prompts. Returns {"eval_exact_match": share} (outer whitespace ignored), {} if none is expected."""
         answers = answer(model, self.tokenizer, self.prompts, max_new_tokens=self.max_new_tokens, stops=self.stops)
         answered = list(zip(self.questions, answers, strict=True))
         lines = [{"step": step, "messages": q.messages, "answer": a, "expected": q.expected} for q, a in answered]
@@ -45,18 +46,18 @@ class Samples:
             try:
                 atomic_files.append(self.file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
             except OSError as error:
-                self.warn(f"{self.file}: the answers of step {step} are not recorded: {error}")
+                self.warn(f"{self.file}: cannot write the answers of step {step}: {error}")
         rows = [{"step": step, "prompt": q.text, "answer": a, "expected": q.expected} for q, a in answered]
         for show in self.shows:
             show(step, rows)
-        known = [(q.expected, a) for q, a in answered if q.expected is not None]
-        if not known:
+        pairs = [(q.expected, a) for q, a in answered if q.expected is not None]
+        if not pairs:
             return {}
-        return {"eval_exact_match": sum(given.strip() == expected.strip() for expected, given in known) / len(known)}
+        return {"eval_exact_match": sum(given.strip() == expected.strip() for expected, given in pairs) / len(pairs)}
 
 
 class SampleWithoutValidation(TrainerCallback):
-    """Answers the prompts where there are no validation rows to answer them with."""
+    """Callback that answers the prompts every `every` steps if there is no evaluation data to trigger it."""
 
     def __init__(self, trainer: Any, every: int | None) -> None:
         self.trainer, self.every = trainer, every
@@ -64,7 +65,7 @@ class SampleWithoutValidation(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.global_step == 0:  # not where the run is resumed
+        if state.global_step == 0:  # not on resume
             self._take()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

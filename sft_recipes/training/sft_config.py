@@ -1,4 +1,4 @@
-"""The translation of our words into TRL's."""
+"""Translate a recipe into TRL's SFTConfig."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ CHECKPOINTING = next(
 
 
 def sft_config(recipe: Recipe, steps: Steps, run_dir: Path, *, validates: bool) -> dict[str, Any]:
-    """The arguments of SFTConfig that a recipe means. The data comes prepared, so TRL's own preparation is off."""
+    """Return the SFTConfig arguments for a recipe. TRL's data preparation is off, because the data is prepared already."""
     train, checkpoint = recipe.train, recipe.checkpoint
     on_gpu = torch.accelerator.is_available()
     optimizer = {"optim": train.optimizer}
@@ -36,7 +36,7 @@ def sft_config(recipe: Recipe, steps: Steps, run_dir: Path, *, validates: bool) 
         "train_sampling_strategy": "random" if recipe.data.shuffle else "sequential",
         "dataloader_pin_memory": on_gpu,
         "accelerator_config": strategies.accelerator(recipe)
-        | {"non_blocking": on_gpu},  # the next micro-batch is copied while one is computed
+        | {"non_blocking": on_gpu},  # copy the next micro-batch while computing
         # steps
         "max_steps": steps.total,
         "per_device_train_batch_size": train.micro_batch_size,
@@ -48,40 +48,40 @@ def sft_config(recipe: Recipe, steps: Steps, run_dir: Path, *, validates: bool) 
         "weight_decay": train.weight_decay,
         "max_grad_norm": train.max_grad_norm,
         **optimizer,
-        # numbers
+        # precision and memory
         "bf16": train.mixed_precision == "bf16",
         "fp16": train.mixed_precision == "fp16",
         CHECKPOINTING: train.recomputed > 0,
         f"{CHECKPOINTING}_kwargs": {"every_n_layers": train.recomputed} if train.recomputed > 1 else None,
         "use_cpu": not on_gpu,
         "seed": train.seed,
-        # validation, checkpoints, log
+        # evaluation, checkpoints, log
         "eval_strategy": "steps" if validates else "no",
         "eval_steps": steps.every(recipe.eval.every) or steps.total,
         "eval_on_start": validates,
         "prediction_loss_only": True,
         "save_strategy": "steps" if disk.saves(recipe) else "no",
         "save_steps": steps.every(checkpoint.every) or steps.total,
-        "save_total_limit": None,  # Trainer.write_checkpoint sees to it: transformers counts what is not complete
+        "save_total_limit": None,  # CheckpointMixin rotates instead: transformers also counts incomplete checkpoints
         "metric_for_best_model": "eval_loss" if checkpoint.export_best else None,
         "greater_is_better": False if checkpoint.export_best else None,
         "logging_steps": recipe.log.every,
         "logging_first_step": True,
-        "logging_nan_inf_filter": False,  # a loss that is not a number is to be seen, not replaced by the last good one
-        "report_to": "none",  # log.to: the trackers come as guarded callbacks
+        "logging_nan_inf_filter": False,  # log NaN and Inf instead of the last finite loss
+        "report_to": "none",  # trackers of log.to are added as NonFatalTracker callbacks
         "run_name": recipe.log.name or run_dir.name,
         "project": recipe.log.project or PROJECT,
         "disable_tqdm": True,
     }
     config |= strategies.arguments(recipe) | recipe.trl
-    if torch.distributed.is_initialized():  # as scale.ranks has set it up
+    if torch.distributed.is_initialized():  # set up by distributed.ranks
         config["accelerator_config"] = {**config.get("accelerator_config", {}), "use_configured_state": True}
     return config
 
 
 def padding_free(recipe: Recipe) -> bool:
-    """Whether a micro-batch is laid out as one row, in which only tokens of one `seq_lengths` entry see each other.
+    """Return True if a micro-batch is one row, in which tokens attend only within their `seq_lengths` entry.
 
-    Without packing, rows are padded; with cross-document attention they are full, and plain causal attention is faster.
+    Without packing, rows are padded. With cross-document attention they are full, and plain causal attention is faster.
     """
     return recipe.data.packing != "none" and not recipe.data.cross_document_attention

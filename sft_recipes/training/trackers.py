@@ -1,5 +1,4 @@
-"""Experiment trackers: transformers' callbacks, and what these leave out: names and groups, the recipe, tables of answers, and
-a run that goes on there where it is resumed here."""
+"""Log to experiment trackers with transformers' callbacks, plus run names, groups, the recipe, sample tables and resume."""
 
 import html
 import io
@@ -21,42 +20,42 @@ from transformers.utils.generic import flatten_dict
 from sft_recipes import atomic_files
 from sft_recipes.recipe.schema import Recipe
 
-KEPT = "trackers.json"  # in the run directory: what each tracker calls the run
+IDS_FILE = "trackers.json"  # in the run directory: the run id of each tracker
 PROJECT = "sft-recipes"
 COLUMNS = ("step", "prompt", "answer", "expected")
-_RECORDS = ("loss", "eval_loss", "eval_exact_match")  # each line of metrics.jsonl has the first that it has of these
+_RECORDS = ("loss", "eval_loss", "eval_exact_match")  # the first key present identifies a record of its step
 
 
 class Tracker(TrainerCallback):
-    """What all have in common. Making one imports its library."""
+    """Base class of trackers. Creating an instance imports the tracker's library."""
 
     name: ClassVar[str]
-    caveat: str | None = None  # what is otherwise than one expects
+    caveat: str | None = None  # printed as a warning
 
     def __init__(self, recipe: Recipe, run_dir: Path) -> None:
         super().__init__()
         self.recipe, self.run_dir = recipe, run_dir
-        self.before = kept(run_dir).get(self.name)  # what the tracker calls the run, where it has it already
+        self.run_id = saved_ids(run_dir).get(self.name)  # None if the tracker does not have the run yet
         self.title = recipe.log.name or run_dir.name
 
-    def keep(self, run: str) -> None:
-        """Write down what the tracker calls the run, to go on with it when the run is resumed."""
-        atomic_files.write_json(self.run_dir / KEPT, kept(self.run_dir) | {self.name: run})
+    def save_id(self, run_id: str) -> None:
+        """Record the tracker's run id, so that a resumed run continues it."""
+        atomic_files.write_json(self.run_dir / IDS_FILE, saved_ids(self.run_dir) | {self.name: run_id})
 
     def parameters(self) -> dict[str, Any]:
-        """The recipe with every default, by dotted keys."""
+        """Return the recipe with all defaults, by dotted keys."""
         return {f"recipe.{key}": value for key, value in flatten_dict(self.recipe.resolved()).items()}
 
     def table(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """Show answers: a dict of COLUMNS each."""
+        """Log sample answers, one dict with the keys COLUMNS each."""
         raise NotImplementedError
 
     def where(self) -> str:
-        """Where to look, or the command that shows it."""
+        """Return the URL of the run, or the command that shows it."""
         raise NotImplementedError
 
     def fail(self) -> None:
-        """The training has failed: no `on_train_end` comes."""
+        """Close the run as failed. `on_train_end` is not called in this case."""
         raise NotImplementedError
 
 
@@ -65,12 +64,12 @@ class Wandb(Tracker, WandbCallback):
 
     def setup(self, args: TrainingArguments, state: TrainerState, model: Any, **kwargs: Any) -> None:
         log, mode = self.recipe.log, None
-        # Without a login wandb would ask for one, and fail where there is no terminal.
+        # Without a login, wandb prompts for one, which fails without a terminal.
         if "WANDB_MODE" not in os.environ and not self._wandb.login(prompt=False, verify=False):
             mode = "offline"
         run = self._wandb.init(
-            id=self.before,
-            resume="allow" if self.before else None,
+            id=self.run_id,
+            resume="allow" if self.run_id else None,
             project=log.project or os.environ.get("WANDB_PROJECT") or PROJECT,
             name=log.name or os.environ.get("WANDB_NAME") or self.title,
             group=log.group,  # None: WANDB_RUN_GROUP
@@ -79,7 +78,7 @@ class Wandb(Tracker, WandbCallback):
             mode=mode,
             settings=self._wandb.Settings(silent=True),
         )
-        self.keep(run.id)
+        self.save_id(run.id)
         super().setup(args, state, model, **kwargs)
 
     def table(self, step: int, rows: list[dict[str, Any]]) -> None:
@@ -90,14 +89,14 @@ class Wandb(Tracker, WandbCallback):
         run = self._wandb.run
         if not run.offline:
             return str(run.url or "disabled")
-        folder = Path(run.dir).parent.parent  # a run that was resumed has several in there
+        folder = Path(run.dir).parent.parent  # a resumed run has several directories in it
         return f"offline; upload it with: wandb sync {shlex.quote(str(folder))}/offline-run-*-{run.id}"
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         super().on_train_end(args, state, control, **kwargs)
-        self._wandb.finish()  # transformers leaves it open for the life of the process
+        self._wandb.finish()  # transformers leaves the run open until the process exits
 
     def fail(self) -> None:
         self._wandb.finish(exit_code=1)
@@ -109,15 +108,15 @@ class TensorBoard(Tracker, TensorBoardCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.logging_dir: str = self.logging_dir or str(self.run_dir / "tensorboard")  # of TENSORBOARD_LOGGING_DIR
+        self.logging_dir: str = self.logging_dir or str(self.run_dir / "tensorboard")  # set by TENSORBOARD_LOGGING_DIR
         super().on_train_begin(args, state, control, **kwargs)
-        if not self.before:
+        if not self.run_id:
             recipe = json.dumps(self.recipe.resolved(), indent=2, ensure_ascii=False)
             self.tb_writer.add_text("recipe", f"```json\n{recipe}\n```")
-        self.keep(self.logging_dir)
+        self.save_id(self.logging_dir)
 
     def table(self, step: int, rows: list[dict[str, Any]]) -> None:
-        self.tb_writer.add_text("samples", table_in_markdown(rows), step)
+        self.tb_writer.add_text("samples", markdown_table(rows), step)
 
     def where(self) -> str:
         return f"tensorboard --logdir {shlex.quote(self.logging_dir)}"
@@ -132,34 +131,37 @@ class Trackio(Tracker, TrackioCallback):
     def __init__(self, recipe: Recipe, run_dir: Path) -> None:
         own = os.environ.get("TRACKIO_DIR")
         folder = Path(own or run_dir / "trackio")
-        os.environ["TRACKIO_DIR"] = str(folder)  # is read once, when it is imported
+        os.environ["TRACKIO_DIR"] = str(folder)  # read once, on import
         import trackio.run
 
-        if not own:  # or the next run of this process would take it for the user's
+        if not own:  # otherwise the next run of this process would treat it as set by the user
             del os.environ["TRACKIO_DIR"]
 
-        # It asks the hub for the name behind the token, where there is one, also for runs that stay here.
+        # With a token, it looks up the user name on the Hub even for local runs.
         setattr(trackio.run.Run, "_get_username", lambda _: None)  # noqa: B010
         super().__init__(recipe, run_dir)
         if folder != (used := self._trackio.TRACKIO_DIR):
-            self.caveat = f"logs into {used}, not {folder}: it has one directory a process; start each run in its own"
+            self.caveat = (
+                f"logs to {used}, not {folder}, because it uses one directory per process. "
+                "Start each run in its own process."
+            )
 
     def setup(self, args: TrainingArguments, state: TrainerState, model: Any, **kwargs: Any) -> None:
-        """In place of transformers' own, which knows no groups, and takes another run of the same name for this one."""
+        """Replace transformers' setup, which has no groups and continues a different run of the same name."""
         with redirect_stdout(io.StringIO()):
             run = self._trackio.init(
                 project=self.recipe.log.project or PROJECT,
-                name=self.before or self.title,
+                name=self.run_id or self.title,
                 group=self.recipe.log.group,
                 config=self.parameters(),
-                resume="allow" if self.before else "never",
+                resume="allow" if self.run_id else "never",
                 embed=False,
                 space_id=args.trackio_space_id,
                 private=args.hub_private_repo,
-                bucket_id=getattr(args, "trackio_bucket_id", None),  # a field of late
+                bucket_id=getattr(args, "trackio_bucket_id", None),  # missing in older versions
             )
         self._space_id = self._trackio.context_vars.current_space_id.get()
-        self.keep(run.name)
+        self.save_id(run.name)
         self._initialized = True
 
     def table(self, step: int, rows: list[dict[str, Any]]) -> None:
@@ -190,37 +192,37 @@ class MLflow(Tracker, MLflowCallback):
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         super().__init__(recipe, run_dir)
-        self.ours = False  # whether it is kept in the run directory
+        self.in_run_dir = False  # whether the tracking store is in the run directory
 
     def setup(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
         mlflow, log = self._ml_flow, self.recipe.log
         experiment = log.project or os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT
         if not mlflow.is_tracking_uri_set():
-            self.ours = True
+            self.in_run_dir = True
             folder = (self.run_dir / "mlflow").absolute()
             folder.mkdir(exist_ok=True)
             mlflow.set_tracking_uri(f"sqlite:///{folder / 'mlflow.db'}")
-            if mlflow.get_experiment_by_name(experiment) is None:  # or its files would go to the working directory
+            if mlflow.get_experiment_by_name(experiment) is None:  # otherwise its files go to the working directory
                 mlflow.create_experiment(experiment, artifact_location=(folder / "artifacts").as_uri())
         mlflow.set_experiment(experiment)
         tags = {"group": log.group} if log.group else None
-        self.keep(mlflow.start_run(run_id=self.before, run_name=self.title, tags=tags).info.run_id)
-        if self.before:  # what was told then cannot be changed, and transformers would tell its arguments again
+        self.save_id(mlflow.start_run(run_id=self.run_id, run_name=self.title, tags=tags).info.run_id)
+        if self.run_id:  # parameters are immutable in MLflow, and transformers would log them again
             super().setup(SimpleNamespace(run_name=self.title, to_dict=dict), state, None)
         else:
-            longest, most = self._MAX_PARAM_VAL_LENGTH, self._MAX_PARAMS_TAGS_PER_BATCH
-            parameters = [(key, str(value)[:longest]) for key, value in self.parameters().items()]
-            for start in range(0, len(parameters), most):
-                mlflow.log_params(dict(parameters[start : start + most]))
+            max_length, batch = self._MAX_PARAM_VAL_LENGTH, self._MAX_PARAMS_TAGS_PER_BATCH
+            parameters = [(key, str(value)[:max_length]) for key, value in self.parameters().items()]
+            for start in range(0, len(parameters), batch):
+                mlflow.log_params(dict(parameters[start : start + batch]))
             super().setup(args, state, model)
 
     def table(self, step: int, rows: list[dict[str, Any]]) -> None:
         columns = {name: [row[name] for row in rows] for name in COLUMNS}
-        self._ml_flow.log_table(columns, "samples.json")  # adds to what is there
+        self._ml_flow.log_table(columns, "samples.json")  # appends
 
     def where(self) -> str:
         uri = self._ml_flow.get_tracking_uri()
-        return f"mlflow ui --backend-store-uri {shlex.quote(uri)}" if self.ours else str(uri)
+        return f"mlflow ui --backend-store-uri {shlex.quote(uri)}" if self.in_run_dir else str(uri)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -232,22 +234,22 @@ class MLflow(Tracker, MLflowCallback):
         self._end("FAILED")
 
     def _end(self, status: str) -> None:
-        with ExitStack() as last:  # done from below, each also where another fails
-            if self.ours:  # the next run of this process has its own
-                last.callback(self._ml_flow.set_tracking_uri, None)
-            last.callback(self._ml_flow.end_run, status)
-            last.callback(self._ml_flow.flush_async_logging)
+        with ExitStack() as cleanup:  # runs in reverse order, each step even if another fails
+            if self.in_run_dir:  # the next run of this process has its own store
+                cleanup.callback(self._ml_flow.set_tracking_uri, None)
+            cleanup.callback(self._ml_flow.end_run, status)
+            cleanup.callback(self._ml_flow.flush_async_logging)
 
 
 class NonFatalTracker:
-    """A tracker that can fail without stopping the run: it is then left alone, with one warning.
+    """Wrapper that disables a failing tracker with one warning instead of stopping the run.
 
-    It hears of each record once. What it knows from before the run was resumed would come again, and be the same.
+    On resume it skips records that the tracker already has: the resumed steps log them again with the same values.
     """
 
     def __init__(self, tracker: Tracker, say: Callable[[str], None], warn: Callable[[str], None]) -> None:
         self._tracker, self._say, self._warn = tracker, say, warn
-        self._known = _recorded(tracker.run_dir) if tracker.before else set()
+        self._known = _recorded(tracker.run_dir) if tracker.run_id else set()
         self._open = self._failed = False
 
     def __getattr__(self, event: str) -> Callable[..., None]:
@@ -278,12 +280,12 @@ class NonFatalTracker:
         self._open = self._open and self._failed
 
     def table(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """Show the answers of a step, a dict of COLUMNS each."""
+        """Log the sample answers of a step, one dict with the keys COLUMNS each."""
         if (step, "samples") not in self._known:
             self._attempt(self._tracker.table, step, rows)
 
     def close(self) -> None:
-        """What is still open was left by a training, or a tracker, that has failed. Of the latter no more is said."""
+        """Close the tracker after a failed training, silently if the tracker itself failed before."""
         if self._open:
             self._open = False
             if self._failed:
@@ -299,7 +301,9 @@ class NonFatalTracker:
             act(*args, **kwargs)
         except Exception as error:
             self._failed = True
-            self._warn(in_short(f"log.to: {self._tracker.name} failed and is left out from here on: {error!r}"))
+            self._warn(
+                shorten(f"log.to: {self._tracker.name} failed and is disabled for the rest of the run: {error!r}")
+            )
 
 
 KINDS: dict[str, type[Tracker]] = {kind.name: kind for kind in (Wandb, TensorBoard, Trackio, MLflow)}
@@ -308,8 +312,10 @@ KINDS: dict[str, type[Tracker]] = {kind.name: kind for kind in (Wandb, TensorBoa
 def trackers(
     recipe: Recipe, run_dir: Path, say: Callable[[str], None], warn: Callable[[str], None]
 ) -> list[NonFatalTracker]:
-    """The trackers of log.to as callbacks, before metrics.jsonl is rewound. What they write on this machine goes into the run
-    directory, unless the user says otherwise by the tracker's own variables."""
+    """Create the trackers of log.to as callbacks. Call it before metrics.jsonl is rolled back, as it reads known records.
+
+    Local files go into the run directory, unless the tracker's own environment variables say otherwise.
+    """
     guarded = []
     for name in recipe.log.to:
         try:
@@ -318,39 +324,40 @@ def trackers(
                 warn(f"log.to: {name} {tracker.caveat}")
             guarded.append(NonFatalTracker(tracker, say, warn))
         except Exception as error:
-            warn(in_short(f"log.to: {name} cannot be started and is left out: {error!r}"))
+            warn(shorten(f"log.to: {name} failed to start and is disabled: {error!r}"))
     return guarded
 
 
-def kept(run_dir: Path) -> dict[str, str]:
-    """What each tracker calls the run; {} where none has it yet."""
+def saved_ids(run_dir: Path) -> dict[str, str]:
+    """Return the run id of each tracker; {} if there are none yet."""
     with suppress(OSError, ValueError):
-        return dict(json.loads((run_dir / KEPT).read_text(encoding="utf-8")))
+        return dict(json.loads((run_dir / IDS_FILE).read_text(encoding="utf-8")))
     return {}
 
 
-def in_short(text: str) -> str:
+def shorten(text: str) -> str:
+    """Put text on one line of at most 300 characters."""
     return " ".join(text.split())[:300]
 
 
 def _recorded(run_dir: Path) -> set[tuple[int, str | None]]:
-    """Steps of metrics.jsonl and samples.jsonl, and what each line records."""
-    found: set[tuple[int, str | None]] = set()
+    """Return (step, kind of record) for each line of metrics.jsonl and samples.jsonl."""
+    records: set[tuple[int, str | None]] = set()
     for name in ("metrics.jsonl", "samples.jsonl"):
         for line in atomic_files.lines(run_dir / name) if (run_dir / name).is_file() else ():
-            with suppress(ValueError, KeyError, TypeError):  # a power cut can leave anything
+            with suppress(ValueError, KeyError, TypeError):  # a power loss can leave any content
                 values = json.loads(line)
-                found.add((int(values["step"]), _record(values) or "samples"))
-    return found
+                records.add((int(values["step"]), _record(values) or "samples"))
+    return records
 
 
 def _record(values: dict[str, Any]) -> str | None:
-    """Which record it is of its step; None for what metrics.jsonl does not hold."""
+    """Return the kind of record, or None if metrics.jsonl does not hold it."""
     return next((name for name in _RECORDS if name in values), None)
 
 
-def table_in_markdown(rows: list[dict[str, Any]]) -> str:
-    """Answers, a dict of COLUMNS each, as a table in which every text stays what it is."""
+def markdown_table(rows: list[dict[str, Any]]) -> str:
+    """Format sample answers as a Markdown table, with all text escaped."""
     lines = [COLUMNS, ["---"] * len(COLUMNS), *([_cell(value) for value in row.values()] for row in rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 

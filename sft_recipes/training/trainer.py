@@ -1,4 +1,4 @@
-"""SFTTrainer, made ready and run. Beside it only its loss (head) and what predicts its memory import trl."""
+"""Set up and run SFTTrainer. Of the package, only this, cpu_loss and the memory prediction import trl."""
 
 import math
 import signal
@@ -58,20 +58,19 @@ from sft_recipes.training.samples import Samples, SampleWithoutValidation
 from sft_recipes.training.sft_config import padding_free, sft_config
 from sft_recipes.training.trackers import NonFatalTracker, trackers
 
-_ROWS = 20  # that are named in an error
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # as configs of mixtures call them
+_ROWS = 20  # maximum number of rows named in an error
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # config keys of mixture-of-experts models
 
 
 class Trainer(CheckpointMixin, SamplerMixin, SFTTrainer):
-    """SFTTrainer, but for what it leaves to chance: the weighting of the validation loss, the completeness of checkpoints
-    (Saving), numbers that are not finite, and the end on request."""
+    """SFTTrainer with a token-weighted eval loss, atomic checkpoints, a guard against NaN and Inf, and stop on request."""
 
     metrics: Metrics
     samples: Samples | None = None
     kernels: Kernels
-    preflight: Preflight | None = None  # None without train.preflight, and before training begins
-    on_begin: Callable[[], None] | None = None  # called once when training begins, after the preflight
-    aux_loss_enabled: bool  # SFTTrainer's own: whether a mixture of experts also learns to balance them
+    preflight: Preflight | None = None  # None without train.preflight and before training starts
+    on_begin: Callable[[], None] | None = None  # called once, after the preflight and before the first step
+    aux_loss_enabled: bool  # of SFTTrainer: whether the load-balancing loss of a mixture of experts is added
 
     def attach_run(
         self,
@@ -83,29 +82,31 @@ class Trainer(CheckpointMixin, SamplerMixin, SFTTrainer):
         warn: Callable[[str], None],
         stop: Stop,
     ) -> None:
-        """What a run needs beyond SFTTrainer's own arguments."""
+        """Attach what a run needs beyond the arguments of SFTTrainer."""
         self.recipe, self.run_dir, self.data, self.metrics = recipe, run_dir, data, metrics
         self.rows, self.say, self.warn, self.stop = data.train, say, warn, stop
-        self.losses: list[torch.Tensor] = []  # of the micro-batches of this step
+        self.losses: list[torch.Tensor] = []  # one per micro-batch of this step
         self.grad_norm: torch.Tensor | float = 0.0  # of this step
         self.skipped_steps = 0
-        # In all processes; tensors, so that no device is waited for.
+        # Summed over all processes. Tensors, so that counting does not synchronize the device.
         self.trained_tokens: torch.Tensor | int = 0
         self.tokens: torch.Tensor | int = 0
-        self.stopped = False  # on request
-        self._losses_and_counts = list[torch.Tensor]()  # of the validation's micro-batches
+        self.stopped = False  # by a signal or time limit
+        self._losses_and_counts = list[torch.Tensor]()  # one [loss, tokens] per evaluation micro-batch
         self.own_head = cpu_loss.applies(self.args.device.type, self.args.loss_type)
-        # TRL gathers sums, of which nothing is to be cut off at the end of an epoch; else its averages over several processes
-        # depend on where the run was resumed.
+        # TRL gathers sums. gather_for_metrics would drop some at the end of an epoch, so that averages over several processes
+        # would depend on where the run was resumed.
         self.accelerator.gather_for_metrics = self.accelerator.gather
         self.add_callback(NonFiniteGuard(self))
         self.add_callback(StopOnRequest(self, stop))
 
     def begin(self) -> None:
-        """Run the preflight, then let the run begin: from here on it is recorded, and can be resumed."""
+        """Run the preflight, then call `on_begin`. From here on the run is recorded and can be resumed."""
         recipe = self.recipe
         if recipe.train.preflight:
-            with _as_recipe_error(recipe, f"model.name: {recipe.model.name}: cannot run on the data"):
+            with _as_recipe_error(
+                recipe, f"model.name: {recipe.model.name}: forward and backward pass on the data failed"
+            ):
                 self.preflight = run_preflight(self, packed=padding_free(recipe))
             self.metrics.flops_per_token = self.preflight.results["flops_per_token"]
             for warning in self.preflight.warnings:
@@ -129,12 +130,12 @@ class Trainer(CheckpointMixin, SamplerMixin, SFTTrainer):
         return batches, trained_tokens
 
     def _count_tokens(self, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor | int:
-        """Return how many tokens of these micro-batches, in all processes, are not padding, without a synchronization."""
+        """Count the non-padding tokens of these micro-batches over all processes, without synchronizing the device."""
         pad = self.processing_class.pad_token_id
-        real = [
+        masks = [
             batch["attention_mask"] if "attention_mask" in batch else batch["input_ids"] != pad for batch in batches
         ]
-        count = sum(mask.sum() for mask in real)
+        count = sum(mask.sum() for mask in masks)
         return self.accelerator.reduce(count, "sum") if self.args.world_size > 1 and batches else count
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
@@ -157,7 +158,7 @@ class Trainer(CheckpointMixin, SamplerMixin, SFTTrainer):
         return _shield_workers(super().get_eval_dataloader(*args, **kwargs))
 
     def any_rank(self, mine: torch.Tensor | bool) -> bool:
-        """Whether it holds in any of the processes."""
+        """Return True if the condition holds on any rank (collective call)."""
         if self.args.world_size == 1:
             return bool(mine)
         return bool(self.accelerator.reduce(torch.as_tensor(mine, device=self.args.device).long(), "sum").item())
@@ -169,36 +170,38 @@ class Trainer(CheckpointMixin, SamplerMixin, SFTTrainer):
             logs["trained_tokens"] = int(self.trained_tokens)
         self.state.num_input_tokens_seen = logs["num_input_tokens_seen"] = int(self.tokens)
         if self.own_head:
-            self._metrics["train" if self.model.training else "eval"].pop("entropy", None)  # is not computed
+            self._metrics["train" if self.model.training else "eval"].pop(
+                "entropy", None
+            )  # cpu_loss does not compute it
         super().log(logs, start_time)
 
     def first_message(self, mine: str | None) -> str:
-        """What the first process has to say that says something; none says it twice."""
-        return next(said for said in gather_object([mine]) if said is not None)
+        """Return the message of the lowest rank that has one, on every rank (collective call)."""
+        return next(message for message in gather_object([mine]) if message is not None)
 
     def describe_rows(self, step: int, micro_batches: list[int] | None = None) -> str:
-        """The rows that this process trains on in the step after `step` steps, or in some of its micro-batches."""
+        """List the rows of this rank in step `step` + 1, of all or only the given `micro_batches`."""
         loader, accumulation = self.callback_handler.train_dataloader, self.args.gradient_accumulation_steps
         if loader is None:
-            return "it was not at any row yet"
+            return "none"
         epoch, before = divmod(step, math.ceil(len(loader) / accumulation))
         loader.set_epoch(epoch)
         batches = list(islice(loader.batch_sampler, before * accumulation, (before + 1) * accumulation))
-        chosen = batches if micro_batches is None else [batches[number] for number in micro_batches]
-        numbers = (number for number in chain.from_iterable(chosen) if number < len(self.rows))  # no filling
+        selected = batches if micro_batches is None else [batches[number] for number in micro_batches]
+        numbers = (number for number in chain.from_iterable(selected) if number < len(self.rows))  # without padding
         places = [place for source in self.rows.places(numbers) for place in source.values()]
         more = f" and {len(places) - _ROWS:,} more" if len(places) > _ROWS else ""
-        return f"it was at {', '.join(places[:_ROWS])}{more}"
+        return ", ".join(places[:_ROWS]) + more
 
     # --- Validation ---
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Validation loss per token. The Trainer's own is a mean over batches, and moves with the micro-batch size."""
+        """Evaluate with the loss per token. transformers' mean over batches depends on the micro-batch size."""
         self._losses_and_counts.clear()
-        balances = self.aux_loss_enabled
-        self.aux_loss_enabled = False  # a mixture's loss on its routing is none of the data's
+        aux_loss_enabled = self.aux_loss_enabled
+        self.aux_loss_enabled = False  # the load-balancing loss is not part of the loss on the data
         output = super().evaluation_loop(*args, **kwargs)
-        self.aux_loss_enabled = balances
+        self.aux_loss_enabled = aux_loss_enabled
         losses, counts = torch.stack(self._losses_and_counts).cpu().double().unbind(1)
         total = torch.stack([(losses * counts).sum(), counts.sum()])
         loss, tokens = self.accelerator.reduce(
@@ -206,10 +209,10 @@ class Trainer(CheckpointMixin, SamplerMixin, SFTTrainer):
         ).tolist()
         output.metrics["eval_loss"] = loss / max(tokens, 1)
         if not math.isfinite(loss):
+            bf16 = " or train.mixed_precision: bf16" if self.recipe.train.mixed_precision == "fp16" else ""
             raise RunError(
-                f"{self.run_dir}: the validation loss after step {self.state.global_step} is {loss}; "
-                f"{self.describe_last_checkpoint()}; train anew with a lower train.learning_rate, or with "
-                "train.mixed_precision: bf16 where it is fp16"
+                f"{self.run_dir}: step {self.state.global_step}: eval loss is {loss}. {self.describe_last_checkpoint()} "
+                f"Restart with a lower train.learning_rate{bf16}."
             )
         output.metrics["eval_perplexity"] = math.exp(min(output.metrics["eval_loss"], 700))
         if self.samples is not None:
@@ -217,9 +220,9 @@ class Trainer(CheckpointMixin, SamplerMixin, SFTTrainer):
         return output
 
     def generate_samples(self) -> dict[str, float]:
-        """Answer the prompts now, and write the answers down; how many are right, where that is known."""
+        """Answer the sample prompts and record the answers. Returns eval_exact_match if any answer is expected."""
         assert self.samples is not None
-        with self.accelerator.autocast():  # as the model is trained and validated
+        with self.accelerator.autocast():  # the precision of training and evaluation
             return self.samples.take(self.model, self.state.global_step)
 
     def prediction_step(
@@ -227,17 +230,17 @@ class Trainer(CheckpointMixin, SamplerMixin, SFTTrainer):
     ) -> tuple[Any, Any, Any]:
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         tokens = (inputs["labels"][:, 1:] != IGNORED).sum()
-        # Where rows only fill the last batch up, a mean is of nothing. Read at the end: no device is waited for.
-        loss_here = torch.where(tokens > 0, loss.float(), 0.0)
-        self._losses_and_counts.append(torch.stack([loss_here, tokens.float()]))
+        # The mean over a micro-batch of padding rows is NaN. Values stay on the device until the end of the evaluation.
+        safe_loss = torch.where(tokens > 0, loss.float(), 0.0)
+        self._losses_and_counts.append(torch.stack([safe_loss, tokens.float()]))
         return loss, logits, labels
 
     def _send_telemetry(self) -> None:
-        """Nothing is reported. TRL would ping the hub with model type and device, unless HF_HUB_DISABLE_TELEMETRY was set
-        before the first import of huggingface_hub, which a library cannot see to."""
+        """Send nothing. TRL sends model type and device to the Hub, unless HF_HUB_DISABLE_TELEMETRY is set before
+        huggingface_hub is imported, which a library cannot ensure."""
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """No card: the run directory says what was done."""
+        """Write no card: the run directory documents the run."""
 
 
 def build(
@@ -249,7 +252,7 @@ def build(
     console: Console,
     stop: Stop | None = None,
 ) -> Trainer:
-    """A trainer that is ready to run. Raises OutputError where the run would not fit on the disk."""
+    """Build the trainer. Raises OutputError if the run does not fit on the disk."""
     disk.check_room(recipe, run_dir, *count_parameters(model), tokenizer_bytes(tokenizer))
     steps = count(recipe, len(data.train))
     keep_seq_lengths = padding_free(recipe)
@@ -267,26 +270,26 @@ def build(
     routing = {
         n: getattr(text_config, n) for n in ("output_router_logits", "router_aux_loss_coef") if hasattr(text_config, n)
     }
-    with _as_recipe_error(recipe, "trl: the training cannot be set up"):
+    with _as_recipe_error(recipe, "trl: cannot set up SFTTrainer"):
         arguments = SFTConfig(**sft_config(recipe, steps, run_dir, validates=data.eval is not None))
         strategies.configure_fsdp(arguments, recipe, model)
-        # One process trains on one device; the Trainer would take all it sees for nn.DataParallel, which TRL refuses.
+        # With several visible GPUs, transformers uses nn.DataParallel, which TRL rejects. One process trains on one device.
         arguments._n_gpu = min(arguments.n_gpu, 1)
         at_once = arguments.per_device_train_batch_size * arguments.world_size if arguments.world_size > 1 else 1
-        if arguments.ddp_find_unused_parameters is None:  # experts that no token was sent to get no gradient
+        if arguments.ddp_find_unused_parameters is None:  # experts that receive no token get no gradient
             arguments.ddp_find_unused_parameters = any(hasattr(text_config, name) for name in _EXPERTS)
-        told = trackers(recipe, run_dir, say, warn) if arguments.process_index == 0 else []
+        guarded = trackers(recipe, run_dir, say, warn) if arguments.process_index == 0 else []
         trainer = Trainer(
             model=model,
             args=arguments,
             train_dataset=_dataset(data.train, keep_seq_lengths, at_once, tokenizer.pad_token_id),
             eval_dataset=_dataset(data.eval, keep_seq_lengths, at_once, tokenizer.pad_token_id) if data.eval else None,
             processing_class=tokenizer,
-            callbacks=[before_all, metrics, display, *told],
+            callbacks=[before_all, metrics, display, *guarded],
         )
     before_all.trainer = trainer
     trainer.attach_run(recipe, run_dir, data, metrics, say, warn, stop or Stop())
-    text_config.update(routing)  # SFTTrainer asks for what it needs; the exported model is not to
+    text_config.update(routing)  # undo what SFTTrainer sets, which must not be exported
     for unwanted in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(unwanted)
     if recipe.lora is not None:
@@ -295,25 +298,26 @@ def build(
     if recipe.train.compile:
         with _as_recipe_error(recipe, "train.compile"):
             compile_layers(trainer.model, warn)
-    # Made here rather than with the first step, so that a name that cannot be used costs nothing.
+    # Created before the first step, so that invalid names fail early.
     with _as_recipe_error(recipe, f"train.optimizer: {recipe.train.optimizer}"):
         trainer.create_optimizer()
     with _as_recipe_error(
-        recipe, f"train.lr_scheduler: {recipe.train.lr_scheduler} (trl.lr_scheduler_kwargs sets it up)"
+        recipe, f"train.lr_scheduler: {recipe.train.lr_scheduler} (configured by trl.lr_scheduler_kwargs)"
     ):
         trainer.create_scheduler(steps.total)
     if arguments.device.type == "cpu" and recipe.train.mixed_precision == "bf16" and imitates_bf16(torch):
         warn(
-            "train.mixed_precision: bf16 is imitated by this CPU, and slower than float32; set no, and model.dtype: float32"
+            "train.mixed_precision: bf16 is emulated on this CPU and slower than float32. Set train.mixed_precision: no and "
+            "model.dtype: float32."
         )
     if recipe.checkpoint.export_best:
-        # Set after construction, where transformers would ask that checkpoints fall on evaluations: _SaveBest sees to that.
+        # Set after construction, where transformers would require save_steps to match eval_steps: _SaveBest handles that.
         trainer.args.load_best_model_at_end = True
         trainer.add_callback(_SaveBest())
-    if asked := eval_prompts(recipe):
-        heard = warn if trainer.is_world_process_zero() else None
-        tables = [tracker.table for tracker in told]
-        trainer.samples = Samples(asked, tokenizer, recipe, data, run_dir / "samples.jsonl", heard, tables)
+    if prompts := eval_prompts(recipe):
+        main_warn = warn if trainer.is_world_process_zero() else None
+        tables = [tracker.table for tracker in guarded]
+        trainer.samples = Samples(prompts, tokenizer, recipe, data, run_dir / "samples.jsonl", main_warn, tables)
         _check_room_for_answers(recipe, trainer)
         if data.eval is None:
             trainer.add_callback(SampleWithoutValidation(trainer, steps.every(recipe.eval.every)))
@@ -325,17 +329,19 @@ def _check_room_for_answers(recipe: Recipe, trainer: Trainer) -> None:
     longest, most = max(map(len, trainer.samples.prompts)), recipe.eval.max_new_tokens
     limit = model_dir.positions(trainer.model.config.to_dict())
     if limit is not None and longest + most > limit:
+        fits = limit - longest
+        fix = f"Set eval.max_new_tokens to {fits} or less" if fits > 0 else "Shorten the prompts in eval.generate"
         raise RecipeError(
-            f"eval.max_new_tokens: {most} tokens after a prompt of {longest} are more than the {limit} positions of "
-            f"{recipe.model.name}; set at most {limit - longest}"
+            f"eval.max_new_tokens: with a prompt of {longest} tokens exceeds the context length of {recipe.model.name}, "
+            f"{limit} (got {most}). {fix}."
         )
 
 
 def train(trainer: Trainer, checkpoint: Path | None, on_begin: Callable[[], None] | None = None) -> None:
     """Train to the end, from a checkpoint if there is one.
 
-    `on_begin` is called when everything is set up and the preflight has passed. Raises InputError if the preflight refuses the
-    run, RunError if training fails, Stopped if it was asked to end.
+    `on_begin` is called after setup and preflight. Raises InputError if the preflight rejects the run, RunError if training
+    fails, Stopped on a signal or time limit.
     """
     run_dir, stop = trainer.run_dir, trainer.stop
 
@@ -347,20 +353,22 @@ def train(trainer: Trainer, checkpoint: Path | None, on_begin: Callable[[], None
 
     trainer.on_begin = begin
     if checkpoint is not None:
-        trainer.args.eval_on_start = False  # that was before the first step
+        trainer.args.eval_on_start = False  # already done before the first step
         trainer.saved = checkpoint
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except SFTRecipeError:
         raise
     except Exception as error:
-        step, rows = trainer.state.global_step, "its rows cannot be told"
-        with suppress(Exception):  # what failed may be what is asked
+        step, rows = trainer.state.global_step, "unknown"
+        with suppress(Exception):  # describing the rows may fail for the same reason
             rows = trainer.describe_rows(step)
-        remedy = _memory_remedy(trainer.recipe, error)
+        if is_out_of_memory(error):
+            problem = f"out of memory after step {step} {_memory_advice(trainer.recipe, error)}"
+        else:
+            problem = f"training failed after step {step}: {reason_of(error).rstrip('.')}."
         raise RunError(
-            f"{run_dir}: training failed after step {step}: {reason_of(error)}{remedy}; {rows}, and "
-            f"{trainer.describe_last_checkpoint()}"
+            f"{run_dir}: {problem} {trainer.describe_last_checkpoint()} Rows in this step: {rows}."
         ) from error
     finally:
         for callback in trainer.callback_handler.callbacks:
@@ -370,14 +378,14 @@ def train(trainer: Trainer, checkpoint: Path | None, on_begin: Callable[[], None
     saved = trainer.saved == checkpoint_dirs.checkpoint_path(run_dir, state.global_step)
     if trainer.stopped or (saved and trainer.any_rank(stop.signal is not None)):
         raise Stopped(
-            f"{run_dir}: {stop.reason or 'stopped'} after step {state.global_step:,} of {state.max_steps:,}; "
+            f"{run_dir}: {stop.reason or 'stopped'} after step {state.global_step:,} of {state.max_steps:,}. "
             f"{trainer.describe_last_checkpoint()}"
         )
     stop.waits = None if saved else "finishing the export, because the last step has no checkpoint"
 
 
 def _uncompiled_optimizer(recipe: Recipe) -> AbstractContextManager[Any]:
-    """Keep torchao from compiling its step on a CPU, which takes a C++ compiler and minutes."""
+    """Keep torchao from compiling its step on a CPU, which needs a C++ compiler and takes minutes."""
     if recipe.train.optimizer in TORCHAO and not recipe.train.compile and not torch.cuda.is_available():
         return cast(AbstractContextManager[Any], torch.compiler.set_stance("force_eager"))
     return nullcontext()
@@ -385,22 +393,20 @@ def _uncompiled_optimizer(recipe: Recipe) -> AbstractContextManager[Any]:
 
 @contextmanager
 def _as_recipe_error(recipe: Recipe, what: str) -> Iterator[None]:
-    """What the libraries refuse of the recipe, in one line; RunError where it is memory that is lacking."""
+    """Convert errors of the libraries to a one-line RecipeError, or RunError if out of memory."""
     try:
         yield
     except SFTRecipeError:
         raise
     except (ImportError, TypeError, ValueError, RuntimeError) as error:
         if is_out_of_memory(error):
-            raise RunError(
-                f"out of memory before the first step: {reason_of(error)}{_memory_remedy(recipe, error)}"
-            ) from error
+            raise RunError(f"out of memory before the first step {_memory_advice(recipe, error)}") from error
         raise RecipeError(f"{what}: {reason_of(error)}") from error
 
 
 def _shield_workers(loader: Any) -> Any:
-    """Its workers leave signals to the process that they work for, which needs them for the step that it finishes."""
-    inner = getattr(loader, "base_dataloader", loader)  # accelerate's own passes the attribute over
+    """Make the loader's workers ignore signals, because the process needs them to finish its step."""
+    inner = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper does not forward worker_init_fn
     inner.worker_init_fn = partial(_ignore_signals, inner.worker_init_fn)
     return loader
 
@@ -412,24 +418,21 @@ def _ignore_signals(then: Callable[[int], None] | None, worker: int) -> None:
         then(worker)
 
 
-def _memory_remedy(recipe: Recipe, error: Exception) -> str:
-    if not is_out_of_memory(error):
-        return ""
+def _memory_advice(recipe: Recipe, error: Exception) -> str:
+    """Return the predicted memory in parentheses and the changes that fit; general advice if prediction fails too."""
     try:
-        said = autosize.memory_advice(recipe)
-    except Exception:  # of what is left of a device; the error that is told is the one before
-        said = (
-            "what takes less: a smaller train.micro_batch_size or data.max_length, train.gradient_checkpointing: true, an "
-            "optimizer with 8-bit states, lora, model.quantization"
+        return autosize.memory_advice(recipe)
+    except Exception:  # predicting needs memory on the same device
+        return (
+            f"({reason_of(error).rstrip('.')}). Set a smaller train.micro_batch_size or data.max_length, "
+            "train.gradient_checkpointing: true, an optimizer with 8-bit states, lora or model.quantization."
         )
-    return f"; {said}"
 
 
 class _BeforeAll(TrainerCallback):
-    """Lets a run begin when transformers and accelerate have set up everything.
+    """Callback that calls `Trainer.begin` once transformers and accelerate have set up everything.
 
-    It has to be the first callback, since trackers and the progress bar start in the same event; the first evaluation comes
-    after it.
+    It has to be the first callback, because trackers and the progress bar start in the same event.
     """
 
     trainer: Trainer
@@ -441,7 +444,7 @@ class _BeforeAll(TrainerCallback):
 
 
 class _SaveBest(TrainerCallback):
-    """Saves a checkpoint at each new lowest validation loss."""
+    """Callback that saves a checkpoint at each new lowest eval loss."""
 
     def on_evaluate(
         self,

@@ -68,7 +68,7 @@ def test_stopped_killed_and_resumed(write_recipe: WriteRecipe, tmp_path: Path, i
     assert stopped.stderr.splitlines() == [
         "",
         "SIGTERM received: forwarded to all ranks. Send it again to quit immediately.",
-        f"{run}: stopped by SIGTERM after step 3 of 6; the last checkpoint is {checkpoint}",
+        f"{run}: stopped by SIGTERM after step 3 of 6. Last checkpoint: {checkpoint}.",
         resume_hint,
     ]
 
@@ -91,7 +91,7 @@ def test_only_the_first_error_is_shown(write_recipe: WriteRecipe, tmp_path: Path
     failed = in_ranks(recipe, "--processes", "2", first=partial(in_step, 2, 1, fail))
     assert failed.returncode == 1, failed
     assert re.fullmatch(
-        rf"rank 1: {tmp_path}/run: training failed after step 1: no more; it was at .*train.jsonl:\d+.*",
+        rf"rank 1: {tmp_path}/run: training failed after step 1: no more\. .* Rows in this step: .*train.jsonl:\d+.*",
         failed.stderr.strip(),
     ), failed.stderr
 

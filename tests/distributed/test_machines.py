@@ -103,7 +103,7 @@ def test_a_lost_link(write_recipe: WriteRecipe, tmp_path: Path, nodes: list[str]
     for (code, stderr), missing in zip(cut.end(), ("rank 1", "another rank"), strict=True):
         assert code == 1, stderr
         assert f"no response from {missing}: {tmp_path}/run: training failed after step" in stderr
-        assert "the last checkpoint is" in stderr
+        assert "Last checkpoint: " in stderr
         # The launcher's store (socket.cpp) warns on stderr if it cannot resolve an address.
         assert len([line for line in stderr.splitlines() if "socket.cpp" not in line]) == 1, stderr
 

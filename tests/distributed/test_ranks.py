@@ -25,7 +25,7 @@ def test_two_processes_stop_at_the_same_step_and_resume_exactly(
     for step in (3, 5):
         for result in found["results"][f"stopped at {step}"]:
             assert result.startswith("Stopped: ")
-            assert f"after step {step} of 7; the last checkpoint is " in result
+            assert f"after step {step} of 7. Last checkpoint: " in result
     assert found["same"]
     run = tmp_path / "stopped" / "run"
     assert {file.name for file in (run / "checkpoints" / "checkpoint-7").glob("*_[01].*")} == {

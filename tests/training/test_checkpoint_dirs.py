@@ -107,8 +107,8 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(write_recipe: WriteRecipe, tmp
         trainer.train(sft, None)
 
     [line] = caught.value.lines
-    assert "checkpoint-4: not saved: " in line
-    assert line.endswith("checkpoint-2; continue with --resume")
+    assert "checkpoint-4: checkpoint not saved: " in line
+    assert line.endswith("checkpoint-2. Continue with --resume.")
     assert names(tmp_path / "run") == ["checkpoint-2"]
 
     again = build(recipe, tmp_path / "run")
@@ -125,8 +125,8 @@ def test_a_full_disk_where_the_run_is_to_go_on(write_recipe: WriteRecipe, tmp_pa
     fill_the_disk(sft, 4)
     trainer.train(sft, None)
 
-    assert "checkpoint-4: not saved: " in said.getvalue()
-    assert "checkpoint-2; the run goes on" in said.getvalue()
+    assert "checkpoint-4: checkpoint not saved: " in said.getvalue()
+    assert "checkpoint-2. Training continues." in said.getvalue()
     assert names(tmp_path / "run") == ["checkpoint-2", "checkpoint-6"]
     assert metrics(tmp_path / "run")[-1]["step"] == 6
 
@@ -188,7 +188,7 @@ def test_the_best_is_damaged(write_recipe: WriteRecipe, tmp_path: Path, spoil: C
     spoil(folder)
     _, said = run(recipe, resume=True)
 
-    assert "checkpoint-2, with the lowest validation loss so far, cannot be used: " in said
+    assert "checkpoint-2: the checkpoint with the lowest eval loss so far cannot be used: " in said
     assert (folder / "model").is_dir()
 
 

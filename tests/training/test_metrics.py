@@ -124,7 +124,7 @@ def test_a_file_into_which_colours_are_forced_gets_lines(write_recipe: WriteReci
 
 
 def test_a_notebook_gets_lines() -> None:
-    assert not ProgressDisplay(Console(file=Terminal(), force_jupyter=True)).moves
+    assert not ProgressDisplay(Console(file=Terminal(), force_jupyter=True)).show_bar
 
 
 def test_every_so_many_steps_and_the_last(write_recipe: WriteRecipe) -> None:
@@ -182,8 +182,8 @@ def test_metrics_that_cannot_be_written_are_a_warning(write_recipe: WriteRecipe,
         folder, said = run(recipe)
 
     assert [line["step"] for line in metrics(folder)] == [1, 4, 5]
-    assert "metrics.jsonl: step 2 is not recorded: OSError" in said
-    assert "metrics.jsonl: step 3 is not recorded: OSError" in said
+    assert "metrics.jsonl: cannot write metrics of step 2: OSError" in said
+    assert "metrics.jsonl: cannot write metrics of step 3: OSError" in said
     assert (folder / "model").is_dir()
 
 
@@ -248,5 +248,5 @@ def test_answers_that_cannot_be_written_are_a_warning(
     monkeypatch.setattr(atomic_files, "append", appended)
     folder, said = run(write_recipe(eval={"generate": ["Say the word number 1."], "max_new_tokens": 2}))
 
-    assert "samples.jsonl: the answers of step 0 are not recorded: " in said
+    assert "samples.jsonl: cannot write the answers of step 0: " in said
     assert run_dir.is_finished(folder)

@@ -77,7 +77,7 @@ def test_stopped_again_and_again(write_recipe: WriteRecipe, tmp_path: Path, name
     assert per_epoch < 9
     for step in sorted({1, per_epoch, 8} if name == "LoRA" else {3, per_epoch}):
         with pytest.raises(
-            Stopped, match=rf"stopped by SIGTERM after step {step} of 9; the last checkpoint is .*-{step}\n"
+            Stopped, match=rf"stopped by SIGTERM after step {step} of 9\. Last checkpoint: .*-{step}\.\n"
         ):
             train(recipe, tmp_path / "stopped", overrides, stop_at=step)
     resumed = train(recipe, tmp_path / "stopped", overrides)
@@ -185,14 +185,14 @@ def test_a_signal_after_the_last_step_is_saved(write_recipe: WriteRecipe, tmp_pa
             sft._load_best_model = interrupted
             trainer.train(sft, None)
 
-    with pytest.raises(Stopped, match=r"after step 3 of 3; the last checkpoint is .*checkpoint-3"):
+    with pytest.raises(Stopped, match=r"after step 3 of 3\. Last checkpoint: .*checkpoint-3"):
         stopped()
 
 
 def test_after_a_time(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     recipe = write_recipe()
     sft = build(recipe, tmp_path, stop=Stop(after=0))
-    with pytest.raises(Stopped, match=r"stopped after 0s after step 1 of 3; the last checkpoint is .*checkpoint-1$"):
+    with pytest.raises(Stopped, match=r"stopped after 0s after step 1 of 3\. Last checkpoint: .*checkpoint-1\.$"):
         trainer.train(sft, None)
 
     assert checkpoint_dirs.latest_complete(tmp_path) == (tmp_path / "checkpoints" / "checkpoint-1", [])
@@ -217,7 +217,7 @@ def test_a_signal_between_two_steps(write_recipe: WriteRecipe, tmp_path: Path, w
             setattr(sft, when, interrupted)
             trainer.train(sft, None)
 
-    with pytest.raises(Stopped, match=r"after step 2 of 3; the last checkpoint is .*checkpoint-2"):
+    with pytest.raises(Stopped, match=r"after step 2 of 3\. Last checkpoint: .*checkpoint-2"):
         stopped()
     assert metrics(tmp_path)[-1]["step"] == 2
     assert "eval_loss" in metrics(tmp_path)[-1]

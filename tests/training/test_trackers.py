@@ -111,7 +111,7 @@ def test_the_answers_are_a_table(followed: tuple[Path, str], tracker: str) -> No
     tables = {"wandb": tables_of_wandb, "trackio": tables_of_trackio, "mlflow": tables_of_mlflow}
     if tracker == "tensorboard":
         assert tables_of_tensorboard(folder) == [
-            trackers.table_in_markdown([as_row(r) for r in rows[i : i + 2]]) for i in range(0, 12, 2)
+            trackers.markdown_table([as_row(r) for r in rows[i : i + 2]]) for i in range(0, 12, 2)
         ]
     else:
         assert tables[tracker](folder) == rows
@@ -124,7 +124,7 @@ def as_row(values: list[Any]) -> dict[str, Any]:
 def test_a_text_stays_what_it_is_in_a_table_of_tensorboard() -> None:
     from tensorboard.plugin_util import markdown_to_safe_html
 
-    page = markdown_to_safe_html(trackers.table_in_markdown([as_row([0, ODD, "_a_ [b](c) # d", None])]))
+    page = markdown_to_safe_html(trackers.markdown_table([as_row([0, ODD, "_a_ [b](c) # d", None])]))
 
     assert page.count("<td>") == 4
     assert "<td>What *is* &lt;b&gt;a|b&lt;/b&gt;,<br>and `c`?</td>" in page
@@ -213,7 +213,7 @@ def test_one_that_fails_never_stops_a_run(write_recipe: WriteRecipe, tmp_path: P
 
     assert done.returncode == 0, done.stderr
     [warning] = [line for line in done.stdout.splitlines() if line.startswith("warning: log.to")]
-    assert "wandb failed and is left out from here on" in warning
+    assert "wandb failed and is disabled for the rest of the run" in warning
     assert "too-short" not in done.stdout
     assert (tmp_path / "run" / "model").is_dir()
 
@@ -229,7 +229,7 @@ def test_one_that_cannot_be_made_is_left_out(tmp_path: Path, monkeypatch: pytest
     warnings: list[str] = []
     [made] = trackers.trackers(recipe, tmp_path, print, warnings.append)
 
-    assert warnings == ["log.to: wandb cannot be started and is left out: OSError('no such library\\n')"]
+    assert warnings == ["log.to: wandb failed to start and is disabled: OSError('no such library\\n')"]
     assert callable(made.on_save)
     with pytest.raises(AttributeError):
         made.nothing()
@@ -252,7 +252,7 @@ def test_nothing_is_told_to_one_that_failed(tmp_path: Path) -> None:
     guarded.table(1, [])
     guarded.table(2, [])
 
-    assert warnings == ["log.to: broken failed and is left out from here on: OSError('no\\nnetwork')"]
+    assert warnings == ["log.to: broken failed and is disabled for the rest of the run: OSError('no\\nnetwork')"]
     assert broken.calls == 1
 
 
@@ -283,7 +283,7 @@ def test_two_runs_of_one_process(tmp_path: Path) -> None:
     stores = [of_mlflow_store(f"sqlite:///{folder}/mlflow/mlflow.db", "sft-recipes") for folder in folders]
     assert [[one.info.status for one in store] for store in stores] == [["FAILED"], ["FINISHED"]]
     [warning] = [line for line in done.stdout.splitlines() if line.startswith("warning: log.to")]
-    assert f"trackio logs into {folders[0]}/trackio, not {folders[1]}/trackio" in warning
+    assert f"trackio logs to {folders[0]}/trackio, not {folders[1]}/trackio" in warning
     assert f"trackio: TRACKIO_DIR={folders[0]}/trackio trackio show" in done.stdout
 
 
