@@ -79,7 +79,7 @@ def test_a_value_that_a_recipe_does_not_take_is_not_carried() -> None:
 
     assert draft.entries == {}
     assert draft.outcomes["length"].kind == "unsupported"
-    assert "a whole number of at least 2" in draft.outcomes["length"].note
+    assert "an integer >= 2" in draft.outcomes["length"].note
     assert draft.outcomes["field"].kind == "unsupported"
 
 
@@ -379,7 +379,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert shown.stderr.startswith("axolotl.yml: Axolotl, 9 keys\n")
     assert written.stdout == "new/recipe.yaml\n"
     assert (again.returncode, again.stdout) == (2, "")
-    assert again.stderr == "new/recipe.yaml exists; choose another name with --out\n"
+    assert again.stderr == "new/recipe.yaml: already exists. Choose another name with --out.\n"
     assert missing.returncode == 2
     assert missing.stderr.startswith(
         "nothing.yml: cannot be read (No such file or directory). Pass a config of Axolotl, LLaMA-Factory, "
