@@ -337,7 +337,7 @@ def schema(
         Path | None, typer.Option(help="Output file; `new` finds .sft-recipe.schema.json. Default: print it.")
     ] = None,
 ) -> None:
-    """Write the JSON schema of recipes, for completion in editor_schema."""
+    """Write the JSON schema of recipes, for completion in editors."""
     from sft_recipes.recipe import editor_schema
 
     if out is None:

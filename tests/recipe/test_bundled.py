@@ -179,7 +179,7 @@ def test_a_field_can_continue_on_the_next_line() -> None:
 
 
 def test_the_users_recipe() -> None:
-    """The assignment: Llama 3.1 8B, Alpaca, loss on all tokens, concatenate-and-chunk packing, 32 sequences in micro-batches of 2."""
+    """The assignment: Llama 3.1 8B, Alpaca, loss on all tokens, concatenate-and-chunk packing, 32 sequences per step."""
     recipe = validate.load_valid(next(f for f in RECIPES if f.stem == "llama8b_full"))[0].recipe
 
     assert recipe.model.name == "meta-llama/Llama-3.1-8B"

@@ -92,7 +92,7 @@ def test_an_empty_section_is_an_error(tmp_path: Path) -> None:
 
 
 def test_missing_keys(tmp_path: Path) -> None:
-    assert sorted(line.split(": ", 1)[-1].strip() for line in problems(tmp_path, "model: {}\n")) == [
+    assert sorted(line.lstrip("1: ") for line in problems(tmp_path, "model: {}\n")) == [
         "missing required key 'model.name'. Add it, for example `name: HuggingFaceTB/SmolLM2-135M`.",
         "missing required key 'output_dir'. Add it, for example `output_dir: runs/mine`.",
         "missing required section 'data'. Add it, for example `data: {train: data/train.jsonl}`.",
