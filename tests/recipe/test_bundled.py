@@ -118,8 +118,8 @@ def test_every_recipe_passes_check(file: Path, tmp_path: Path, monkeypatch: pyte
 
     result = check.check(str(file), overrides)
 
-    [steps] = [line for line in result.lines if line.startswith("steps: ")]
-    assert f" of {recipe.sequences_per_step} sequences" in steps
+    [schedule] = [line for line in result.lines if line.startswith("schedule: ")]
+    assert f"; {recipe.sequences_per_step} sequences per step" in schedule
     assert result.warnings == []
 
 
