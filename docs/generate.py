@@ -20,27 +20,27 @@ DOCS = Path(__file__).parent
 
 
 def recipe_page() -> str:
-    """Every field with its default, what it takes, and what it means."""
+    """Render every field with its default, type and description."""
     lines = [
         "# The recipe",
         "",
-        "Made from `sft_recipes/recipe/schema.py` by `docs/generate.py`.",
+        "Generated from `sft_recipes/recipe/schema.py` by `docs/generate.py`.",
         "",
-        "Only `model.name`, `data.train` and `output_dir` have to be given. A section's presence is its switch: no `lora:`",
-        "means full fine-tuning, `lora: {}` adapters with the defaults. A key that does not exist, stands twice or",
-        "contradicts another is an error. YAML is read as YAML 1.2: `1e-5` is a number, `no` and `off` are words.",
-        "`sft-recipe run RECIPE --set key=value` replaces a key. Paths are relative to the working directory.",
+        "Only `model.name`, `data.train` and `output_dir` are required. The presence of a section enables it: without `lora:`",
+        "a run is full fine-tuning, `lora: {}` trains adapters with the defaults. Unknown, duplicate and conflicting keys are",
+        "errors. Recipes are YAML 1.2: `1e-5` is a number, `no` and `off` are text. `sft-recipe run RECIPE --set key=value`",
+        "overrides a key. Paths are relative to the working directory.",
         "",
-        "`sft-recipe schema --out .sft-recipe.schema.json` writes the same as a JSON schema. Editors with the YAML language",
-        "server (VS Code: the extension redhat.vscode-yaml) then complete keys, show what they mean and mark what is wrong in",
-        "a recipe that begins with",
+        "`sft-recipe schema --out .sft-recipe.schema.json` writes these keys as a JSON schema. Editors with the YAML language",
+        "server (VS Code: the extension redhat.vscode-yaml) then complete and explain keys and mark errors in a recipe that",
+        "begins with",
         "",
         "```yaml",
         editor_schema.line(Path(editor_schema.FILE)),
         "```",
         "",
-        "as the copies of `sft-recipe new` do from then on, in that directory and below. For all recipes of a workspace VS",
-        'Code has a setting, too: `"yaml.schemas": {".sft-recipe.schema.json": "recipes/*.yaml"}`.',
+        "`sft-recipe new` adds this line to copies in that directory and below. In VS Code, this setting covers all recipes",
+        'of a workspace: `"yaml.schemas": {".sft-recipe.schema.json": "recipes/*.yaml"}`.',
     ]
     top: dict[str, Any] = {}
     for name, field in Recipe.model_fields.items():
@@ -57,7 +57,7 @@ def recipe_page() -> str:
                 *_doc(WeightedSource),
                 *_table(WeightedSource.model_fields, ("data", "train", 0)),
             ]
-    lines += ["", "## Besides the sections", "", *_table(top, ())]
+    lines += ["", "## Top-level keys", "", *_table(top, ())]
     return "\n".join(lines) + "\n"
 
 
@@ -66,7 +66,7 @@ def _doc(section: type[BaseModel]) -> list[str]:
 
 
 def _table(fields: dict[str, Any], path: tuple[str | int, ...]) -> list[str]:
-    lines = ["| key | default | takes | meaning |", "|---|---|---|---|"]
+    lines = ["| key | default | type | description |", "|---|---|---|---|"]
     for name, field in fields.items():
         default = "*required*" if field.is_required() else f"`{_yaml(field.default)}`"
         takes = expectation(schema_of((*path, name)))

@@ -43,12 +43,12 @@ def test_every_command_has_help(command: str) -> None:
         (["rnu"], "No such command 'rnu'"),
         (["run"], "Missing argument 'RECIPE'"),
         (["run", "x.yaml", "--rsume"], "No such option: --rsume"),
-        (["run", "none.yaml"], "none.yaml: no such recipe; `sft-recipe list` shows those that ship"),
-        (["check", "none.yaml"], "none.yaml: no such recipe"),
-        (["new", "nothing"], "no recipe 'nothing' ships"),
+        (["run", "none.yaml"], "none.yaml: file not found. Run `sft-recipe list` to see the bundled recipes."),
+        (["check", "none.yaml"], "none.yaml: file not found."),
+        (["new", "nothing"], "unknown recipe 'nothing'"),
         (["report", "none"], "none: not a run directory"),
-        (["generate", "none", "--prompt", "x"], "none: no model here"),
-        (["merge", "none", "--out", "x"], "none: no adapter here"),
+        (["generate", "none", "--prompt", "x"], "none: no model found"),
+        (["merge", "none", "--out", "x"], "none: no adapter found"),
         (
             ["merge", "none", "--out", "x", "--dtype", "int4"],
             "--dtype: expected one of bfloat16, float16, float32 (got int4).",
@@ -145,8 +145,8 @@ def test_check_finds_every_problem_at_once(write_recipe: WriteRecipe, tmp_path: 
 
     assert done.returncode == 2
     assert [line.split(": ", 1)[1] for line in done.stderr.splitlines()] == [
-        "unknown key 'train.sed'; did you mean 'seed'?",
-        "train.lr_scheduler: 'cosin' is no name that is known here; did you mean 'cosine'?",
+        "unknown key 'train.sed'. Did you mean 'train.seed'?",
+        "train.lr_scheduler: unknown name 'cosin'. Did you mean 'cosine'?",
         "column 'output' is missing (got 'instruction'). If it has another name, set data.columns: {output: YOUR_COLUMN}.",
         "column 'instruction' is missing (got 'output'). "
         "If it has another name, set data.columns: {instruction: YOUR_COLUMN}.",
@@ -195,7 +195,9 @@ def test_schema_for_editors(tmp_path: Path) -> None:
 
     wrong = sft_recipe("schema", "--out", "quickstart.yaml", cwd=tmp_path)
     assert wrong.returncode == 2
-    assert wrong.stderr == "quickstart.yaml exists, and is no schema of a recipe; choose another name with --out\n"
+    assert (
+        wrong.stderr == "quickstart.yaml: already exists and is not a recipe schema. Choose another name with --out.\n"
+    )
 
 
 def test_schema_is_a_schema_of_the_shipped_recipes() -> None:

@@ -140,7 +140,7 @@ def do(step: Step, folder: Path, edits: Sequence[str] = ()) -> list[str]:
 
 def command(arguments: tuple[str, ...], folder: Path) -> list[str]:
     done = sft_recipe(*arguments, cwd=folder)
-    good = (0, 1) if arguments[0] == "doctor" else (2,) if "did you mean" in done.stderr else (0,)
+    good = (0, 1) if arguments[0] == "doctor" else (2,) if "Did you mean" in done.stderr else (0,)
     assert done.returncode in good, (arguments, done.stderr)
     return [masked(line) for line in (done.stdout + done.stderr).splitlines()]
 

@@ -284,7 +284,7 @@ def test_attention_kernels_of_the_hub_are_code_too(
     for arguments in (("run", write_recipe(model={"name": str(folder)})), ("generate", folder, "--prompt", "Hi")):
         code, _, said = command(*arguments)
         assert code == 2
-        assert "its config.json has attention run by code from the hub (someone/kernel)" in said
+        assert "config.json selects attention code from the Hub (someone/kernel)" in said
 
 
 # --- Templates -------------------------------------------------------------------------------------------------------
@@ -377,13 +377,13 @@ def test_which_variables_are_secret(secret: dict[str, str], monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("trl.hub_token={}", "trl.hub_token: a recipe says this with the environment variable HF_TOKEN"),
-        ("trl.hub_model_id=mine-{}", "trl.hub_model_id: holds the value of the environment variable HF_TOKEN"),
+        ("trl.hub_token={}", "trl.hub_token: set by the recipe. Use the environment variable HF_TOKEN instead."),
+        ("trl.hub_model_id=mine-{}", "trl.hub_model_id: contains the value of the environment variable HF_TOKEN"),
         (
             "eval.generate=[{{prompt: '{}'}}]",
-            "eval.generate.prompt: holds the value of the environment variable HF_TOKEN",
+            "eval.generate.prompt: contains the value of the environment variable HF_TOKEN",
         ),
-        ("model.dtype={}", "model.dtype: got '$HF_TOKEN'"),
+        ("model.dtype={}", "model.dtype: expected one of bfloat16, float16, float32 (got '$HF_TOKEN')"),
         ("{}=1", "unknown key '$HF_TOKEN'"),
     ],
 )

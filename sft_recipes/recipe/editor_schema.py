@@ -1,7 +1,7 @@
-"""The recipe's JSON schema, and the line of a recipe by which editors find it.
+"""Write the JSON schema that editors use for completion.
 
-The YAML language server (in VS Code the extension redhat.vscode-yaml; Neovim, Helix, Zed and others have it too) reads a path
-in that line as relative to the recipe.
+The YAML language server (in VS Code the extension redhat.vscode-yaml; also in Neovim, Helix, Zed and others) finds the
+schema by a comment in the recipe, with a path relative to the recipe.
 """
 
 import json
@@ -11,36 +11,36 @@ from pathlib import Path
 from sft_recipes.errors import OutputError, RecipeError
 from sft_recipes.recipe.schema import Recipe
 
-FILE = ".sft-recipe.schema.json"  # the name by which `sft-recipe new` finds it
+FILE = ".sft-recipe.schema.json"  # `sft-recipe new` looks for this name
 _TITLE = "sft-recipes recipe"
 
 
 def schema() -> str:
-    """The JSON schema, as text."""
+    """Return the JSON schema as text."""
     return json.dumps(Recipe.model_json_schema() | {"title": _TITLE}, indent=2)
 
 
 def write(out: Path) -> Path:
-    """Write the schema; only one of an earlier version is replaced. Raises RecipeError or OutputError."""
+    """Write the schema, replacing only an earlier version of it. Raises RecipeError or OutputError."""
     try:
         if out.exists() and not _is_ours(out):
-            raise RecipeError(f"{out} exists, and is no schema of a recipe; choose another name with --out")
+            raise RecipeError(f"{out}: already exists and is not a recipe schema. Choose another name with --out.")
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(schema() + "\n", encoding="utf-8")
     except OSError as error:
-        raise OutputError(f"{out}: cannot be written: {error.strerror}; choose another name with --out") from None
+        raise OutputError(f"{out}: cannot be written: {error.strerror}. Choose another name with --out.") from None
     return out
 
 
 def line_for(recipe: Path) -> str:
-    """The first line of a recipe that is to be at that path, with its newline; "" where no schema is beside it or above."""
-    place = Path(os.path.abspath(recipe)).parent  # noqa: PTH100  # without following links, as editors do
-    found = next((above / FILE for above in (place, *place.parents) if (above / FILE).is_file()), None)
-    return f"{line(Path(os.path.relpath(found, place)))}\n" if found else ""
+    """Return the schema comment for a recipe at that path, "" if neither its directory nor a parent has a schema."""
+    folder = Path(os.path.abspath(recipe)).parent  # noqa: PTH100  # editors do not follow links
+    file = next((parent / FILE for parent in (folder, *folder.parents) if (parent / FILE).is_file()), None)
+    return f"{line(Path(os.path.relpath(file, folder)))}\n" if file else ""
 
 
 def line(path: Path) -> str:
-    """The line that leads to a schema."""
+    """Return the comment by which editors find the schema at `path`."""
     return f"# yaml-language-server: $schema={path.as_posix()}"
 
 

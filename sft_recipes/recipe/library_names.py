@@ -1,4 +1,7 @@
-"""Names of the libraries below us, read from their installed source without importing them (importing TRL takes seconds)."""
+"""List option names of TRL and transformers without importing them.
+
+The names are read from the installed source, because importing TRL takes seconds.
+"""
 
 import ast
 import importlib.util
@@ -6,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-# Fields of TRL's SFTConfig that a recipe key decides. `trl:` refuses them, and points to the key.
+# Fields of TRL's SFTConfig that are set by a recipe key. `trl:` rejects them and names the key.
 OWNED = {
     "output_dir": "output_dir",
     "model_init_kwargs": "model",
@@ -70,8 +73,8 @@ OWNED = {
     "resume_from_checkpoint": "the flag --resume",
     "hub_token": "the environment variable HF_TOKEN",
 }
-# Words of other tools for what a recipe calls otherwise; only used to say so.
-OTHER_WORDS = {name: key for name, key in OWNED.items() if "." in key} | {
+# Names that other tools use for recipe keys, for the hints of unknown keys.
+SYNONYMS = {name: key for name, key in OWNED.items() if "." in key} | {
     "lr": "train.learning_rate",
     "warmup_steps": "train.warmup_ratio",
     "num_epochs": "train.epochs",
@@ -102,7 +105,7 @@ OTHER_WORDS = {name: key for name, key in OWNED.items() if "." in key} | {
 
 @cache
 def sft_config_fields() -> frozenset[str]:
-    """Names of all fields of the installed SFTConfig."""
+    """List the fields of the installed SFTConfig."""
     return frozenset(
         statement.target.id
         for package, file, name in (
@@ -117,21 +120,21 @@ def sft_config_fields() -> frozenset[str]:
 
 @cache
 def schedulers() -> frozenset[str]:
-    """Names of the learning rate schedules of the installed transformers."""
+    """List the learning rate schedulers of the installed transformers."""
     return _enum_values(_class("transformers", "trainer_utils.py", "SchedulerType"))
 
 
 @cache
 def optimizers() -> frozenset[str]:
-    """Names of the optimizers of the installed transformers."""
+    """List the optimizers of the installed transformers."""
     return _enum_values(_class("transformers", "training_args.py", "OptimizerNames"))
 
 
 @cache
 def liger_model_types() -> frozenset[str]:
-    """Model types that the installed Liger has kernels for. Importing it takes Triton, which only GPUs have."""
+    """List the model types that the installed Liger has kernels for. Importing Liger would require Triton."""
     spec = importlib.util.find_spec("liger_kernel")
-    assert spec is not None, "asked for only if installed"
+    assert spec is not None, "called only if Liger is installed"
     assert spec.origin is not None, "liger_kernel is a package with files"
     file = Path(spec.origin).parent / "transformers" / "monkey_patch.py"
     tables = (
@@ -147,7 +150,7 @@ def liger_model_types() -> frozenset[str]:
 
 
 def installed(package: str) -> bool:
-    """Whether `package` can be imported, without importing it."""
+    """Return True if `package` can be imported, without importing it."""
     return importlib.util.find_spec(package) is not None
 
 
@@ -167,7 +170,8 @@ def _enum_values(node: ast.ClassDef) -> frozenset[str]:
 
 
 def imitates_bf16(torch: Any) -> bool:
-    """Whether the CPU has no instructions for bfloat16. Products in it then take several times as long as in float32
-    (benchmarks/bf16.py)."""
-    found: dict[str, Any] = torch.cpu.get_capabilities()
-    return bool(found) and not any(found.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))
+    """Return True if the CPU emulates bfloat16, which is several times slower than float32 (benchmarks/bf16.py)."""
+    capabilities: dict[str, Any] = torch.cpu.get_capabilities()
+    return bool(capabilities) and not any(
+        capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
+    )

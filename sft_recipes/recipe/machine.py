@@ -24,7 +24,7 @@ def trains_on_nvidia_gpu() -> bool:
 
 
 def triton_lacks() -> str | None:
-    """Return what Triton needs to compile its launchers and does not find, None if nothing is missing.
+    """Return what is missing for Triton to compile its launchers, or None.
 
     Triton (3.7, runtime/build.py) takes CC if it is set, else gcc or clang, and includes Python.h.
     """
@@ -37,10 +37,10 @@ def triton_lacks() -> str | None:
 
 def _scheme() -> str:
     scheme = sysconfig.get_default_scheme()
-    return "posix_prefix" if scheme == "posix_local" else scheme  # Debian's, which has no headers
+    return "posix_prefix" if scheme == "posix_local" else scheme  # Debian's posix_local has no headers
 
 
 def cpp_compilers() -> Iterator[str]:
-    """What inductor looks for on a CPU, by name."""
+    """Yield the names of the compilers that inductor looks for on a CPU."""
     yield from (os.environ[name] for name in ("CXX", "CC") if os.environ.get(name))
     yield from ("g++", "clang++", "c++", "gcc", "clang")

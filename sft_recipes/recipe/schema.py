@@ -1,6 +1,6 @@
-"""The recipe's fields, each said once: help, JSON schema and docs/recipe.md come from here.
+"""The recipe's fields; the JSON schema and docs/recipe.md are generated from these docstrings.
 
-A section's presence is its switch: no `lora:` means full fine-tuning.
+The presence of a section enables it: without `lora:` a run is full fine-tuning.
 """
 
 from typing import Annotated, Any, Literal
@@ -18,7 +18,7 @@ Format = Literal["alpaca", "prompt_completion", "messages", "text"]
 
 
 class _Section(BaseModel):
-    # strict: "5" is not 5 and true is not 1; the names in `model:` are ours, not pydantic's.
+    # strict: "5" is not 5 and true is not 1. protected_namespaces: our section is called `model`.
     model_config = ConfigDict(
         extra="forbid",
         strict=True,
@@ -30,141 +30,142 @@ class _Section(BaseModel):
 
 
 class Model(_Section):
-    """What is trained."""
+    """Model and tokenizer."""
 
     name: Name
-    """Hub id, local directory, or `builtin:tiny`."""
+    """Hub id, local directory or `builtin:tiny`."""
     revision: Name | None = None
-    """Branch, tag or commit on the hub; null: the default branch."""
+    """Branch, tag or commit on the Hub. Default: the default branch."""
     dtype: DType = "bfloat16"
-    """Type of the weights as loaded and trained."""
+    """Data type in which the weights are loaded and trained."""
     attention: Literal[
         "auto", "flash_attention_2", "flash_attention_3", "varlen", "flex_attention", "sdpa", "eager"
     ] = "auto"
-    """Attention implementation; varlen: packed documents with torch alone; auto: the fastest correct one that is installed."""
+    """Attention implementation. auto: the fastest correct one available; varlen: packed documents without flash-attn."""
     quantization: Literal["nf4", "fp4", "int8"] | None = None
-    """Quantise the frozen base with bitsandbytes; needs `lora:` (QLoRA)."""
+    """Quantize the frozen base model with bitsandbytes. Requires `lora:` (QLoRA)."""
     new_tokens: list[Name] = []
-    """Tokens added to the tokenizer and the embeddings; they are trained, saved and merged."""
+    """Tokens to add to the tokenizer and the embeddings. They are trained, saved and merged."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Only for models whose code you have read."""
+    """Allow the model's custom Python code to run. Review the code first."""
 
 
 class Source(_Section):
-    """Where rows come from."""
+    """A source of rows."""
 
     path: Name
-    """Path, glob, `builtin:` name or hub id."""
+    """Path, glob, `builtin:` name or Hub id."""
     name: Name | None = None
-    """Of a hub data set's configurations, which; null: the only one."""
+    """Configuration of a Hub dataset. Default: the only one."""
     split: Name | None = None
-    """Of a hub data set's splits, which; null: train, of data.eval validation or test."""
+    """Split of a Hub dataset. Default: train; for data.eval: validation or test."""
     format: Format | None = None
-    """As `data.format`, for this source."""
+    """Overrides `data.format` for this source."""
     columns: dict[str, str] = {}
-    """As `data.columns`, for this source."""
+    """Overrides `data.columns` for this source."""
 
 
 class WeightedSource(Source):
     """One of several sources of training rows."""
 
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
-    """How often the rows are seen in an epoch: 2 is twice, 0.5 a random half."""
+    """Repetitions of the rows per epoch: 2 repeats each row twice, 0.5 samples a random half."""
 
 
 class Data(_Section):
-    """What it is trained on."""
+    """Training and evaluation data."""
 
     train: Name | Annotated[list[Name | WeightedSource], Field(min_length=1)]
-    """Path, glob, `builtin:` name, hub id, or a list of these or of {path, weight, name, split, format, columns}."""
+    """Path, glob, `builtin:` name or Hub id, or a list of these or of {path, weight, name, split, format, columns}."""
     eval: Annotated[float, Field(gt=0, lt=1)] | Name | Source | None = 0.02
-    """Fraction of the training rows to set aside, path, hub id, {path, name, split, format, columns}, or null: none."""
+    """Evaluation rows: a fraction of the training rows to hold out, a path, a Hub id, {path, name, split, format, columns}, or
+    null for none."""
     format: Format | None = None
-    """Null: found from the columns."""
+    """Row format. Default: detected from the columns."""
     columns: dict[str, str] = {}
-    """The data's own names for the columns a format needs, such as {prompt: question, completion: answer}."""
+    """Maps the format's columns to the data's, e.g. {prompt: question, completion: answer}."""
     template: Name | None = None
-    """alpaca, chat (the tokenizer's own), or the path of a .jinja file; null: chat for messages, else alpaca."""
+    """alpaca, chat (the tokenizer's chat template) or the path of a .jinja file. Default: chat for messages, else alpaca."""
     train_on: Literal["completion", "all", "assistant"] = "completion"
-    """completion: the last answer; assistant: every assistant message; all: every token."""
+    """Tokens in the loss. completion: the last answer; assistant: every assistant message; all: every token."""
     max_length: Annotated[int, Field(ge=2, lt=2**31)] = 512
-    """Tokens in a sequence."""
+    """Sequence length in tokens."""
     overlong: Literal["error", "drop", "truncate", "split"] = "error"
-    """What happens to a row of more than max_length tokens. With packing wrapped no row is an error or need be split."""
+    """How to handle rows longer than max_length. With packing: wrapped, error and split have no effect."""
     packing: Literal["bfd", "wrapped", "none"] = "bfd"
-    """bfd: whole documents, best fit decreasing; wrapped: concatenate and cut; none: one document a sequence, padded."""
+    """bfd: whole documents (best-fit decreasing); wrapped: concatenate and chunk; none: one padded document per sequence."""
     cross_document_attention: bool = False
-    """Whether documents packed into one sequence see each other."""
+    """Allow documents packed into one sequence to attend to each other. Requires packing: wrapped."""
     shuffle: bool = True
-    """Shuffle documents before packing and sequences in each epoch; false: in file order."""
+    """Shuffle documents before packing, and sequences in each epoch. false: keep the file order."""
     max_train_samples: Positive | None = None
-    """Use at most so many training rows; null: all."""
+    """Maximum number of training rows. Default: all."""
     max_eval_samples: Positive | None = None
-    """Use at most so many validation rows; null: all."""
+    """Maximum number of evaluation rows. Default: all."""
 
 
 class Lora(_Section):
-    """Train low-rank adapters beside frozen weights."""
+    """LoRA adapters on top of frozen weights."""
 
     rank: Positive = 16
     """Rank of the adapters."""
     alpha: Annotated[float, Field(gt=0)] = 32
-    """The update is scaled by alpha / rank (alpha / sqrt(rank) with use_rslora)."""
+    """Scaling: updates are multiplied by alpha / rank (use_rslora: alpha / sqrt(rank))."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout on the adapters' input."""
+    """Dropout on the input of the adapters."""
     target_modules: Name | Annotated[list[Name], Field(min_length=1)] = "all-linear"
-    """Names of the layers that get an adapter, a regular expression, or all-linear: every linear layer but the head."""
+    """Layers to adapt: a list of names, a regular expression, or all-linear (every linear layer except the LM head)."""
     modules_to_save: list[Name] = []
-    """Layers trained and saved in full, such as embed_tokens and lm_head."""
+    """Layers to train and save in full, e.g. embed_tokens and lm_head."""
     use_dora: bool = False
-    """Weight-decomposed adapters (DoRA)."""
+    """Use weight-decomposed adapters (DoRA)."""
     use_rslora: bool = False
-    """Rank-stabilised scaling."""
+    """Use rank-stabilized scaling (rsLoRA)."""
 
 
 class Train(_Section):
-    """How it is trained."""
+    """Optimization."""
 
     epochs: Annotated[float, Field(gt=0, lt=2**31)] | None = None
-    """Passes over the data; null: 1, or as many as max_steps takes."""
+    """Passes over the data. Default: 1, or derived from max_steps if that is set."""
     max_steps: Positive | None = None
-    """Optimizer steps; null: as epochs says. If both are given, whichever ends first."""
+    """Optimizer steps. Default: derived from epochs. If both are set, the first limit reached ends training."""
     micro_batch_size: Positive | Literal["auto"] = 2
-    """Sequences per device and forward pass; auto: the largest that fits."""
+    """Sequences per device and forward pass. auto: the largest that fits in memory."""
     global_batch_size: Positive | None = None
-    """Sequences per optimizer step; null: 32, or as gradient_accumulation_steps says."""
+    """Sequences per optimizer step. Default: 32, or derived from gradient_accumulation_steps if that is set."""
     gradient_accumulation_steps: Positive | None = None
-    """Forward passes per optimizer step and device; null: as global_batch_size says. Give one of the two."""
+    """Forward passes per optimizer step and device. Default: derived from global_batch_size. Set only one of the two."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-5
     """Peak learning rate."""
     lr_scheduler: str = "cosine"
-    """Any schedule transformers knows: cosine, linear, constant, constant_with_warmup, ..."""
+    """Any learning rate scheduler of transformers: cosine, linear, constant, constant_with_warmup, ..."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
-    """Share of the steps over which the learning rate rises linearly from 0."""
+    """Fraction of the steps used for linear warmup from 0."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled weight decay; biases and norms are left out."""
+    """Decoupled weight decay. Biases and normalization layers are excluded."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
-    """Gradients are scaled down to this norm; 0: never."""
+    """Maximum gradient norm for clipping. 0: no clipping."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """A loss or gradient that is not finite stops the run before it reaches the weights, or the step is skipped."""
+    """If the loss or a gradient is NaN or Inf: stop before the weights are updated, or skip the step."""
     mixed_precision: Literal["bf16", "fp16", "no"] = "bf16"
-    """Type that matrix products are computed in (autocast); no: in the weights' own."""
+    """Data type of matrix multiplications (autocast). no: that of the weights."""
     optimizer: str = "adamw_torch_fused"
-    """Any optimizer transformers knows, or adamw_8bit_sr: 8-bit states and stochastic rounding (extra: torchao)."""
+    """Any optimizer of transformers, or adamw_8bit_sr: 8-bit states and stochastic rounding (extra: torchao)."""
     gradient_checkpointing: bool | Positive | Literal["auto"] = "auto"
-    """Recompute activations in the backward pass to save memory; N: of every Nth layer; auto: of as few as must be."""
+    """Recompute activations in the backward pass to save memory. N: of every Nth layer; auto: of as few layers as possible."""
     kernels: Literal["auto", "liger", "none"] = "auto"
-    """Fused GPU kernels for RMSNorm, RoPE and SwiGLU. auto: Liger's, if installed, correct on this GPU and made for the model
-    (extra: liger)."""
+    """Fused GPU kernels for RMSNorm, RoPE and SwiGLU. auto: Liger's if installed, correct on this GPU and available for the
+    model (extra: liger)."""
     compile: bool = False
-    """Compile the model's layers (torch.compile): a minute or more at the start, for runs that last."""
+    """Compile the model's layers (torch.compile). Takes a minute or more at the start, which pays off in long runs."""
     preflight: bool = True
-    """Try the model on the data before the first step: isolation of packed documents, memory of the largest micro-batch,
-    gradients, loss of the base model."""
+    """Before the first step, check the isolation of packed documents, the memory of the largest micro-batch, the gradients
+    and the loss of the base model."""
     deterministic: bool = False
-    """Use deterministic algorithms only, which makes runs and --resume bitwise reproducible on a GPU, at some speed."""
+    """Use only deterministic algorithms: runs and --resume are bitwise reproducible on a GPU, but slower."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Of the split, the order of the data, new weights and dropout."""
+    """Random seed of the evaluation split, data order, new weights and dropout."""
 
     @property
     def micro_batch_size_or_1(self) -> int:
@@ -173,7 +174,7 @@ class Train(_Section):
 
     @property
     def recomputed(self) -> int:
-        """Of how many layers one is recomputed, 0 where none is; auto is taken for true where it is not settled yet."""
+        """N if activations of every Nth layer are recomputed, 0 if none; an unresolved auto counts as every layer."""
         return 1 if self.gradient_checkpointing == "auto" else int(self.gradient_checkpointing)
 
     @property
@@ -188,76 +189,76 @@ class Prompt(_Section):
     prompt: str
     """The instruction."""
     input: str = ""
-    """The Alpaca input, if any."""
+    """The Alpaca input (optional)."""
     expected: str | None = None
-    """The right answer; with it, the share of exact matches is logged (spaces around an answer aside)."""
+    """Expected answer. If set, the exact match rate is logged, ignoring surrounding whitespace."""
 
 
 class Eval(_Section):
-    """Validation during training. It also runs before the first step and at the end."""
+    """Evaluation during training, before the first step and at the end."""
 
     every: Interval = 0.1
-    """Fraction of the run, or a number of steps; null: only at the start and the end."""
+    """Interval as a fraction of the run or a number of steps. null: only at the start and the end."""
     generate: Name | list[str | Prompt] = []
-    """Prompts to answer at each evaluation, or a file of rows, whose answers are what is expected, or of {prompt, input,
-    expected}."""
+    """Prompts to answer at each evaluation: a list of texts or {prompt, input, expected}, or a file of these or of
+    rows, whose answers are the expected ones."""
     max_new_tokens: Positive = 128
-    """Length at which an answer is cut off."""
+    """Maximum length of a generated answer in tokens."""
 
 
 class Checkpoint(_Section):
-    """Saving during training, to resume from."""
+    """Checkpoints for resuming."""
 
     every: Interval = 0.25
-    """Fraction of the run, or a number of steps; null: never."""
+    """Interval as a fraction of the run or a number of steps. null: no checkpoints."""
     keep: Positive = 2
-    """How many of the latest are kept, besides the best with export_best."""
+    """Number of latest checkpoints to keep, in addition to the best one with export_best."""
     on_failure: Literal["stop", "continue"] = "stop"
-    """A checkpoint that cannot be written, on a full disk for one, stops the run, or it goes on without."""
+    """If a checkpoint cannot be written (e.g. the disk is full): stop the run, or continue without it."""
     export_best: bool = False
-    """Export the checkpoint with the lowest validation loss instead of the last."""
+    """Export the checkpoint with the lowest evaluation loss instead of the last one."""
 
 
 class Log(_Section):
-    """What is recorded while training."""
+    """Logging and experiment trackers."""
 
     every: Positive = 10
-    """Steps between two lines of metrics.jsonl and the console."""
+    """Number of steps between lines of metrics.jsonl and the console."""
     to: list[Literal["wandb", "tensorboard", "trackio", "mlflow"]] = []
-    """Experiment trackers besides metrics.jsonl: wandb, tensorboard, trackio, mlflow; each is an extra of the same name."""
+    """Experiment trackers in addition to metrics.jsonl: wandb, tensorboard, trackio, mlflow. Each requires its extra."""
     project: Name | None = None
-    """Project of wandb and trackio, experiment of mlflow; null: as WANDB_PROJECT and MLFLOW_EXPERIMENT_NAME say, else
+    """Project in wandb and trackio, experiment in mlflow. Default: WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME if set, else
     sft-recipes."""
     name: Name | None = None
-    """What wandb, trackio and mlflow call the run; null: the last part of output_dir."""
+    """Run name in wandb, trackio and mlflow. Default: the last part of output_dir."""
     group: Name | None = None
-    """Runs that belong together: the group of wandb and trackio, a tag of mlflow; null: none."""
+    """Group of runs: group in wandb and trackio, tag in mlflow."""
 
 
 class Export(_Section):
-    """What comes out."""
+    """Export of adapter and model."""
 
     merge: bool = True
-    """With lora: also write the merged model."""
+    """With `lora:`, also write the merged model."""
     dtype: DType = "bfloat16"
-    """Type of the exported weights."""
+    """Data type of the exported weights."""
     max_shard_size: Annotated[str, Field(pattern=r"^(0*[1-9]\d*(\.\d+)?|0*\.0*[1-9]\d*)(KB|MB|GB)$")] = "5GB"
-    """Largest size of one safetensors file, such as 500MB or 5GB."""
+    """Maximum size of a safetensors file, e.g. 500MB or 5GB."""
 
 
 class Launch(_Section):
-    """Where it runs. `run` starts the processes, unless torchrun, accelerate, srun or mpirun have."""
+    """Processes, nodes and sharding. `run` launches the processes, unless torchrun, accelerate, srun or mpirun did."""
 
     processes: Positive = 1
-    """Processes per machine, one a device; also --processes. train.global_batch_size stays: each accumulates less."""
+    """Processes per node, one per device (--processes overrides it). train.global_batch_size does not change."""
     machines: Positive = 1
-    """Machines; `run` is started on each, with MASTER_ADDR, MASTER_PORT and its NODE_RANK (or by srun) in the environment, and
-    an output_dir that all of them see."""
+    """Number of nodes. Start `run` on each node with MASTER_ADDR, MASTER_PORT and NODE_RANK set (or with srun); output_dir
+    must be on a shared file system."""
     strategy: Literal["ddp", "fsdp2", "zero2", "zero3"] = "ddp"
-    """How several processes share the work. ddp: each holds all. fsdp2, zero3: each holds a share of weights, gradients and
-    optimizer; zero2: of gradients and optimizer. zero2 and zero3 are DeepSpeed's. On CPUs too, to try a recipe on a laptop."""
+    """Distributed strategy. ddp: replicate everything; fsdp2, zero3: shard weights, gradients and optimizer states; zero2:
+    shard gradients and optimizer states. zero2 and zero3 use DeepSpeed. All of them also run on CPUs, for testing."""
     cpu_offload: bool = False
-    """Keep parameters and optimizer states (zero2: optimizer states) in host memory."""
+    """Keep parameters and optimizer states (zero2: optimizer states) in CPU memory."""
 
     @property
     def world_size(self) -> int:
@@ -266,7 +267,7 @@ class Launch(_Section):
 
 
 class Recipe(_Section):
-    """One fine-tuning run. Only model.name, data.train and output_dir have to be given."""
+    """One fine-tuning run. Only model.name, data.train and output_dir are required."""
 
     model: Model
     data: Data
@@ -278,12 +279,12 @@ class Recipe(_Section):
     export: Export = Export()
     launch: Launch = Launch()
     output_dir: Name
-    """The run directory: it must not exist yet, or be empty."""
+    """Run directory. Must be new or empty, unless a run is resumed."""
     trl: dict[str, Any] = {}
-    """Any other field of TRL's SFTConfig, by its own name."""
+    """Other fields of TRL's SFTConfig, passed through by name."""
 
     def resolved(self) -> dict[str, Any]:
-        """Every key with its value, the defaults that depend on other keys included; reads back as the same recipe."""
+        """Return every key with its value, including derived defaults; parsing the result gives the same recipe."""
         values = self.model_dump()
         if self.train.gradient_accumulation_steps is None:
             values["train"]["global_batch_size"] = self.train.global_batch_size or DEFAULT_GLOBAL_BATCH_SIZE
@@ -304,10 +305,10 @@ class Recipe(_Section):
         train, world = self.train, self.launch.world_size
         if train.gradient_accumulation_steps is not None:
             return train.gradient_accumulation_steps
-        # At least 1 also where the division does not come out, which is an error: the rest can still be looked at.
+        # If the batch size is not divisible, which is an error, 1 lets the other checks continue.
         return max(1, (train.global_batch_size or DEFAULT_GLOBAL_BATCH_SIZE) // (train.micro_batch_size_or_1 * world))
 
     @property
     def sequences_per_step(self) -> int:
-        """Sequences in one optimizer step over all devices."""
+        """Sequences per optimizer step, over all devices."""
         return self.train.micro_batch_size_or_1 * self.accumulation * self.launch.world_size

@@ -1,6 +1,6 @@
-"""Tokens, keys and passwords of the environment: what is written down or shown never holds their values.
+"""Find and redact tokens, keys and passwords from the environment in anything that is written or shown.
 
-Commands get them by accident (`--set trl.run_name=$HF_TOKEN`), and a run directory is copied, shared and uploaded.
+They get into commands by accident (`--set trl.run_name=$HF_TOKEN`), and run directories are copied, shared and uploaded.
 """
 
 import os
@@ -9,26 +9,26 @@ import re
 _NAMES = re.compile(
     r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|(^|_)(PASS|PAT|AUTH))S?(_|$)", re.IGNORECASE
 )
-_SHORTEST = 8  # shorter ones are found by accident
+_MIN_LENGTH = 8  # shorter values would match ordinary text
 
 
 def of_environment() -> dict[str, str]:
-    """Values of variables that are called like secrets, the longest first. Paths are none: they say where one is kept."""
-    found = {
+    """Return variables with names of secrets and their values, longest value first. Existing paths are not secrets."""
+    secrets = {
         name: value
         for name, value in os.environ.items()
-        if _NAMES.search(name) and len(value) >= _SHORTEST and not os.path.exists(value)  # noqa: PTH110  # may be too long
+        if _NAMES.search(name) and len(value) >= _MIN_LENGTH and not os.path.exists(value)  # noqa: PTH110  # may be too long
     }
-    return dict(sorted(found.items(), key=lambda item: -len(item[1])))
+    return dict(sorted(secrets.items(), key=lambda item: -len(item[1])))
 
 
 def in_text(text: str) -> str | None:
-    """The name of a variable whose secret a text holds."""
+    """Return the name of a variable whose secret the text contains, or None."""
     return next((name for name, value in of_environment().items() if value in text), None)
 
 
 def redacted(text: str) -> str:
-    """A text with the names of variables in place of their secrets."""
+    """Replace secrets in a text with the names of their variables."""
     for name, value in of_environment().items():
         text = text.replace(value, f"${name}")
     return text

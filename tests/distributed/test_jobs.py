@@ -229,14 +229,14 @@ def test_on_the_command_line(recipe: str, system: str, tmp_path: Path) -> None:
     assert file.name.startswith(f"my-recipe-2.{system}.")
     assert f"Made by: sft-recipe job 'recipes/My Recipe_2.yaml' --on {system} " in file.read_text("utf-8")
     again = sft_recipe(*command, cwd=tmp_path)
-    assert (again.returncode, again.stderr) == (2, f"{file} exists; choose another name with --out\n")
+    assert (again.returncode, again.stderr) == (2, f"{file}: already exists. Choose another name with --out.\n")
 
 
 @pytest.mark.parametrize(
     ("system", "overrides", "options", "message"),
     [
-        ("slurm", ["train.learning_ratee=1"], {}, "did you mean 'learning_rate'"),
-        ("slurm", ["train.global_batch_size=3"], {}, "3 sequences a step do not come out"),
+        ("slurm", ["train.learning_ratee=1"], {}, "Did you mean 'train.learning_rate'"),
+        ("slurm", ["train.global_batch_size=3"], {}, "3 is not divisible by"),
         ("slurm", [], {"gpu": "H100", "cpu": True}, "--gpu, --cpu: cannot be combined"),
         ("slurm", [], {"gpu": "H100\n"}, "not a GPU name"),
         ("slurm", [], {"image": "an image"}, "not an image name"),

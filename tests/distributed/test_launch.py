@@ -98,7 +98,7 @@ def test_only_the_first_error_is_shown(write_recipe: WriteRecipe, tmp_path: Path
     wrong = in_ranks(recipe, "--processes", "3")
     assert wrong.returncode == 2
     assert len(wrong.stderr.splitlines()) == 1
-    assert "4 sequences a step do not come out of micro-batches of 2 on 3 processes" in wrong.stderr
+    assert "4 is not divisible by micro_batch_size 2 x 3 processes" in wrong.stderr
     data = in_ranks(recipe, "--processes", "2", "--set", "data.train=nowhere.jsonl", "--set", "output_dir=other")
     assert data.returncode == 2
     assert len(data.stderr.splitlines()) == 1

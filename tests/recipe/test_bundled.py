@@ -21,42 +21,44 @@ NUMBERS = {"one": 1, "two": 2, "four": 4, "eight": 8, "sixteen": 16}
 
 
 def header(file: Path) -> bundled.Shipped:
-    return bundled.of_header(file.stem, file.read_text("utf-8"))
+    return bundled.parse_header(file.stem, file.read_text("utf-8"))
 
 
 def test_all_are_found() -> None:
     assert len(RECIPES) == 16
-    assert [each.name for each in bundled.recipes()] == [file.stem for file in RECIPES]
+    assert [recipe.name for recipe in bundled.recipes()] == [file.stem for file in RECIPES]
 
 
 @each_recipe
 def test_every_recipe_is_accepted_without_a_warning(file: Path) -> None:
-    loaded, verdict = validate.validate_file(file)
+    loaded, validation = validate.validate_file(file)
 
     assert loaded is not None
-    assert verdict.problems == []
-    assert verdict.warnings == []
+    assert validation.problems == []
+    assert validation.warnings == []
 
 
 @each_recipe
-def test_every_header_says_what_the_recipe_does(file: Path) -> None:
-    said, recipe = header(file), parse.load(file).recipe
+def test_every_header_matches_its_recipe(file: Path) -> None:
+    fields, recipe = header(file), parse.load(file).recipe
 
     method = "full" if recipe.lora is None else "QLoRA" if recipe.model.quantization else "LoRA"
-    assert said.method == method + (f", {recipe.launch.strategy}" if recipe.launch.strategy != "ddp" else "")
-    assert said.model == recipe.model.name
-    assert said.purpose.endswith(".")
-    assert said.launch.startswith(f"sft-recipe run recipes/{file.name}")
-    # a figure has its date, and where its command stands
-    assert said.result == "not measured" or re.search(r"\(20\d\d-\d\d-\d\d, .*; benchmarks/RESULTS\.md\)$", said.result)
-    gpus = re.match(r"(\w+) \d+ GB GPU", said.hardware)
+    assert fields.method == method + (f", {recipe.launch.strategy}" if recipe.launch.strategy != "ddp" else "")
+    assert fields.model == recipe.model.name
+    assert fields.purpose.endswith(".")
+    assert fields.launch.startswith(f"sft-recipe run recipes/{file.name}")
+    # a measurement has its date and a reference to its command
+    assert fields.result == "not measured" or re.search(
+        r"\(20\d\d-\d\d-\d\d, .*; benchmarks/RESULTS\.md\)$", fields.result
+    )
+    gpus = re.match(r"(\w+) \d+ GB GPU", fields.hardware)
     assert gpus is None or NUMBERS[gpus[1]] == recipe.launch.world_size
-    assert ("torchao" in said.needs) == (recipe.train.optimizer in validate.TORCHAO)
-    gated = said.model.startswith(("meta-llama/", "google/"))
-    assert not gated or "access to the model on the hub" in said.needs
+    assert ("torchao" in fields.needs) == (recipe.train.optimizer in validate.TORCHAO)
+    gated = fields.model.startswith(("meta-llama/", "google/"))
+    assert not gated or "access to the model on the hub" in fields.needs
 
 
-def test_no_two_are_alike() -> None:
+def test_recipes_differ() -> None:
     recipes = [parse.load(file).recipe for file in RECIPES]
     outputs, purposes = {recipe.output_dir for recipe in recipes}, {header(file).purpose for file in RECIPES}
 
@@ -64,7 +66,7 @@ def test_no_two_are_alike() -> None:
     assert all(output.startswith("runs/") for output in outputs)
 
 
-# --- Their check, with a model and data that are here ---
+# --- `check` of each recipe with a local model and data ---
 
 TURNS = [
     {"role": "system", "content": "You are short."},
@@ -75,17 +77,17 @@ SPECIAL = ("<|im_start|>", "<|im_end|>")
 
 
 def rows_for(recipe: Recipe) -> list[dict[str, Any]]:
-    """Rows as the recipe's own data has them."""
+    """Create rows in the format of the recipe's data."""
     if "smoltalk" in str(recipe.data.train):
-        asked = [[{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}."}] for n in range(24)]
-        return [{"messages": [*TURNS[n % 2 :], *more]} for n, more in enumerate(asked)]
+        turns = [[{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}."}] for n in range(24)]
+        return [{"messages": [*TURNS[n % 2 :], *more]} for n, more in enumerate(turns)]
     if recipe.data.columns:
         return [{"question": f"What is {n} and {n}?", "answer": f"{2 * n}"} for n in range(24)]
     return ROWS
 
 
 def stand_in(model: str, folder: Path) -> Path:
-    """A model's directory: its config, the embedded model's tokenizer with a chat template of TRL's, no weights."""
+    """Create a model directory: its config, the built-in model's tokenizer, a chat template of TRL, no weights."""
     folder.mkdir()
     config = ROOT / "tests" / "models" / model.replace("/", "--") / "config.json"
     shutil.copy(config, folder)
@@ -107,18 +109,18 @@ def test_every_recipe_passes_check(file: Path, tmp_path: Path, monkeypatch: pyte
     recipe = parse.load(file).recipe
     monkeypatch.chdir(tmp_path)
     overrides = []
-    if file.stem != "quickstart":  # which has all it needs
+    if file.stem != "quickstart":  # quickstart needs no download
         model, rows = (
             stand_in(recipe.model.name, tmp_path / "model"),
             write_rows(tmp_path / "rows.jsonl", rows_for(recipe)),
         )
         overrides = [f"model.name={model}", f"data.train={rows}", "data.eval=0.25"]
 
-    found = check.check(str(file), overrides)
+    result = check.check(str(file), overrides)
 
-    [schedule] = [line for line in found.lines if line.startswith("schedule: ")]
+    [schedule] = [line for line in result.lines if line.startswith("schedule: ")]
     assert f"; {recipe.sequences_per_step} sequences per step" in schedule
-    assert found.warnings == []
+    assert result.warnings == []
 
 
 # --- Copies ---
@@ -152,32 +154,32 @@ def test_copies_find_the_schema(tmp_path: Path) -> None:
     assert second.startswith("# Fine-tune the embedded base model")
 
 
-def test_copy_of_what_does_not_ship(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="there are gemma3_1b_full, llama70b_full_fsdp"):
+def test_copy_of_an_unknown_recipe(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="Choose one of gemma3_1b_full, llama70b_full_fsdp"):
         bundled.copy("nothing", tmp_path / "x.yaml")
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
-        ("# Purpose.\nmodel:\n", "x: its header lacks method, model"),
-        ("# Purpose.\n# Method:   full\n# Method:   LoRA\n", "x: 'Method' is given twice"),
-        ("# Purpose.\n# Speed:    high\n", "'Speed' is given twice, or is none of method"),
+        ("# Purpose.\nmodel:\n", "x: missing in the header: method, model"),
+        ("# Purpose.\n# Method:   full\n# Method:   LoRA\n", "x: 'Method' is duplicate"),
+        ("# Purpose.\n# Speed:    high\n", "'Speed' is duplicate or not one of method"),
     ],
 )
-def test_headers_that_say_too_little_or_too_much(text: str, said: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(said)):
-        bundled.of_header("x", text)
+def test_invalid_headers(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        bundled.parse_header("x", text)
 
 
-def test_a_field_can_go_on() -> None:
+def test_a_field_can_continue_on_the_next_line() -> None:
     fields = "".join(f"# {field.capitalize()}: {field}\n" for field in bundled.FIELDS)
 
-    assert bundled.of_header("x", f"# It is.\n#\n{fields}#         and more\nmodel:\n").result == "result and more"
+    assert bundled.parse_header("x", f"# It is.\n#\n{fields}#         and more\nmodel:\n").result == "result and more"
 
 
 def test_the_users_recipe() -> None:
-    """The assignment: Llama 3.1 8B, Alpaca, loss on all tokens, packed the classic way, 32 sequences in micro-batches of 2."""
+    """The assignment: Llama 3.1 8B, Alpaca, loss on all tokens, concatenate-and-chunk packing, 32 sequences per step."""
     recipe = validate.load_valid(next(f for f in RECIPES if f.stem == "llama8b_full"))[0].recipe
 
     assert recipe.model.name == "meta-llama/Llama-3.1-8B"

@@ -8,7 +8,7 @@ from sft_recipes.errors import OutputError, RecipeError
 from sft_recipes.recipe import editor_schema
 
 
-def test_the_schema_says_what_keys_mean_and_what_is_wrong() -> None:
+def test_the_schema_describes_and_validates_keys() -> None:
     schema = json.loads(editor_schema.schema())
 
     jsonschema.Draft202012Validator.check_schema(schema)
@@ -20,7 +20,7 @@ def test_the_schema_says_what_keys_mean_and_what_is_wrong() -> None:
     assert not validator.is_valid(good | {"train": {"learning_rate": "fast"}})
 
 
-def test_a_schema_is_replaced_and_nothing_else_is(tmp_path: Path) -> None:
+def test_only_a_schema_is_replaced(tmp_path: Path) -> None:
     out = tmp_path / "deep" / editor_schema.FILE
     assert editor_schema.write(out).read_text("utf-8") == editor_schema.schema() + "\n"
 
@@ -31,22 +31,22 @@ def test_a_schema_is_replaced_and_nothing_else_is(tmp_path: Path) -> None:
 
     for other in ("model: {name: mine}\n", "[1]", '{"title": "Another"}'):
         out.write_text(other, encoding="utf-8")
-        with pytest.raises(RecipeError, match="is no schema of a recipe; choose another name with --out"):
+        with pytest.raises(RecipeError, match=r"is not a recipe schema\. Choose another name with --out\."):
             editor_schema.write(out)
         assert out.read_text("utf-8") == other
 
 
-def test_where_no_schema_can_be_written(tmp_path: Path) -> None:
+def test_a_schema_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
 
     for out in (tmp_path, tmp_path / "file" / "x.json"):
-        with pytest.raises(OutputError, match=r"cannot be written: .*; choose another name with --out"):
+        with pytest.raises(OutputError, match=r"cannot be written: .*\. Choose another name with --out\."):
             editor_schema.write(out)
 
 
 def test_the_nearest_schema_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a" / "b").mkdir(parents=True)
-    recipe = tmp_path / "a" / "b" / "c" / "mine.yaml"  # whose directory is not there yet
+    recipe = tmp_path / "a" / "b" / "c" / "mine.yaml"  # the directory does not exist yet
     assert editor_schema.line_for(recipe) == ""
 
     editor_schema.write(tmp_path / editor_schema.FILE)

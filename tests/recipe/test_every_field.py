@@ -1,4 +1,4 @@
-"""Every field of the recipe has a test that shows its effect: where it is, and that it is there."""
+"""Every recipe field has a test that shows its effect; this lists them and checks that they exist."""
 
 import ast
 from pathlib import Path
@@ -22,7 +22,7 @@ SHOWN_BY = {
     "data.format": "data/test_prepare.py::test_columns_and_format_of_the_recipe",
     "data.columns": "data/test_prepare.py::test_columns_and_format_of_the_recipe",
     "data.template": "training/test_model.py::test_the_chat_template_gives_the_trained_prompt",
-    "data.train_on": "data/test_tokens.py::test_turns_are_trained_on_with_their_end",
+    "data.train_on": "data/test_encoder.py::test_turns_are_trained_on_with_their_end",
     "data.max_length": "data/test_prepare.py::test_overlong_rows_are_an_error_that_says_what_would_fit",
     "data.overlong": "data/test_prepare.py::test_overlong_rows_dropped_truncated_or_split_are_counted",
     "data.packing": "data/test_prepare.py::test_packed_sequences_hold_every_token_once",
@@ -62,8 +62,8 @@ SHOWN_BY = {
     "checkpoint.every": "training/test_training.py::test_checkpoints_are_kept_as_many_as_asked",
     "checkpoint.keep": "training/test_training.py::test_checkpoints_are_kept_as_many_as_asked",
     "checkpoint.export_best": "training/test_training.py::test_the_best_checkpoint_is_exported",
-    "checkpoint.on_failure": "training/test_checkpoints.py::test_a_full_disk_keeps_the_earlier_checkpoint",
-    "log.every": "training/test_logging.py::test_every_so_many_steps_and_the_last",
+    "checkpoint.on_failure": "training/test_checkpoint_dirs.py::test_a_full_disk_keeps_the_earlier_checkpoint",
+    "log.every": "training/test_metrics.py::test_every_so_many_steps_and_the_last",
     "log.to": "training/test_trackers.py::test_each_step_is_told_once",
     "log.project": "training/test_trackers.py::test_names_and_groups",
     "log.name": "training/test_trackers.py::test_names_and_groups",
@@ -71,10 +71,10 @@ SHOWN_BY = {
     "export.merge": "test_cli.py::test_run_generate_report_merge",
     "export.dtype": "test_run.py::test_the_model_loads_anywhere_and_is_the_one_that_was_trained",
     "export.max_shard_size": "test_run.py::test_shards",
-    "launch.processes": "recipe/test_check.py::test_contradictions",
-    "launch.machines": "recipe/test_check.py::test_contradictions",
-    "launch.strategy": "recipe/test_check.py::test_contradictions",
-    "launch.cpu_offload": "recipe/test_check.py::test_contradictions",
+    "launch.processes": "recipe/test_validate.py::test_conflicts",
+    "launch.machines": "recipe/test_validate.py::test_conflicts",
+    "launch.strategy": "recipe/test_validate.py::test_conflicts",
+    "launch.cpu_offload": "recipe/test_validate.py::test_conflicts",
     "output_dir": "test_run.py::test_a_recipe_that_names_only_what_it_must",
     "trl": "training/test_trainer.py::test_a_field_moves_what_it_means",
 }

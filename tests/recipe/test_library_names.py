@@ -1,4 +1,4 @@
-"""The names we rely on are those of the installed libraries: fails when an upstream name disappears."""
+"""Fails if a name that we rely on disappears from an installed library."""
 
 import dataclasses
 
@@ -19,8 +19,8 @@ def test_owned_fields_exist_and_point_to_recipe_keys() -> None:
     )
 
 
-def test_other_words_point_to_recipe_keys() -> None:
-    assert set(library_names.OTHER_WORDS.values()) <= set(field_names())
+def test_synonyms_point_to_recipe_keys() -> None:
+    assert set(library_names.SYNONYMS.values()) <= set(field_names())
 
 
 def test_schedulers_and_optimizers() -> None:
@@ -31,7 +31,7 @@ def test_schedulers_and_optimizers() -> None:
     assert library_names.optimizers() == {member.value for member in OptimizerNames}
 
 
-def test_what_we_lean_on_inside_the_libraries() -> None:
+def test_private_names_exist() -> None:
     from bitsandbytes.nn import Linear4bit
     from peft.utils.other import TrainableTokensWrapper
     from transformers import Trainer

@@ -21,17 +21,17 @@ def test_the_adapter_of_a_run_or_directory(tmp_path: Path) -> None:
     adapter = touch(tmp_path / "run" / "adapter" / "adapter_config.json")
 
     assert model_dir.find_adapter(adapter) == model_dir.find_adapter(tmp_path / "run") == adapter
-    with pytest.raises(ModelError, match="no adapter here"):
+    with pytest.raises(ModelError, match="no adapter found"):
         model_dir.find_adapter(tmp_path)
 
 
-def test_the_model_of_a_run_is_the_merged_one_where_there_is_one(tmp_path: Path) -> None:
+def test_the_model_of_a_run_is_the_merged_one_if_it_exists(tmp_path: Path) -> None:
     adapter = touch(tmp_path / "run" / "adapter" / "adapter_config.json")
     assert model_dir.find_model(tmp_path / "run") == adapter
     model = touch(tmp_path / "run" / "model" / "config.json")
 
     assert model_dir.find_model(tmp_path / "run") == model_dir.find_model(model) == model
-    with pytest.raises(ModelError, match="no model here"):
+    with pytest.raises(ModelError, match="no model found"):
         model_dir.find_model(tmp_path)
 
 
@@ -63,7 +63,7 @@ def test_parameters_are_counted_from_the_headers(tmp_path: Path) -> None:
     assert model_dir.parameters(str(tmp_path)) is None
 
 
-def test_parameters_of_what_is_not_held_as_it_is_trained(tmp_path: Path) -> None:
+def test_unknown_parameter_counts(tmp_path: Path) -> None:
     shutil.copytree(model_dir.BUILTIN / "tiny", tmp_path / "tiny")
     for key in ("quantization_config", "text_config"):
         content = json.loads((model_dir.BUILTIN / "tiny" / "config.json").read_text()) | {key: {}}
@@ -88,9 +88,11 @@ def test_end_tokens(tmp_path: Path, content: str, ends: list[int]) -> None:
     assert model_dir.end_tokens("owner/name") == []
 
 
-def test_weights_are_asked_for_ahead_wherever_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: asked.append(arguments[1:]), raising=False)
+def test_weights_are_read_ahead_from_a_directory_or_the_hub_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: calls.append(arguments[1:]), raising=False)
     snapshot = tmp_path / "models--some--one" / "snapshots" / "1234"
     for folder in (tmp_path / "here", snapshot):
         for name in ("model-1.safetensors", "model-2.safetensors", "config.json"):
@@ -99,9 +101,9 @@ def test_weights_are_asked_for_ahead_wherever_they_lie(tmp_path: Path, monkeypat
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
 
     model_dir.read_ahead(str(tmp_path / "here"), None)
-    assert asked == [(0, 0, os.POSIX_FADV_WILLNEED)] * 2
+    assert calls == [(0, 0, os.POSIX_FADV_WILLNEED)] * 2
     model_dir.read_ahead("some/one", None)
-    assert len(asked) == 4
-    model_dir.read_ahead("some/other", None)  # is not there: whoever loads it says so
+    assert len(calls) == 4
+    model_dir.read_ahead("some/other", None)  # missing: the loader reports it
     model_dir.read_ahead("nowhere at all!", None)
-    assert len(asked) == 4
+    assert len(calls) == 4

@@ -24,46 +24,52 @@ def test_a_good_recipe_has_neither_problems_nor_warnings(write_recipe: WriteReci
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
-        (["model.quantization=nf4"], "model.quantization: nf4 freezes the weights"),
-        (["train.gradient_accumulation_steps=2"], "give one"),
-        (["train.mixed_precision=fp16", "model.dtype=bfloat16"], "fp16 does not go with model.dtype: bfloat16"),
-        (["train.mixed_precision=fp16", "model.dtype=float16"], "needs float32 weights in full fine-tuning"),
+        (["model.quantization=nf4"], "model.quantization: quantized weights cannot be trained directly (got nf4)."),
+        (["train.gradient_accumulation_steps=2"], "Remove one of the two."),
+        (
+            ["train.mixed_precision=fp16", "model.dtype=bfloat16"],
+            "cannot be combined with model.dtype: bfloat16 (got fp16)",
+        ),
+        (["train.mixed_precision=fp16", "model.dtype=float16"], "full fine-tuning in fp16 requires float32 weights"),
         (
             ["train.mixed_precision=bf16", "model.dtype=float16", "lora.rank=2"],
-            "bf16 does not go with model.dtype: float16",
+            "cannot be combined with model.dtype: float16 (got bf16)",
         ),
-        (["data.eval=null", "checkpoint.export_best=true"], "chooses by validation loss"),
-        (["data.eval=null", "eval.every=2"], "eval.every without validation rows"),
-        (["data.packing=none", "data.cross_document_attention=true"], "leave one of them out"),
-        (["data.packing=bfd", "data.cross_document_attention=true"], "goes with packing: wrapped"),
-        (["train.optimizer=adamw_8bit_sr", "trl.optim_args=x"], "sets them itself"),
-        (["train.lr_scheduler=cosin"], "did you mean 'cosine'?"),
-        (["train.optimizer=adamw"], "is no name that is known here"),
-        (["trl.learning_rate=1"], "trl.learning_rate: a recipe says this with train.learning_rate"),
-        (["log.group=mine"], "log.group is for wandb, trackio and mlflow, and log.to names none of them"),
-        (["log.to=[trackio, trackio]"], "log.to: trackio is there 2 times"),
-        (["trl.adam_beta3=1"], "did you mean 'adam_beta2'?"),
-        (["launch.strategy=fsdp2", "train.optimizer=paged_adamw_32bit"], "which does not know the shares"),
-        (["launch.strategy=fsdp2", "model.quantization=int8", "lora.rank=2"], "fsdp2 cannot share int8 weights out"),
+        (["data.eval=null", "checkpoint.export_best=true"], "requires an evaluation loss"),
+        (["data.eval=null", "eval.every=2"], "eval.every: there are no evaluation rows"),
+        (["data.packing=none", "data.cross_document_attention=true"], "has no effect without packing"),
+        (["data.packing=bfd", "data.cross_document_attention=true"], "Set data.packing: wrapped"),
+        (["train.optimizer=adamw_8bit_sr", "trl.optim_args=x"], "set by adamw_8bit_sr itself"),
+        (["train.lr_scheduler=cosin"], "Did you mean 'cosine'?"),
+        (["train.optimizer=adamw"], "unknown name 'adamw'"),
+        (["trl.learning_rate=1"], "trl.learning_rate: set by the recipe. Use train.learning_rate instead."),
+        (["log.group=mine"], "log.group: used only by wandb, trackio and mlflow, and none of them is in log.to"),
+        (["log.to=[trackio, trackio]"], "log.to: trackio is listed 2 times"),
+        (["trl.adam_beta3=1"], "Did you mean 'trl.adam_beta2'?"),
+        (
+            ["launch.strategy=fsdp2", "train.optimizer=paged_adamw_32bit"],
+            "bitsandbytes optimizers do not support the sharded weights",
+        ),
+        (["launch.strategy=fsdp2", "model.quantization=int8", "lora.rank=2"], "fsdp2 cannot shard int8 weights"),
         (
             ["train.micro_batch_size=auto", "train.global_batch_size=null", "train.gradient_accumulation_steps=4"],
-            "auto keeps train.global_batch_size",
+            "auto requires a fixed train.global_batch_size",
         ),
     ],
 )
-def test_contradictions(write_recipe: WriteRecipe, overrides: list[str], said: str) -> None:
+def test_conflicts(write_recipe: WriteRecipe, overrides: list[str], message: str) -> None:
     [problem] = problems(write_recipe(), *overrides)
 
-    assert said in problem
+    assert message in problem
     assert problem.startswith("--set: ") or ".yaml:" in problem
 
 
 def test_offloading_needs_a_strategy_that_offloads(write_recipe: WriteRecipe) -> None:
     [problem] = problems(write_recipe(), "launch.cpu_offload=true")
 
-    assert "launch.cpu_offload goes with launch.strategy: fsdp2, zero2 or zero3" in problem
+    assert "launch.cpu_offload: not supported by launch.strategy: ddp. Set launch.strategy to fsdp2, zero2" in problem
 
 
 @pytest.mark.parametrize(
@@ -77,23 +83,23 @@ def test_offloading_needs_a_strategy_that_offloads(write_recipe: WriteRecipe) ->
         ["trl.adam_beta2=0.9", "trl.neftune_noise_alpha=5"],
     ],
 )
-def test_what_is_no_contradiction(write_recipe: WriteRecipe, overrides: list[str]) -> None:
+def test_settings_without_conflict(write_recipe: WriteRecipe, overrides: list[str]) -> None:
     validate.load_valid(write_recipe(), overrides)
 
 
-def test_a_batch_that_does_not_come_out_lists_those_that_would(write_recipe: WriteRecipe) -> None:
+def test_an_indivisible_batch_lists_divisible_sizes(write_recipe: WriteRecipe) -> None:
     [problem] = problems(write_recipe(), "train.global_batch_size=32", "train.micro_batch_size=6")
 
     assert problem == (
-        "--set: train.global_batch_size: 32 sequences a step do not come out of micro-batches of 6; "
-        "micro_batch_size could be 1, 2, 4, 8, 16, 32, global_batch_size 30, 36"
+        "--set: train.global_batch_size: 32 is not divisible by micro_batch_size 6. "
+        "Set micro_batch_size to 1, 2, 4, 8, 16 or 32, or global_batch_size to 30 or 36."
     )
 
 
 def test_global_batch_size_smaller_than_a_micro_batch(write_recipe: WriteRecipe) -> None:
     [problem] = problems(write_recipe(), "train.global_batch_size=4", "train.micro_batch_size=6")
 
-    assert "micro_batch_size could be 1, 2, 4, global_batch_size 6" in problem
+    assert "Set micro_batch_size to 1, 2 or 4, or global_batch_size to 6." in problem
 
 
 @pytest.mark.parametrize(
@@ -113,7 +119,7 @@ def test_global_batch_size_smaller_than_a_micro_batch(write_recipe: WriteRecipe)
         ),
     ],
 )
-def test_updates_that_bfloat16_rounds_away_are_said(
+def test_updates_that_bfloat16_rounds_away_are_a_warning(
     write_recipe: WriteRecipe, overrides: list[str], warned: bool
 ) -> None:
     found = warnings(write_recipe(), *overrides)
@@ -122,7 +128,7 @@ def test_updates_that_bfloat16_rounds_away_are_said(
 
 
 def test_updates_that_bfloat16_rounds_away() -> None:
-    """The figures of the warning: AdamW moves a weight by about the learning rate, less than bfloat16 can tell apart."""
+    """The numbers of the warning: AdamW changes a weight by about the learning rate, less than bfloat16 resolves."""
     import torch
 
     torch.manual_seed(0)
@@ -139,10 +145,10 @@ def test_updates_that_bfloat16_rounds_away() -> None:
     assert unmoved == pytest.approx({1e-5: 0.84, 2e-5: 0.70, 1e-4: 0.12}, abs=0.03)
 
 
-def test_trust_remote_code_is_said(write_recipe: WriteRecipe) -> None:
+def test_trust_remote_code_is_a_warning(write_recipe: WriteRecipe) -> None:
     [line] = warnings(write_recipe(), "model.trust_remote_code=true")
 
-    assert "Python code that comes with the model will run" in line
+    assert "custom Python code will run" in line
 
 
 @pytest.mark.parametrize(
@@ -168,7 +174,7 @@ def test_compile_without_a_compiler(write_recipe: WriteRecipe, monkeypatch: pyte
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CXX", str(tmp_path / "compiler"))
     [problem] = problems(write_recipe(), "train.compile=true")
-    assert "train.compile: it needs a C++ compiler, and none is found" in problem
+    assert "train.compile: requires a C++ compiler, but none was found" in problem
 
     (tmp_path / "compiler").touch(mode=0o755)
     validate.load_valid(str(write_recipe()), ["train.compile=true"])
@@ -217,8 +223,8 @@ def test_recipe_and_model_problems_come_together(write_recipe: WriteRecipe, tmp_
 
     assert len(found) == 3
     assert "unknown key 'train.sed'" in found[0]
-    assert "'x' is no name that is known here" in found[1]
-    assert "no config.json" in found[2]
+    assert "unknown name 'x'" in found[1]
+    assert "config.json is missing" in found[2]
 
 
 def write_model(folder: Path, config: dict[str, Any] | str, *files: str) -> Path:
@@ -232,42 +238,44 @@ def write_model(folder: Path, config: dict[str, Any] | str, *files: str) -> Path
 def test_a_sequence_longer_than_the_model_can_take(write_recipe: WriteRecipe) -> None:
     [problem] = problems(write_recipe(), "data.max_length=2000")
 
-    assert "data.max_length: 2000 is more than the 1024 positions of builtin:tiny; set at most 1024" in problem
+    assert (
+        "data.max_length: exceeds the context length of builtin:tiny, 1024 (got 2000). Set data.max_length" in problem
+    )
 
 
 @pytest.mark.parametrize(
-    ("config", "files", "said"),
+    ("config", "files", "message"),
     [
-        ("{", [], "not valid JSON"),
-        ("[]", [], "no 'model_type'"),
+        ("{", [], "invalid JSON"),
+        ("[]", [], "'model_type' is missing"),
         ({"model_type": "llama"}, ["model.safetensors"], "has no tokenizer"),
-        ({"model_type": "llama"}, ["tokenizer.json"], "has no safetensors weights; expected model.safetensors"),
+        ({"model_type": "llama"}, ["tokenizer.json"], "has no safetensors weights. Add model.safetensors"),
         ({"model_type": "llama"}, ["tokenizer.json", "pytorch_model.bin"], "is a pickle"),
     ],
 )
-def test_a_model_directory_that_is_none(
-    write_recipe: WriteRecipe, tmp_path: Path, config: Any, files: list[str], said: str
+def test_invalid_model_directories(
+    write_recipe: WriteRecipe, tmp_path: Path, config: Any, files: list[str], message: str
 ) -> None:
     folder = write_model(tmp_path / "model", config, *files)
 
-    assert said in problems(write_recipe(model={"name": str(folder)}))[0]
+    assert message in problems(write_recipe(model={"name": str(folder)}))[0]
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
-        ("builtin:huge", "there is builtin:tiny"),
-        ("/no/such/model", "no such directory"),
-        ("./model", "no such directory"),
-        ("a/b/c", "no such directory"),
+        ("builtin:huge", "Use builtin:tiny."),
+        ("/no/such/model", "directory not found"),
+        ("./model", "directory not found"),
+        ("a/b/c", "directory not found"),
         (__file__, "is a file"),
     ],
 )
-def test_a_model_that_is_not_there(write_recipe: WriteRecipe, name: str, said: str) -> None:
-    assert said in problems(write_recipe(model={"name": name}))[0]
+def test_missing_models(write_recipe: WriteRecipe, name: str, message: str) -> None:
+    assert message in problems(write_recipe(model={"name": name}))[0]
 
 
-def test_an_adapter_is_no_model(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+def test_an_adapter_is_not_a_model(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").touch()
 
@@ -275,35 +283,38 @@ def test_an_adapter_is_no_model(write_recipe: WriteRecipe, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (["train.learning_rate=2e-5"], None),
         (["train.learning_rate=2e-4"], None),
         (["train.learning_rate=1.3e-6"], None),
-        (["train.learning_rate=1e-3"], "0.001 is far above what full fine-tuning usually takes, 5e-06 to 5e-05"),
-        (["train.learning_rate=1e-6"], "1e-06 is far below what full fine-tuning usually takes"),
+        (
+            ["train.learning_rate=1e-3"],
+            "0.001 is unusually high for full fine-tuning (typical: 5e-06 to 5e-05); training may diverge.",
+        ),
+        (["train.learning_rate=1e-6"], "1e-06 is unusually low for full fine-tuning"),
         (["train.learning_rate=2e-4", "lora.rank=4"], None),
         (["train.learning_rate=4e-3", "lora.rank=4"], None),
-        (["train.learning_rate=1e-2", "lora.rank=4"], "0.01 is far above what LoRA usually takes, 5e-05 to 0.001"),
-        (["train.learning_rate=1e-5", "lora.rank=4"], "1e-05 is far below what LoRA usually takes"),
-        (["train.learning_rate=1e-2", "train.optimizer=sgd"], None),  # of which nothing is known
+        (["train.learning_rate=1e-2", "lora.rank=4"], "0.01 is unusually high for LoRA (typical: 5e-05 to 0.001)"),
+        (["train.learning_rate=1e-5", "lora.rank=4"], "1e-05 is unusually low for LoRA"),
+        (["train.learning_rate=1e-2", "train.optimizer=sgd"], None),  # no typical range is known
         (["train.learning_rate=1e-2", "model.name=builtin:tiny"], None),  # small models take more
     ],
 )
-def test_unusual_learning_rates(write_recipe: WriteRecipe, overrides: list[str], said: str | None) -> None:
+def test_unusual_learning_rates(write_recipe: WriteRecipe, overrides: list[str], message: str | None) -> None:
     found = warnings(write_recipe(), "model.name=owner/some-8b", *overrides)
 
-    assert len(found) == (said is not None)
-    if said is not None:
-        assert f"train.learning_rate: {said}" in found[0]
+    assert len(found) == (message is not None)
+    if message is not None:
+        assert f"train.learning_rate: {message}" in found[0]
 
 
-def test_the_default_rate_is_none_of_lora(write_recipe: WriteRecipe) -> None:
+def test_the_default_rate_is_too_low_for_lora(write_recipe: WriteRecipe) -> None:
     recipe = write_recipe(model={"name": "owner/some-8b"}, lora={"rank": 4}, train=None)
     content = json.loads(recipe.read_text("utf-8"))
     del content["train"]
     recipe.write_text(json.dumps(content), encoding="utf-8")
 
     [warning] = warnings(recipe)
-    assert "train.learning_rate: its default of 2e-05 is one for full fine-tuning" in warning
+    assert "train.learning_rate: the default 2e-05 is unusually low for LoRA" in warning
     assert warnings(recipe, "train.learning_rate=2e-5") == []
