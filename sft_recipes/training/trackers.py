@@ -247,8 +247,8 @@ class NonFatalTracker:
     On resume it skips records that the tracker already has: the resumed steps log them again with the same values.
     """
 
-    def __init__(self, tracker: Tracker, say: Callable[[str], None], warn: Callable[[str], None]) -> None:
-        self._tracker, self._say, self._warn = tracker, say, warn
+    def __init__(self, tracker: Tracker, print_line: Callable[[str], None], warn: Callable[[str], None]) -> None:
+        self._tracker, self._print_line, self._warn = tracker, print_line, warn
         self._known = _recorded(tracker.run_dir) if tracker.run_id else set()
         self._open = self._failed = False
 
@@ -263,7 +263,7 @@ class NonFatalTracker:
         def begin() -> None:
             self._open = True
             self._tracker.on_train_begin(args, state, control, **kwargs)
-            self._say(f"{self._tracker.name}: {self._tracker.where()}")
+            self._print_line(f"{self._tracker.name}: {self._tracker.where()}")
 
         self._attempt(begin)
 
@@ -310,11 +310,11 @@ KINDS: dict[str, type[Tracker]] = {kind.name: kind for kind in (Wandb, TensorBoa
 
 
 def trackers(
-    recipe: Recipe, run_dir: Path, say: Callable[[str], None], warn: Callable[[str], None]
+    recipe: Recipe, run_dir: Path, print_line: Callable[[str], None], warn: Callable[[str], None]
 ) -> list[NonFatalTracker]:
     """Create the trackers of log.to as callbacks. Call it before metrics.jsonl is rolled back, as it reads known records.
 
-    Local files go into the run directory, unless the tracker's own environment variables say otherwise.
+    Local files go into the run directory, unless the tracker's own environment variables are set.
     """
     guarded = []
     for name in recipe.log.to:
@@ -322,7 +322,7 @@ def trackers(
             tracker = KINDS[name](recipe, run_dir)
             if tracker.caveat:
                 warn(f"log.to: {name} {tracker.caveat}")
-            guarded.append(NonFatalTracker(tracker, say, warn))
+            guarded.append(NonFatalTracker(tracker, print_line, warn))
         except Exception as error:
             warn(shorten(f"log.to: {name} failed to start and is disabled: {error!r}"))
     return guarded

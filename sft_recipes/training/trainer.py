@@ -78,13 +78,13 @@ class Trainer(CheckpointMixin, SamplerMixin, SFTTrainer):
         run_dir: Path,
         data: Prepared,
         metrics: Metrics,
-        say: Callable[[str], None],
+        print_line: Callable[[str], None],
         warn: Callable[[str], None],
         stop: Stop,
     ) -> None:
         """Attach what a run needs beyond the arguments of SFTTrainer."""
         self.recipe, self.run_dir, self.data, self.metrics = recipe, run_dir, data, metrics
-        self.rows, self.say, self.warn, self.stop = data.train, say, warn, stop
+        self.rows, self.print_line, self.warn, self.stop = data.train, print_line, warn, stop
         self.losses: list[torch.Tensor] = []  # one per micro-batch of this step
         self.grad_norm: torch.Tensor | float = 0.0  # of this step
         self.skipped_steps = 0
@@ -111,7 +111,7 @@ class Trainer(CheckpointMixin, SamplerMixin, SFTTrainer):
             self.metrics.flops_per_token = self.preflight.results["flops_per_token"]
             for warning in self.preflight.warnings:
                 self.warn(warning)
-            self.say(run_info.preflight_line(self.preflight.results))
+            self.print_line(run_info.preflight_line(self.preflight.results))
         if self.on_begin is not None:
             self.on_begin()
 
@@ -257,11 +257,11 @@ def build(
     steps = count(recipe, len(data.train))
     keep_seq_lengths = padding_free(recipe)
 
-    def say(text: str, style: str | None = None) -> None:
+    def print_line(text: str, style: str | None = None) -> None:
         console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
     def warn(text: str) -> None:
-        say(f"warning: {text}", "yellow")
+        print_line(f"warning: {text}", "yellow")
 
     display = ProgressDisplay(console)
     metrics = Metrics(run_dir / "metrics.jsonl", warn, display.show)
@@ -278,7 +278,7 @@ def build(
         at_once = arguments.per_device_train_batch_size * arguments.world_size if arguments.world_size > 1 else 1
         if arguments.ddp_find_unused_parameters is None:  # experts that receive no token get no gradient
             arguments.ddp_find_unused_parameters = any(hasattr(text_config, name) for name in _EXPERTS)
-        guarded = trackers(recipe, run_dir, say, warn) if arguments.process_index == 0 else []
+        guarded = trackers(recipe, run_dir, print_line, warn) if arguments.process_index == 0 else []
         trainer = Trainer(
             model=model,
             args=arguments,
@@ -288,7 +288,7 @@ def build(
             callbacks=[before_all, metrics, display, *guarded],
         )
     before_all.trainer = trainer
-    trainer.attach_run(recipe, run_dir, data, metrics, say, warn, stop or Stop())
+    trainer.attach_run(recipe, run_dir, data, metrics, print_line, warn, stop or Stop())
     text_config.update(routing)  # undo what SFTTrainer sets, which must not be exported
     for unwanted in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(unwanted)
