@@ -152,7 +152,7 @@ def work_table() -> Iterator[str]:
     yield "|---|---|---|---|---|"
     for work in works():
         carried = (
-            f"{work.collectives[1] / 1e9:,.1f} GB a {'step' if work.recipe.launch.strategy == 'ddp' else 'micro-batch'}"
+            f"{work.collectives[1] / 1e9:,.1f} GB per {'step' if work.recipe.launch.strategy == 'ddp' else 'micro-batch'}"
         )
         yield f"| {work.name} | {work.tokens:,} | {work.flops:.2e} | {work.compute * 1000:,.0f} ms | {carried} |"
 
