@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""What `sft-recipe plan` predicts of the recipes that ship, and where that stands: docs/recipes.json, the tables of
-docs/recipes.md, the line `Memory:` of each recipe.
+"""Predict the memory of the bundled recipes with `sft-recipe plan`, and write docs/recipes.json, the tables of
+docs/recipes.md and the line `Memory:` of each recipe.
 
-`python docs/recipes.py` predicts the recipes that have changed, `python docs/recipes.py NAME ...` those that are named: all of
-them (`python docs/recipes.py all`) where the prediction itself has changed. Of a model its config is enough: tests/models/.
+`python docs/recipes.py` predicts changed recipes, `python docs/recipes.py NAME ...` the named ones; use `python
+docs/recipes.py all` if the prediction code has changed. A model's config is enough: tests/models/.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from sft_recipes.recipe.schema import Recipe
 DOCS = Path(__file__).parent
 FOUND, PAGE = DOCS / "recipes.json", DOCS / "recipes.md"
 SIZES = (16, 24, 40, 48, 80, 141)  # of GPUs, in 10^9 bytes
-# What the memory of a step does not depend on.
+# Settings that do not affect the memory of a step.
 _APART: dict[str, Any] = {
     "model": {"name"}, "data": {"train", "eval", "columns"}, "train": {"kernels", "deterministic", "learning_rate", "seed"},
     "eval": True, "checkpoint": True, "log": True, "export": True, "output_dir": True,
@@ -94,16 +94,16 @@ def known() -> dict[str, Any]:
 
 
 def in_words(found: dict[str, Any]) -> str:
-    """A prediction as a header says it."""
+    """Format a prediction for a recipe's header."""
     loading = (
-        f"; {memory.format_bytes(found['loading'])} while it is loaded" if found["loading"] > found["peak"] else ""
+        f"; {memory.format_bytes(found['loading'])} while loading" if found["loading"] > found["peak"] else ""
     )
     if settled := found["auto"]:
         layers = {False: "no layers", True: "every layer"}.get(settled["gradient_checkpointing"])
         layers = layers or f"every {settled['gradient_checkpointing']} layers"
         size, peak = found["fits"][0], memory.format_bytes(settled["peak"])
-        loading = f"; auto takes {peak} of {size} GB: {settled['micro_batch_size']} at once, {layers} recomputed"
-    return f"{memory.format_bytes(found['peak'])} a GPU{' at least' if settled else ''}, predicted{loading}"
+        loading = f"; auto uses {peak} of {size} GB: micro-batch {settled['micro_batch_size']}, {layers} recomputed"
+    return f"{memory.format_bytes(found['peak'])} per GPU{' at least' if settled else ''}, predicted{loading}"
 
 
 def _file(name: str) -> Path:
@@ -118,7 +118,7 @@ def _recipe(name: str) -> Recipe:
 
 
 def purposes() -> Iterator[str]:
-    yield "| recipe | is | method | hardware | result |"
+    yield "| recipe | purpose | method | hardware | result |"
     yield "|---|---|---|---|---|"
     for each in bundled.recipes():
         link = f"[{each.name}](../recipes/{each.name}.yaml)"
@@ -134,11 +134,11 @@ def sizes() -> Iterator[str]:
         dots = " | ".join("•" if size in of["fits"] else " " for size in SIZES)
         yield f"| {name} | {launch.world_size} | {memory.format_bytes(of['peak'])} | {dots} |"
     cards = [", ".join(gpu.name for gpu in flops.gpus_of(size)) for size in SIZES]
-    yield f"| *such as* | | | {' | '.join(cards)} |"
+    yield f"| *examples* | | | {' | '.join(cards)} |"
 
 
 def parts() -> Iterator[str]:
-    yield f"| recipe | parameters | trained | {' | '.join(memory.PARTS)} |"
+    yield f"| recipe | parameters | trainable | {' | '.join(memory.PARTS)} |"
     yield "|---|---|---|" + "---|" * len(memory.PARTS)
     for name, of in known().items():
         gib = " | ".join(f"{of['parts'][part] / memory.GIB:.2f}" for part in memory.PARTS)
@@ -146,7 +146,7 @@ def parts() -> Iterator[str]:
 
 
 def page(text: str) -> str:
-    """The page with its tables made anew: each stands behind a comment that names it."""
+    """Return the page with new tables, each after a comment with its name."""
     for table in (purposes, sizes, parts):
         before, after = text.split(f"<!-- {table.__name__} -->\n", 1)
         after = re.sub(r"\A\n(\|.*\n)*\n?", "", after)

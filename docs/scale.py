@@ -148,18 +148,18 @@ def works() -> list[Work]:
 
 
 def work_table() -> Iterator[str]:
-    yield "| recipe | tokens of a micro-batch | operations a token | computes | carries |"
+    yield "| recipe | tokens per micro-batch | FLOPs per token | computation | communication |"
     yield "|---|---|---|---|---|"
     for work in works():
         carried = (
-            f"{work.collectives[1] / 1e9:,.1f} GB a {'step' if work.recipe.launch.strategy == 'ddp' else 'micro-batch'}"
+            f"{work.collectives[1] / 1e9:,.1f} GB per {'step' if work.recipe.launch.strategy == 'ddp' else 'micro-batch'}"
         )
         yield f"| {work.name} | {work.tokens:,} | {work.flops:.2e} | {work.compute * 1000:,.0f} ms | {carried} |"
 
 
 def strategy_table() -> Iterator[str]:
     """GB that a GPU sends (and receives) of Llama 3.1 8B, where there are many."""
-    yield "| strategy | in each micro-batch | once a step | 8B in full | 8B, LoRA |"
+    yield "| strategy | per micro-batch | per step | 8B full | 8B LoRA |"
     yield "|---|---|---|---|---|"
     full, lora = LLAMA_8B.footprint(None), LLAMA_8B.footprint(16)
 
@@ -174,7 +174,7 @@ def strategy_table() -> Iterator[str]:
 
 
 def share_table() -> Iterator[str]:
-    yield "| recipe | GPUs | sequences a step | NVLink or InfiniBand | computing | Ethernet | computing |"
+    yield "| recipe | GPUs | sequences per step | NVLink or InfiniBand | computing | Ethernet | computing |"
     yield "|---|---|---|---|---|---|---|"
     for work in works():
         launch = work.recipe.launch
@@ -208,7 +208,7 @@ def tokens_table() -> Iterator[str]:
 def steps_table() -> Iterator[str]:
     """Steps of an epoch: tokens of the data by tokens of a step."""
     sizes = (5_000_000, 100_000_000, 2_000_000_000)
-    yield "| recipe | GPUs | tokens a step | " + " | ".join(f"{size / 1e6:,.0f}M tokens" for size in sizes) + " |"
+    yield "| recipe | GPUs | tokens per step | " + " | ".join(f"{size / 1e6:,.0f}M tokens" for size in sizes) + " |"
     yield "|---|---|---|" + "---|" * len(sizes)
     for work in works()[:2]:  # those of 70B are much alike
         for gpus in (8, 64, 512):
