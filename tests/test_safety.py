@@ -226,11 +226,11 @@ def test_code_of_a_model_runs_only_where_the_recipe_says_so(
 
     code, _, said = command("run", recipe)
     assert code == 2
-    assert "it is Python code that comes with the model; read it, then set model.trust_remote_code: true" in said
+    assert "requires custom Python code. Review the code, then set model.trust_remote_code: true." in said
     assert command("check", recipe)[0] == command("preview", recipe)[0] == 0
     code, _, said = command(*generate, folder)
     assert code == 2
-    assert "read it, then say --trust-remote-code" in said
+    assert "Review the code, then pass --trust-remote-code." in said
     assert not mark.exists()
 
     trusted = ("--set", "model.trust_remote_code=true")
@@ -247,7 +247,7 @@ def test_code_of_a_model_runs_only_where_the_recipe_says_so(
     for arguments in ((*merge, tmp_path / "run"), (*generate, tmp_path / "run")):
         code, _, said = command(*arguments)
         assert code == 2
-        assert "brings Python code; read it, then say --trust-remote-code" in said
+        assert "brings Python code; Review the code, then pass --trust-remote-code." in said
     assert not mark.exists()
     for arguments in ((*merge, tmp_path / "run"), (*generate, tmp_path / "run"), (*generate, tmp_path / "merged")):
         code, _, said = command(*arguments, "--trust-remote-code")
