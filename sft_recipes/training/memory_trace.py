@@ -181,7 +181,7 @@ class _Step:
 
     def run(self) -> Footprint:
         base: PreTrainedModel = self.model.get_base_model() if self.recipe.lora else self.model
-        self._give_storages()
+        self._replace_tensors()
         trl_utils.add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
         train = self.recipe.train
         if train.recomputed:
@@ -189,11 +189,11 @@ class _Step:
             enable({"use_reentrant": False}, every_n_layers=train.recomputed)
         self.model.train()
         layers = layers_of(base)
-        self._mark(base, layers)
+        self._mark_phases(base, layers)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         for parameter in trained:
             parameter.register_post_accumulate_grad_hook(
-                lambda parameter: self.tracker.belongs(parameter.grad, "gradients")
+                lambda parameter: self.tracker.assign(parameter.grad, "gradients")
             )
         step = self._optimizer(trained)
         half, loss_type = train.mixed_precision != "no", self.recipe.trl.get("loss_type", "nll")
@@ -207,7 +207,7 @@ class _Step:
             # The first step creates the optimizer's states; its gradients need no backward pass.
             for parameter in trained:
                 parameter.grad = torch.empty_like(parameter)
-                self.tracker.belongs(parameter.grad, "gradients")
+                self.tracker.assign(parameter.grad, "gradients")
             with self.tracker.during("optimizer", "optimizer"):
                 step()
             if self.recipe.accumulation == 1:  # else gradients of earlier micro-batches exist
@@ -223,22 +223,22 @@ class _Step:
 
     def _footprint(self, base: PreTrainedModel, layers: list[torch.nn.Module], trained: list[Any]) -> Footprint:
         largest = max(layers, key=lambda layer: _count(layer)[0])
-        in_layers = [sum(each) for each in zip(*map(_count, layers), strict=True)]
-        total, of_them = _count(self.model)
+        in_layers = [sum(counts) for counts in zip(*map(_count, layers), strict=True)]
+        total, trainable = _count(self.model)
         in_one, of_one = _count(largest)
         return Footprint(
             phases=self.tracker.peaks,
             parameters=total,
-            trained=of_them,
+            trained=trainable,
             layers=len(layers),
             layer=in_one,
             rest=total - in_layers[0],
             trained_layer=of_one,
-            trained_rest=of_them - in_layers[1],
+            trained_rest=trainable - in_layers[1],
             experts=sum(part.numel() for part in base.parameters() if part.dim() == 3),
         )
 
-    def _give_storages(self) -> None:
+    def _replace_tensors(self) -> None:
         """Replace parameters and buffers by fake tensors that are counted; tied weights share one."""
         given: dict[int, torch.Tensor] = {}
         for module in self.model.modules():
@@ -250,17 +250,17 @@ class _Step:
                         torch.empty(parameter.shape, dtype=parameter.dtype), requires_grad=parameter.requires_grad
                     )
                     of_lora = self.recipe.lora is not None and parameter.requires_grad
-                    self.tracker.belongs(new, "adapters" if of_lora else "weights")
+                    self.tracker.assign(new, "adapters" if of_lora else "weights")
                     given[id(parameter)] = new
                 module._parameters[name] = given[id(parameter)]
             for names in (module._buffers, module.__dict__):
                 for name, tensor in names.items():
                     if isinstance(tensor, torch.Tensor):
                         new = given.setdefault(id(tensor), torch.empty(tensor.shape, dtype=tensor.dtype))
-                        self.tracker.belongs(new, "weights" if hasattr(module, "quantized") else "buffers")
+                        self.tracker.assign(new, "weights" if hasattr(module, "quantized") else "buffers")
                         names[name] = new
 
-    def _mark(self, base: PreTrainedModel, layers: list[torch.nn.Module]) -> None:
+    def _mark_phases(self, base: PreTrainedModel, layers: list[torch.nn.Module]) -> None:
         """Mark where phases begin: "forward" before the first layer; in the backward pass "lower layers" at the middle, and
         "embeddings" after the first layer."""
         tracker = self.tracker
@@ -329,16 +329,16 @@ class _Step:
         """Return a function that runs an optimizer step, or only allocates its memory if it cannot run here."""
         name, rate = self.recipe.train.optimizer, {"lr": self.recipe.train.learning_rate}
         on_gpu = self.device == "cuda"
-        made = {
+        optimizer = {
             "adamw_torch": lambda: torch.optim.AdamW(trained, foreach=on_gpu, **rate),
             "adamw_torch_fused": lambda: torch.optim.AdamW(trained, fused=True, **rate),
             "sgd": lambda: torch.optim.SGD(trained, foreach=on_gpu, **rate),
             "rmsprop": lambda: torch.optim.RMSprop(trained, foreach=on_gpu, **rate),
             "adagrad": lambda: torch.optim.Adagrad(trained, foreach=on_gpu, **rate),
         }.get(name)
-        if made is not None:
+        if optimizer is not None:
             with self.tracker.during("optimizer", "optimizer"):
-                return made().step
+                return optimizer().step
 
         embeddings = {id(module.weight) for module in self.model.modules() if isinstance(module, torch.nn.Embedding)}
 
