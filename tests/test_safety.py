@@ -226,11 +226,11 @@ def test_code_of_a_model_runs_only_where_the_recipe_says_so(
 
     code, _, said = command("run", recipe)
     assert code == 2
-    assert "it is Python code that comes with the model; read it, then set model.trust_remote_code: true" in said
+    assert "requires custom Python code. Review the code, then set model.trust_remote_code: true." in said
     assert command("check", recipe)[0] == command("preview", recipe)[0] == 0
     code, _, said = command(*generate, folder)
     assert code == 2
-    assert "read it, then say --trust-remote-code" in said
+    assert "Review the code, then pass --trust-remote-code." in said
     assert not mark.exists()
 
     trusted = ("--set", "model.trust_remote_code=true")

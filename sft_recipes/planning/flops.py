@@ -1,4 +1,4 @@
-"""How much there is to compute, and about how long that takes on a GPU."""
+"""Estimate FLOPs per token and training time per GPU."""
 
 import re
 from dataclasses import dataclass
@@ -7,15 +7,14 @@ from typing import Any
 from sft_recipes.planning.memory import Footprint
 from sft_recipes.recipe.schema import Recipe
 
-# Shares of a GPU's peak rate that training reaches, from slow to fast: an estimate. Published runs of 7B and 8B models on
-# H100s reach 33 to 46 % (torchtitan's and LLM-Foundry's own benchmark pages); short sequences and small models reach less.
+# Estimated model FLOPs utilization during training, low and high. Published runs of 7B and 8B models on H100s reach 33 to 46%
+# (benchmark pages of torchtitan and LLM-Foundry); short sequences and small models reach less.
 REACHED = (0.3, 0.5)
 
 
 @dataclass(frozen=True)
 class GPU:
-    """A GPU as its data sheet describes it: memory in 10^9 bytes, dense bfloat16 products in 10^12 operations per second,
-    compute capability."""
+    """A GPU from its data sheet: memory in 10^9 bytes, dense bfloat16 rate in 10^12 FLOP/s, compute capability."""
 
     name: str
     gigabytes: int
@@ -23,7 +22,7 @@ class GPU:
     capability: tuple[int, int]
 
 
-# NVIDIA's data sheets (SXM boards where there are several); rates without sparsity, and with float32 sums on GeForce cards.
+# NVIDIA's data sheets (SXM boards if there are several); rates without sparsity, on GeForce cards with float32 accumulation.
 # T4 has no bfloat16: its float16 rate.
 GPUS = (
     GPU("B200", 180, 2250, (10, 0)),
@@ -44,60 +43,62 @@ GPUS = (
 
 def flops_per_token(
     recipe: Recipe,
-    found: Footprint,
+    footprint: Footprint,
     text_config: Any,
     document: float,
     *,
     dense: bool = False,
     model_only: bool = False,
 ) -> float:
-    """Floating-point operations of training on one token, forward and backward; `model_only`: without what is computed twice
-    or masked, as the utilisation of a device counts them.
+    """Return the FLOPs per token of a training step, forward and backward.
 
-    6 for each parameter of a layer and of the head (2 forward, 4 backward; 4 in all where it is frozen, and 6 for each of an
-    adapter; of experts those that a token passes), 2 more where a layer is recomputed, and 2 for the head, whose logits TRL's
-    loss makes again. Embeddings are looked up. Attention: 6 x layers x width x tokens of a document that see each other, times
-    4/3 where it is recomputed; `dense` where documents are masked and not skipped: all tokens of the micro-batch then, and
-    both halves of the square.
-    `document` is the mean length of the document that a token is in.
+    Per parameter of layers and LM head: 6 (2 forward, 4 backward), or 4 if frozen; 6 per adapter parameter; of experts, those
+    that a token uses. Activation checkpointing adds 2 per recomputed layer; the LM head 2, because TRL's loss computes logits
+    twice. Embeddings add none. Attention: 6 x layers x width x `document`, times 4/3 if recomputed.
+
+    `document`: mean length of the document that a token is in. `dense`: attention masks packed documents instead of skipping
+    them, so it computes all token pairs of the micro-batch. `model_only`: leave out recomputed and masked operations, as model
+    FLOPs utilization (MFU) does.
     """
     train = recipe.train
     recomputed = 1 / train.recomputed if train.recomputed and not model_only else 0.0
     hidden, heads = int(text_config.hidden_size), int(text_config.num_attention_heads)
     width: int = heads * (getattr(text_config, "head_dim", None) or hidden // heads)
     head = int(text_config.vocab_size) * hidden
-    adapters = found.trained if recipe.lora is not None else 0
-    layers = found.parameters - found.rest - (adapters - found.trained_rest if adapters else 0)
+    adapters = footprint.trained if recipe.lora is not None else 0
+    layers = footprint.parameters - footprint.rest - (adapters - footprint.trained_rest if adapters else 0)
     experts, chosen = (getattr(text_config, name, None) for name in ("num_experts", "num_experts_per_tok"))
     experts = (
         experts or getattr(text_config, "num_local_experts", None) or getattr(text_config, "n_routed_experts", None)
     )
     if experts and chosen:
-        layers -= found.experts * (1 - chosen / experts)
+        layers -= footprint.experts * (1 - chosen / experts)
     frozen = recipe.lora is not None
     work = layers * ((4 if frozen else 6) + 2 * recomputed) + head * ((4 if frozen else 6) + 2 * (not model_only))
     work += adapters * (6 + 2 * recomputed)
-    seen = document
+    attended = document
     if dense:
         assert isinstance(train.micro_batch_size, int)
-        seen = 2 * train.micro_batch_size * recipe.data.max_length
-    return work + 6 * found.layers * width * seen * (1 + recomputed / 3)
+        attended = 2 * train.micro_batch_size * recipe.data.max_length
+    return work + 6 * footprint.layers * width * attended * (1 + recomputed / 3)
 
 
 def hours(flops: float, gpu: GPU, number: int) -> tuple[float, float]:
-    """Hours on so many GPUs, at the higher and at the lower share of the peak rate: an estimate."""
+    """Estimate the hours on `number` GPUs, at the highest and lowest expected utilization."""
     slow, fast = (flops / (gpu.teraflops * 1e12 * share * number * 3600) for share in REACHED)
     return fast, slow
 
 
 def gpus_of(gigabytes: float) -> list[GPU]:
-    """Those with about that much memory."""
+    """Return the GPUs with about that much memory."""
     return [gpu for gpu in GPUS if abs(gpu.gigabytes - gigabytes) <= 0.07 * gigabytes]
 
 
 def peak_rate(device: str) -> float | None:
-    """Operations a second of the GPU that a driver names so; None for one that is not in the table: another board of the name,
-    with less power or more units, or a part of a GPU."""
+    """Return the peak FLOP/s of a GPU by its driver's name; None if it is not in the table.
+
+    None as well for other boards of the same name, with less power or more units, and for MIG slices.
+    """
     words = re.split(r"[^a-z0-9]+", device.lower())
     if not {"pcie", "nvl", "laptop", "max", "ti", "d", "mig"}.isdisjoint(words):
         return None
@@ -106,7 +107,7 @@ def peak_rate(device: str) -> float | None:
 
 
 def gpu_named(name: str) -> GPU | None:
-    """A GPU by its name, however that is written."""
+    """Return the GPU of that name, ignoring case and punctuation."""
 
     def plain(text: str) -> str:
         return "".join(letter for letter in text.lower() if letter.isalnum())

@@ -1,4 +1,4 @@
-"""Host memory of a machine: to load the model, to gather a sharded one, to export it, and to verify the export."""
+"""Predict the host memory of a node: to load the model, gather a sharded one, export it, and verify the export."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,16 +10,16 @@ from sft_recipes.recipe import model_dir
 from sft_recipes.recipe.schema import Recipe
 
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-_QUANTIZED = {"nf4": 0.57, "fp4": 0.57, "int8": 1.01}  # bytes of a value, with its scales
+_QUANTIZED = {"nf4": 0.57, "fp4": 0.57, "int8": 1.01}  # bytes per value, including scales
 PROCESS = GIB  # a process with the libraries imported
-_MERGING = GIB // 4  # rows of two tensors at a time, and their adapters
-_LOGITS = GIB // 2  # of the probe rows, at once
+_MERGING = GIB // 4  # rows of two tensors and their adapters
+_LOGITS = GIB // 2  # of the probe rows
 _CGROUP = "/sys/fs/cgroup/memory.max"
 
 
 @dataclass(frozen=True)
 class Model:
-    """Parameters in all, of the largest layer, of the embeddings (or the head), and those that are trained."""
+    """Numbers of parameters: all, of the largest layer, of the embeddings (or the LM head), trainable."""
 
     parameters: float
     layer: float
@@ -29,10 +29,9 @@ class Model:
 
 @dataclass(frozen=True)
 class HostMemory:
-    """Bytes that all processes on one machine take together, by stage; None: the run has no such stage.
+    """Bytes of all processes on one node, by stage; None if the run has no such stage.
 
-    Files that are only mapped are not counted, as the system takes their memory back when it is needed: a model that is
-    verified on a CPU stays in its files.
+    Memory-mapped files, such as a model verified on a CPU, are not counted: the system can reclaim their memory.
     """
 
     load: float
@@ -50,7 +49,7 @@ class HostMemory:
 
 
 def predict(recipe: Recipe, model: Model, device: str) -> HostMemory:
-    """Predict the host memory of the machine that rank 0 is on. `device` is "cuda" or "cpu"."""
+    """Predict the host memory of the node of rank 0. `device` is "cuda" or "cpu"."""
     launch, quantized = recipe.launch, recipe.model.quantization
     ranks, sharded = launch.processes, launch.strategy in ("fsdp2", "zero3")
     largest = max(model.layer, model.embeddings)
@@ -63,7 +62,7 @@ def predict(recipe: Recipe, model: Model, device: str) -> HostMemory:
     if device == "cpu":
         held = weights / (ranks if launch.strategy == "zero3" else 1) * ranks
         load = held if not sharded else max(held, weights)
-    elif sharded and not quantized:  # by rank 0, which hands them on
+    elif sharded and not quantized:  # by rank 0, which broadcasts them
         load = weights * (ranks if launch.strategy == "fsdp2" and wrapped else 1)
     else:  # each tensor on its way to the GPU
         load = ranks * largest * _BYTES[recipe.model.dtype]
@@ -91,40 +90,40 @@ def of_footprint(footprint: Footprint, embeddings: float) -> Model:
 
 
 def of_files(recipe: Recipe) -> Model | None:
-    """The model of a local directory, without torch; None if its files do not tell, or it is on the hub."""
+    """Read a local model's sizes without torch; None if its files do not contain them, or it is on the Hub."""
     parameters = model_dir.parameters(recipe.model.name)
     folder = model_dir.directory(recipe.model.name)
     if parameters is None or folder is None:
         return None
     config = model_dir.config(folder)
     names = (("vocab_size",), ("hidden_size", "n_embd"), ("num_hidden_layers", "n_layer"))
-    values = [next((config[name] for name in some if type(config.get(name)) is int), 0) for some in names]
-    words, width, layers = values
+    values = [next((config[name] for name in keys if type(config.get(name)) is int), 0) for keys in names]
+    vocab_size, width, layers = values
     if not all(values):
         return None
-    layer = (parameters - words * width) / layers
-    return Model(parameters, layer, words * width, 0 if recipe.lora else parameters)
+    layer = (parameters - vocab_size * width) / layers
+    return Model(parameters, layer, vocab_size * width, 0 if recipe.lora else parameters)
 
 
 def lacking(needed: HostMemory) -> str | None:
-    """Say which stages take more memory than this machine has; None if there is enough."""
+    """Return a warning that names the stages for which this node has too little memory; None if it has enough."""
     total = installed()
     short = {name: size for name, size in needed.stages.items() if size > total}
     if not short:
         return None
     stages = ", ".join(f"{format_bytes(size)} to {name}" for name, size in short.items())
-    remedy = "Run it on a machine with more memory"
+    remedy = "Use a node with more memory"
     if short.keys() <= {"merge", "verify"} and needed.merge is not None:
         remedy += ", or set export.merge: false and merge the adapter elsewhere with `sft-recipe merge`"
     elif "load" in short:
         remedy += ", or set model.dtype: bfloat16 if it is float32"
-    return f"host memory: the run takes {stages} (this machine has {format_bytes(total)}). {remedy}."
+    return f"host memory: the run needs {stages} (this node has {format_bytes(total)}). {remedy}."
 
 
 def installed() -> float:
-    """Bytes of memory that this machine, or the container that this process is in, has."""
+    """Return the bytes of memory of this node, or of this process's container."""
     total = float(psutil.virtual_memory().total)
     try:
         return min(total, float(Path(_CGROUP).read_text("utf-8")))
-    except (OSError, ValueError):  # "max", or no such control group
+    except (OSError, ValueError):  # "max", or no cgroup v2
         return total

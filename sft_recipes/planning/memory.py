@@ -1,4 +1,4 @@
-"""Memory of a training step, by part and phase: what one process takes, and what a rank does where several share the work."""
+"""Represent, extrapolate and format the memory of a training step, by part and phase."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -10,12 +10,12 @@ Phases = Mapping[str, Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of each part at the largest moment of each phase of a step, and the parameters they are of.
+    """Bytes of each part at the peak of each phase of a step, and the numbers of parameters.
 
-    weights: of the model, as loaded. adapters: what LoRA trains beside it. gradients, optimizer: of what is trained.
-    activations: what the backward pass needs, and what layers make on the way. head: of the loss. buffers: the model's own,
-    and copies of weights in the type that is computed in. `layer` and `rest` are parameters of the largest layer and of all
-    that is in none; `trained_layer` and `trained_rest` those of them that are trained.
+    weights: of the model, as loaded. adapters: the trainable parameters of LoRA. gradients, optimizer: of trainable
+    parameters. activations: tensors kept for the backward pass, and temporary ones of layers. head: of LM head and loss.
+    buffers: the model's own, and copies of weights in the compute dtype. `layer` and `rest` are the parameters of the largest
+    layer and of everything outside of layers; `trained_layer` and `trained_rest` the trainable ones of these.
     """
 
     phases: Phases
@@ -26,11 +26,11 @@ class Footprint:
     rest: int
     trained_layer: int
     trained_rest: int
-    experts: int = 0  # parameters of layers of which a token passes a few
+    experts: int = 0  # parameters of mixture-of-experts layers, of which each token uses a part
 
     @property
     def peak(self) -> dict[str, float]:
-        """The parts at the largest moment of all."""
+        """The parts in the phase with the largest peak."""
         largest = max(self.phases.values(), key=lambda parts: sum(parts.values()))
         return {part: largest.get(part, 0) for part in PARTS}
 
@@ -40,10 +40,10 @@ class Footprint:
 
 
 def extrapolate(few: Footprint, more: Footprint, layers: int) -> Footprint:
-    """The footprint with `layers` layers, from those with few and with more of the same.
+    """Extrapolate to `layers` layers from footprints with fewer layers of the same kinds.
 
-    At any fixed place in a step (the loss, the first or middle or last layer's backward pass, the optimizer) memory is linear
-    in the number of layers, and so is each phase, which begins and ends at such a place.
+    At any fixed point of a step (the loss, the first or middle or last layer's backward pass, the optimizer) memory is linear
+    in the number of layers, and so is the peak of each phase, which begins and ends at such a point.
     """
     share = (layers - few.layers) / (more.layers - few.layers)
 
@@ -64,15 +64,15 @@ def extrapolate(few: Footprint, more: Footprint, layers: int) -> Footprint:
     )
 
 
-# What the CUDA libraries take besides: in the allocator's count, a workspace of cuBLAS for each of the two threads that
-# compute (forward, backward; 32 MiB each on Hopper, ATen/cuda/CUDABlas.cpp); outside of it, context and kernels.
+# Memory of the CUDA libraries. Counted by torch's allocator: a cuBLAS workspace for each of the two computing threads
+# (forward, backward; 32 MiB each on Hopper, ATen/cuda/CUDABlas.cpp). Not counted: the CUDA context with its kernels.
 WORKSPACES = 2 * 32 * 2**20
 CONTEXT = 2**29
-SHARE = 0.95  # of a GPU's memory; the rest is left to what a prediction cannot see, such as gaps between blocks
+SHARE = 0.95  # usable share of GPU memory; the margin is for what is not predicted, such as fragmentation
 
 
 def on_device(footprint: Footprint, device: str) -> Footprint:
-    """The footprint with what the device's own libraries take of what its allocator counts."""
+    """Add the workspaces of the device's libraries that its allocator counts."""
     if device != "cuda":
         return footprint
     phases = {
@@ -82,11 +82,11 @@ def on_device(footprint: Footprint, device: str) -> Footprint:
 
 
 def fits(footprint: Footprint, memory: float, device: str) -> bool:
-    """Whether a device of `memory` bytes has room, with what is outside of its allocator's count."""
+    """Return True if the footprint, the CUDA context and a margin fit on a device of `memory` bytes."""
     return footprint.peak_bytes <= (SHARE * memory - CONTEXT if device == "cuda" else memory)
 
 
 def format_bytes(size: float) -> str:
-    """A size in bytes, in GiB or what is smaller."""
-    unit, name = next((each for each in ((GIB, "GiB"), (2**20, "MiB")) if size >= each[0]), (2**10, "KiB"))
+    """Format a number of bytes in GiB, MiB or KiB."""
+    unit, name = next((unit for unit in ((GIB, "GiB"), (2**20, "MiB")) if size >= unit[0]), (2**10, "KiB"))
     return f"{size / unit:.1f} {name}"

@@ -1,4 +1,4 @@
-"""What one rank takes of a footprint where several share the work."""
+"""Compute memory per rank under DDP, FSDP2 and ZeRO."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,40 +8,40 @@ from sft_recipes.planning.memory import PARTS, Footprint
 from sft_recipes.recipe.schema import Recipe
 
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-_QUANTIZED = {"nf4": 0.5, "fp4": 0.5, "int8": 1.0}  # bytes of a value
-# Scales of bitsandbytes' 4-bit weights, of which each rank has all: a byte for 64 values, and 4 for 256 of those.
+_QUANTIZED = {"nf4": 0.5, "fp4": 0.5, "int8": 1.0}  # bytes per value
+# Scales of bitsandbytes' 4-bit weights, which are not sharded: a byte per 64 values, and 4 per 256 of those.
 _SCALES = 1 / 64 + 4 / (64 * 256)
-_AT_ONCE = 2  # layers that are whole on each rank: the one that computes, and the next, which is being fetched
-_WITHOUT_WEIGHTS = ("clip", "optimizer")  # phases that do not compute with them
-# Phases in which what is in no layer is whole: fsdp2 gathers embeddings and head when they are due, and for them alone.
-_AT_THE_ENDS = ("preflight", "before the layers", "loss, forward", "loss, backward", "backward, embeddings")
+_GATHERED_LAYERS = 2  # on each rank: the one that computes, and the next, which is being prefetched
+_WITHOUT_WEIGHTS = ("clip", "optimizer")  # phases that do not gather weights
+# Phases in which embeddings and LM head are gathered: fsdp2 gathers them only while they are needed.
+_WITH_EMBEDDINGS = ("preflight", "before the layers", "loss, forward", "loss, backward", "backward, embeddings")
 Rule = Callable[[dict[str, float], str], None]  # changes the parts of a phase
 # DeepSpeed's defaults, in values: reduce_bucket_size, sub_group_size, stage3_max_live_parameters, stage3_prefetch_bucket_size.
 _BUCKET, _SUB_GROUP, _LIVE, _PREFETCH = 500_000_000, 1_000_000_000, 1_000_000_000, 50_000_000
 
 
 def on_rank(whole: Footprint, recipe: Recipe, device: str) -> Footprint:
-    """The footprint of one rank, with what the device's own libraries take of what its allocator counts."""
+    """Return the footprint of one rank, with the workspaces of the device's libraries."""
     return memory.on_device(per_rank(whole, recipe), device)
 
 
 def per_rank(whole: Footprint, recipe: Recipe) -> Footprint:
-    """The footprint of one rank under the recipe's `launch`, where nothing is left over by an uneven split.
+    """Return the footprint of one rank under the recipe's `launch`, for evenly divisible shards.
 
-    ddp: everything, and buckets of gradients as large as the gradients (torch's DistributedDataParallel, as accelerate
-    makes it, without gradient_as_bucket_view).
+    ddp: everything, and gradient buckets as large as the gradients (torch's DistributedDataParallel as accelerate creates it,
+    without gradient_as_bucket_view).
 
-    fsdp2 (torch 2.13's fully_shard as accelerate 1.15 calls it: each layer, the embeddings, norm and head, the rest): a share
-    of weights, gradients and optimizer; with mixed precision all that is trained in float32. Whole: two layers, or one and
-    what is in none, in the type that is computed in; the gradients of one of these, and their copy in the type that is reduced
-    in, float32, after each micro-batch. Of 4-bit weights the scales are on every rank. What is in no layer is taken for
-    embeddings and a head of their own.
+    fsdp2 (torch 2.13's fully_shard as accelerate 1.15 calls it: per layer, embeddings, norm and LM head, the rest): weights,
+    gradients and optimizer states are sharded; with mixed precision, trainable ones are in float32. Gathered: two layers, or
+    one layer and everything outside of layers, in the compute dtype; their gradients, one unit at a time, with a copy in the
+    reduce dtype, float32, after each micro-batch. Scales of 4-bit weights are on every rank. Parameters outside of layers are
+    assumed to be untied embeddings and LM head.
 
-    zero2, zero3 (DeepSpeed 0.19): with mixed precision weights and gradients in half of it, and float32 copies, in shares;
-    a step makes float32 gradients, of a rank's share (zero3: of at most 10^9 values at once). zero2: weights whole, a share of
-    the rest. zero3: a share of all, and the largest of two layers and 10^9 values whole. One bucket of gradients.
+    zero2, zero3 (DeepSpeed 0.19): with mixed precision, weights and gradients in half precision, and sharded float32 copies;
+    a step creates float32 gradients of a rank's shard (zero3: of at most 10^9 values at a time). zero2: all weights, the rest
+    sharded. zero3: everything sharded, and the larger of two layers and 10^9 values gathered. One gradient bucket.
 
-    cpu_offload: weights and optimizer (zero2: the optimizer; fsdp2: gradients too) are in host memory.
+    cpu_offload: weights and optimizer states (zero2: optimizer states; fsdp2: gradients too) are in host memory.
     """
     launch = recipe.launch
     ranks = launch.world_size
@@ -49,8 +49,8 @@ def per_rank(whole: Footprint, recipe: Recipe) -> Footprint:
         return whole
     rule = {"ddp": _ddp, "fsdp2": _fsdp2, "zero2": _zero, "zero3": _zero}[launch.strategy](whole, recipe, ranks)
     phases = {}
-    for phase, found in whole.phases.items():
-        parts = {part: found.get(part, 0.0) for part in PARTS}
+    for phase, sizes in whole.phases.items():
+        parts = {part: sizes.get(part, 0.0) for part in PARTS}
         rule(parts, phase)
         phases[phase] = parts
     return replace(whole, phases=phases)
@@ -88,11 +88,11 @@ def _fsdp2(whole: Footprint, recipe: Recipe, ranks: int) -> Rule:
         parts["weights"] += scales
         if phase in _WITHOUT_WEIGHTS:
             return
-        at_end = phase in _AT_THE_ENDS
-        layers = min(1 if at_end else _AT_ONCE, whole.layers)
-        parts["buffers"] = layers * layer + at_end * compute * whole.rest + _without_copies(parts["buffers"], recipe)
+        embeds = phase in _WITH_EMBEDDINGS
+        layers = min(1 if embeds else _GATHERED_LAYERS, whole.layers)
+        parts["buffers"] = layers * layer + embeds * compute * whole.rest + _without_copies(parts["buffers"], recipe)
         if "backward" in phase:
-            end = 0 if phase == "backward, lower layers" else whole.trained_rest / 2  # embeddings, or the head
+            end = 0 if phase == "backward, lower layers" else whole.trained_rest / 2  # embeddings or LM head
             parts["gradients"] += (compute + reduce) * max(whole.trained_layer, end)
 
     return rule
@@ -111,7 +111,7 @@ def _zero(whole: Footprint, recipe: Recipe, ranks: int) -> Rule:
     states = 4 / _trained_bytes(recipe) if optimizer_states.in_weights_type(recipe.train.optimizer) else 1
     master = 4 * trained if compute < 4 else 0
     frozen = _QUANTIZED.get(recipe.model.quantization or "", compute)
-    live = max(min(_AT_ONCE, whole.layers) * whole.layer, min(_LIVE + _PREFETCH, whole.parameters))
+    live = max(min(_GATHERED_LAYERS, whole.layers) * whole.layer, min(_LIVE + _PREFETCH, whole.parameters))
 
     def rule(parts: dict[str, float], phase: str) -> None:
         for part, growth in narrower.items():
@@ -131,7 +131,7 @@ def _zero(whole: Footprint, recipe: Recipe, ranks: int) -> Rule:
 
 
 def _trained_bytes(recipe: Recipe) -> int:
-    """Of a value that is trained, as it is loaded: adapters are in float32."""
+    """Return the bytes per trainable value as loaded: adapters are in float32."""
     return 4 if recipe.lora is not None else _BYTES[recipe.model.dtype]
 
 
@@ -140,6 +140,6 @@ def _computed_bytes(recipe: Recipe) -> int:
 
 
 def _without_copies(buffers: float, recipe: Recipe) -> float:
-    """Without autocast's copies of float32 weights: those that are computed with are in half of that already."""
+    """Leave out autocast's copies of float32 weights: sharding already gathers them in half precision."""
     copies = recipe.lora is None and recipe.train.mixed_precision != "no" and recipe.model.dtype == "float32"
     return 0.0 if copies else buffers

@@ -1,4 +1,4 @@
-"""Single changes of a recipe that lower its memory, cheapest in speed first."""
+"""Find single recipe changes that reduce memory, smallest slowdown first."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,60 +10,66 @@ from sft_recipes.planning.memory import Footprint
 from sft_recipes.recipe.schema import DEFAULT_GLOBAL_BATCH_SIZE, Recipe
 from sft_recipes.recipe.validate import validate
 
-Change = dict[str, Any]  # dotted keys and their values, as --set takes them
-Predict = Callable[[Recipe], Footprint]  # of one process that trains the whole model
+Change = dict[str, Any]  # dotted keys and values, as for --set
+Predict = Callable[[Recipe], Footprint]  # for one process with the whole model
 _MOST_GPUS = 64
 RECOMPUTED: tuple[int | bool, ...] = (4, 3, 2, True)  # train.gradient_checkpointing, fastest first
 
 
 @dataclass(frozen=True)
 class Remedy:
-    """A single change, and what it comes to."""
+    """A single change, and the peak memory with it."""
 
     kind: str
     change: Change
     peak: float  # bytes on a rank
     fits: bool
 
+    @property
+    def settings(self) -> str:
+        """The change as `key=value`, as --set takes it."""
+        return " ".join(f"{key}={_yaml(value)}" for key, value in self.change.items())
+
     def __str__(self) -> str:
-        return f"{_as_set(self.change)}: {memory.format_bytes(self.peak)}"
+        options = " ".join(f"--set {key}={_yaml(value)}" for key, value in self.change.items())
+        return f"{options}: {memory.format_bytes(self.peak)}"
 
 
 def find_remedies(
     recipe: Recipe, predict: Predict, capacity: float, device: str, attention: str | None
 ) -> list[Remedy]:
-    """Of each kind of change the mildest that brings a rank below `capacity` bytes; where none does, the strongest.
+    """Find the mildest change of each kind that fits a rank in `capacity` bytes; the strongest if none fits.
 
-    `attention`: one that takes less memory, if the model has one.
+    `attention`: an implementation that needs less memory, if there is one.
     """
     found = []
     for kind, options in candidates(recipe, attention):
 
-        def tried(change: Change, kind: str = kind) -> Remedy:
+        def try_change(change: Change, kind: str = kind) -> Remedy:
             changed = applied(recipe, change)
-            if refused := validate(changed, to_run=False).problems:  # an optimizer that fsdp2 cannot take, say
-                raise ModelError(*refused)
+            if problems := validate(changed, to_run=False).problems:  # such as an optimizer that fsdp2 does not support
+                raise ModelError(*problems)
             rank = per_rank_memory.on_rank(predict(changed), changed, device)
             return Remedy(kind, change, rank.peak_bytes, memory.fits(rank, capacity, device))
 
         try:
-            best = tried(options[-1])
+            best = try_change(options[-1])
             low, high = 0, len(options) - 1
-            while best.fits and low < high:  # a prediction takes a second: as few as can be
+            while best.fits and low < high:  # bisection, since a prediction takes a second
                 middle = (low + high) // 2
-                milder = tried(options[middle])
+                milder = try_change(options[middle])
                 if milder.fits:
                     best, high = milder, middle
                 else:
                     low = middle + 1
-        except ModelError:  # or a layer that LoRA has no name for; nothing to recommend
+        except ModelError:  # not possible for this recipe or model, or not predictable
             continue
         found.append(best)
     return found
 
 
 def candidates(recipe: Recipe, attention: str | None) -> Iterator[tuple[str, list[Change]]]:
-    """Kinds of changes, and of each kind the changes, mildest first."""
+    """Yield each kind of change with its changes, mildest first."""
     model, train, launch = recipe.model, recipe.train, recipe.launch
     if attention is not None:
         yield "attention", [{"model.attention": attention}]
@@ -93,7 +99,7 @@ def candidates(recipe: Recipe, attention: str | None) -> Iterator[tuple[str, lis
 
 
 def micro_batch_sizes(recipe: Recipe) -> list[int]:
-    """Powers of two that keep global_batch_size on this number of processes, smallest first; at least 1."""
+    """Return the powers of two that keep global_batch_size on this number of processes, smallest first."""
     train, world = recipe.train, recipe.launch.world_size
     if train.gradient_accumulation_steps is not None:
         return []
@@ -110,7 +116,7 @@ def _divides(recipe: Recipe, processes: int) -> bool:
 
 
 def applied(recipe: Recipe, change: Change) -> Recipe:
-    """The recipe with a change."""
+    """Return the recipe with a change."""
     values = recipe.model_dump(exclude_unset=True)
     for key, value in change.items():
         section, _, name = key.partition(".")
@@ -119,10 +125,6 @@ def applied(recipe: Recipe, change: Change) -> Recipe:
         else:
             values[section] = value
     return Recipe.model_validate(values)
-
-
-def _as_set(change: Change) -> str:
-    return " ".join(f"--set {key}={_yaml(value)}" for key, value in change.items())
 
 
 def _yaml(value: Any) -> str:

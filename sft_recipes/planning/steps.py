@@ -1,4 +1,4 @@
-"""How many optimizer steps a run takes."""
+"""Compute the number of optimizer steps of a run."""
 
 import math
 from dataclasses import dataclass
@@ -15,16 +15,17 @@ class Steps:
     warmup: int
 
     def every(self, interval: float | int | None) -> int | None:
-        """An interval of the recipe (a fraction of the run, or a number of steps) as a number of steps."""
+        """Convert an interval of the recipe (a fraction of the run, or a number of steps) to steps."""
         if interval is None:
             return None
         return interval if isinstance(interval, int) else max(1, math.ceil(interval * self.total))
 
 
 def count(recipe: Recipe, sequences: int) -> Steps:
-    """Steps over `sequences` training sequences. The last step of an epoch may be smaller than the others."""
+    """Count the steps over `sequences` training sequences. The last step of an epoch may be smaller than the others."""
     train, world = recipe.train, recipe.launch.world_size
-    micro = train.micro_batch_size_or_1  # auto may change the steps only if TRL drops partial micro-batches
+    # The value of auto does not change the number of steps, unless TRL drops incomplete micro-batches.
+    micro = train.micro_batch_size_or_1
     if recipe.trl.get("dataloader_drop_last"):
         micro_batches = sequences // (micro * world)
     else:
@@ -34,5 +35,5 @@ def count(recipe: Recipe, sequences: int) -> Steps:
     total = by_epochs if train.max_steps is None else train.max_steps
     if train.epochs is not None:
         total = min(total, by_epochs)
-    # A warmup as long as the run would leave its only step at a rate of 0.
+    # A warmup as long as the run would leave a single step at a learning rate of 0.
     return Steps(per_epoch, total, min(math.ceil(total * train.warmup_ratio), total - 1))

@@ -22,16 +22,16 @@ from sft_recipes.recipe.library_names import installed
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.training.sft_config import padding_free
 
-NAME = "varlen"  # with "flash" in it transformers would ask for flash-attn
+NAME = "varlen"  # for a name with "flash" in it transformers would require flash-attn
 Capability = tuple[int, int]  # compute capability of a GPU, such as (8, 0)
-AMPERE: Capability = (8, 0)  # the first that flash attention 2, torch's varlen kernel, runs on
-WIDEST = 256  # width of a head, in flash attention 2
-# Model types of transformers 5.23 that change the mask before attention gets it, or do not pass cu_seq_lens on.
-_OWN_WAYS = {
+AMPERE: Capability = (8, 0)  # minimum of flash attention 2, torch's varlen kernel
+WIDEST = 256  # maximum width of a head in flash attention 2
+# Model types of transformers 5.23 that change the mask before attention receives it, or do not pass cu_seq_lens on.
+_CUSTOM_MASKS = {
     "axk2", "deepseek_v32", "doge", "dots3_note", "dots3_note_text", "glm_moe_dsa", "lfm3", "nemotron", "recurrent_gemma",
 }  # fmt: skip
-# Other arguments that models pass to attention, and that do not change the result.
-_KNOWN = {
+# Other arguments that models pass to attention and that do not change the result.
+_IGNORED = {
     "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "position_ids", "use_cache",
     "cache_position", "num_items_in_batch", "output_router_logits", "sliding_window", "is_causal",
 }  # fmt: skip
@@ -49,47 +49,47 @@ def select_implementation(
 
     Returns: its name, None for transformers' own choice; and the reason, "" if there is nothing to explain.
 
-    Raises: ModelError if the recipe names varlen, and the model or the GPU cannot have it.
+    Raises: ModelError if the recipe names varlen and the model or the GPU does not support it.
     """
     wanted, packed = recipe.model.attention, padding_free(recipe)
     if wanted not in ("auto", NAME):
         return wanted, ""
-    able = getattr(_architecture(config), "_supports_flash_attn", False) and (capability or AMPERE) >= AMPERE
-    if wanted == "auto" and device == "cuda" and _half(recipe) and able and installed("flash_attn"):
+    flash = getattr(_architecture(config), "_supports_flash_attn", False) and (capability or AMPERE) >= AMPERE
+    if wanted == "auto" and device == "cuda" and _half(recipe) and flash and installed("flash_attn"):
         return "flash_attention_2", "flash-attn is installed"
-    wrong = problem(recipe, config, device, capability)
-    if wanted == NAME and wrong is not None:
-        raise ModelError(f"model.attention: varlen does not support {wrong}. Set model.attention to auto.")
+    unsupported = problem(recipe, config, device, capability)
+    if wanted == NAME and unsupported is not None:
+        raise ModelError(f"model.attention: varlen does not support {unsupported}. Set model.attention to auto.")
     if wanted == NAME:
-        return NAME, "" if packed else "as sdpa, since no packed documents are isolated"
+        return NAME, "" if packed else "runs sdpa, because there are no packed documents to isolate"
     if not packed:
         return None, ""
-    if wrong is not None:
-        return None, f"varlen does not support {wrong}"
+    if unsupported is not None:
+        return None, f"varlen does not support {unsupported}"
     return NAME, "packed documents, no flash-attn needed"
 
 
 def problem(recipe: Recipe, config: PreTrainedConfig, device: str, capability: Capability | None = None) -> str | None:
     """Return what of a run varlen does not support, None if nothing. Arguments as `select_implementation`'s."""
-    wrong = obstacle(config)
-    if wrong is not None or device != "cuda" or not padding_free(recipe):
-        return wrong
+    unsupported = obstacle(config)
+    if unsupported is not None or device != "cuda" or not padding_free(recipe):
+        return unsupported
     if not _half(recipe):
         return "float32 on a GPU"
     return kernel_obstacle(config, capability) or _trial(recipe, config, capability)
 
 
 def obstacle(config: PreTrainedConfig) -> str | None:
-    """Return what of a model's attention varlen would leave out, None if nothing."""
+    """Return what of a model's attention varlen does not support, None if nothing."""
     architecture, text = _architecture(config), config.get_text_config(decoder=True)
-    # What sdpa lacks (softcapping, sinks) varlen lacks too, and transformers says which models need it.
+    # varlen lacks what sdpa lacks (softcapping, sinks), and transformers declares which models need it.
     as_sdpa = getattr(architecture, "_supports_attention_backend", False) and architecture._supports_sdpa
-    # transformers before 5.22 says of Gemma 2 that sdpa will do, and leaves its softcapping out.
+    # transformers before 5.22 declares sdpa for Gemma 2, without its softcapping.
     softcaps = getattr(text, "attn_logit_softcapping", None) is not None
-    if not as_sdpa or softcaps or config.model_type in _OWN_WAYS:
+    if not as_sdpa or softcaps or config.model_type in _CUSTOM_MASKS:
         return f"the attention of a {config.model_type} model, which differs from transformers' sdpa"
     if not getattr(text, "is_causal", True):
-        return "a model whose tokens attend to later ones"
+        return "a model with bidirectional attention"
     dropout = (name for name in text.to_dict() if "att" in name and "drop" in name and getattr(text, name))
     return next((f"dropout in attention ({name} in the model's config)" for name in dropout), None)
 
@@ -97,13 +97,13 @@ def obstacle(config: PreTrainedConfig) -> str | None:
 def kernel_obstacle(config: PreTrainedConfig, capability: Capability | None) -> str | None:
     """Return why torch's varlen kernel cannot run a model on a GPU, None if it can.
 
-    Decided from config and GPU before the training, because a layer that finds out has to wait for the GPU to split documents.
+    Decided from config and GPU before training: a layer's fallback would wait for the GPU to split documents.
     """
     if capability is not None and capability < AMPERE:
         return "GPUs of compute capability below 8.0 (got {}.{})".format(*capability)
     for width, of_values in sorted(head_widths(config)):
         if width % 8 or width > WIDEST:
-            return f"attention heads of this width on a GPU: a multiple of 8, at most {WIDEST} (got {width})"
+            return f"attention heads on a GPU whose width is not a multiple of 8 up to {WIDEST} (got {width})"
         if of_values > width:
             return f"values wider than keys on a GPU (got {of_values} and {width})"
     return None
@@ -142,7 +142,7 @@ def _half(recipe: Recipe) -> bool:
 
 
 def _trial(recipe: Recipe, config: PreTrainedConfig, capability: Capability | None) -> str | None:
-    """Try the kernel in the model's widths if a GPU of this capability is here; return what is wrong, None if nothing."""
+    """Test the kernel with the model's widths if this GPU has that capability; return the problem, None if it passes."""
     if capability is None or capability_here() != capability:
         return None
     text = config.get_text_config(decoder=True)
@@ -152,8 +152,8 @@ def _trial(recipe: Recipe, config: PreTrainedConfig, capability: Capability | No
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
         recipe.train.mixed_precision, getattr(torch, recipe.model.dtype)
     )
-    right = all(_kernel_is_right(*widths, max(groups, 1), half) for widths in head_widths(config))
-    return None if right else "this GPU, on which torch's varlen kernel differs from sdpa"
+    correct = all(_kernel_is_correct(*widths, max(groups, 1), half) for widths in head_widths(config))
+    return None if correct else "this GPU, on which torch's varlen kernel differs from sdpa"
 
 
 # --- varlen ----------------------------------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ class LazyMask:
     """sdpa's mask of a row without padding, built only if sdpa runs.
 
     Attributes:
-        build: returns the mask as sdpa takes it, a tensor, or None if causal attention needs no mask.
+        build: returns sdpa's mask, a tensor, or None if causal attention needs no mask.
         window: how many tokens of its document a token attends to, itself included. None: all before it.
         chunk: as `window`, for attention within chunks of so many tokens. None: no chunks.
     """
@@ -186,15 +186,15 @@ def attend(
     checkpointed. It never waits for a GPU.
 
     `query`, `key` and `value` are (rows, heads, tokens, width); keys and values may have fewer heads. `attention_mask` is a
-    LazyMask, or what sdpa takes. `cu_seq_lens_q` among the other arguments says where documents begin, and where the last one
-    ends. Without it, with a mask that is a tensor, or with keys of earlier tokens, sdpa runs.
+    LazyMask, or sdpa's mask. `cu_seq_lens_q` among the other arguments has the starts of documents, and the end of the last
+    one. Without it, with a mask that is a tensor, or with keys of earlier tokens, sdpa runs.
 
     Returns: (rows, tokens, heads, width); and None, for the attention weights.
 
-    Raises: ModelError if the layer asks for something that varlen does not support.
+    Raises: ModelError if the layer passes an argument that varlen does not support.
     """
     starts, mask = kwargs.get("cu_seq_lens_q"), attention_mask
-    longest = kwargs.get("max_length_q") or query.shape[2]  # a bound is enough, and the true one is on the device
+    longest = kwargs.get("max_length_q") or query.shape[2]  # a bound suffices; the exact value is on the device
     lazy = isinstance(mask, LazyMask)
     in_chunks = lazy and mask.chunk is not None and longest > mask.chunk
     if (
@@ -206,22 +206,22 @@ def attend(
     ):
         return sdpa_attention_forward(module, query, key, value, mask.build() if lazy else mask, **kwargs)
     window, scaling = mask.window if lazy else None, kwargs.pop("scaling", None)
-    _refuse_unknown(module, kwargs)
-    if torch.is_autocast_enabled(query.device.type):  # which casts for sdpa, and not for the kernel
+    _reject_unsupported(module, kwargs)
+    if torch.is_autocast_enabled(query.device.type):  # autocast covers sdpa, but not the kernel
         half = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(half), key.to(half), value.to(half)
     if query.is_cuda:
         return _kernel(query, key, value, starts, longest, scaling, window), None
-    if torch.compiler.is_compiling():  # lengths are values, of which a graph knows nothing
+    if torch.compiler.is_compiling():  # lengths are tensor values, which a graph does not have
         return _ByDocument.apply(query, key, value, starts, scaling, window), None
     return by_document(query, key, value, starts.diff().tolist(), scaling, window), None
 
 
-def _refuse_unknown(module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
+def _reject_unsupported(module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
     unknown = [
         name
         for name, given in kwargs.items()
-        if name not in _KNOWN and given is not None and (isinstance(given, torch.Tensor) or given)
+        if name not in _IGNORED and given is not None and (isinstance(given, torch.Tensor) or given)
     ]
     causal = kwargs.get("is_causal")
     if not (getattr(module, "is_causal", True) if causal is None else causal):
@@ -248,19 +248,19 @@ def by_document(
 
     Returns: (1, tokens, heads, width).
     """
-    done = []
-    for q, k, v in zip(*(each.split(lengths, dim=2) for each in (query, key, value)), strict=True):
+    outputs = []
+    for q, k, v in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True):
         band, tokens = None, q.shape[2]
         if window is not None and tokens > window:
             band = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril().triu(1 - window)
         out = scaled_dot_product_attention(
             q, k, v, band, is_causal=band is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
         )
-        done.append(out.transpose(1, 2))
-    return torch.cat(done, dim=1)
+        outputs.append(out.transpose(1, 2))
+    return torch.cat(outputs, dim=1)
 
 
-# `by_document` and its gradients as nodes of a compiled graph, which cannot split documents: their lengths are values.
+# `by_document` and its gradients as nodes of a compiled graph, which cannot split documents: lengths are tensor values.
 _ARGUMENTS = "Tensor query, Tensor key, Tensor value, Tensor starts, float? scaling, SymInt? window"
 torch.library.define("sft_recipes::by_document", f"({_ARGUMENTS}) -> Tensor")
 torch.library.define(
@@ -269,8 +269,8 @@ torch.library.define(
 
 
 @torch.library.impl("sft_recipes::by_document", "CPU")  # type: ignore[untyped-decorator]
-def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, *how: Any) -> torch.Tensor:
-    return by_document(query, key, value, starts.diff().tolist(), *how).contiguous()
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, *args: Any) -> torch.Tensor:
+    return by_document(query, key, value, starts.diff().tolist(), *args).contiguous()
 
 
 @torch.library.register_fake("sft_recipes::by_document")  # type: ignore[untyped-decorator]
@@ -282,14 +282,14 @@ def _(query: torch.Tensor, _key: torch.Tensor, value: torch.Tensor, *_: Any) -> 
 def _(gradient: torch.Tensor, *inputs: Any) -> tuple[torch.Tensor, ...]:
     *tensors, starts, scaling, window = inputs
     with torch.enable_grad():
-        query, key, value = (each.detach().requires_grad_() for each in tensors)
+        query, key, value = (tensor.detach().requires_grad_() for tensor in tensors)
         out = by_document(query, key, value, starts.diff().tolist(), scaling, window)
-    return tuple(each.contiguous() for each in torch.autograd.grad(out, (query, key, value), gradient))
+    return tuple(grad.contiguous() for grad in torch.autograd.grad(out, (query, key, value), gradient))
 
 
 @torch.library.register_fake("sft_recipes::by_document_backward")  # type: ignore[untyped-decorator]
 def _(_gradient: torch.Tensor, *inputs: Any) -> tuple[torch.Tensor, ...]:
-    return tuple(each.new_empty(each.shape) for each in inputs[:3])
+    return tuple(tensor.new_empty(tensor.shape) for tensor in inputs[:3])
 
 
 class _ByDocument(torch.autograd.Function):
@@ -307,14 +307,14 @@ class _ByDocument(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        found = torch.ops.sft_recipes.by_document_backward(gradient, *ctx.saved_tensors, ctx.scaling, ctx.window)
-        return *found, None, None, None
+        gradients = torch.ops.sft_recipes.by_document_backward(gradient, *ctx.saved_tensors, ctx.scaling, ctx.window)
+        return *gradients, None, None, None
 
 
 # --- torch's kernel --------------------------------------------------------------------------------------------------
 
-# From torch 2.12 on; 2.11 takes fewer heads of keys as they are.
-_GROUPS_HEADS = "enable_gqa" in signature(varlen_attn).parameters
+# From torch 2.12 on; 2.11 accepts fewer key heads without the argument.
+_HAS_ENABLE_GQA = "enable_gqa" in signature(varlen_attn).parameters
 
 
 def _kernel(
@@ -333,51 +333,51 @@ def _kernel(
     width, of_values = query.shape[-1], value.shape[-1]
     if of_values < width:
         value = pad(value, (0, width - of_values))
-    found = varlen_attn(
-        *(each.squeeze(0).transpose(0, 1) for each in (query, key, value)),
-        # The same object twice tells newer versions that queries and keys are the same tokens.
+    out = varlen_attn(
+        *(tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value)),
+        # The same object twice marks self-attention in newer versions.
         starts,
         starts,
         longest,
         longest,
         scale=scaling,
-        window_size=(-1 if window is None else window - 1, 0),  # tokens before one's own, and none behind
-        **({"enable_gqa": query.shape[1] != key.shape[1]} if _GROUPS_HEADS else {}),
+        window_size=(-1 if window is None else window - 1, 0),  # earlier tokens, and no later ones
+        **({"enable_gqa": query.shape[1] != key.shape[1]} if _HAS_ENABLE_GQA else {}),
     )
-    return found.narrow(-1, 0, of_values).unsqueeze(0)
+    return out.narrow(-1, 0, of_values).unsqueeze(0)
 
 
 @cache
-def _kernel_is_right(width: int, of_values: int, groups: int, half: torch.dtype) -> bool:
+def _kernel_is_correct(width: int, of_values: int, groups: int, half: torch.dtype) -> bool:
     """Check torch's kernel and its gradients against one call of sdpa per document, to bfloat16's rounding, on this GPU."""
     random = torch.Generator("cuda").manual_seed(0)
-    made = query, key, value = [
+    inputs = query, key, value = [
         torch.randn(1, heads, 48, size, device="cuda", dtype=half, generator=random, requires_grad=True)
         for heads, size in ((2 * groups, width), (2, width), (2, of_values))
     ]
     starts = torch.tensor([0, 5, 17, 48], dtype=torch.int32, device="cuda")
     try:
-        found = _kernel(query, key, value, starts, 31, None, None)
-        true = by_document(query, key, value, [5, 12, 31])
+        actual = _kernel(query, key, value, starts, 31, None, None)
+        expected = by_document(query, key, value, [5, 12, 31])
         pairs = [
-            (found, true),
-            *zip(*(torch.autograd.grad(out.square().sum(), made) for out in (found, true)), strict=True),
+            (actual, expected),
+            *zip(*(torch.autograd.grad(out.square().sum(), inputs) for out in (actual, expected)), strict=True),
         ]
-    except (RuntimeError, TypeError, ValueError):  # a kernel that was not built for it, or takes other arguments
+    except (RuntimeError, TypeError, ValueError):  # the kernel was not built for this GPU, or has a different signature
         return False
-    return all(bool((one - other).norm() < 0.02 * other.norm()) for one, other in pairs)
+    return all(bool((x - reference).norm() < 0.02 * reference.norm()) for x, reference in pairs)
 
 
 # --- Registration ----------------------------------------------------------------------------------------------------
 
 
 def mask_for(
-    *, mask_function: Any, q_length: int, kv_length: int, attention_mask: torch.Tensor | None = None, **how: Any
+    *, mask_function: Any, q_length: int, kv_length: int, attention_mask: torch.Tensor | None = None, **kwargs: Any
 ) -> Any:
     """Make the mask of rows for `attend`; the mask function that transformers calls once per mask.
 
-    Returns: a LazyMask for rows without padding, of one document or several; else sdpa's mask. So is a mask that a model adds
-    functions of its own to.
+    Returns: a LazyMask for rows without padding, of one document or several; else sdpa's mask, also if the model adds mask
+    functions of its own.
     """
     build = partial(
         sdpa_mask,
@@ -385,20 +385,20 @@ def mask_for(
         q_length=q_length,
         kv_length=kv_length,
         attention_mask=attention_mask,
-        **how,
+        **kwargs,
     )
-    causal = "allow_is_bidirectional_skip" not in how and not how.get("use_vmap", False)
+    causal = "allow_is_bidirectional_skip" not in kwargs and not kwargs.get("use_vmap", False)
     if not causal or attention_mask is not None or q_length != kv_length:
         return build()
-    # transformers forbids to skip the mask of packed documents, and that of blocks of tokens, such as an image's, that attend
-    # to each other. The host waits for the answer, once per micro-batch: another model input may bring another mask.
-    if not how.get("allow_is_causal_skip", True):
-        tokens = torch.arange(q_length - 1, device=how.get("device"))
+    # transformers forbids skipping the mask of packed documents, and that of bidirectional blocks such as an image's tokens.
+    # Evaluating the mask tells them apart. The host waits for it once per micro-batch: other inputs may need another mask.
+    if not kwargs.get("allow_is_causal_skip", True):
+        tokens = torch.arange(q_length - 1, device=kwargs.get("device"))
         row = tokens.new_zeros(())
         if mask_function(row, row, tokens, tokens + 1).any():
             return build()
-    size = how.get("local_size")
-    if size is not None and size == getattr(how["config"], "attention_chunk_size", None):
+    size = kwargs.get("local_size")
+    if size is not None and size == getattr(kwargs["config"], "attention_chunk_size", None):
         return LazyMask(build, chunk=size)
     return LazyMask(build, window=size)
 

@@ -1,4 +1,4 @@
-"""Predictions where the training is to run: the largest micro-batch that fits, and what to change where none does."""
+"""Resolve `auto` batch size and checkpointing from predicted memory, and advise what to change if memory runs out."""
 
 import json
 from bisect import bisect_left
@@ -20,18 +20,18 @@ from sft_recipes.recipe.schema import Recipe
 from sft_recipes.training import fake_kernels, memory_trace
 from sft_recipes.training.attention import Capability, capability_here
 
-# Of the host's memory that tensors may come to: oneDNN makes buffers of its own beside torch's allocator (SmolLM2 in bfloat16,
-# 4,096 tokens, checkpointed: 4.3 GiB predicted, 10.2 in the process).
+# Share of host memory that tensors may use: oneDNN allocates buffers outside torch's allocator (SmolLM2 in bfloat16, 4,096
+# tokens, checkpointed: 4.3 GiB predicted, 10.2 GiB used by the process).
 _SHARE_OF_HOST = 0.4
-# Tokens of a micro-batch, from which on more at once bring less than recomputing costs (not measured on a GPU).
+# Micro-batches of more tokens gain less than the activation checkpointing they require costs (not measured on a GPU).
 _ENOUGH = 4096
-# What a footprint does not depend on: changes of it need no other run.
+# Sections that do not affect a footprint, so that a change reuses the trace.
 _IRRELEVANT = {"eval", "checkpoint", "log", "export", "output_dir", "launch"}
 _PREDICTORS: dict[tuple[str, str, Capability | None], Predict] = {}  # by config, device, and its compute capability
 
 
 def predictor(config: PreTrainedConfig, device: str, capability: Capability | None = None) -> Predict:
-    """Predictions for one model; each is made once in a process. `capability`: the GPU's, None if unknown."""
+    """Return a cached function that predicts one model's footprint. `capability`: the GPU's, None if unknown."""
     key = config.to_json_string(use_diff=False), device, capability
     if key not in _PREDICTORS:
         _PREDICTORS[key] = _predictor(config, device, capability)
@@ -54,14 +54,17 @@ def _predictor(config: PreTrainedConfig, device: str, capability: Capability | N
 
 
 def largest_micro_batch(recipe: Recipe, predict: Predict, capacity: float, device: str) -> Recipe:
-    """The recipe with the largest micro_batch_size, of powers of two that keep global_batch_size, that fits into `capacity`
-    bytes. Raises RecipeError where a single sequence does not fit."""
+    """Set the largest micro_batch_size that fits in `capacity` bytes: a power of two that keeps global_batch_size.
+
+    Raises RecipeError if a single sequence does not fit.
+    """
     most = memory_trace.MOST_TOKENS // recipe.data.max_length
     sizes = [size for size in remedies.micro_batch_sizes(recipe) if size <= max(1, most)]
     if not sizes:
+        world = recipe.launch.world_size
         raise RecipeError(
-            f"train.global_batch_size: {recipe.sequences_per_step} sequences a step do not come out of "
-            f"{recipe.launch.world_size} processes; set a multiple of them"
+            f"train.global_batch_size: {recipe.sequences_per_step} is not divisible by {world} processes. "
+            f"Set it to a multiple of {world}."
         )
 
     def with_size(size: int) -> Recipe:
@@ -89,12 +92,13 @@ def largest_micro_batch(recipe: Recipe, predict: Predict, capacity: float, devic
 
 
 def resolve_auto(recipe: Recipe, predict: Predict, capacity: float, device: str) -> Recipe:
-    """The recipe with what it leaves to auto settled for `capacity` bytes: gradient checkpointing of as few layers as must be,
-    the largest micro-batch. Raises RecipeError where a single sequence does not fit, and ModelError where nothing can be
-    predicted."""
+    """Resolve auto for `capacity` bytes: the largest micro-batch, and checkpointing of as few layers as necessary.
+
+    Raises RecipeError if a single sequence does not fit, ModelError if memory cannot be predicted.
+    """
     sizes = recipe.train.micro_batch_size == "auto"
     if recipe.train.gradient_checkpointing == "auto" and recipe.launch.strategy != "ddp":
-        # Memory per rank is predicted by arithmetic that has not been compared with a GPU.
+        # Memory per rank is computed by formulas that have not been compared with a GPU.
         recipe = remedies.applied(recipe, {"train.gradient_checkpointing": True})
     if recipe.train.gradient_checkpointing != "auto":
         return largest_micro_batch(recipe, predict, capacity, device) if sizes else recipe
@@ -106,7 +110,7 @@ def resolve_auto(recipe: Recipe, predict: Predict, capacity: float, device: str)
         return memory.fits(per_rank_memory.on_rank(predict(changed), changed, device), capacity, device)
 
     if sizes:
-        with suppress(RecipeError):  # where no sequence fits without recomputing
+        with suppress(RecipeError):  # no sequence fits without checkpointing
             without = largest_micro_batch(with_layers(False), predict, capacity, device)
             assert isinstance(without.train.micro_batch_size, int)
             if without.train.micro_batch_size * recipe.data.max_length >= _ENOUGH:
@@ -114,11 +118,11 @@ def resolve_auto(recipe: Recipe, predict: Predict, capacity: float, device: str)
         recipe = largest_micro_batch(with_layers(True), predict, capacity, device)
         assert isinstance(recipe.train.micro_batch_size, int)
         enough = [size for size in remedies.micro_batch_sizes(recipe) if size * recipe.data.max_length >= _ENOUGH]
-        if enough and enough[0] < recipe.train.micro_batch_size:  # if memory is left, it saves recomputing
+        if enough and enough[0] < recipe.train.micro_batch_size:  # use the memory to checkpoint fewer layers
             smaller = remedies.applied(with_layers(2), {"train.micro_batch_size": enough[0]})
             recipe = smaller if fits(smaller) else recipe
 
-    # Where not even all layers suffice it is left at that: the preflight says what would.
+    # If checkpointing all layers does not fit either, the preflight reports what would.
     return with_layers(
         False
         if fits(with_layers(False))
@@ -127,11 +131,11 @@ def resolve_auto(recipe: Recipe, predict: Predict, capacity: float, device: str)
 
 
 def resolve_for_run(recipe: Recipe, run_dir: Path) -> Recipe:
-    """The recipe with what it leaves to auto settled: as a run in `run_dir` was begun, else for the memory that is free now.
+    """Resolve auto as the run in `run_dir` did, else for the memory that is free now.
 
-    All layers are checkpointed where the memory cannot be predicted.
+    All layers are checkpointed if the memory cannot be predicted.
     """
-    recipe = _as_begun(recipe, run_dir)
+    recipe = _as_resolved_before(recipe, run_dir)
     if "auto" not in (recipe.train.micro_batch_size, recipe.train.gradient_checkpointing):
         return recipe
     try:
@@ -145,10 +149,10 @@ def resolve_for_run(recipe: Recipe, run_dir: Path) -> Recipe:
         return remedies.applied(recipe, {"train.gradient_checkpointing": True})
 
 
-def _as_begun(recipe: Recipe, run_dir: Path) -> Recipe:
-    begun = run_dir / "recipe.resolved.json"
-    with suppress(OSError, ValueError, LookupError, TypeError):  # a damaged file is said when it is compared
-        used = json.loads(begun.read_text(encoding="utf-8"))["train"]
+def _as_resolved_before(recipe: Recipe, run_dir: Path) -> Recipe:
+    resolved = run_dir / "recipe.resolved.json"
+    with suppress(OSError, ValueError, LookupError, TypeError):  # a damaged file is reported when settings are compared
+        used = json.loads(resolved.read_text(encoding="utf-8"))["train"]
         size, layers = used["micro_batch_size"], used["gradient_checkpointing"]
         if recipe.train.micro_batch_size == "auto" and size in remedies.micro_batch_sizes(recipe):
             recipe = remedies.applied(recipe, {"train.micro_batch_size": size})
@@ -158,22 +162,22 @@ def _as_begun(recipe: Recipe, run_dir: Path) -> Recipe:
 
 
 def predict_here(recipe: Recipe) -> Footprint:
-    """What one rank is predicted to take on this machine. Raises ModelError where that cannot be said."""
+    """Predict the memory of one rank on this node. Raises ModelError if it cannot be predicted."""
     config, device = memory_trace.config_of(recipe), _device()
     return per_rank_memory.on_rank(predictor(config, device, capability_here())(recipe), recipe, device)
 
 
 def model_flops_per_token(recipe: Recipe, document: float) -> float:
-    """Operations that the model takes to train on a token, of documents of that mean length. Raises ModelError."""
+    """Return the model's FLOPs per trained token, for documents of that mean length. Raises ModelError."""
     config, device = memory_trace.config_of(recipe), _device()
     whole = predictor(config, device, capability_here())(recipe)
     return flops.flops_per_token(recipe, whole, config.get_text_config(), document, model_only=True)
 
 
 def memory_advice(recipe: Recipe) -> str:
-    """For one who has run out of memory: what is predicted, and the single changes that would fit.
+    """Describe predicted and device memory, and the single changes that fit, after an out-of-memory error.
 
-    Raises ModelError where that cannot be said.
+    Raises ModelError if memory cannot be predicted.
     """
     config, device = memory_trace.config_of(recipe), _device()
     total = torch.cuda.mem_get_info()[1] if device == "cuda" else psutil.virtual_memory().total
@@ -185,7 +189,7 @@ def memory_advice(recipe: Recipe) -> str:
         return f"{memory_used}. This should fit: stop other processes on the device; otherwise its free memory is fragmented."
     leaner = fake_kernels.lower_memory_attention(recipe, config, device, capability_here())
     found = remedies.find_remedies(recipe, predict, capacity, device, leaner)
-    fitting = "; ".join(str(remedy) for remedy in found if remedy.fits)
+    fitting = "; ".join(f"{remedy.settings} ({memory.format_bytes(remedy.peak)})" for remedy in found if remedy.fits)
     return f"{memory_used}. {f'Any one of these fits: {fitting}' if fitting else 'No single change fits'}."
 
 
@@ -194,11 +198,12 @@ def _device() -> str:
 
 
 def available_memory(recipe: Recipe, device: str) -> float:
-    """Bytes that a prediction may come to now in this process, the same number in all that train together."""
+    """Return the bytes that a prediction may reach in this process: the same number on all ranks."""
     if recipe.launch.world_size > 1:
-        PartialState(cpu=device == "cpu")  # which gives each process its device
+        PartialState(cpu=device == "cpu")  # selects each process's device
     if device == "cuda":
-        free = float(torch.cuda.mem_get_info()[0]) + memory.CONTEXT  # which asking has taken already
+        # mem_get_info() creates the CUDA context, so its memory is already gone.
+        free = float(torch.cuda.mem_get_info()[0]) + memory.CONTEXT
     else:
         free = _SHARE_OF_HOST * psutil.virtual_memory().available / recipe.launch.processes
     return min(gather_object([free])) if recipe.launch.world_size > 1 else free

@@ -1,8 +1,7 @@
-"""The loss on a CPU: TRL's, of the trained tokens alone and with its gradient taken in the forward pass.
+"""Memory-efficient LM-head loss for CPUs: TRL's loss of trained tokens only, with its gradient computed in the forward pass.
 
-TRL's head is written for Triton. On a CPU it makes the logits of every token, twice, multiplies in float32, and counts the
-entropy, which takes passes of its own. Here each row of logits is made once, and turned into its gradient while it is in the
-processor's cache.
+TRL's head is written for Triton. On a CPU it computes the logits of every token, twice, multiplies in float32, and computes
+the entropy, in additional passes. Here each row of logits is computed once, and replaced by its gradient while it is in cache.
 """
 
 import math
@@ -15,21 +14,21 @@ import torch
 from torch.autograd.function import once_differentiable
 from trl.trainer import utils as trl_utils
 
-_TILE = 2**26  # logits that are multiplied at once: 128 MiB in bfloat16
-_PIECE = 2**22  # logits that are looked at at once: 16 MiB in float32
+_TILE = 2**26  # logits per matrix product: 128 MiB in bfloat16
+_CHUNK = 2**22  # logits per softmax: 16 MiB in float32
 
 
 class LogProbs(torch.autograd.Function):
-    """Log-probabilities of targets, and whether each is the likeliest.
+    """Log-probabilities of target tokens, and whether each is the most likely token.
 
-    The gradient of log p[target] to the logits is onehot - p. A token's share of the hidden states' gradient is right
-    whatever comes from above; the weight's where that is the same for all tokens, as in a mean.
+    The gradient of log p[target] with respect to the logits is onehot - p. The hidden states' gradient is exact for any
+    upstream gradient; the weight's only if that is the same for all tokens, as in a mean.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        learns: bool,
+        needs_grad: bool,
         hidden: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
@@ -40,49 +39,51 @@ class LogProbs(torch.autograd.Function):
         """`hidden` (N, H), `weight` (V, H), `bias` (V) and `targets` (N) to log-probabilities and hits, both (N)."""
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden.dtype
         rows, wide = hidden.to(dtype), weight.to(dtype)
-        to_hidden, to_weight, to_bias = (learns and need for need in ctx.needs_input_grad[1:4])
+        to_hidden, to_weight, to_bias = (needs_grad and need for need in ctx.needs_input_grad[1:4])
         log_probs = torch.empty(len(rows), dtype=torch.float32)
         hits = torch.empty(len(rows), dtype=torch.bool)
-        for_hidden = torch.empty_like(rows) if to_hidden else None
-        for_weight = for_bias = None
-        piece = max(_PIECE // len(wide), 1)
-        # A product for the weight's gradient is fast where it is large, all else where it stays in the cache.
-        tile = max(_TILE // len(wide), 1) if to_weight else piece
-        for start in range(0, max(len(rows), 1), tile):  # without any trained token the gradients are zero
+        hidden_grad = torch.empty_like(rows) if to_hidden else None
+        weight_grad = bias_grad = None
+        chunk = max(_CHUNK // len(wide), 1)
+        # The product for the weight's gradient is faster for large tiles, everything else if it stays in cache.
+        tile = max(_TILE // len(wide), 1) if to_weight else chunk
+        for start in range(0, max(len(rows), 1), tile):  # at least once: without trained tokens the gradients are zero
             of_tile = slice(start, start + tile)
             logits = torch.nn.functional.linear(rows[of_tile], wide, None if bias is None else bias.to(dtype))
-            for part, to, found, hit in zip(
-                *(each.split(piece) for each in (logits, targets[of_tile], log_probs[of_tile], hits[of_tile])),
+            for logits_chunk, target, log_prob, hit in zip(
+                *(tensor.split(chunk) for tensor in (logits, targets[of_tile], log_probs[of_tile], hits[of_tile])),
                 strict=True,
             ):
-                _look(part, to[:, None], found, hit, scale, softcap)
-            if for_hidden is not None:
-                torch.mm(logits, wide, out=for_hidden[of_tile])
+                _log_probs_and_gradient(logits_chunk, target[:, None], log_prob, hit, scale, softcap)
+            if hidden_grad is not None:
+                torch.mm(logits, wide, out=hidden_grad[of_tile])
             if to_weight:
                 product = logits.t() @ rows[of_tile]
-                for_weight = product.float() if for_weight is None else for_weight.add_(product)
+                weight_grad = product.float() if weight_grad is None else weight_grad.add_(product)
             if to_bias:
                 product = logits.sum(0, dtype=torch.float32)
-                for_bias = product if for_bias is None else for_bias.add_(product)
-        ctx.save_for_backward(for_hidden, for_weight, for_bias)
-        ctx.scale, ctx.dtypes = scale, [None if each is None else each.dtype for each in (hidden, weight, bias)]
+                bias_grad = product if bias_grad is None else bias_grad.add_(product)
+        ctx.save_for_backward(hidden_grad, weight_grad, bias_grad)
+        ctx.scale, ctx.dtypes = scale, [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.mark_non_differentiable(hits)
         return log_probs, hits
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, above: torch.Tensor, _: Any) -> Any:
-        above = above * -ctx.scale
-        one = above[:1].sum()
-        found = (
-            None if each is None else (each * by).to(dtype)
-            for each, by, dtype in zip(ctx.saved_tensors, (above[:, None], one, one), ctx.dtypes, strict=True)
+    def backward(ctx: Any, upstream: torch.Tensor, _: Any) -> Any:
+        upstream = upstream * -ctx.scale
+        one = upstream[:1].sum()
+        gradients = (
+            None if gradient is None else (gradient * factor).to(dtype)
+            for gradient, factor, dtype in zip(
+                ctx.saved_tensors, (upstream[:, None], one, one), ctx.dtypes, strict=True
+            )
         )
-        return None, *found, None, None, None
+        return None, *gradients, None, None, None
 
 
 class Head:
-    """What TRL calls in the place of its own ChunkedLogProbFunction."""
+    """Replacement for TRL's ChunkedLogProbFunction, with its interface."""
 
     @staticmethod
     def apply(
@@ -102,21 +103,21 @@ class Head:
 
 
 def applies(device: str, loss_type: str) -> bool:
-    """Whether the loss is taken here: on a CPU, where it is a mean over tokens, for which the weight's gradient holds."""
+    """Return True if this head can compute the loss: on a CPU, for a mean over tokens (see LogProbs on gradients)."""
     return device == "cpu" and loss_type == "nll"
 
 
 @contextmanager
 def in_place_of_trls() -> Iterator[None]:
-    """What SFTTrainer computes within goes through this head."""
+    """Let SFTTrainer compute its loss with this head."""
     with (
         patch.object(trl_utils, "_ChunkedLogProbFunction", Head),
-        patch.object(trl_utils, "_use_triton", lambda _: True),  # by which it takes the trained tokens alone
+        patch.object(trl_utils, "_use_triton", lambda _: True),  # passes the trained tokens only
     ):
         yield
 
 
-def _look(
+def _log_probs_and_gradient(
     logits: torch.Tensor,
     target: torch.Tensor,
     log_probs: torch.Tensor,
@@ -124,20 +125,20 @@ def _look(
     scale: float,
     softcap: float | None,
 ) -> None:
-    """Log-probability and hit of each row's target; its logits become p - onehot."""
+    """Compute log-probability and hit of each row's target; overwrite the logits with p - onehot."""
     z = logits.float()
     if scale != 1:
         z = z * scale
     if softcap is not None:
-        bent = torch.tanh(z / softcap)
-        z = bent * softcap
-    most, place = z.max(-1, keepdim=True)  # the first of equals, as in TRL's
+        tanh = torch.tanh(z / softcap)
+        z = tanh * softcap
+    largest, index = z.max(-1, keepdim=True)  # the first of equals, as in TRL
     p = torch.softmax(z, -1)
-    # By the largest p, which is never too small for a logarithm.
-    found = z.gather(-1, target) - most + p.gather(-1, place).log()
-    log_probs.copy_(found[:, 0])
-    hits.copy_((place == target)[:, 0])
-    p.scatter_(-1, target, torch.expm1(found))  # p - 1, without the rounding of a p near 1
+    # Relative to the largest p, which never underflows in the logarithm.
+    log_p = z.gather(-1, target) - largest + p.gather(-1, index).log()
+    log_probs.copy_(log_p[:, 0])
+    hits.copy_((index == target)[:, 0])
+    p.scatter_(-1, target, torch.expm1(log_p))  # p - 1, without the rounding of a p near 1
     if softcap is not None:
-        p *= 1 - bent * bent
+        p *= 1 - tanh * tanh
     logits.copy_(p)

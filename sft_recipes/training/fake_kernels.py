@@ -1,4 +1,4 @@
-"""What a GPU does where the CPU, on which a step is traced, does otherwise; and layers that cannot be traced as they are."""
+"""Traceable substitutes for GPU kernels and quantized layers, because memory is traced on the CPU."""
 
 import math
 import sys
@@ -23,14 +23,14 @@ from sft_recipes.training.attention import Capability
 from sft_recipes.training.sft_config import padding_free
 from sft_recipes.training.storage_tracker import StorageTracker
 
-VARIABLE = "traced_varlen"  # attention that knows where documents begin, and needs no mask
-BY_DOCUMENT = "traced_by_document"  # the same on a CPU: one call of sdpa for each
+VARIABLE = "traced_varlen"  # attention that isolates documents by cu_seqlens, without a mask
+BY_DOCUMENT = "traced_by_document"  # the same on a CPU: one sdpa call per document
 
 
 def attention(
     recipe: Recipe, config: PreTrainedConfig, device: str, capability: Capability | None = None
 ) -> str | None:
-    """Return the implementation that is traced for the run's; of a GPU of this compute capability, see `named`."""
+    """Return the implementation that is traced in place of the run's. Arguments as `named`'s."""
     name = named(recipe, config, device, capability)
     if name == varlen.NAME and not padding_free(recipe):
         return "sdpa"
@@ -40,22 +40,22 @@ def attention(
 
 
 def named(recipe: Recipe, config: PreTrainedConfig, device: str, capability: Capability | None = None) -> str | None:
-    """Return the run's implementation; None for a model that has only its own.
+    """Return the run's implementation; None for a model that supports only its own.
 
     `capability` is that of the GPU. If it is None, Ampere or later is assumed.
 
-    Raises: ModelError if model or GPU cannot have it.
+    Raises: ModelError if model or GPU does not support it.
     """
-    chosen, _ = varlen.select_implementation(recipe, config, device, capability)
-    if chosen is None and getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), "_supports_sdpa", True):
+    selected, _ = varlen.select_implementation(recipe, config, device, capability)
+    if selected is None and getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), "_supports_sdpa", True):
         return "sdpa"
-    return chosen
+    return selected
 
 
 def lower_memory_attention(
     recipe: Recipe, config: PreTrainedConfig, device: str, capability: Capability | None = None
 ) -> str | None:
-    """Return an implementation that takes less memory than the recipe's, None if there is none."""
+    """Return an implementation that needs less memory than the recipe's, None if there is none."""
     used = attention(recipe, config, device, capability)
     model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if used in ("eager", None):
@@ -77,9 +77,11 @@ def masks_all_pairs(
 
 
 class _Attention(torch.autograd.Function):
-    """Tensors that a fused attention kernel keeps and makes: its output, the log-sum-exp of each row, the gradients, and
-    the float32 sum in which the queries' gradient is taken (flash attention 2's dq_accum; the same in the
-    memory-efficient kernel, which sdpa takes where there is a mask)."""
+    """The allocations of a fused attention kernel: output, log-sum-exp per row, gradients.
+
+    And a float32 accumulator of the queries' gradient (flash attention 2's dq_accum; sdpa's memory-efficient kernel, which it
+    uses with a mask, has one too).
+    """
 
     @staticmethod
     def forward(ctx: Any, query: Any, key: Any, value: Any, bias: Any) -> Any:
@@ -91,17 +93,17 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_gradients: Any) -> Any:
         query, key, value, *_ = ctx.saved_tensors
-        summed = torch.empty(query.shape, dtype=torch.float32)
+        accumulated = torch.empty(query.shape, dtype=torch.float32)
         deltas = torch.empty(query.shape[:-1], dtype=torch.float32)
         heads = query.shape[1] // key.shape[1]
         expanded = [torch.empty(query.shape, dtype=query.dtype) for _ in range(2)] if heads > 1 else []
         gradients = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
-        del summed, deltas, expanded
+        del accumulated, deltas, expanded
         return gradients
 
 
 def _nothing(*_args: Any, **_kwargs: Any) -> None:
-    """No mask; or a fold that Triton does in place."""
+    """Return no mask; or replace an operation that Triton does in place."""
 
 
 def _variable(_module: Any, query: Any, key: Any, value: Any, _mask: Any = None, **_: Any) -> tuple[torch.Tensor, None]:
@@ -111,7 +113,7 @@ def _variable(_module: Any, query: Any, key: Any, value: Any, _mask: Any = None,
 def _by_document(
     _module: Any, query: Any, key: Any, value: Any, _mask: Any = None, **others: Any
 ) -> tuple[torch.Tensor, None]:
-    """Documents as long as a sequence. What shorter ones keep is together the same: so much a token."""
+    """Attend within documents as long as a sequence: what the backward pass keeps depends on the number of tokens only."""
     length = others["max_length_q"]
     lengths = [length] * (query.shape[2] // length)
     return varlen.by_document(query, key, value, lengths, window=others.get("sliding_window")), None
@@ -123,7 +125,7 @@ for _name, _traced in ((VARIABLE, _variable), (BY_DOCUMENT, _by_document)):
 
 
 def _sdpa(query: Any, key: Any, value: Any, attn_mask: Any = None, **_: Any) -> Any:
-    """torch's sdpa on a GPU: with a mask the memory-efficient kernel, which keeps the mask as a number for each pair."""
+    """Replace sdpa by its GPU kernels; with a mask, the memory-efficient one, which keeps a number per token pair."""
     bias = None
     if attn_mask is not None:
         bias = attn_mask.to(query.dtype) if attn_mask.dtype == torch.bool else attn_mask
@@ -131,41 +133,43 @@ def _sdpa(query: Any, key: Any, value: Any, attn_mask: Any = None, **_: Any) -> 
 
 
 class _Head:
-    """The loss, with its phases marked. On a GPU, and where it is not TRL's own, it is that of the trained tokens only (here
-    all), which are copied together first."""
+    """The LM-head loss, with its phases marked.
+
+    On a GPU, and with `cpu_loss`, the hidden states of trained tokens (here all) are copied first.
+    """
 
     def __init__(self, tracker: StorageTracker, device: str, loss_type: str) -> None:
         self.tracker = tracker
-        own = cpu_loss.applies(device, loss_type)
-        self.gathers = own or device == "cuda"
-        self.loss: Any = cpu_loss.Head if own else chunked_logprob.ChunkedLogProbFunction
+        on_cpu = cpu_loss.applies(device, loss_type)
+        self.copies = on_cpu or device == "cuda"
+        self.loss: Any = cpu_loss.Head if on_cpu else chunked_logprob.ChunkedLogProbFunction
 
     def apply(self, hidden: torch.Tensor, *args: Any) -> Any:
-        if hidden.requires_grad:  # reached when the loss's own backward pass is done
+        if hidden.requires_grad:  # called when the loss's own backward pass is done
             hidden.register_hook(lambda _: self.tracker.enter("backward, upper layers", "activations"))
         with self.tracker.during("loss, forward", "head"):
-            return self.loss.apply(hidden.clone() if self.gathers else hidden, *args)
+            return self.loss.apply(hidden.clone() if self.copies else hidden, *args)
 
 
 @contextmanager
 def gpu_kernels(device: str, tracker: StorageTracker, *, half: bool, loss_type: str) -> Iterator[None]:
-    """The phases of the loss are marked; and where the device is a GPU, its kernels stand in for the CPU's."""
+    """Mark the phases of the loss, and substitute kernels if the device is a GPU."""
     on_gpu = device == "cuda"
-    normalise = torch.nn.functional.layer_norm
+    layer_norm = torch.nn.functional.layer_norm
 
     def dropout(x: Any, p: float = 0.5, training: bool = True, *_: Any, **__: Any) -> Any:
-        """CUDA's keeps a byte a value, the CPU's a mask in the input's type."""
+        """CUDA keeps one byte per value; the CPU a mask in the input's dtype."""
         return torch.native_dropout(x, p, True)[0] if training and p else x
 
     def in_float32(x: Any, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Any:
-        """CUDA's autocast takes layer norms to float32, the CPU's leaves them."""
-        return normalise(x.float(), shape, *(None if each is None else each.float() for each in (weight, bias)), eps)
+        """CUDA's autocast computes layer norms in float32, the CPU's does not."""
+        return layer_norm(x.float(), shape, *(None if p is None else p.float() for p in (weight, bias)), eps)
 
     with (
         patch.object(trl_utils, "_ChunkedLogProbFunction", _Head(tracker, device, loss_type)),
-        # transformers makes a mask in any case where it cannot look at values; the tracker answers for them.
+        # If traced, transformers always builds a mask, because there are no values; StorageTracker supplies them.
         patch.object(masking_utils, "is_tracing", lambda *_: False),
-        # Of the kernel for experts torch knows the shapes in bfloat16 alone; the loop over them makes the same.
+        # torch has fake tensors of the grouped expert kernel for bfloat16 only; the loop over experts allocates the same.
         patch.object(moe, "_can_use_grouped_mm", lambda _, weight, __: weight.dtype == torch.bfloat16),
     ):
         if not on_gpu:
@@ -177,7 +181,7 @@ def gpu_kernels(device: str, tracker: StorageTracker, *, half: bool, loss_type: 
             patch.object(chunked_logprob, "_addmm_fp32", _nothing),
             patch.object(torch.nn.functional, "scaled_dot_product_attention", _sdpa),
             patch.object(torch.nn.functional, "dropout", dropout),
-            patch.object(torch.nn.functional, "layer_norm", in_float32 if half else normalise),
+            patch.object(torch.nn.functional, "layer_norm", in_float32 if half else layer_norm),
         ):
             yield
 
@@ -186,7 +190,7 @@ def gpu_kernels(device: str, tracker: StorageTracker, *, half: bool, loss_type: 
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Liger keeps the input and a float32 number a row, and writes the input's gradient over the output's."""
+    """Liger's norm: keeps its input and a float32 number per row, and writes the input's gradient into the output's."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -200,7 +204,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class _GatedProduct(torch.autograd.Function):
-    """Liger's SwiGLU and GeGLU keep both inputs, and write the gradients over them."""
+    """Liger's SwiGLU and GeGLU, which keep both inputs and overwrite them with their gradients."""
 
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -221,14 +225,13 @@ def _gated(module: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def _rotated(q: torch.Tensor, k: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Liger rotates in place, forward and backward."""
+    """Allocate nothing, since Liger rotates in place, forward and backward."""
     return q, k
 
 
 @contextmanager
 def liger(model: PreTrainedModel) -> Iterator[None]:
-    """Liger's norms, MLPs and rotation stand in for the model's own, by the names that transformers gives them. Experts of a
-    mixture are left as they are."""
+    """Substitute Liger's norms, MLPs and rotation, by their names in transformers; experts of a mixture stay."""
     module, rotate = sys.modules[type(model).__module__], "apply_rotary_pos_emb"
     for part in model.modules():
         if type(part).__name__.endswith("RMSNorm"):
@@ -239,11 +242,11 @@ def liger(model: PreTrainedModel) -> Iterator[None]:
         yield
 
 
-# --- Quantised weights ---
+# --- Quantized weights ---
 
 
 class _FourBits(torch.autograd.Function):
-    """A product with a weight that is made from its quantised form, once in the forward and once in the backward pass."""
+    """A product with a 4-bit weight, which is dequantized in the forward and again in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, out: int, _device: str) -> torch.Tensor:
@@ -256,8 +259,8 @@ class _FourBits(torch.autograd.Function):
 
 
 class _EightBits(torch.autograd.Function):
-    """bitsandbytes' MatMul8bitLt: the input is kept, quantised by way of float16, and multiplied to 32-bit integers, which on
-    CPUs are scaled in float32. The backward pass makes the weight anew."""
+    """bitsandbytes' MatMul8bitLt: keeps the input, quantizes it via float16, and multiplies to int32, which CPUs scale in
+    float32. The backward pass dequantizes the weight."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, out: int, device: str) -> torch.Tensor:
@@ -274,10 +277,10 @@ class _EightBits(torch.autograd.Function):
 
 
 class QuantizedLinear(torch.nn.Linear):
-    """A linear layer whose weight is held in 4 or 8 bits by bitsandbytes.
+    """A linear layer with a 4- or 8-bit weight, stored as bitsandbytes does.
 
-    4 bits: half a byte a value; a scale per 64 values, itself in 8 bits, and a float32 scale per 256 of those (double
-    quantisation). 8 bits: a byte a value, and a float32 scale per output.
+    4 bits: half a byte per value; a scale per 64 values, itself in 8 bits, and a float32 scale per 256 of those (double
+    quantization). 8 bits: a byte per value, and a float32 scale per output.
     """
 
     quantized = True
@@ -295,18 +298,18 @@ class QuantizedLinear(torch.nn.Linear):
 
     @property
     def weight(self) -> torch.Tensor:
-        """PEFT asks for its device and type."""
+        """Return what PEFT reads device and dtype from."""
         return self.packed
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.dtype
+        input_dtype = x.dtype
         out = self.product.apply(x.to(self.compute), self.out_features, self.device)
         out = out if self.bias is None else out + self.bias.to(out.dtype)
-        return out.to(wide).clone()  # PEFT's layer clones what comes of 4 bits
+        return out.to(input_dtype).clone()  # PEFT clones the output of 4-bit layers
 
 
 def quantize(model: PreTrainedModel, kind: str, keep: list[str], compute: torch.dtype, device: str) -> None:
-    """Put quantised layers in the place of all linear ones but those to keep."""
+    """Replace all linear layers by quantized ones, except those named in `keep`."""
     for name, module in list(model.named_modules()):
         parent, _, last = name.rpartition(".")
         if type(module) is torch.nn.Linear and last not in keep:

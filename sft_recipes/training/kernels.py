@@ -1,7 +1,7 @@
 """Choose fused GPU kernels for RMSNorm, RoPE and SwiGLU, and apply Liger's to a model.
 
-The loss is never Liger's: TRL's fused head (on a CPU, `head.py`) makes no logits either, and counts tokens as the recipe says.
-transformers' own integration (`use_kernels`) downloads code from the hub when the model is built, so it is not used.
+Liger's loss is not used: TRL's fused head (on a CPU, `cpu_loss.py`) avoids logits too, and counts tokens as the recipe says.
+transformers' own integration (`use_kernels`) downloads code from the Hub when the model is built, so it is not used.
 """
 
 import copy
@@ -20,7 +20,7 @@ from sft_recipes.errors import ModelError
 from sft_recipes.recipe.library_names import installed, liger_model_types
 from sft_recipes.recipe.schema import Recipe
 
-# Kernels of Liger that are used; apply functions of models that lack one ignore its name.
+# Liger kernels in use; a model's apply function ignores names that it does not have.
 _LIGER = {
     "rms_norm": True,
     "rope": True,
@@ -30,12 +30,12 @@ _LIGER = {
     "cross_entropy": False,
     "fused_linear_cross_entropy": False,
 }
-_TOKENS = 64  # of the comparison
+_TOKENS = 64  # length of the sequence in compare_layer
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """The kernels of a run: name (liger, none), the reason for none, what is fused, functions of the model's module."""
+    """The kernels of a run: name (liger, none), the reason for none, fused operations, replaced functions and their module."""
 
     name: str = "none"
     why: str = ""
@@ -62,7 +62,7 @@ class Kernels:
 
 
 def select_kernels(recipe: Recipe, config: PreTrainedConfig, device: str) -> Kernels:
-    """Choose the kernels that a run on `device`, cuda or cpu, takes. Raises ModelError for a liger that cannot be had."""
+    """Select the kernels of a run on `device`, cuda or cpu. Raises ModelError if the recipe requires an unavailable liger."""
     wanted, model_type = recipe.train.kernels, config.model_type
     if wanted == "none":
         return Kernels()
@@ -70,41 +70,41 @@ def select_kernels(recipe: Recipe, config: PreTrainedConfig, device: str) -> Ker
         if wanted == "liger":
             raise ModelError("train.kernels: liger needs an NVIDIA GPU (got a CPU). Set auto.")
         return Kernels()
-    # On a machine with a GPU, Triton is a part of torch; elsewhere a plan for one predicts what is installed.
+    # On a node with a GPU, torch includes Triton; elsewhere `plan` predicts for the packages installed here.
     if wanted == "auto" and not (installed("liger_kernel") and installed("triton")):
         return Kernels(why="liger-kernel is not installed")
     if installed("liger_kernel") and model_type not in liger_model_types():
         if wanted == "liger":
             raise ModelError(f"train.kernels: Liger has no kernels for models of type {model_type}. Set auto.")
-        return Kernels(why=f"Liger has none for models of type {model_type}")
+        return Kernels(why=f"Liger has no kernels for models of type {model_type}")
     return Kernels("liger")
 
 
 def apply_kernels(model: torch.nn.Module, recipe: Recipe) -> Kernels:
-    """Apply the recipe's kernels to a model, if one layer gives with them on this GPU what its own code gives.
+    """Apply the recipe's kernels to a model if one layer computes the same with them on this GPU.
 
-    Returns the kernels in use. Raises ModelError if train.kernels is liger and they are not right.
+    Returns the kernels in use. Raises ModelError if train.kernels is liger and the results differ.
     """
     kernels = select_kernels(recipe, model.config, "cuda" if torch.cuda.is_available() else "cpu")
     if kernels.name == "none":
         return kernels
     try:
         problem = compare_layer(recipe, model.config, "cuda")
-    except Exception as error:  # Liger for another version of transformers or Triton fails in its own ways
+    except Exception as error:  # any type, if Liger does not match the version of transformers or Triton
         problem = " ".join(f"{type(error).__name__}: {error}".split())[:200]
     if problem is not None:
         if recipe.train.kernels == "liger":
             raise ModelError(
-                f"train.kernels: Liger's kernels are not right for this model on this GPU: {problem}. Set none."
+                f"train.kernels: Liger's kernels are incorrect for this model on this GPU: {problem}. Set none."
             )
-        return Kernels(why=f"Liger's kernels are not right here: {problem}")
+        return Kernels(why=f"Liger's kernels are incorrect here: {problem}")
     return apply_liger(model)
 
 
 def apply_liger(model: torch.nn.Module) -> Kernels:
-    """Give the norms and MLPs of a model, with or without adapters, Liger's forward pass.
+    """Replace the forward of norms and MLPs of a model, with or without adapters, by Liger's.
 
-    Liger also replaces classes and functions in the model's module, for all models of the process. They are put back:
+    Liger also replaces classes and functions in the model's module, for all models of the process. They are restored:
     Kernels.active() replaces the functions while this model trains.
     """
     module = sys.modules[type(unwrap_peft_model(model)).__module__]
@@ -117,16 +117,16 @@ def apply_liger(model: torch.nn.Module) -> Kernels:
             setattr(module, name, eager)
     functions = {name: fused for name, fused in replaced.items() if name in before and not isinstance(fused, type)}
     changed = {part._get_name().lower() for part in model.modules() if "forward" in vars(part)} | functions.keys()
-    words = {"RMSNorm": "rmsnorm", "RoPE": "rotary", "SwiGLU": "swiglu", "GeGLU": "geglu"}
-    fused = tuple(name for name, word in words.items() if any(word in each for each in changed))
+    fragments = {"RMSNorm": "rmsnorm", "RoPE": "rotary", "SwiGLU": "swiglu", "GeGLU": "geglu"}
+    fused = tuple(name for name, fragment in fragments.items() if any(fragment in other for other in changed))
     return Kernels("liger", fused=fused, module=module, functions=functions)
 
 
 def compare_layer(recipe: Recipe, config: PreTrainedConfig, device: str) -> str | None:
     """Compare Liger's output and gradients of one layer with those of the model's own code, on random input.
 
-    Both are computed as the run computes, and held against float32: Liger may be as far from it as the model's own code is,
-    and as far again. Returns what differs, or None.
+    Both run in the run's precision and are compared with float32: Liger's error may be up to twice that of the model's own
+    code. Returns what differs, or None.
     """
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.train.mixed_precision)
     dtype = getattr(torch, recipe.model.dtype)
@@ -137,31 +137,31 @@ def compare_layer(recipe: Recipe, config: PreTrainedConfig, device: str) -> str 
             one_layer(config), attn_implementation="eager", trust_remote_code=recipe.model.trust_remote_code
         )
         for weight in model.parameters():
-            weight.requires_grad_(weight.dim() == 1)  # gradients of norms; those of matrices are torch's own
+            weight.requires_grad_(weight.dim() == 1)  # gradients of norms; torch computes those of matrices
             if weight.dim() == 1:
-                weight.data.add_(torch.randn_like(weight), alpha=0.1)  # ones and zeros hide a wrong offset
+                weight.data.add_(torch.randn_like(weight), alpha=0.1)  # ones and zeros would hide a wrong offset
             else:
-                weight.data.normal_(std=weight.shape[-1] ** -0.5)  # new weights are too small for attention to matter
+                weight.data.normal_(std=weight.shape[-1] ** -0.5)  # initial ones leave attention no effect
         hidden = torch.randn(1, _TOKENS, config.get_text_config().hidden_size, dtype=dtype)
-    model.to(dtype).float()  # the rounding of the weights is not what is compared
+    model.to(dtype).float()  # the same rounded weights, so that only computation is compared
     exact = _run_layer(model, hidden.float(), None)
     model.to(dtype)
     eager = _run_layer(model, hidden, half)
     with apply_liger(model).active():
         fused = _run_layer(model, hidden, half)
     del model
-    if device == "cuda":  # the run's peak memory is that of its own model
+    if device == "cuda":  # leave no trace in the run's peak memory
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    for name, right in exact.items():
-        own, ours = ((found[name] - right).norm() / right.norm() for found in (eager, fused))
+    for name, reference in exact.items():
+        own, ours = ((outputs[name] - reference).norm() / reference.norm() for outputs in (eager, fused))
         if not ours <= 2 * own + 1e-4:
-            return f"{name} differs by {ours:.1e} from float32, and the model's own code by {own:.1e}"
+            return f"{name} differs by {ours:.1e} from float32 (the model's own code: {own:.1e})"
     return None
 
 
 def one_layer(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Return the config of the same model with one layer and few tokens."""
+    """Return the config of the same model with one layer and a small vocabulary."""
     small = copy.deepcopy(config)
     text = small.get_text_config()
     for key in ("layer_types", "mlp_layer_types"):
@@ -172,7 +172,7 @@ def one_layer(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _run_layer(model: Any, hidden: torch.Tensor, half: torch.dtype | None) -> dict[str, torch.Tensor]:
-    """Return output and gradients, in float32, of a layer between the embeddings and the last norm."""
+    """Return output and gradients, in float32, of a layer and the last norm."""
     hidden = hidden.clone().requires_grad_()
     model.zero_grad()
     autocast = torch.autocast(hidden.device.type, half) if half else nullcontext()
@@ -182,5 +182,5 @@ def _run_layer(model: Any, hidden: torch.Tensor, half: torch.dtype | None) -> di
     gradients = {
         f"gradient of {name}": weight.grad for name, weight in model.named_parameters() if weight.grad is not None
     }
-    found = {"output": out, "gradient of the input": hidden.grad} | gradients
-    return {name: each.detach().float() for name, each in found.items()}
+    outputs = {"output": out, "gradient of the input": hidden.grad} | gradients
+    return {name: tensor.detach().float() for name, tensor in outputs.items()}

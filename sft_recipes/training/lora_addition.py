@@ -1,8 +1,8 @@
 """Add a LoRA update to its layer's output in place, with one matrix product (addmm) instead of three passes over it.
 
-PEFT computes `result + lora_B(h) * scaling`. In bfloat16 that writes and reads the output's size three times more, and
-rounds three times instead of once. PEFT's extension point for another forward pass is LoraVariant, which its docstring calls
-prone to change: `tests/training/test_lora_addition.py` holds what is relied on.
+PEFT computes `result + lora_B(h) * scaling`. In bfloat16 that writes and reads three more tensors of the output's size, and
+rounds three times instead of once. PEFT's extension point for a different forward pass is LoraVariant, which its docstring
+calls prone to change: `tests/training/test_lora_addition.py` tests what this module depends on.
 """
 
 from typing import Any
@@ -65,10 +65,10 @@ class _InPlace(LoraVariant):
 
 
 def add_in_place(model: peft.PeftModel, recipe: Recipe) -> None:
-    """Let plain LoRA layers add their update in place.
+    """Make plain LoRA layers add their update in place.
 
-    PEFT's own addition stays if the recipe has DoRA, if layers are compiled (the compiler fuses it), and under fsdp2 and
-    zero3, which make weights whole when their module is called, and the product reads lora_B's weight without calling it.
+    PEFT's own addition stays for DoRA, for compiled layers (the compiler fuses it), and under fsdp2 and zero3: they gather a
+    weight when its module is called, but this product reads lora_B's weight without calling the module.
     """
     assert recipe.lora is not None
     if recipe.lora.use_dora or recipe.train.compile or recipe.launch.strategy in ("fsdp2", "zero3"):

@@ -1,7 +1,7 @@
-"""The memory of a training step, found by running one on tensors that have shapes and no memory.
+"""Trace the memory of a training step on fake tensors, which have shapes but no memory.
 
-The model's own code, PEFT's, TRL's loss and the optimizer run as in training, under FakeTensorMode; `tracking.Tracker` counts.
-Not seen is what kernels take for themselves; `stand_ins` does what a GPU does where the CPU's way differs.
+The model's own code, PEFT's, TRL's loss and the optimizer run as in training under FakeTensorMode, and a StorageTracker counts
+their storages. Workspaces inside kernels are not counted; `fake_kernels` replaces operations that differ on a GPU.
 """
 
 import copy
@@ -27,13 +27,13 @@ from sft_recipes.training.model import DTYPES, layers_of, load_config, settle_ty
 from sft_recipes.training.sft_config import CHECKPOINTING, padding_free
 from sft_recipes.training.storage_tracker import StorageTracker
 
-MOST_TOKENS = 2**22  # of a micro-batch: a trace goes through them in pieces
-# Tokens of each of the two documents in the isolation check. Evaluation mode switches checkpointing off, so their activations
-# are all kept: as much for 2 x 16 tokens as checkpointing keeps of 1,000 (about 70 and 2 hidden-sized values per token and
-# layer), and logits are built, 20 MB in float32 for a vocabulary of 150,000, about four times with their gradient. A training
-# step holds gradients, optimizer states and a whole layer's activations besides.
+MOST_TOKENS = 2**22  # per micro-batch: the time of a trace grows with them
+# Tokens of each of the two documents in the isolation check. Evaluation mode switches checkpointing off, so all activations
+# are kept: as many for 2 x 16 tokens as checkpointing keeps for 1,000 (about 70 and 2 hidden-sized values per token and
+# layer). Logits are built as well: 20 MB in float32 for a vocabulary of 150,000, about four times that with their gradient. A
+# training step needs more, for gradients, optimizer states and a whole layer's activations.
 ISOLATION_TOKENS = 16
-_KINDS: dict[str, list[Any]] = {}  # of layers, by config
+_KINDS: dict[str, list[Any]] = {}  # kinds of layers, by config
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -45,57 +45,55 @@ def predict(
     *,
     whole: bool = False,
 ) -> Footprint:
-    """What one process takes that trains the whole model on `device`, cuda or cpu; `capability` is the GPU's, None if
-    unknown.
+    """Predict the memory of one process that trains the whole model on `device`, cuda or cpu.
 
-    Traced with few layers and extrapolated where there are more of the same, unless `whole`. Raises ModelError for a model
-    that cannot be run without its values.
+    `capability` is the GPU's, None if unknown. Repeated layers are traced in part and extrapolated, unless `whole`. Raises
+    ModelError for a model that cannot be traced without values.
     """
     tokens = recipe.data.max_length * int(recipe.train.micro_batch_size)
     if tokens > MOST_TOKENS:
         raise ModelError(
-            f"train.micro_batch_size: {tokens:,} tokens at once, and a prediction goes up to {MOST_TOKENS:,}; set a smaller "
-            "one"
+            f"train.micro_batch_size: memory can be predicted for at most {MOST_TOKENS:,} tokens per micro-batch (got "
+            f"{tokens:,}). Reduce train.micro_batch_size or data.max_length."
         )
-    loud = logging.getLogger("torch._subclasses.fake_tensor")  # it prints a traceback of what is told in a line here
-    was, loud.disabled = loud.disabled, True
+    logger = logging.getLogger("torch._subclasses.fake_tensor")  # logs tracebacks of errors reported below
+    was_disabled, logger.disabled = logger.disabled, True
     try:
         layers = config.get_text_config().num_hidden_layers
         repeats = None if whole else _repeats(config, recipe)
         if repeats is None:
-            return _traced(recipe, config, device, capability)
+            return _trace(recipe, config, device, capability)
         first, period = repeats
         least = first + (layers - first) % period
         few, more = (
-            _traced(recipe, _with_layers(config, least + n * period), device, capability, period) for n in (2, 4)
+            _trace(recipe, _with_layers(config, least + n * period), device, capability, period) for n in (2, 4)
         )
         return extrapolate(few, more, layers)
     except (ModelError, MemoryError):
         raise
-    except Exception as error:  # as many types as there are models
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+    except Exception as error:  # any type, from the model's code
+        reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
         raise ModelError(
             f"model.name: {recipe.model.name}: the memory of a model of type {config.model_type} cannot be predicted: "
-            f"{reason}; a run without micro_batch_size: auto measures it before its first step"
+            f"{reason}. Set train.micro_batch_size to a number; the run measures memory before its first step."
         ) from error
     finally:
-        loud.disabled = was
+        logger.disabled = was_disabled
 
 
 def config_of(recipe: Recipe) -> PreTrainedConfig:
-    """The model's config, of a model that can be predicted. Raises ModelError in one line."""
+    """Load the model's config. Raises ModelError for a model whose memory cannot be predicted."""
     config = load_config(recipe)
     if getattr(config, "quantization_config", None):
         raise ModelError(
-            f"model.name: {recipe.model.name}: its weights are quantised already, and their memory is not predicted; name the "
-            "model that they were made from, and quantise it with model.quantization"
+            f"model.name: {recipe.model.name}: its weights are already quantized, which memory prediction does not support. "
+            "Set model.name to the original model, and quantize it with model.quantization."
         )
     return config
 
 
 def _repeats(config: PreTrainedConfig, recipe: Recipe) -> tuple[int, int] | None:
-    """After how many layers, and then every how many, layers of the same kinds come again; None where that is worth nothing,
-    as there are few layers, or no pattern."""
+    """Return the index from which kinds of layers repeat, and their period; None if too few layers repeat."""
     kinds = _kinds(config, recipe)
     for period in range(1, len(kinds) // 5 + 1):
         first = len(kinds) - period
@@ -108,9 +106,9 @@ def _repeats(config: PreTrainedConfig, recipe: Recipe) -> tuple[int, int] | None
 
 
 def _kinds(config: PreTrainedConfig, recipe: Recipe) -> list[Any]:
-    """For each layer what it is made of, and whether its attention is that of the others."""
+    """Return each layer's kind: type of attention, and names and shapes of parameters."""
     text, key = config.get_text_config(), config.to_json_string(use_diff=False)
-    if isinstance(getattr(type(text), "layer_types", None), property):  # such a model cannot be had with fewer layers
+    if isinstance(getattr(type(text), "layer_types", None), property):  # such a model cannot be built with fewer layers
         return []
     if key not in _KINDS:
         with torch.device("meta"):
@@ -132,23 +130,22 @@ def _with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     return smaller
 
 
-def _traced(
+def _trace(
     recipe: Recipe, config: PreTrainedConfig, device: str, capability: Capability | None, period: int = 1
 ) -> Footprint:
-    # A model that reads whether attention can do without a mask: not where documents are packed, nor where rows of a
-    # micro-batch are padded.
+    # The answer to a model that checks whether attention needs no mask. Packed documents and padded rows need one.
     rows_are_full = recipe.data.cross_document_attention or recipe.train.micro_batch_size == 1
     causal = rows_are_full and not padding_free(recipe)
     tracker = StorageTracker(block=512 if device == "cuda" else 1, truth=causal)
     with torch.device("meta"):
         model = _model(recipe, config, device, capability)
-    # `tracker` has to be entered last, to see tensors before FakeTensorMode replaces its results.
+    # `tracker` has to be entered last, to receive tensors before FakeTensorMode replaces its results.
     with FakeTensorMode(allow_non_fake_inputs=True), tracker:
         return _Step(recipe, model, tracker, device, period).run()
 
 
 def _model(recipe: Recipe, config: PreTrainedConfig, device: str, capability: Capability | None) -> Any:
-    """The model as it is trained, with parameters that have only shapes."""
+    """Build the model as it is trained, with parameters on the meta device."""
     config = copy.deepcopy(config)
     model = AutoModelForCausalLM.from_config(
         config,
@@ -173,18 +170,18 @@ def _model(recipe: Recipe, config: PreTrainedConfig, device: str, capability: Ca
 
 @dataclass
 class _Step:
-    """One process's optimizer step, as transformers' Trainer and TRL's SFTTrainer make it."""
+    """One process's optimizer step, as in transformers' Trainer and TRL's SFTTrainer."""
 
     recipe: Recipe
     model: Any
     tracker: StorageTracker
     device: str
-    period: int  # after how many layers the pattern of layers comes again
-    held: list[torch.Tensor] = field(default_factory=list)  # what lives as long as the run
+    period: int  # number of layers after which kinds of layers repeat
+    held: list[torch.Tensor] = field(default_factory=list)  # optimizer states, kept for the whole run
 
     def run(self) -> Footprint:
         base: PreTrainedModel = self.model.get_base_model() if self.recipe.lora else self.model
-        self._give_storages()
+        self._replace_tensors()
         trl_utils.add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
         train = self.recipe.train
         if train.recomputed:
@@ -192,11 +189,11 @@ class _Step:
             enable({"use_reentrant": False}, every_n_layers=train.recomputed)
         self.model.train()
         layers = layers_of(base)
-        self._mark(base, layers)
+        self._mark_phases(base, layers)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         for parameter in trained:
             parameter.register_post_accumulate_grad_hook(
-                lambda parameter: self.tracker.belongs(parameter.grad, "gradients")
+                lambda parameter: self.tracker.assign(parameter.grad, "gradients")
             )
         step = self._optimizer(trained)
         half, loss_type = train.mixed_precision != "no", self.recipe.trl.get("loss_type", "nll")
@@ -207,13 +204,13 @@ class _Step:
         ):
             if train.preflight and padding_free(self.recipe):
                 self._isolation_check()
-            # The first step makes the optimizer's states; its gradients need no backward pass.
+            # The first step creates the optimizer's states; its gradients need no backward pass.
             for parameter in trained:
                 parameter.grad = torch.empty_like(parameter)
-                self.tracker.belongs(parameter.grad, "gradients")
+                self.tracker.assign(parameter.grad, "gradients")
             with self.tracker.during("optimizer", "optimizer"):
                 step()
-            if self.recipe.accumulation == 1:  # else those of earlier micro-batches are there
+            if self.recipe.accumulation == 1:  # else gradients of earlier micro-batches exist
                 for parameter in trained:
                     parameter.grad = None
             self._micro_batch()
@@ -222,27 +219,27 @@ class _Step:
             with self.tracker.during("optimizer", "optimizer"):
                 step()
             del norm
-        return self._found(base, layers, trained)
+        return self._footprint(base, layers, trained)
 
-    def _found(self, base: PreTrainedModel, layers: list[torch.nn.Module], trained: list[Any]) -> Footprint:
+    def _footprint(self, base: PreTrainedModel, layers: list[torch.nn.Module], trained: list[Any]) -> Footprint:
         largest = max(layers, key=lambda layer: _count(layer)[0])
-        in_layers = [sum(each) for each in zip(*map(_count, layers), strict=True)]
-        total, of_them = _count(self.model)
+        in_layers = [sum(counts) for counts in zip(*map(_count, layers), strict=True)]
+        total, trainable = _count(self.model)
         in_one, of_one = _count(largest)
         return Footprint(
             phases=self.tracker.peaks,
             parameters=total,
-            trained=of_them,
+            trained=trainable,
             layers=len(layers),
             layer=in_one,
             rest=total - in_layers[0],
             trained_layer=of_one,
-            trained_rest=of_them - in_layers[1],
+            trained_rest=trainable - in_layers[1],
             experts=sum(part.numel() for part in base.parameters() if part.dim() == 3),
         )
 
-    def _give_storages(self) -> None:
-        """Parameters and buffers get storages that are counted; two names of one weight get one."""
+    def _replace_tensors(self) -> None:
+        """Replace parameters and buffers by fake tensors that are counted; tied weights share one."""
         given: dict[int, torch.Tensor] = {}
         for module in self.model.modules():
             for name, parameter in module._parameters.items():
@@ -253,19 +250,19 @@ class _Step:
                         torch.empty(parameter.shape, dtype=parameter.dtype), requires_grad=parameter.requires_grad
                     )
                     of_lora = self.recipe.lora is not None and parameter.requires_grad
-                    self.tracker.belongs(new, "adapters" if of_lora else "weights")
+                    self.tracker.assign(new, "adapters" if of_lora else "weights")
                     given[id(parameter)] = new
                 module._parameters[name] = given[id(parameter)]
             for names in (module._buffers, module.__dict__):
                 for name, tensor in names.items():
                     if isinstance(tensor, torch.Tensor):
                         new = given.setdefault(id(tensor), torch.empty(tensor.shape, dtype=tensor.dtype))
-                        self.tracker.belongs(new, "weights" if hasattr(module, "quantized") else "buffers")
+                        self.tracker.assign(new, "weights" if hasattr(module, "quantized") else "buffers")
                         names[name] = new
 
-    def _mark(self, base: PreTrainedModel, layers: list[torch.nn.Module]) -> None:
-        """Where phases begin: the forward pass at the first layer; of the backward pass, which goes from the loss over the
-        last layer to the first, the lower half at the middle, and the embeddings behind the first layer."""
+    def _mark_phases(self, base: PreTrainedModel, layers: list[torch.nn.Module]) -> None:
+        """Mark where phases begin: "forward" before the first layer; in the backward pass "lower layers" at the middle, and
+        "embeddings" after the first layer."""
         tracker = self.tracker
 
         def at_gradient(before: str, phase: str) -> Any:
@@ -318,7 +315,7 @@ class _Step:
         del outputs, loss, inputs
 
     def _inputs(self, sequences: int, length: int) -> dict[str, Any]:
-        """A micro-batch of full sequences, as TRL's collator lays them out."""
+        """Build a micro-batch of full sequences in the layout of TRL's collator."""
         shape = (1, sequences * length) if padding_free(self.recipe) else (sequences, length)
         inputs: dict[str, Any] = {name: torch.ones(shape, dtype=torch.int64) for name in ("input_ids", "labels")}
         if not padding_free(self.recipe):
@@ -329,19 +326,19 @@ class _Step:
         return inputs | {"seq_idx": torch.ones(shape, dtype=torch.int32)}
 
     def _optimizer(self, trained: list[Any]) -> Any:
-        """What makes an optimizer step. Of an optimizer that cannot run here, its states alone."""
+        """Return a function that runs an optimizer step, or only allocates its memory if it cannot run here."""
         name, rate = self.recipe.train.optimizer, {"lr": self.recipe.train.learning_rate}
         on_gpu = self.device == "cuda"
-        made = {
+        optimizer = {
             "adamw_torch": lambda: torch.optim.AdamW(trained, foreach=on_gpu, **rate),
             "adamw_torch_fused": lambda: torch.optim.AdamW(trained, fused=True, **rate),
             "sgd": lambda: torch.optim.SGD(trained, foreach=on_gpu, **rate),
             "rmsprop": lambda: torch.optim.RMSprop(trained, foreach=on_gpu, **rate),
             "adagrad": lambda: torch.optim.Adagrad(trained, foreach=on_gpu, **rate),
         }.get(name)
-        if made is not None:
+        if optimizer is not None:
             with self.tracker.during("optimizer", "optimizer"):
-                return made().step
+                return optimizer().step
 
         embeddings = {id(module.weight) for module in self.model.modules() if isinstance(module, torch.nn.Embedding)}
 
@@ -363,7 +360,7 @@ class _Step:
 
 
 def _count(module: torch.nn.Module) -> tuple[int, int]:
-    """Parameters, and those that are trained; a quantised weight counts as what it stands for."""
+    """Count all and trainable parameters; a quantized weight counts as the values that it represents."""
     total = trained = 0
     for parameter in module.parameters():
         total += parameter.numel()

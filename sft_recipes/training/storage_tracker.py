@@ -1,4 +1,4 @@
-"""What memory a computation would take: storages counted as they come and go, of tensors that have none."""
+"""Count live tensor storages, to predict the memory of a computation on fake tensors."""
 
 import weakref
 from collections import Counter
@@ -11,20 +11,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _CAST = torch.ops.aten._to_copy.default
-_READ = torch.ops.aten._local_scalar_dense.default
+_ITEM = torch.ops.aten._local_scalar_dense.default  # tensor.item()
 
 
 class StorageTracker(TorchDispatchMode):
-    """Counts every storage from the operation that makes it until nothing refers to it any more.
+    """Dispatch mode that counts every storage from its creation until its last reference is gone.
 
-    To be entered inside a FakeTensorMode, whose tensors have shapes and storages but no memory. What a kernel takes for
-    itself, inside one operation, is not seen. `peaks` holds for each phase the bytes of each part at the moment of the
-    phase's largest sum.
+    Enter it inside a FakeTensorMode, whose tensors have shapes and storages but no memory. Temporary memory inside one
+    operation is not counted. `peaks` has the bytes of each part at the peak of each phase.
     """
 
     def __init__(self, *, block: int = 1, truth: bool = True) -> None:
-        """`block`: bytes to whose multiple the allocator rounds (CUDA's: 512). `truth`: what a comparison that the model
-        reads is taken to be, since there is nothing to read."""
+        """`block`: the allocator rounds sizes up to a multiple of so many bytes (CUDA: 512). `truth`: value that boolean
+        tensors return to the model's code, since they have none."""
         super().__init__()
         self.block, self.truth = block, truth
         self.live: Counter[str] = Counter()
@@ -33,11 +32,11 @@ class StorageTracker(TorchDispatchMode):
         self._storages: dict[int, tuple[weakref.ref[Any], int, str]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is _READ:
+        if func is _ITEM:
             kind = args[0].dtype
             return self.truth if kind == torch.bool else 1.0 if kind.is_floating_point else 1
         out = func(*args, **(kwargs or {}))
-        # A weight in the type that autocast computes in is a buffer of the moment.
+        # Autocast's copy of a weight in its compute dtype is a temporary buffer.
         part = "buffers" if func is _CAST and self._part_of(args[0]) in ("weights", "adapters") else self.part
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
@@ -46,19 +45,19 @@ class StorageTracker(TorchDispatchMode):
 
     @contextmanager
     def during(self, phase: str, part: str) -> Iterator[None]:
-        """What is made inside belongs to a part, and its peak to a phase; then it is as before."""
+        """Assign new storages to a part and peaks to a phase inside the context."""
         before = self.phase, self.part
         self.enter(phase, part)
         yield
         self.enter(*before)
 
     def enter(self, phase: str, part: str) -> None:
-        """What is made from now on belongs to a part, and its peak to a phase."""
+        """Assign new storages to a part and peaks to a phase from now on."""
         self.phase, self.part = phase, part
-        self._note()
+        self._update_peak()
 
-    def belongs(self, tensor: torch.Tensor, part: str) -> None:
-        """A tensor's storage turns out to be of another part than it was made in."""
+    def assign(self, tensor: torch.Tensor, part: str) -> None:
+        """Assign a tensor's storage to a different part than it was created in."""
         storage = tensor.untyped_storage()
         self._count(storage, part)
         reference, size, before = self._storages[storage._cdata]
@@ -73,7 +72,7 @@ class StorageTracker(TorchDispatchMode):
         size = -(-storage.nbytes() // self.block) * self.block
         self._storages[key] = weakref.ref(storage, lambda _: self._forget(key)), size, part
         self.live[part] += size
-        self._note()
+        self._update_peak()
 
     def _part_of(self, tensor: torch.Tensor) -> str | None:
         known = self._storages.get(tensor.untyped_storage()._cdata)
@@ -83,6 +82,6 @@ class StorageTracker(TorchDispatchMode):
         _, size, part = self._storages.pop(key)
         self.live[part] -= size
 
-    def _note(self) -> None:
+    def _update_peak(self) -> None:
         if self.phase and self.live.total() > self.peaks.get(self.phase, Counter()).total():
             self.peaks[self.phase] = self.live.copy()

@@ -35,7 +35,7 @@ def options(gpu: GPU, config: Any = None, **sections: Any) -> dict[str, Any]:
         patch.object(model.AutoModelForCausalLM, "from_pretrained", from_pretrained),
         pytest.raises(_Loaded),
     ):
-        model._read(recipe_of(**sections), config)
+        model._from_pretrained(recipe_of(**sections), config)
     return given
 
 

@@ -40,7 +40,7 @@ def test_needed(sections: dict[str, object], trained: int, expected: int) -> Non
 def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3e9))
 
-    with pytest.raises(OutputError, match=r"3\.0 GB free, and the run writes up to 160\.0 GB"):
+    with pytest.raises(OutputError, match=r"160\.0 GB needed, 3\.0 GB free"):
         disk.check_room(Recipe.model_validate(LEAST), tmp_path, 8_000_000_000, 8_000_000_000, 0)
     disk.check_room(Recipe.model_validate(LEAST), tmp_path, 1_000_000, 1_000_000, 0)
 
@@ -48,7 +48,7 @@ def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_there_already_needs_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that is resumed writes over what it wrote."""
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
-    with pytest.raises(OutputError, match=r"1\.0 MB free, and the run writes up to 2\.4 MB"):
+    with pytest.raises(OutputError, match=r"2\.4 MB needed, 1\.0 MB free"):
         disk.check_room(Recipe.model_validate(LEAST), tmp_path, 100_000, 100_000, 0)
     (tmp_path / "checkpoints" / "checkpoint-1").mkdir(parents=True)
     (tmp_path / "checkpoints" / "checkpoint-1" / "optimizer.pt").write_bytes(bytes(1_500_000))
@@ -59,5 +59,5 @@ def test_what_is_there_already_needs_no_room(tmp_path: Path, monkeypatch: pytest
 def test_what_is_lacking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3_000_000))
 
-    assert disk.lacking(tmp_path, 5_000_000_000) == " (it takes 5.0 GB, and the disk has 3.0 MB free)"
+    assert disk.lacking(tmp_path, 5_000_000_000) == " (5.0 GB needed, 3.0 MB free)"
     assert disk.lacking(tmp_path, 2_000_000) == ""

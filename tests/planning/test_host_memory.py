@@ -80,7 +80,7 @@ def test_check_warns_if_this_machine_has_too_little(write_recipe: WriteRecipe, m
 
     monkeypatch.setattr(host_memory, "installed", lambda: 2.2 * GIB)
     [found] = [line for line in check(file).warnings if "host memory" in line]
-    assert "GiB to verify (this machine has 2.2 GiB)" in found
+    assert "GiB to verify (this node has 2.2 GiB)" in found
     assert "set export.merge: false and merge the adapter elsewhere" in found
 
 

@@ -44,11 +44,11 @@ def test_a_smaller_micro_batch_is_accumulated_longer() -> None:
 def test_what_an_engine_cannot_do_is_not_recommended() -> None:
     given = recipe(lora={}, train={"optimizer": "paged_adamw_8bit"})
 
-    found = remedies.remedies(given, lambda _: WHOLE, 1.0, "cpu", None)
+    found = remedies.find_remedies(given, lambda _: WHOLE, 1.0, "cpu", None)
 
     assert "fsdp2" in kinds(given)
     assert {each.kind for each in found}.isdisjoint({"fsdp2", "CPU offload"})
-    assert "fsdp2" in {each.kind for each in remedies.remedies(recipe(lora={}), lambda _: WHOLE, 1.0, "cpu", None)}
+    assert "fsdp2" in {each.kind for each in remedies.find_remedies(recipe(lora={}), lambda _: WHOLE, 1.0, "cpu", None)}
 
 
 def test_sizes_for_auto() -> None:
@@ -78,7 +78,7 @@ def test_remedies_are_the_mildest_that_fit() -> None:
 
     eight = recipe(train={"micro_batch_size": 8, "gradient_checkpointing": False})
 
-    found = {each.kind: each for each in remedies.remedies(eight, predict, 20_000, "cpu", None)}
+    found = {each.kind: each for each in remedies.find_remedies(eight, predict, 20_000, "cpu", None)}
 
     assert found["micro-batch"].change == {"train.micro_batch_size": 4}
     assert (found["micro-batch"].peak, found["micro-batch"].fits) == (16_000, True)
@@ -92,7 +92,7 @@ def test_remedies_are_the_mildest_that_fit() -> None:
 def test_the_strongest_is_named_where_none_fits() -> None:
     eight = recipe(train={"micro_batch_size": 8, "gradient_checkpointing": False})
 
-    found = {each.kind: each for each in remedies.remedies(eight, predicted, 1000, "cpu", "sdpa")}
+    found = {each.kind: each for each in remedies.find_remedies(eight, predicted, 1000, "cpu", "sdpa")}
 
     assert found["attention"].change == {"model.attention": "sdpa"}
     assert found["micro-batch"].change == {"train.micro_batch_size": 1}

@@ -379,7 +379,7 @@ REFUSED: dict[str, tuple[PreTrainedConfig, str]] = {
     ),
     "dropout": (GPT2Config(), r"dropout in attention \(attn_pdrop in the model's config\)"),
     "dropout by another name": (LlamaConfig(**SHAPE, attention_dropout=0.1), r"\(attention_dropout in"),
-    "both directions": (LlamaConfig(**SHAPE, is_causal=False), "whose tokens attend to later ones"),
+    "both directions": (LlamaConfig(**SHAPE, is_causal=False), "a model with bidirectional attention"),
 }
 
 
@@ -464,7 +464,7 @@ def test_a_gpu_takes_it_if_its_kernel_can(capability: tuple[int, int] | None, wi
     wrong = {
         r"float32 on a GPU": dtype == "float32",
         r"GPUs of compute capability below 8.0 \(got 7": capability is not None and capability < (8, 0),
-        rf"a multiple of 8, at most 256 \(got {width}\)": width in (42, 264),
+        rf"a multiple of 8 up to 256 \(got {width}\)": width in (42, 264),
     }
     expected = [why for why, here in wrong.items() if here]
 
@@ -507,7 +507,7 @@ def test_the_kernel_is_tried_in_the_widths_of_the_model(right: bool, monkeypatch
         tried.append(how)
         return right
 
-    monkeypatch.setattr(attention, "_kernel_is_right", trial)
+    monkeypatch.setattr(attention, "_kernel_is_correct", trial)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     config = MODELS["deepseek, values narrower than keys"]
@@ -551,13 +551,13 @@ def test_they_are_those_that_attention_gets(name: str, monkeypatch: pytest.Monke
 
 
 def test_models_that_need_a_tensor_for_a_mask_are_known() -> None:
-    """Where a model says so, a mask that is made later would be none: put it into _OWN_WAYS."""
+    """Where a model says so, a mask that is made later would be none: put it into _CUSTOM_MASKS."""
     supported = [
         architecture
         for config, architecture in MODEL_FOR_CAUSAL_LM_MAPPING.items()
         if getattr(architecture, "_supports_attention_backend", False)
         and architecture._supports_sdpa
-        and config.model_type not in attention._OWN_WAYS
+        and config.model_type not in attention._CUSTOM_MASKS
     ]
     assert len(supported) > 50
     for architecture in supported:
@@ -640,7 +640,7 @@ def test_the_kernel_of_each_torch_is_asked_for_the_same(
 ) -> None:
     """Functions with the arguments of the versions stand for kernels that need a GPU."""
     monkeypatch.setattr(attention, "varlen_attn", version)
-    monkeypatch.setattr(attention, "_GROUPS_HEADS", version is of_2_12)
+    monkeypatch.setattr(attention, "_HAS_ENABLE_GQA", version is of_2_12)
     query, key, value = torch.randn(1, 4, 9, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 6)
     starts = torch.tensor([0, 1, 4, 9], dtype=torch.int32)
 
@@ -659,7 +659,7 @@ def on_gpu() -> Iterator[str]:
 
 @pytest.mark.gpu
 def test_on_a_gpu_auto_has_tried_the_kernel(on_gpu: str) -> None:
-    assert attention._kernel_is_right(64, 64, 2, torch.bfloat16)
+    assert attention._kernel_is_correct(64, 64, 2, torch.bfloat16)
 
 
 @pytest.mark.gpu

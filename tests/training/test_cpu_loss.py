@@ -45,7 +45,7 @@ def test_values_and_gradients_are_trls(
     values = [torch.randn(tokens, 6) * large, torch.randn(vocabulary, 6), torch.randn(vocabulary)]
     targets = torch.randint(0, vocabulary, (tokens,))
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(cpu_loss, "_PIECE", piece)
+        patched.setattr(cpu_loss, "_CHUNK", piece)
         patched.setattr(cpu_loss, "_TILE", tile)
         log_probs, hits, gradients = taken(cpu_loss.Head, values, targets, softcap, scale)
 

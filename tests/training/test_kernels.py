@@ -91,7 +91,7 @@ def test_auto_takes_ligers_for_a_model_that_it_knows(liger_is_installed: None) -
     assert kernels.select_kernels(recipe_of(), LLAMA, "cpu") == Kernels()
     assert (
         str(kernels.select_kernels(recipe_of(), GPT2Config(), "cuda"))
-        == "none (Liger has none for models of type gpt2)"
+        == "none (Liger has no kernels for models of type gpt2)"
     )
 
 
@@ -171,8 +171,8 @@ def test_wrong_kernels_are_said_and_not_taken(liger_is_installed: None, monkeypa
         monkeypatch.setattr(kernels, "compare_layer", compare)
         found = kernels.apply_kernels(model, recipe_of())
         assert found.name == "none"
-        assert found.why.startswith("Liger's kernels are not right here: ")
-        with pytest.raises(ModelError, match=r"train\.kernels: Liger's kernels are not right .*\. Set none\."):
+        assert found.why.startswith("Liger's kernels are incorrect here: ")
+        with pytest.raises(ModelError, match=r"train\.kernels: Liger's kernels are incorrect .*\. Set none\."):
             kernels.apply_kernels(model, recipe_of("liger"))
     assert found.why.endswith("RuntimeError: no such PTX")
 

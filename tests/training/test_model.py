@@ -205,7 +205,7 @@ def test_where_4_bit_weights_are_read(
     """0.9 million parameters, those of the embeddings in bfloat16: less than a MiB."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, free))
     recipe = parse.load(write_recipe(), ["model.quantization=nf4", "lora={}", "model.dtype=bfloat16"]).recipe
-    assert model._has_room_for_all(recipe, model.load_config(recipe)) == fits
+    assert model._fits_on_gpu(recipe, model.load_config(recipe)) == fits
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_weights_are_read_onto_the_gpu_that_holds_all_of_them(
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
-    model._read(recipe, config)
+    model._from_pretrained(recipe, config)
     assert given.get("device_map") == device_map
 
 
@@ -294,6 +294,6 @@ def test_remote_code_runs_only_where_the_recipe_says_so(write_recipe: WriteRecip
     )
     recipe = write_recipe(model={"name": str(tmp_path / "model")})
 
-    with pytest.raises(ModelError, match=r"read it, then set model\.trust_remote_code: true"):
+    with pytest.raises(ModelError, match=r"Review the code, then set model\.trust_remote_code: true\."):
         loaded(recipe)
     assert type(loaded(recipe, "model.trust_remote_code=true")).__name__ == "Model"
