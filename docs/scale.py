@@ -151,7 +151,8 @@ def work_table() -> Iterator[str]:
     yield "| recipe | tokens per micro-batch | FLOPs per token | computation | communication |"
     yield "|---|---|---|---|---|"
     for work in works():
-        carried = f"{work.collectives[1] / 1e9:,.1f} GB per {'step' if work.recipe.launch.strategy == 'ddp' else 'micro-batch'}"
+        unit = "step" if work.recipe.launch.strategy == "ddp" else "micro-batch"
+        carried = f"{work.collectives[1] / 1e9:,.1f} GB per {unit}"
         yield f"| {work.name} | {work.tokens:,} | {work.flops:.2e} | {work.compute * 1000:,.0f} ms | {carried} |"
 
 
