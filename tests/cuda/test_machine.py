@@ -90,7 +90,7 @@ def test_ranks_meet_over_nccl(strategy: Any, asked: dict[str, Any], monkeypatch:
 
     monkeypatch.setitem(os.environ, "LOCAL_RANK", "0")
     monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
-    monkeypatch.setattr(ranks, "_meet", lambda *_: None)
+    monkeypatch.setattr(ranks, "_rendezvous", lambda *_: None)
     monkeypatch.setattr(accelerate, "PartialState", state)
     recipe: Recipe = recipe_of(launch={"strategy": strategy, "processes": 2})
     with fake_gpu.installed(GPU()), pytest.raises(Exception, match="could not join"), ranks.process_group(recipe, dict):
