@@ -95,8 +95,8 @@ def parse_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Loade
     problems += [f"{here.place(*error.path)}: {_describe(error)}" for error in reported[:_MAX_SHOWN]]
     if len(reported) > _MAX_SHOWN:
         problems.append(f"{source}: {len(reported) - _MAX_SHOWN:,} more wrong keys are not listed.")
-    for error in sorted(errors, key=lambda error: [(isinstance(part, int), part) for part in error.path], reverse=True):
-        _remove(data, error.path)  # later list items first
+    for wrong in sorted(errors, key=lambda error: [(isinstance(part, int), part) for part in error.path], reverse=True):
+        _remove(data, wrong.path)  # later list items first
     try:
         return Loaded(Recipe.model_validate(data), source, values.places), problems
     except ValidationError:
