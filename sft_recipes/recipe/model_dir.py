@@ -88,8 +88,9 @@ def config(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        adapter = " It contains an adapter: merge it first with `sft-recipe merge`." if is_adapter(folder) else ""
-        raise ModelError(f"model.name: {folder} is not a model directory (config.json is missing).{adapter}") from None
+        merge = "It contains an adapter: merge it first with `sft-recipe merge`."
+        remedy = merge if is_adapter(folder) else "Use the directory of a model, or a Hub id."
+        raise ModelError(f"model.name: {folder} is not a model directory (config.json is missing). {remedy}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{file}: invalid JSON: {error}. Download it again.") from None
     if not isinstance(content, dict) or "model_type" not in content:

@@ -122,9 +122,9 @@ def test_global_batch_size_smaller_than_a_micro_batch(write_recipe: WriteRecipe)
 def test_updates_that_bfloat16_rounds_away_are_a_warning(
     write_recipe: WriteRecipe, overrides: list[str], warned: bool
 ) -> None:
-    found = warnings(write_recipe(), *overrides)
+    lines = warnings(write_recipe(), *overrides)
 
-    assert [("lose updates to rounding" in line and "adamw_8bit_sr" in line) for line in found] == [True] * warned
+    assert [("lose updates to rounding" in line and "adamw_8bit_sr" in line) for line in lines] == [True] * warned
 
 
 def test_updates_that_bfloat16_rounds_away() -> None:
@@ -219,12 +219,12 @@ def test_recipe_and_model_problems_come_together(write_recipe: WriteRecipe, tmp_
     (tmp_path / "broken").mkdir()
     recipe = write_recipe(model={"name": str(tmp_path / "broken")}, train={"sed": 1, "lr_scheduler": "x"})
 
-    found = problems(recipe)
+    lines = problems(recipe)
 
-    assert len(found) == 3
-    assert "unknown key 'train.sed'" in found[0]
-    assert "unknown name 'x'" in found[1]
-    assert "config.json is missing" in found[2]
+    assert len(lines) == 3
+    assert "unknown key 'train.sed'" in lines[0]
+    assert "unknown name 'x'" in lines[1]
+    assert "config.json is missing" in lines[2]
 
 
 def write_model(folder: Path, config: dict[str, Any] | str, *files: str) -> Path:
@@ -302,11 +302,11 @@ def test_an_adapter_is_not_a_model(write_recipe: WriteRecipe, tmp_path: Path) ->
     ],
 )
 def test_unusual_learning_rates(write_recipe: WriteRecipe, overrides: list[str], message: str | None) -> None:
-    found = warnings(write_recipe(), "model.name=owner/some-8b", *overrides)
+    lines = warnings(write_recipe(), "model.name=owner/some-8b", *overrides)
 
-    assert len(found) == (message is not None)
+    assert len(lines) == (message is not None)
     if message is not None:
-        assert f"train.learning_rate: {message}" in found[0]
+        assert f"train.learning_rate: {message}" in lines[0]
 
 
 def test_the_default_rate_is_too_low_for_lora(write_recipe: WriteRecipe) -> None:
