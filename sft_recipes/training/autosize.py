@@ -184,13 +184,13 @@ def memory_advice(recipe: Recipe) -> str:
     capacity = total if device == "cuda" else _SHARE_OF_HOST * total
     predict = predictor(config, device, capability_here())
     rank = per_rank_memory.on_rank(predict(recipe), recipe, device)
-    sizes = f"predicted peak {memory.format_bytes(rank.peak_bytes)}, device memory {memory.format_bytes(total)}"
+    memory_used = f"(predicted peak {memory.format_bytes(rank.peak_bytes)}, device memory {memory.format_bytes(total)})"
     if memory.fits(rank, capacity, device):
-        return f"{sizes}. Another process uses memory of the device, or it is fragmented"
-    attention = fake_kernels.lower_memory_attention(recipe, config, device, capability_here())
-    found = remedies.find_remedies(recipe, predict, capacity, device, attention)
-    fitting = "; ".join(f"{remedy.settings} ({memory.format_bytes(remedy.peak)})" for remedy in found if remedy.fits)
-    return f"{sizes}. Any one of these fits: {fitting}" if fitting else f"{sizes}. No single change of the recipe fits"
+        return f"{memory_used}. This should fit: stop other processes on the device; otherwise its free memory is fragmented."
+    leaner = fake_kernels.lower_memory_attention(recipe, config, device, capability_here())
+    found = remedies.find_remedies(recipe, predict, capacity, device, leaner)
+    fitting = "; ".join(str(remedy) for remedy in found if remedy.fits)
+    return f"{memory_used}. {f'Any one of these fits: {fitting}' if fitting else 'No single change fits'}."
 
 
 def _device() -> str:

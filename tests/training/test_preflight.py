@@ -139,7 +139,7 @@ def test_memory_that_is_lacking_is_found_before_the_first_step(
         return compute(self, network, inputs, *args, **kwargs)
 
     monkeypatch.setattr(trainer.Trainer, "compute_loss", compute_loss)
-    with pytest.raises(RunError, match=r"out of memory before the first step: .*predicted peak .*, device memory"):
+    with pytest.raises(RunError, match=r"out of memory before the first step: .* are predicted, and the device has"):
         run(write_recipe(data={"eval": None, "packing": "none"}, train=ON))
     assert len(seen) == 1
     assert not (tmp_path / "run").exists()

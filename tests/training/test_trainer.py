@@ -109,7 +109,7 @@ def test_without_validation(write_recipe: WriteRecipe) -> None:
 
 def test_too_little_memory_is_no_fault_of_the_recipe(write_recipe: WriteRecipe) -> None:
     recipe = parse.load(write_recipe(), []).recipe
-    said = r"out of memory before the first step: .*predicted peak .*, device memory .*\. Another process uses memory"
+    said = r"out of memory before the first step: .*; .* are predicted, and the device has .*: something else takes"
     with pytest.raises(RunError, match=said), trainer._as_recipe_error(recipe, "trl"):
         torch.empty(2**60, dtype=torch.uint8)
     with pytest.raises(RecipeError, match="trl: no"), trainer._as_recipe_error(recipe, "trl"):
