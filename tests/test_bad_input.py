@@ -656,7 +656,7 @@ RUNS: dict[str, tuple[Change, list[str], str]] = {
     "a field of TRL of another type": (both(), ["trl.dataloader_num_workers=x"],
         "--set: trl: cannot set up SFTTrainer: "),
     "a flash attention on a CPU": (both(), ["model.attention=flex_attention"],
-        "--set: model.attention: flex_attention …; set sdpa"),
+        "--set: model.attention: flex_attention …. Set sdpa"),
     "answers longer than the model": (both(), ["eval.generate=[a]", "eval.max_new_tokens=1020"],
         "--set: eval.max_new_tokens: with a prompt of …(got 1020). Set eval.max_new_tokens to"),
     "an output that cannot be made": (both(), ["output_dir=/proc/run"], "--set: output_dir: /proc/run cannot be created"),

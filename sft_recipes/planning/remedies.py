@@ -25,11 +25,6 @@ class Remedy:
     peak: float  # bytes on a rank
     fits: bool
 
-    @property
-    def settings(self) -> str:
-        """The change as `key=value`, as --set takes it."""
-        return " ".join(f"{key}={_yaml(value)}" for key, value in self.change.items())
-
     def __str__(self) -> str:
         options = " ".join(f"--set {key}={_yaml(value)}" for key, value in self.change.items())
         return f"{options}: {memory.format_bytes(self.peak)}"

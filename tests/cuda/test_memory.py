@@ -83,7 +83,7 @@ def test_a_run_that_does_not_fit_is_refused_with_what_would(write_recipe: WriteR
     recipe = write_recipe(**sections)
 
     with (
-        pytest.raises(RunError, match=r"out of memory.*CUDA out of memory.*device memory 60.0 MiB"),
+        pytest.raises(RunError, match=r"out of memory before the first step \(.*device memory 60.0 MiB"),
         built(recipe, tmp_path / "run", gpu, rows=400) as found,
     ):
         found.train()
@@ -128,7 +128,7 @@ def test_advice_is_for_the_gpu(tmp_path: Path) -> None:
         said = autosize.memory_advice(recipe)
 
     assert "device memory 953.7 MiB" in said
-    assert "Any one of these fits: train.gradient_checkpointing=true (" in said
+    assert "Any one of these fits: --set train.gradient_checkpointing=true" in said
 
 
 def test_peak_memory_is_the_gpus() -> None:
