@@ -188,9 +188,9 @@ def test_scale_reckons_with_the_models_that_plan_counts() -> None:
     script = runpy.run_path(str(ROOT / "docs" / "scale.py"))
     lora, full, qlora, _ = script["works"]()
 
-    assert full.footprint.parameters == full.footprint.trained == 8_030_261_248
-    assert lora.footprint.trained == 41_943_040
-    assert qlora.footprint.parameters - qlora.footprint.trained == 70_553_706_496
+    assert full.found.parameters == full.found.trained == 8_030_261_248
+    assert lora.found.trained == 41_943_040
+    assert qlora.found.parameters - qlora.found.trained == 70_553_706_496
     assert full.collectives == (3 * 34, 8 * 8_030_261_248)
     assert lora.collectives[1] == 8 * 41_943_040
     # seven eighths of the bytes, at 0.8 of NVLink, and 7 steps of latency in each of 102

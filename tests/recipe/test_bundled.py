@@ -53,7 +53,7 @@ def test_every_header_says_what_the_recipe_does(file: Path) -> None:
     assert gpus is None or NUMBERS[gpus[1]] == recipe.launch.processes * recipe.launch.machines
     assert ("torchao" in said.needs) == (recipe.train.optimizer in validate.TORCHAO)
     gated = said.model.startswith(("meta-llama/", "google/"))
-    assert not gated or "access to the model on the hub" in said.needs
+    assert not gated or "access to the model on the Hub" in said.needs
 
 
 def test_no_two_are_alike() -> None:
@@ -151,7 +151,7 @@ def test_copies_find_the_schema(tmp_path: Path) -> None:
 
     first, second, *_ = out.read_text("utf-8").splitlines()
     assert first == "# yaml-language-server: $schema=../.sft-recipe.schema.json"
-    assert second.startswith("# Fine-tune the embedded base model")
+    assert second.startswith("# Fine-tune the built-in model")
 
 
 def test_copy_of_what_does_not_ship(tmp_path: Path) -> None:
