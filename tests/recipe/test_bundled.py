@@ -43,6 +43,7 @@ def test_every_header_matches_its_recipe(file: Path) -> None:
     fields, recipe = header(file), parse.load(file).recipe
 
     method = "full" if recipe.lora is None else "QLoRA" if recipe.model.quantization else "LoRA"
+<<<<<<< HEAD
     assert fields.method == method + (f", {recipe.launch.strategy}" if recipe.launch.strategy != "ddp" else "")
     assert fields.model == recipe.model.name
     assert fields.purpose.endswith(".")
@@ -56,6 +57,19 @@ def test_every_header_matches_its_recipe(file: Path) -> None:
     assert ("torchao" in fields.needs) == (recipe.train.optimizer in validate.TORCHAO)
     gated = fields.model.startswith(("meta-llama/", "google/"))
     assert not gated or "access to the model on the hub" in fields.needs
+=======
+    assert said.method == method + (f", {recipe.launch.strategy}" if recipe.launch.strategy != "ddp" else "")
+    assert said.model == recipe.model.name
+    assert said.purpose.endswith(".")
+    assert said.launch.startswith(f"sft-recipe run recipes/{file.name}")
+    # a figure has its date, and where its command stands
+    assert said.result == "not measured" or re.search(r"\(20\d\d-\d\d-\d\d, .*; benchmarks/RESULTS\.md\)$", said.result)
+    gpus = re.match(r"(\w+) \d+ GB GPU", said.hardware)
+    assert gpus is None or NUMBERS[gpus[1]] == recipe.launch.processes * recipe.launch.machines
+    assert ("torchao" in said.needs) == (recipe.train.optimizer in validate.TORCHAO)
+    gated = said.model.startswith(("meta-llama/", "google/"))
+    assert not gated or "access to the model on the Hub" in said.needs
+>>>>>>> w-x5
 
 
 def test_recipes_differ() -> None:
@@ -151,7 +165,7 @@ def test_copies_find_the_schema(tmp_path: Path) -> None:
 
     first, second, *_ = out.read_text("utf-8").splitlines()
     assert first == "# yaml-language-server: $schema=../.sft-recipe.schema.json"
-    assert second.startswith("# Fine-tune the embedded base model")
+    assert second.startswith("# Fine-tune the built-in model")
 
 
 def test_copy_of_an_unknown_recipe(tmp_path: Path) -> None:
