@@ -189,7 +189,7 @@ def memory_advice(recipe: Recipe) -> str:
         return f"{memory_used}. This should fit: stop other processes on the device; otherwise its free memory is fragmented."
     leaner = fake_kernels.lower_memory_attention(recipe, config, device, capability_here())
     found = remedies.find_remedies(recipe, predict, capacity, device, leaner)
-    fitting = "; ".join(f"{remedy.settings} ({memory.format_bytes(remedy.peak)})" for remedy in found if remedy.fits)
+    fitting = "; ".join(str(remedy) for remedy in found if remedy.fits)
     return f"{memory_used}. {f'Any one of these fits: {fitting}' if fitting else 'No single change fits'}."
 
 

@@ -43,7 +43,6 @@ def test_every_header_matches_its_recipe(file: Path) -> None:
     fields, recipe = header(file), parse.load(file).recipe
 
     method = "full" if recipe.lora is None else "QLoRA" if recipe.model.quantization else "LoRA"
-<<<<<<< HEAD
     assert fields.method == method + (f", {recipe.launch.strategy}" if recipe.launch.strategy != "ddp" else "")
     assert fields.model == recipe.model.name
     assert fields.purpose.endswith(".")
@@ -56,20 +55,7 @@ def test_every_header_matches_its_recipe(file: Path) -> None:
     assert gpus is None or NUMBERS[gpus[1]] == recipe.launch.world_size
     assert ("torchao" in fields.needs) == (recipe.train.optimizer in validate.TORCHAO)
     gated = fields.model.startswith(("meta-llama/", "google/"))
-    assert not gated or "access to the model on the hub" in fields.needs
-=======
-    assert said.method == method + (f", {recipe.launch.strategy}" if recipe.launch.strategy != "ddp" else "")
-    assert said.model == recipe.model.name
-    assert said.purpose.endswith(".")
-    assert said.launch.startswith(f"sft-recipe run recipes/{file.name}")
-    # a figure has its date, and where its command stands
-    assert said.result == "not measured" or re.search(r"\(20\d\d-\d\d-\d\d, .*; benchmarks/RESULTS\.md\)$", said.result)
-    gpus = re.match(r"(\w+) \d+ GB GPU", said.hardware)
-    assert gpus is None or NUMBERS[gpus[1]] == recipe.launch.processes * recipe.launch.machines
-    assert ("torchao" in said.needs) == (recipe.train.optimizer in validate.TORCHAO)
-    gated = said.model.startswith(("meta-llama/", "google/"))
-    assert not gated or "access to the model on the Hub" in said.needs
->>>>>>> w-x5
+    assert not gated or "access to the model on the Hub" in fields.needs
 
 
 def test_recipes_differ() -> None:
