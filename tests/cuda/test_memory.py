@@ -83,7 +83,7 @@ def test_a_run_that_does_not_fit_is_refused_with_what_would(write_recipe: WriteR
     recipe = write_recipe(**sections)
 
     with (
-        pytest.raises(RunError, match=r"out of memory.*CUDA out of memory.*the device has 60.0 MiB"),
+        pytest.raises(RunError, match=r"out of memory before the first step \(.*device memory 60.0 MiB"),
         built(recipe, tmp_path / "run", gpu, rows=400) as found,
     ):
         found.train()
