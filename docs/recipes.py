@@ -95,9 +95,7 @@ def known() -> dict[str, Any]:
 
 def in_words(found: dict[str, Any]) -> str:
     """Format a prediction for a recipe's header."""
-    loading = (
-        f"; {memory.format_bytes(found['loading'])} while loading" if found["loading"] > found["peak"] else ""
-    )
+    loading = f"; {memory.format_bytes(found['loading'])} while loading" if found["loading"] > found["peak"] else ""
     if settled := found["auto"]:
         layers = {False: "no layers", True: "every layer"}.get(settled["gradient_checkpointing"])
         layers = layers or f"every {settled['gradient_checkpointing']} layers"

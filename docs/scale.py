@@ -151,9 +151,7 @@ def work_table() -> Iterator[str]:
     yield "| recipe | tokens per micro-batch | FLOPs per token | computation | communication |"
     yield "|---|---|---|---|---|"
     for work in works():
-        carried = (
-            f"{work.collectives[1] / 1e9:,.1f} GB per {'step' if work.recipe.launch.strategy == 'ddp' else 'micro-batch'}"
-        )
+        carried = f"{work.collectives[1] / 1e9:,.1f} GB per {'step' if work.recipe.launch.strategy == 'ddp' else 'micro-batch'}"
         yield f"| {work.name} | {work.tokens:,} | {work.flops:.2e} | {work.compute * 1000:,.0f} ms | {carried} |"
 
 
