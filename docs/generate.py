@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Generate the reference pages from the code: docs/recipe.md, commands.md and convert.md. A test compares them."""
+"""Write the reference pages from the code: docs/recipe.md, commands.md and convert.md. A test holds them against it."""
 
 import re
 from pathlib import Path
@@ -24,16 +24,16 @@ def recipe_page() -> str:
     lines = [
         "# The recipe",
         "",
-        "Generated from `sft_recipes/recipe/schema.py` by `docs/generate.py`.",
+        "Made from `sft_recipes/recipe/schema.py` by `docs/generate.py`.",
         "",
-        "Only `model.name`, `data.train` and `output_dir` are required. A section that is present is enabled: no `lora:`",
-        "means full fine-tuning, `lora: {}` LoRA with the defaults. Unknown, duplicate and conflicting keys are",
-        "errors. Files are parsed as YAML 1.2: `1e-5` is a number, `no` and `off` are strings.",
-        "`sft-recipe run RECIPE --set key=value` overrides a key. Paths are relative to the working directory.",
+        "Only `model.name`, `data.train` and `output_dir` have to be given. A section's presence is its switch: no `lora:`",
+        "means full fine-tuning, `lora: {}` adapters with the defaults. A key that does not exist, stands twice or",
+        "contradicts another is an error. YAML is read as YAML 1.2: `1e-5` is a number, `no` and `off` are words.",
+        "`sft-recipe run RECIPE --set key=value` replaces a key. Paths are relative to the working directory.",
         "",
         "`sft-recipe schema --out .sft-recipe.schema.json` writes the same as a JSON schema. Editors with the YAML language",
-        "server (VS Code: the extension redhat.vscode-yaml) then complete keys, show their documentation and mark errors in",
-        "recipes that begin with",
+        "server (VS Code: the extension redhat.vscode-yaml) then complete keys, show what they mean and mark what is wrong in",
+        "a recipe that begins with",
         "",
         "```yaml",
         editor_schema.line(Path(editor_schema.FILE)),
