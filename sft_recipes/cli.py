@@ -429,7 +429,9 @@ def main() -> NoReturn:
 
 def _warn_of_code(trusted: bool) -> None:
     if trusted:
-        print("warning: --trust-remote-code: Python code that comes with the model will run", file=sys.stderr)
+        print(
+            "warning: --trust-remote-code: the model's custom Python code will run. Review it first.", file=sys.stderr
+        )
 
 
 def _print_error(text: str) -> None:

@@ -113,7 +113,7 @@ def test_pickles_beside_what_is_read(
         with pytest.raises(RunError) as caught:
             run(recipe, f"output_dir={copy}", resume=True)
         [line] = caught.value.lines
-        assert "as it could run code, it was not read" in line  # torch's own words advise to read it all the same
+        assert "It was not loaded, because it could run code." in line  # torch's own message advises to load it anyway
     planted.into(
         *(folder / "checkpoints" / "checkpoint-2" / name for name in ("adapter_model.bin", "training_args.bin"))
     )
@@ -222,7 +222,7 @@ def test_code_of_a_model_runs_only_where_the_recipe_says_so(
     folder, mark = with_code
     recipe = write_recipe(model={"name": str(folder)}, lora={"rank": 2}, export={"merge": False})
     generate, merge = ("generate", "--prompt", "Hi", "--max-new-tokens", "2"), ("merge", "--out", tmp_path / "merged")
-    warning = "Python code that comes with the model will run"
+    warning = "the model's custom Python code will run. Review it first."
 
     code, _, said = command("run", recipe)
     assert code == 2

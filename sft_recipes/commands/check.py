@@ -162,7 +162,7 @@ def _check_host_memory(recipe: Recipe) -> Findings:
     if model is None:
         return Findings([], [])
     device = "cuda" if machine.trains_on_nvidia_gpu() else "cpu"
-    short = host_memory.lacking(host_memory.predict(recipe, model, device))
+    short = host_memory.lacking(host_memory.predict(recipe, model, device), adapters=recipe.lora is not None)
     return Findings([], [short] if short else [])
 
 

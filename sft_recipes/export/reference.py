@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy
 from sft_recipes.atomic_files import atomic_file
 from sft_recipes.data.prepare import Prepared
 from sft_recipes.data.sequences import IGNORED
-from sft_recipes.errors import ModelError
+from sft_recipes.errors import ModelError, RunError
 from sft_recipes.export.probe import rows_of
 from sft_recipes.export.save_model import DTYPES
 from sft_recipes.recipe.schema import Recipe
@@ -137,17 +137,24 @@ def record(trainer: Any, recipe: Recipe, data: Prepared) -> Record | None:
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     rows, device = rows_of(data.eval or data.train), trainer.args.device
     compute = None if sharded else torch.float32
-    with _as_exported(model):
-        found = Record(run_model(model, rows, compute=compute, device=device))
-        if recipe.lora is not None:
-            with model.disable_adapter():
-                found.base = run_model(model, rows, compute=compute, device=device)
-        else:
-            dtype = DTYPES[recipe.export.dtype]
-            if sharded:  # in place: they are gathered in this dtype
-                _round_shards(model, dtype)
-            change = None if sharded else rounding(dtype)
-            found.rounded = run_model(model, rows, compute=compute, change=change, device=device)
+    model.zero_grad(set_to_none=True)  # the head in float32 and the logits need memory
+    try:
+        with _as_exported(model):
+            found = Record(run_model(model, rows, compute=compute, device=device))
+            if recipe.lora is not None:
+                with model.disable_adapter():
+                    found.base = run_model(model, rows, compute=compute, device=device)
+            else:
+                dtype = DTYPES[recipe.export.dtype]
+                if sharded:  # in place: they are gathered in this dtype
+                    _round_shards(model, dtype)
+                change = None if sharded else rounding(dtype)
+                found.rounded = run_model(model, rows, compute=compute, change=change, device=device)
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            f"{trainer.run_dir}: out of memory while computing the reference outputs of the trained model. "
+            f"{trainer.describe_last_checkpoint()} Continue with --resume."
+        ) from error
     for module in model.modules():
         if isinstance(module, FSDPModule):  # which keeps what the last pass has gathered for a backward pass
             module.reshard()
@@ -213,13 +220,25 @@ def run_model(
     outputs = Outputs([], [], [])
     tokens = {token for row in rows for token in row["input_ids"]}
     try:
-        with torch.no_grad(), nullcontext() if compute is None else _computing_in(compute, model, change):
+        computing = nullcontext() if compute is None else _computing_in(compute, model, change)
+        with torch.no_grad(), _without_tf32(), computing:
             vocabulary = model.config.get_text_config().vocab_size
             for batch in _batches(rows, vocabulary):
                 _run_batch(model, batch, tokens, device, outputs)
     finally:
         model.train(training)
     return outputs
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Multiply float32 exactly: TF32, which training may use (trl.tf32), rounds more than the comparison allows."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def _batches(rows: Rows, vocabulary: int) -> Iterator[Rows]:

@@ -83,6 +83,8 @@ def written(
             if files is not None and found.error is None:
                 with _kept_in(found):
                     files.put(name, weight)
+            if not main and weight.is_cuda:
+                torch.cuda.synchronize()  # NCCL's time-out starts when a collective is enqueued, and rank 0 writes in between
             del weight  # before the next one is gathered
         if files is not None and found.error is None:
             with _kept_in(found):

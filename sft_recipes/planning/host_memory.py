@@ -105,7 +105,7 @@ def of_files(recipe: Recipe) -> Model | None:
     return Model(parameters, layer, vocab_size * width, 0 if recipe.lora else parameters)
 
 
-def lacking(needed: HostMemory) -> str | None:
+def lacking(needed: HostMemory, *, adapters: bool) -> str | None:
     """Return a warning that names the stages for which this node has too little memory; None if it has enough."""
     total = installed()
     short = {name: size for name, size in needed.stages.items() if size > total}
@@ -113,7 +113,7 @@ def lacking(needed: HostMemory) -> str | None:
         return None
     stages = ", ".join(f"{format_bytes(size)} to {name}" for name, size in short.items())
     remedy = "Use a node with more memory"
-    if short.keys() <= {"merge", "verify"} and needed.merge is not None:
+    if adapters and short.keys() <= {"merge", "verify"}:
         remedy += ", or set export.merge: false and merge the adapter elsewhere with `sft-recipe merge`"
     elif "load" in short:
         remedy += ", or set model.dtype: bfloat16 if it is float32"

@@ -32,14 +32,18 @@ def deterministic(enabled: bool) -> Iterator[None]:
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
     cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    fills = torch.utils.deterministic.fill_uninitialized_memory
     os.environ.update(_VARIABLES)
     torch.use_deterministic_algorithms(True)
+    # Writing to new memory would cost a kernel per tensor, and host memory that FSDP2's other ranks never use.
+    torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     try:
         yield
     finally:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
         torch.use_deterministic_algorithms(was_on, warn_only=warned_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fills
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)

@@ -70,6 +70,12 @@ def select_kernels(recipe: Recipe, config: PreTrainedConfig, device: str) -> Ker
         if wanted == "liger":
             raise ModelError("train.kernels: liger needs an NVIDIA GPU (got a CPU). Set auto.")
         return Kernels()
+    if recipe.launch.strategy == "zero3":  # shards each weight as it is created, so no layer can be compared
+        if wanted == "liger":
+            raise ModelError(
+                "train.kernels: liger cannot be checked under launch.strategy: zero3. Set auto, or use fsdp2."
+            )
+        return Kernels(why="cannot be checked under zero3")
     # On a node with a GPU, torch includes Triton; elsewhere `plan` predicts for the packages installed here.
     if wanted == "auto" and not (installed("liger_kernel") and installed("triton")):
         return Kernels(why="liger-kernel is not installed")

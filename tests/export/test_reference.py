@@ -93,6 +93,20 @@ def test_a_model_in_half_precision_computes_in_float32() -> None:
     assert half.get_input_embeddings().weight is half.get_output_embeddings().weight
 
 
+def test_float32_is_not_multiplied_as_tf32() -> None:
+    """With trl.tf32 the training may do so, and the verifying process would not."""
+    matmul, seen = torch.backends.cuda.matmul, set()
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    try:
+        model = AutoModelForCausalLM.from_pretrained(TINY)
+        model.register_forward_pre_hook(lambda *_: seen.add(matmul.fp32_precision))
+        reference.run_model(model, [{"input_ids": [3, 4, 5], "labels": [3, 4, 5]}])
+        assert seen == {"ieee"}
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
+
+
 def test_rows_in_one_batch_are_as_they_are_alone() -> None:
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
     together = run_model(model, ROWS)

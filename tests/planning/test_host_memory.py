@@ -84,6 +84,14 @@ def test_check_warns_if_this_machine_has_too_little(write_recipe: WriteRecipe, m
     assert "set export.merge: false and merge the adapter elsewhere" in found
 
 
+def test_without_adapters_nothing_can_be_merged_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_memory, "installed", lambda: 2 * GIB)
+    needed = host_memory.HostMemory(load=GIB, gather=None, merge=3 * GIB, verify=3 * GIB)
+
+    assert "export.merge" in str(host_memory.lacking(needed, adapters=True))
+    assert "export.merge" not in str(host_memory.lacking(needed, adapters=False))
+
+
 def test_the_memory_of_a_container_is_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limit = tmp_path / "memory.max"
     monkeypatch.setattr(host_memory, "_CGROUP", str(limit))

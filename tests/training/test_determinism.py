@@ -19,6 +19,7 @@ def during(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, bool, str | None
 
     def training_step(self: Trainer, *args: object, **kwargs: object) -> torch.Tensor:
         on, lax = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        on = on and not torch.utils.deterministic.fill_uninitialized_memory
         seen.append((on, lax, *map(os.environ.get, ("CUBLAS_WORKSPACE_CONFIG", "FLASH_ATTENTION_DETERMINISTIC"))))
         return step(self, *args, **kwargs)
 
@@ -35,6 +36,7 @@ def test_deterministic_algorithms_for_the_length_of_a_run(write_recipe: WriteRec
     assert "deterministic algorithms only (train.deterministic has no effect on CPUs)" in said
     assert json.loads((folder / "manifest.json").read_text("utf-8"))["deterministic"] is True
     assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
 
 

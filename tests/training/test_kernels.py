@@ -25,7 +25,7 @@ from transformers import (
 from sft_recipes.errors import ModelError
 from sft_recipes.planning.memory import Footprint
 from sft_recipes.recipe import library_names
-from sft_recipes.recipe.schema import Recipe
+from sft_recipes.recipe.schema import Launch, Recipe
 from sft_recipes.training import kernels, memory_trace
 from sft_recipes.training.kernels import Kernels
 from tests.commands import forked
@@ -246,6 +246,17 @@ def test_a_prediction_leaves_the_models_module_as_it_is(predicted: Callable[...,
 
 
 @pytest.mark.gpu
+def test_zero3_goes_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It shards each weight as it is created, so a layer cannot be compared."""
+    monkeypatch.setattr(kernels, "installed", lambda _: True)
+    auto, liger = (
+        recipe_of(wanted).model_copy(update={"launch": Launch(strategy="zero3")}) for wanted in ("auto", "liger")
+    )
+    assert str(kernels.select_kernels(auto, LLAMA, "cuda")) == "none (cannot be checked under zero3)"
+    with pytest.raises(ModelError, match=r"cannot be checked under launch\.strategy: zero3"):
+        kernels.select_kernels(liger, LLAMA, "cuda")
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("model_type", sorted(CONFIGS))
