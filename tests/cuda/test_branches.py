@@ -11,16 +11,17 @@ BRANCH = re.compile(
     r"torch\.cuda\.|torch\.accelerator\.|\.is_cuda\b|device(?:\.type)? [!=]= \"c(?:uda|pu)\"|\"cuda\" if|if on_gpu|if cuda\b"
 )
 TESTS = {  # files below tests/
-    "checks.py": ["recipe/test_validate.py", "planning/test_host_memory.py"],
-    "doctor.py": ["test_doctor.py"],
+    "commands/check.py": ["recipe/test_validate.py", "planning/test_host_memory.py"],
+    "commands/doctor.py": ["test_doctor.py"],
+    "export/save_model.py": ["cuda/test_machine.py"],
     "export/verify.py": ["export/test_reference.py"],
-    "plan.py": ["test_plan.py"],
+    "commands/plan.py": ["test_plan.py"],
     "planning/host_memory.py": ["planning/test_host_memory.py"],
     "planning/memory.py": ["planning/test_memory.py"],
     "planning/optimizer_states.py": ["planning/test_optimizer_states.py"],
-    "scale/launch.py": ["distributed/test_launch.py"],
-    "scale/ranks.py": ["cuda/test_machine.py"],
-    "talk.py": ["cuda/test_machine.py"],
+    "distributed/launch.py": ["distributed/test_launch.py"],
+    "distributed/ranks.py": ["cuda/test_machine.py"],
+    "commands/generate.py": ["cuda/test_machine.py"],
     "training/sft_config.py": ["cuda/test_training.py"],
     "training/attention.py": ["cuda/test_loading.py", "cuda/test_training.py", "training/test_attention.py"],
     "training/run_info.py": ["cuda/test_machine.py"],

@@ -5,6 +5,7 @@ The device on which an export is verified belongs here too, once it is chosen by
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from sft_recipes.commands import generate
 from sft_recipes.distributed import ranks
 from sft_recipes.errors import ModelError
+from sft_recipes.export import save_model
 from sft_recipes.recipe import model_dir
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.training import metrics, run_info, strategies
@@ -104,3 +106,12 @@ def test_offloading_is_from_the_gpu() -> None:
         assert strategies.arguments(recipe)["fsdp_config"]["cpu_offload"] is True
     if not torch.accelerator.is_available():  # there is nothing to offload from
         assert strategies.arguments(recipe)["fsdp_config"]["cpu_offload"] is False
+
+
+def test_other_ranks_wait_for_each_gathered_weight(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """NCCL's time-out starts when a collective is enqueued: they are not to run ahead of rank 0, which writes."""
+    waits: list[None] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(None))
+    weights = ((name, SimpleNamespace(is_cuda=True)) for name in "ab")
+    with save_model.written(None, {}, weights, tmp_path / "files", main=False, max_shard_size="1GB"):
+        assert len(waits) == 2
