@@ -79,14 +79,14 @@ def test_processes_end_with_the_one_that_started_them(many: Path) -> None:
     code = f"""
 import os, time
 from pathlib import Path
-from sft_recipes.data import tokenising
+from sft_recipes.data import tokenization
 from tests.data.test_tokenization import prepared
 
 def wait(batch):
     print(os.getpid(), flush=True)
     time.sleep(600)
 
-tokenising._processes, tokenising._in_worker = lambda: 2, wait
+tokenization._processes, tokenization._in_worker = lambda: 2, wait
 prepared(Path({str(many)!r}))
 """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
