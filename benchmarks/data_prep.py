@@ -197,10 +197,10 @@ from pathlib import Path
 sys.path[:0] = {sys.path!r}
 import numpy, pyarrow
 from data_prep import ours
-from sft_recipes.data import prepare, tokens
+from sft_recipes.data import encoder, prepare
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 args = argparse.Namespace(**{vars(args)!r})
-tokenizer, before = tokens.from_directory(Path(args.model)), peak()
+tokenizer, before = encoder.from_directory(Path(args.model)), peak()
 data = ours({str(file)!r}, args, tokenizer, packing="bfd").train
 table = data.table()
 print(f"{{len(data.row):,}} rows, {{data.stats.tokens:,}} tokens: {{peak() - before:.2f}} GiB beyond {{before:.2f}}")

@@ -15,9 +15,9 @@ TURNS = 4
 LOADS = """
 import sys, time, threading
 began = time.perf_counter()
-from sft_recipes.recipe import model_files
+from sft_recipes.recipe import model_dir
 if sys.argv[2] == "ahead":
-    threading.Thread(target=model_files.read_ahead, args=(sys.argv[1], None), daemon=True).start()
+    threading.Thread(target=model_dir.read_ahead, args=(sys.argv[1], None), daemon=True).start()
 import sft_recipes.run
 from transformers import AutoModelForCausalLM
 imported = time.perf_counter()
