@@ -130,7 +130,7 @@ def test_check_looks_for_room(write_recipe: WriteRecipe, tmp_path: Path, monkeyp
     with pytest.raises(RecipeError) as caught:
         check(recipe)
     [line] = caught.value.lines
-    assert f"output_dir: not enough free space in {tmp_path} for checkpoints and models (it takes 35." in line
+    assert f"output_dir: not enough free space in {tmp_path} for checkpoints and models (35." in line
     assert "choose another disk with --set output_dir=DIR" in line
 
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=40e6))
@@ -175,7 +175,7 @@ def test_list_and_new(tmp_path: Path) -> None:
     [line] = [line for line in listed if line.startswith("llama8b_qlora ")]
     assert line.split(maxsplit=3)[:3] == ["llama8b_qlora", "QLoRA", "meta-llama/Llama-3.1-8B"]
     assert line.rstrip().endswith(" not measured")
-    assert any("LoRA" in line and "from 0.0 % to 94.0 %" in line for line in listed)
+    assert any("LoRA" in line and "from 0.0% to 94.0%" in line for line in listed)
 
     done = sft_recipe("new", "quickstart", "--out", "mine.yaml", cwd=tmp_path)
     assert done.stdout == "mine.yaml\n"

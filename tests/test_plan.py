@@ -154,7 +154,7 @@ def test_tokens_are_counted_where_there_is_a_tokenizer(write_recipe: WriteRecipe
         ([], {"gpu": "Z9"}, "--gpu: unknown GPU (got 'Z9'). Choose one of B200"),
         ([], {"gpus": 3}, "32 is not divisible by micro_batch_size 2 x 3 processes"),
         (["model.name=no/such-model-anywhere"], {}, "model.name: no/such-model-anywhere: its config cannot be loaded"),
-        (["data.max_length=500000"], {}, "more than the 131072 positions"),
+        (["data.max_length=500000"], {}, ", 131072 (got 500000). Set data.max_length to 131072"),
         (
             ["train.gradient_accumulation_steps=2", "train.micro_batch_size=auto"],
             {},

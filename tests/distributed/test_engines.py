@@ -280,6 +280,6 @@ def test_a_preflight_failure_in_one_rank_stops_all(tmp_path: Path, capfd: pytest
 
     assert len(set(found["results"]["not a number"])) == 1
     assert "the loss of the largest micro-batch before the first step is nan" in found["results"]["not a number"][0]
-    assert "no memory here" in found["results"]["fails"][1]
+    assert "out of memory after step 0" in found["results"]["fails"][1]
     assert found["results"]["fails"][0] != "done"
     assert not found["left"]
