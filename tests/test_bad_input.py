@@ -861,7 +861,7 @@ MERGES = {
     "--out merged --base recipe.yaml": "--base: recipe.yaml is a file. Use the directory of a model, or a Hub id.",
     "--out merged --base builtin:huge": "--base: builtin:huge: unknown built-in model. Use builtin:tiny.",
     "--out merged --base dequantized":
-        "--base dequantized: model is not known to have been trained on a quantised base; merge",
+        "--base dequantized: model is not known to have been trained on a quantized base; merge",
 }  # fmt: skip
 
 

@@ -57,7 +57,7 @@ def as_loaded(base: Mapping[str, Stored], model: PreTrainedModel, loaded: torch.
 @dataclass
 class Dequantized(Stored):
     """A stored tensor after its way to few bits and back. It is in memory from its first row to its last: the scales of
-    4-bit blocks are themselves quantised around their mean over the whole tensor."""
+    4-bit blocks are themselves quantized around their mean over the whole tensor."""
 
     verbatim: ClassVar[bool] = False
     config: BitsAndBytesConfig
@@ -95,7 +95,7 @@ class Dequantized(Stored):
 def dequantized(
     base: Mapping[str, Stored], model: PreTrainedModel, config: Mapping[str, Any], loaded: torch.dtype
 ) -> dict[str, Stored]:
-    """The base with those weights changed that `config`, a bitsandbytes one, has quantised in training.
+    """The base with those weights changed that `config`, a bitsandbytes one, has quantized in training.
 
     `model` is the base on the meta device, `loaded` the type in which training held the other weights.
     """

@@ -124,7 +124,7 @@ def adapted(
     rounded_to: torch.dtype = torch.float32,
     device_map: Any = None,
 ) -> tuple[peft.PeftModel, PreTrainedTokenizerBase]:
-    """An adapter on its base (its own, or `base`) with weights in `dtype`, or quantised, or that and `back_to` another
+    """An adapter on its base (its own, or `base`) with weights in `dtype`, or quantized, or that and `back_to` another
     type, or rounded to a narrower one first; and its tokenizer.
 
     Raises ModelError where the base cannot be loaded or does not fit.

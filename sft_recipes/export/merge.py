@@ -65,8 +65,8 @@ def merge(
 ) -> list[str]:
     """Write `adapter` merged into its base as a model directory; returns what is to be said of it.
 
-    `base` is where the base is, if not where the adapter says. Of an adapter trained on a quantised base it may also be
-    `original` or `dequantized`: the weights that were quantised, or what became of them. Without it both are tried, and the
+    `base` is where the base is, if not where the adapter says. Of an adapter trained on a quantized base it may also be
+    `original` or `dequantized`: the weights that were quantized, or what became of them. Without it both are tried, and the
     one with the lower loss on the held-out rows is kept. Raises ModelError where adapter and base do not fit or the result is
     not finite, OutputError where `out` is in use, RunError where the result is not the model that was trained.
     """
@@ -78,7 +78,7 @@ def merge(
     known = probe.of_adapter(adapter) or Probe()
     if base in BASES and not known.quantization:
         raise ModelError(
-            f"--base {base}: {adapter} is not known to have been trained on a quantised base; merge it from its run's "
+            f"--base {base}: {adapter} is not known to have been trained on a quantized base; merge it from its run's "
             "directory, or say where the base is"
         )
     tokenizer = load_adapter.tokenizer_of(of, trust_remote_code=trust_remote_code)
@@ -143,7 +143,7 @@ def _proven(
 
 
 def _write(job: _Job, folder: Path, kind: str, out: Path) -> str | None:
-    """Write one merged model, and say how; None where that cannot be done for the dequantised base."""
+    """Write one merged model, and say how; None where that cannot be done for the dequantized base."""
     folder.mkdir()
     try:
         try:
@@ -170,7 +170,7 @@ def _row_by_row(job: _Job, folder: Path, *, dequantize: bool) -> None:
         if getattr(config, "auto_map", None):
             raise NotStreamable("the base brings code of its own")
         if getattr(config, "quantization_config", None):
-            raise ModelError(f"{of.base}: the base is stored quantised; give the one it was made from with --base")
+            raise ModelError(f"{of.base}: the base is stored quantized; give the one it was made from with --base")
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=DTYPES[job.dtype])
         base = safetensors_io.in_model(files)
@@ -234,14 +234,14 @@ def _lines(
     for name, found in figures.items():
         if quantized := found.get("to_adapter_on_quantized_base"):
             lines.append(
-                f"merged into the {name} base: held-out loss {found['loss']:.4f} (the adapter on its quantised base "
+                f"merged into the {name} base: held-out loss {found['loss']:.4f} (the adapter on its quantized base "
                 f"{quantized['loss']:.4f}), logits up to {quantized['largest_difference']:.3g} off, "
                 f"{quantized['mean_difference']:.3g} in the mean"
             )
     if len(figures) > 1:
         lines.append(f"merged into: {chosen}, by the loss (--base {' or '.join(BASES)} chooses)")
     elif None in ways.values():
-        lines.append("merged into: original; PEFT cannot merge this adapter into a dequantised base")
+        lines.append("merged into: original; PEFT cannot merge this adapter into a dequantized base")
     if (way := ways[chosen]) != "rows":
         lines.append(f"merged by {way}")
     return [*lines, *proof_in_words(figures[chosen], dtype, split)]

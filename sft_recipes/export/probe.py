@@ -11,7 +11,7 @@ from sft_recipes.data.sequences import IGNORED, Sequences
 from sft_recipes.errors import ModelError
 
 FILE = "probe.json"  # in a run's directory, beside adapter/ and model/
-QUANTIZATION = "quantization.json"  # in the directory of an adapter that was trained on a quantised base
+QUANTIZATION = "quantization.json"  # in the directory of an adapter that was trained on a quantized base
 _ROWS, _TOKENS = 16, 512  # at most
 TEXTS = ["Name three colours.", "  The cat's 12 hats\n\ncost $3.50 – naïve? 日本 🙂", "def f(x):\n\treturn x</s>"]
 
@@ -19,12 +19,12 @@ TEXTS = ["Name three colours.", "  The cat's 12 hats\n\ncost $3.50 – naïve? �
 @dataclass
 class Probe:
     """Rows of `input_ids` and `labels` (not shifted, -100 where not trained), messages and the ids of their prompt, and how
-    the base was quantised in training."""
+    the base was quantized in training."""
 
     rows: list[dict[str, list[int]]] = field(default_factory=list)
     prompt: dict[str, Any] | None = None
     quantization: dict[str, Any] | None = None
-    loaded: str = "float32"  # type in which training held the weights that it did not quantise
+    loaded: str = "float32"  # type in which training held the weights that it did not quantize
     split: str = "evaluation"  # where the rows are from, or training
 
     def save(self, folder: Path) -> None:
@@ -37,7 +37,7 @@ class Probe:
 
 
 def of_adapter(adapter: Path) -> Probe | None:
-    """The probe of the run that an adapter is from, or what it knows of its quantised base; None where it stands alone.
+    """The probe of the run that an adapter is from, or what it knows of its quantized base; None where it stands alone.
 
     Raises ModelError where it is broken.
     """
@@ -47,7 +47,7 @@ def of_adapter(adapter: Path) -> Probe | None:
     try:
         probe = Probe(**json.loads(file.read_text(encoding="utf-8")))
         if not isinstance(probe.rows, list) or not isinstance(probe.quantization, dict | None):
-            raise TypeError("expected a list of rows and a quantisation's settings")
+            raise TypeError("expected a list of rows and a quantization's settings")
         return probe
     except (ValueError, TypeError) as error:
         raise ModelError(f"{file}: cannot be read: {error}; remove it, and merge without it") from None

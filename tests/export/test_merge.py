@@ -401,7 +401,7 @@ def test_a_directory_in_use(tmp_path: Path) -> None:
 def quantized(
     folder: Path, quantization: BitsAndBytesConfig, base: Path = TINY, loaded: str = "float32", **settings: Any
 ) -> Path:
-    """An adapter of a run that trained it on a quantised base."""
+    """An adapter of a run that trained it on a quantized base."""
     source = adapter(folder / "adapter", base, **settings)
     ids = list(range(5, 60))
     Probe([{"input_ids": ids, "labels": ids}], None, quantization.to_dict(), loaded).save(folder)
@@ -417,7 +417,7 @@ INT8 = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head"])
 
 @pytest.mark.parametrize("loaded", ["float32", "bfloat16"])
 @pytest.mark.parametrize("config", [NF4, FP4, INT8], ids=["nf4", "fp4", "int8"])
-def test_the_dequantised_base_is_the_one_that_was_trained_on(
+def test_the_dequantized_base_is_the_one_that_was_trained_on(
     tmp_path: Path, config: BitsAndBytesConfig, loaded: str
 ) -> None:
     """Also those of its layers that have no adapter. Verified against what bitsandbytes makes of the base in that type."""
@@ -456,7 +456,7 @@ def test_both_bases_are_tried_and_the_better_is_kept(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir()) == []
 
 
-def test_a_quantised_base_of_convolutions(tmp_path: Path) -> None:
+def test_a_quantized_base_of_convolutions(tmp_path: Path) -> None:
     base = gpt2(tmp_path / "base")
     source = quantized(tmp_path / "run", NF4, base, target_modules=["c_attn"])
     merge.merge(source, tmp_path / "out", base="dequantized", dtype="float32")
@@ -465,10 +465,10 @@ def test_a_quantised_base_of_convolutions(tmp_path: Path) -> None:
     assert figures["largest_difference"] < 1e-3
 
 
-def test_a_choice_of_base_without_knowing_of_a_quantised_one(tmp_path: Path) -> None:
+def test_a_choice_of_base_without_knowing_of_a_quantized_one(tmp_path: Path) -> None:
     source = adapter(tmp_path / "adapter", target_modules=["up_proj"])
     with pytest.raises(
-        ModelError, match=r"--base dequantized: .* is not known to have been trained on a quantised base"
+        ModelError, match=r"--base dequantized: .* is not known to have been trained on a quantized base"
     ):
         merge.merge(source, tmp_path / "out", base="dequantized")
 

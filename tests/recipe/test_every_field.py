@@ -14,7 +14,7 @@ SHOWN_BY = {
     "model.revision": "test_hub.py::test_a_revision_of_a_model_on_the_hub",
     "model.dtype": "training/test_model.py::test_weights_have_the_type_of_the_recipe",
     "model.attention": "training/test_model.py::test_attention",
-    "model.quantization": "training/test_model.py::test_quantised_layers_and_those_left_out",
+    "model.quantization": "training/test_model.py::test_quantized_layers_and_those_left_out",
     "model.new_tokens": "training/test_model.py::test_new_tokens_have_rows_that_are_trained",
     "model.trust_remote_code": "training/test_model.py::test_remote_code_runs_only_where_the_recipe_says_so",
     "data.train": "data/test_prepare.py::test_weights_repeat_rows",

@@ -493,7 +493,7 @@ def test_prediction_is_what_a_gpu_counts(case: str, tmp_path: Path, monkeypatch:
     merged = {name: {**sizes.get(name, {}), **sections.get(name, {})} for name in sizes | sections}
     recipe = recipe_of(tmp_path, merged)
     if recipe.lora is not None and recipe.model.quantization:
-        # bitsandbytes quantises while it loads, so there has to be something to load
+        # bitsandbytes quantizes while it loads, so there has to be something to load
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
     else:
         monkeypatch.setattr(model.AutoModelForCausalLM, "from_pretrained", _random)

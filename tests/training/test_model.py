@@ -244,7 +244,7 @@ def test_a_model_that_was_read_onto_one_device_is_no_model_parallelism() -> None
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
-def test_quantised_layers_and_those_left_out(write_recipe: WriteRecipe, quantization: str) -> None:
+def test_quantized_layers_and_those_left_out(write_recipe: WriteRecipe, quantization: str) -> None:
     adapted = loaded(write_recipe(), f"model.quantization={quantization}", "lora={modules_to_save: [up_proj]}")
     block = adapted.base_model.model.model.layers[0]
     kind = "Linear8bitLt" if quantization == "int8" else "Linear4bit"

@@ -375,7 +375,7 @@ def test_a_merge_that_fails_keeps_the_adapter(
 
 
 @pytest.mark.parametrize("mixed_precision", ["bf16", "no"])
-def test_adapters_on_quantised_weights_are_trained_in_float32(write_recipe: WriteRecipe, mixed_precision: str) -> None:
+def test_adapters_on_quantized_weights_are_trained_in_float32(write_recipe: WriteRecipe, mixed_precision: str) -> None:
     """TRL takes them to bfloat16."""
     sft = build(
         write_recipe(model={"quantization": "nf4"}, lora={"rank": 2, "modules_to_save": ["lm_head"]}),
