@@ -19,8 +19,9 @@ from rich.console import Console
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sft_recipes.data import encoder, prepare
+from sft_recipes.models import attention, model
 from sft_recipes.recipe.schema import Recipe
-from sft_recipes.training import attention, model, trainer
+from sft_recipes.training import trainer
 
 TURNS = 4
 

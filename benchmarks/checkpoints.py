@@ -19,8 +19,9 @@ from trl import SFTTrainer
 
 from sft_recipes import atomic_files, cli
 from sft_recipes.data import encoder, prepare
+from sft_recipes.models import model
 from sft_recipes.recipe import parse
-from sft_recipes.training import checkpoint_dirs, guards, model, trainer
+from sft_recipes.training import checkpoint_dirs, guards, trainer
 
 RECIPE = """
 model: {name: "%s", dtype: float32}

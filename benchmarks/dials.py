@@ -16,9 +16,9 @@ from peft.tuners.lora import LoraLayer
 from train_step import Way, in_turn, ours, recipe_for, release_memory
 
 from sft_recipes import cli
-from sft_recipes.planning import memory, remedies
+from sft_recipes.memory import autosize, prediction, remedies
 from sft_recipes.recipe.schema import Recipe
-from sft_recipes.training import autosize, trainer
+from sft_recipes.training import trainer
 
 DEFAULTS = "the defaults"
 KEYS: dict[str, dict[str, Any]] = {
@@ -71,7 +71,7 @@ def main() -> None:
             folder.mkdir()
             base = recipe_for(given, given.method, rows, length, given.steps)
             recipe = autosize.resolve_for_run(remedies.applied(base, keys), folder)
-            peaks[name] = autosize.predict_here(recipe).peak_bytes / memory.GIB
+            peaks[name] = autosize.predict_here(recipe).peak_bytes / prediction.GIB
             ways[name] = Way(in_turn(built(recipe, name, folder)))
         for _ in range(given.turns):
             for way in ways.values():

@@ -35,12 +35,13 @@ from sft_recipes.data.encoder import Documents
 from sft_recipes.data.prepare import Prepared
 from sft_recipes.data.sequences import SelectedRows, build_sequences
 from sft_recipes.data.stats import SourceStats
-from sft_recipes.planning import memory, remedies
+from sft_recipes.memory import autosize, prediction, remedies
+from sft_recipes.models import model
+from sft_recipes.models.model import reason_of
 from sft_recipes.recipe import parse
 from sft_recipes.recipe.library_names import installed
 from sft_recipes.recipe.schema import Model, Recipe
-from sft_recipes.training import autosize, model, trainer
-from sft_recipes.training.model import reason_of
+from sft_recipes.training import trainer
 
 __all__ = ["SkipItem", "attention_tests", "machine", "prepare", "quickstart", "reason_of", "resume", "train"]
 
@@ -116,7 +117,7 @@ def attention_tests(given: argparse.Namespace) -> dict[str, Any]:
         raise SkipItem("pytest is not installed")
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-n", "0", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [*command, "tests/training/test_attention.py"], cwd=ROOT, capture_output=True, text=True, check=False
+        [*command, "tests/models/test_attention.py"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     print(done.stdout, done.stderr)
     lines = done.stdout.strip().splitlines() or [f"exit code {done.returncode}"]
@@ -261,11 +262,11 @@ def train(
     total = torch.cuda.mem_get_info()[1] if given.device == "cuda" else None
     if total is not None:
         card = min(cap or total, total)
-        if not memory.fits(predicted, card, "cuda"):
-            needed, there = memory.format_bytes(predicted.peak_bytes), memory.format_bytes(card)
+        if not prediction.fits(predicted, card, "cuda"):
+            needed, there = prediction.format_bytes(predicted.peak_bytes), prediction.format_bytes(card)
             raise SkipItem(f"does not fit: predicted {needed}, GPU {there}")
         if cap is not None:
-            torch.cuda.set_per_process_memory_fraction((card - memory.CONTEXT) / total)
+            torch.cuda.set_per_process_memory_fraction((card - prediction.CONTEXT) / total)
 
     data = random_rows(used, long=recipe is not None, tiny=given.tiny)
     table = data.train.table()
@@ -294,12 +295,12 @@ def train(
         "tokens_per_second": rate,
         "tflops": rate * flops / 1e12,
         "seconds_per_step": clock.seconds / timed,
-        "predicted_gib": predicted.peak_bytes / memory.GIB,
+        "predicted_gib": predicted.peak_bytes / prediction.GIB,
     }
     if given.device == "cuda":
-        row["peak_gib"] = torch.cuda.max_memory_allocated() / memory.GIB
+        row["peak_gib"] = torch.cuda.max_memory_allocated() / prediction.GIB
         notes.append(f"peak {row['peak_gib'] / row['predicted_gib']:.0%} of the prediction")
-        notes += [f"preflight peak {clock.before / memory.GIB:.2f} GiB"] if used.train.preflight else []
+        notes += [f"preflight peak {clock.before / prediction.GIB:.2f} GiB"] if used.train.preflight else []
         notes += [f"fits in {card / 1e9:.0f} GB"] if cap is not None else []
     else:
         notes.append("peak memory skipped (no GPU)")
@@ -440,7 +441,7 @@ def check_requirements(recipe: Recipe, given: argparse.Namespace) -> None:
 def model_directory(given: argparse.Namespace, size: str) -> Path:
     """A directory with the config of that size and the tokenizer of the built-in model, without weights."""
     directory: Path = given.folder / size
-    source = ROOT / "tests/models" / CONFIGS[size] / "config.json"
+    source = ROOT / "tests/model_configs" / CONFIGS[size] / "config.json"
     config = json.loads(source.read_text("utf-8")) | SHAPES.get(size, {}) | (TINY if given.tiny else {})
     model.load_tokenizer(Model(name="builtin:tiny")).save_pretrained(directory)
     (directory / "config.json").write_text(json.dumps(config), "utf-8")

@@ -16,8 +16,8 @@ from transformers.trainer_callback import ProgressCallback
 
 from sft_recipes import cli
 from sft_recipes.data import encoder, prepare
+from sft_recipes.models import model
 from sft_recipes.recipe import parse
-from sft_recipes.training import model
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))

@@ -41,11 +41,12 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_callback import DefaultFlowCallback
 from trl import SFTConfig, SFTTrainer
 
-from sft_recipes import cli
+from sft_recipes import cli, model_dir
 from sft_recipes.data import encoder, prepare
-from sft_recipes.recipe import model_dir
+from sft_recipes.memory import autosize
+from sft_recipes.models import model
 from sft_recipes.recipe.schema import Recipe
-from sft_recipes.training import autosize, model, trainer
+from sft_recipes.training import trainer
 
 DEFAULT = "TRL, its defaults"
 DIGITS = {False: 2, True: 5}  # that losses agree to, in bfloat16 and in float32

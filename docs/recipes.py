@@ -3,7 +3,7 @@
 docs/recipes.md and the line `Memory:` of each recipe.
 
 `python docs/recipes.py` predicts changed recipes, `python docs/recipes.py NAME ...` the named ones; use `python
-docs/recipes.py all` if the prediction code has changed. A model's config is enough: tests/models/.
+docs/recipes.py all` if the prediction code has changed. A model's config is enough: tests/model_configs/.
 """
 
 import hashlib
@@ -15,8 +15,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from sft_recipes.planning import flops, memory
-from sft_recipes.recipe import bundled, model_dir, parse
+from sft_recipes import model_dir
+from sft_recipes.memory import prediction
+from sft_recipes.planning import flops
+from sft_recipes.recipe import bundled, parse
 from sft_recipes.recipe.schema import Recipe
 
 DOCS = Path(__file__).parent
@@ -34,7 +36,7 @@ _APART: dict[str, Any] = {
 
 def directory(model: str) -> Path:
     """A directory with the config of a model, and perhaps nothing else."""
-    return model_dir.directory(model) or DOCS.parent / "tests" / "models" / model.replace("/", "--")
+    return model_dir.directory(model) or DOCS.parent / "tests" / "model_configs" / model.replace("/", "--")
 
 
 def fingerprint(name: str) -> str:
@@ -59,14 +61,18 @@ def predict(name: str) -> dict[str, Any]:
         here = [f"model.name={directory(recipe.model.name)}", f"data.train={rows}", "data.eval=0.5", "data.columns={}"]
         here.append("train.kernels=none")  # whatever is installed here; with Liger's a run takes less
 
-        def found(*more: str) -> memory.Footprint:
+        def found(*more: str) -> prediction.Footprint:
             return plan(str(_file(name)), [*here, *more]).footprint
 
         sizes = recipe.train.micro_batch_size == "auto"
         rank, loading = found(*["train.micro_batch_size=1"] * sizes), 0.0
         if recipe.model.quantization and recipe.launch.strategy == "fsdp2":
             loading = found("launch.strategy=ddp", "launch.processes=1", "launch.machines=1").peak["weights"]
-        fits = [size for size in SIZES if memory.fits(rank, size * 1e9, "cuda") and loading < memory.SHARE * size * 1e9]
+        fits = [
+            size
+            for size in SIZES
+            if prediction.fits(rank, size * 1e9, "cuda") and loading < prediction.SHARE * size * 1e9
+        ]
         settled = None
         if sizes:
             on_card = plan(str(_file(name)), here, gpu_memory=f"{fits[0]}GB")
@@ -95,13 +101,13 @@ def known() -> dict[str, Any]:
 
 def in_words(found: dict[str, Any]) -> str:
     """Format a prediction for a recipe's header."""
-    loading = f"; {memory.format_bytes(found['loading'])} while loading" if found["loading"] > found["peak"] else ""
+    loading = f"; {prediction.format_bytes(found['loading'])} while loading" if found["loading"] > found["peak"] else ""
     if settled := found["auto"]:
         layers = {False: "no layers", True: "every layer"}.get(settled["gradient_checkpointing"])
         layers = layers or f"every {settled['gradient_checkpointing']} layers"
-        size, peak = found["fits"][0], memory.format_bytes(settled["peak"])
+        size, peak = found["fits"][0], prediction.format_bytes(settled["peak"])
         loading = f"; auto uses {peak} of {size} GB: micro-batch {settled['micro_batch_size']}, {layers} recomputed"
-    return f"{memory.format_bytes(found['peak'])} per GPU{' at least' if settled else ''}, predicted{loading}"
+    return f"{prediction.format_bytes(found['peak'])} per GPU{' at least' if settled else ''}, predicted{loading}"
 
 
 def _file(name: str) -> Path:
@@ -130,16 +136,16 @@ def sizes() -> Iterator[str]:
     for name, of in found.items():
         launch = _recipe(name).launch
         dots = " | ".join("•" if size in of["fits"] else " " for size in SIZES)
-        yield f"| {name} | {launch.world_size} | {memory.format_bytes(of['peak'])} | {dots} |"
+        yield f"| {name} | {launch.world_size} | {prediction.format_bytes(of['peak'])} | {dots} |"
     cards = [", ".join(gpu.name for gpu in flops.gpus_of(size)) for size in SIZES]
     yield f"| *examples* | | | {' | '.join(cards)} |"
 
 
 def parts() -> Iterator[str]:
-    yield f"| recipe | parameters | trainable | {' | '.join(memory.PARTS)} |"
-    yield "|---|---|---|" + "---|" * len(memory.PARTS)
+    yield f"| recipe | parameters | trainable | {' | '.join(prediction.PARTS)} |"
+    yield "|---|---|---|" + "---|" * len(prediction.PARTS)
     for name, of in known().items():
-        gib = " | ".join(f"{of['parts'][part] / memory.GIB:.2f}" for part in memory.PARTS)
+        gib = " | ".join(f"{of['parts'][part] / prediction.GIB:.2f}" for part in prediction.PARTS)
         yield f"| {name} | {of['parameters']:,} | {of['trained']:,} | {gib} |"
 
 

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+from sft_recipes.memory.prediction import Footprint
 from sft_recipes.planning import flops
-from sft_recipes.planning.memory import Footprint
 from sft_recipes.recipe import bundled, parse
 from sft_recipes.recipe.schema import Recipe
 

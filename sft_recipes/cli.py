@@ -82,8 +82,8 @@ def run(
     """Fine-tune, evaluate and export a model."""
     from sft_recipes import stopping
     from sft_recipes.distributed import ranks
+    from sft_recipes.model_dir import read_ahead
     from sft_recipes.recipe import validate
-    from sft_recipes.recipe.model_dir import read_ahead
 
     if force and not resume:
         raise RecipeError("--force: only valid together with --resume. Add --resume, or remove --force.")
@@ -191,7 +191,7 @@ def generate(
     debug: Debug = False,
 ) -> None:
     """Answer a prompt, formatted with the template the model was trained with."""
-    from sft_recipes.recipe import model_dir
+    from sft_recipes import model_dir
 
     model_dir.find_model(model)  # report errors before torch is imported, which takes seconds
     _warn_of_code(trust_remote_code)
@@ -238,7 +238,7 @@ def merge(
         field = schema_of(("export", option))
         if not re.fullmatch(field.get("pattern", "|".join(field.get("enum", []))), value):
             raise RecipeError(f"--{option.replace('_', '-')}: expected {expectation(field)} (got {value}).")
-    from sft_recipes.recipe import model_dir
+    from sft_recipes import model_dir
 
     adapter_dir = model_dir.find_adapter(adapter)
     _warn_of_code(trust_remote_code)

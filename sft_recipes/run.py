@@ -11,11 +11,13 @@ from sft_recipes.console import PipeSafeConsole, print_lines, print_summary, war
 from sft_recipes.data import encoder, prepare
 from sft_recipes.distributed import ranks
 from sft_recipes.export import artifacts, reference
+from sft_recipes.memory import autosize
+from sft_recipes.models import model, strategies
 from sft_recipes.recipe import validate
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.report import page
 from sft_recipes.stopping import Stop
-from sft_recipes.training import autosize, checkpoint_dirs, model, run_info, strategies, trainer
+from sft_recipes.training import checkpoint_dirs, run_info, trainer
 from sft_recipes.training.determinism import deterministic
 from sft_recipes.training.metrics import peak_memory
 

@@ -139,8 +139,9 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 def build(recipe: Path, folder: Path, *overrides: str, console: Console | None = None, stop: Any = None) -> Any:
     """A trainer that is ready to run in a directory, without the rest of a run."""
     from sft_recipes.data import encoder, prepare
+    from sft_recipes.models import model
     from sft_recipes.recipe import parse
-    from sft_recipes.training import model, trainer
+    from sft_recipes.training import trainer
 
     wanted = parse.load(recipe, overrides).recipe
     folder.mkdir(exist_ok=True)

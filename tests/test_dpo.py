@@ -22,8 +22,8 @@ from sft_recipes.commands.generate import talk
 from sft_recipes.data import encoder, prepare
 from sft_recipes.data.sequences import IGNORED
 from sft_recipes.export.merge import merge
+from sft_recipes.models import model
 from sft_recipes.recipe import parse
-from sft_recipes.training import model
 from tests.conftest import WriteRecipe, minimal, run, write_rows
 
 ROOT = Path(__file__).parents[1]

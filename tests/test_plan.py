@@ -12,8 +12,8 @@ from transformers import LlamaConfig
 
 from sft_recipes.commands.plan import Plan, plan
 from sft_recipes.errors import InputError, RecipeError
+from sft_recipes.memory import autosize
 from sft_recipes.recipe import parse
-from sft_recipes.training import autosize
 from tests.conftest import WriteRecipe, metrics, run, write_rows
 
 LLAMA_3 = {"num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072}

@@ -7,15 +7,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sft_recipes import run_dir
+from sft_recipes import model_dir, run_dir
 from sft_recipes.data import encoder, prepare, readers, sources
 from sft_recipes.data import preview as showing
 from sft_recipes.data.encoder import LightTokenizer
 from sft_recipes.data.eval_prompts import eval_prompts
 from sft_recipes.errors import DataError, InputError, ModelError, OutputError, RecipeError, one_line
-from sft_recipes.planning import disk, host_memory
+from sft_recipes.memory import host_memory
+from sft_recipes.planning import disk
 from sft_recipes.planning.steps import count
-from sft_recipes.recipe import machine, model_dir
+from sft_recipes.recipe import machine
 from sft_recipes.recipe.schema import Model, Recipe
 from sft_recipes.recipe.validate import load_valid, validate_file
 

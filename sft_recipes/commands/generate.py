@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from sft_recipes import model_dir
 from sft_recipes.errors import ModelError, RecipeError, SFTRecipeError
 from sft_recipes.export import load_adapter
-from sft_recipes.recipe import model_dir
-from sft_recipes.training.generate import answer, prompt_ids
-from sft_recipes.training.model import as_model_error
+from sft_recipes.models.generate import answer, prompt_ids
+from sft_recipes.models.model import as_model_error
 
 
 def talk(

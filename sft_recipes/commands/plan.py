@@ -5,13 +5,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sft_recipes import model_dir
 from sft_recipes.data import encoder, prepare, readers
 from sft_recipes.errors import DataError, RecipeError, one_line
-from sft_recipes.planning import flops, host_memory, memory, per_rank_memory, remedies
-from sft_recipes.planning.memory import GIB, Footprint
-from sft_recipes.planning.remedies import Remedy
+from sft_recipes.memory import host_memory, per_rank_memory, prediction, remedies
+from sft_recipes.memory.prediction import GIB, Footprint
+from sft_recipes.memory.remedies import Remedy
+from sft_recipes.planning import flops
 from sft_recipes.planning.steps import count
-from sft_recipes.recipe import model_dir, parse
+from sft_recipes.recipe import parse
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.recipe.validate import validate
 
@@ -50,7 +52,7 @@ class Plan:
 
     @property
     def fits(self) -> bool | None:
-        return None if self.capacity is None else memory.fits(self.footprint, self.capacity, self.device)
+        return None if self.capacity is None else prediction.fits(self.footprint, self.capacity, self.device)
 
     @property
     def ranks(self) -> int:
@@ -119,13 +121,15 @@ class Plan:
             f"step: {recipe.sequences_per_step} sequences of {recipe.data.max_length:,} tokens (micro-batch "
             f"{recipe.train.micro_batch_size} x accumulation {recipe.accumulation}); gradient checkpointing "
             f"{recipe.train.recomputed_in_words}",
-            f"peak memory: {memory.format_bytes(footprint.peak_bytes)} per {unit}: "
-            + ", ".join(f"{part} {memory.format_bytes(size)}" for part, size in footprint.peak.items() if size),
+            f"peak memory: {prediction.format_bytes(footprint.peak_bytes)} per {unit}: "
+            + ", ".join(f"{part} {prediction.format_bytes(size)}" for part, size in footprint.peak.items() if size),
         ]
         if self.capacity is not None:
-            reserved = f" ({memory.CONTEXT / 2**20:.0f} MiB CUDA context, {1 - memory.SHARE:.0%} margin)"
+            reserved = f" ({prediction.CONTEXT / 2**20:.0f} MiB CUDA context, {1 - prediction.SHARE:.0%} margin)"
             fits = "fits" if self.fits else "does not fit"
-            lines.append(f"{fits} in {memory.format_bytes(self.capacity)}{reserved if self.device == 'cuda' else ''}")
+            lines.append(
+                f"{fits} in {prediction.format_bytes(self.capacity)}{reserved if self.device == 'cuda' else ''}"
+            )
         if self.remedies:
             lines.append("single changes that reduce memory, smallest slowdown first:")
             for remedy in self.remedies:
@@ -175,8 +179,9 @@ def plan(
                 "Pass --gpu-memory 24GB or --gpu NAME."
             )
         amount = _amount(recipe)
-        from sft_recipes.training import autosize, fake_kernels, kernels, memory_trace
-        from sft_recipes.training.attention import AMPERE
+        from sft_recipes.memory import autosize, fake_kernels, memory_trace
+        from sft_recipes.models import kernels
+        from sft_recipes.models.attention import AMPERE
 
         config = memory_trace.config_of(recipe)
         capability = card.capability if card else None  # if no GPU is named, Ampere or later is assumed
@@ -200,7 +205,7 @@ def plan(
         whole = predict(recipe)
         rank = per_rank_memory.on_rank(whole, recipe, device)
         found = list[Remedy]()
-        if capacity is not None and not memory.fits(rank, capacity, device):
+        if capacity is not None and not prediction.fits(rank, capacity, device):
             leaner = fake_kernels.lower_memory_attention(recipe, config, device, capability)
             found = remedies.find_remedies(recipe, predict, capacity, device, leaner)
         if ignored := [

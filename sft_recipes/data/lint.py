@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from sft_recipes import model_dir
 from sft_recipes.data.encoder import LightTokenizer
 from sft_recipes.data.renderers import Renderer
 from sft_recipes.data.sequences import SelectedRows, Sequences
 from sft_recipes.data.templates import Chat
 from sft_recipes.errors import DataError, ModelError, RecipeError
-from sft_recipes.recipe import model_dir
 from sft_recipes.recipe.schema import Data
 
 _INSTRUCT = {"instruct", "chat", "it", "sft", "dpo"}  # words in the names of instruction-tuned models

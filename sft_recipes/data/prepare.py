@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from sft_recipes import model_dir
 from sft_recipes.data import lint, selection, sources, templates
 from sft_recipes.data.encoder import Encoder, LightTokenizer
 from sft_recipes.data.formats import Example
@@ -17,7 +18,6 @@ from sft_recipes.data.sequences import SelectedRows, Sequences, build_sequences
 from sft_recipes.data.stats import SourceStats
 from sft_recipes.data.tokenization import TokenizedSource, tokenize_all
 from sft_recipes.errors import DataError, ModelError
-from sft_recipes.recipe import model_dir
 from sft_recipes.recipe.schema import Data, Recipe
 
 

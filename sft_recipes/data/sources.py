@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sft_recipes import model_dir
 from sft_recipes.errors import DataError, shown
-from sft_recipes.recipe import model_dir
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 TRAIN = ("train",)  # default splits of a Hub dataset; the first one that exists is read

@@ -17,9 +17,9 @@ from typing import Any, Literal
 
 from jinja2 import Environment, StrictUndefined
 
-from sft_recipes import __version__
+from sft_recipes import __version__, model_dir
 from sft_recipes.errors import RecipeError, one_line
-from sft_recipes.recipe import bundled, model_dir, parse
+from sft_recipes.recipe import bundled, parse
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.recipe.validate import TORCHAO, validate
 

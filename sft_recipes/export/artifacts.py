@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from sft_recipes import model_dir
 from sft_recipes.atomic_files import atomic_dir, remove
 from sft_recipes.data.prepare import Prepared
 from sft_recipes.errors import InputError, ModelError, RunError
@@ -21,7 +22,6 @@ from sft_recipes.export.reference import Record
 from sft_recipes.export.save_model import Written, save_adapter, save_around, save_model
 from sft_recipes.export.save_model import written as write_gathered
 from sft_recipes.export.weights import check_bits
-from sft_recipes.recipe import model_dir
 from sft_recipes.recipe.schema import Recipe
 
 FILE = "export.json"  # in the directory of a model of which all weights were trained

@@ -13,12 +13,12 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from sft_recipes import model_dir
 from sft_recipes.errors import ModelError
 from sft_recipes.export.dequantize import is_rounded
 from sft_recipes.export.lora_deltas import names_of_ends, vocabulary
 from sft_recipes.export.safetensors_io import INDEX, in_file
 from sft_recipes.export.save_model import untie
-from sft_recipes.recipe import model_dir
 
 _GIVE_IT = "give it with --base (of sft-recipe merge)"
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from sft_recipes import model_dir
 from sft_recipes.atomic_files import atomic_dir, file_hashes, write_json
 from sft_recipes.errors import ModelError, OutputError, RunError, SFTRecipeError
 from sft_recipes.export import load_adapter, probe, reference, safetensors_io, verify
@@ -25,7 +26,6 @@ from sft_recipes.export.probe import Probe, rows_of_texts
 from sft_recipes.export.reference import Record, run_model
 from sft_recipes.export.save_model import DTYPES, save_around, save_model
 from sft_recipes.export.weights import check_bits
-from sft_recipes.recipe import model_dir
 
 FILE = "merge.json"  # in the merged model's directory
 BASES = ("original", "dequantized")

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from sft_recipes.planning.memory import Footprint
+from sft_recipes.memory.prediction import Footprint
 from sft_recipes.recipe.schema import Recipe
 
 # Estimated model FLOPs utilization during training, low and high. Published runs of 7B and 8B models on H100s reach 33 to 46%

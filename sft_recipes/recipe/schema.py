@@ -300,6 +300,14 @@ class Recipe(_Section):
         return "QLoRA" if self.model.quantization else "DoRA" if self.lora.use_dora else "LoRA"
 
     @property
+    def padding_free(self) -> bool:
+        """True if a micro-batch is one row, in which tokens attend only within their `seq_lengths` entry.
+
+        Without packing, rows are padded. With cross-document attention they are full, and plain causal attention is faster.
+        """
+        return self.data.packing != "none" and not self.data.cross_document_attention
+
+    @property
     def accumulation(self) -> int:
         """Forward passes per optimizer step on each device."""
         train, world = self.train, self.launch.world_size

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sft_recipes import model_dir
 from sft_recipes.errors import ModelError, RecipeError
-from sft_recipes.recipe import machine, model_dir, secrets
+from sft_recipes.recipe import machine, secrets
 from sft_recipes.recipe.library_names import OWNED, installed, optimizers, schedulers, sft_config_fields
 from sft_recipes.recipe.parse import Loaded, field_names, parse_recipe
 from sft_recipes.recipe.schema import DEFAULT_GLOBAL_BATCH_SIZE, Recipe

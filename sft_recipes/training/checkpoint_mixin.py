@@ -12,10 +12,10 @@ from safetensors import SafetensorError
 
 from sft_recipes import atomic_files
 from sft_recipes.errors import RunError
+from sft_recipes.models.model import count_parameters, reason_of, tokenizer_bytes
 from sft_recipes.planning import disk
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.training import checkpoint_dirs
-from sft_recipes.training.model import count_parameters, reason_of, tokenizer_bytes
 
 _WRITING_FAILED = (OSError, RuntimeError, SafetensorError)  # torch raises RuntimeError on a full disk
 

@@ -15,9 +15,10 @@ from transformers import PreTrainedTokenizerBase
 from sft_recipes.data.prepare import Prepared
 from sft_recipes.data.sequences import IGNORED
 from sft_recipes.errors import ModelError, RunError, SFTRecipeError
-from sft_recipes.planning.memory import GIB
+from sft_recipes.memory import autosize, memory_trace
+from sft_recipes.memory.prediction import GIB
+from sft_recipes.models import cpu_loss
 from sft_recipes.recipe.schema import Recipe
-from sft_recipes.training import autosize, cpu_loss, memory_trace
 from sft_recipes.training.metrics import peak_memory
 
 # Relative difference between a document's logits packed and alone. The two are computed in different shapes, which moves

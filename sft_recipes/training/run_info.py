@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
+from sft_recipes.models import attention
+from sft_recipes.models.model import count_parameters
 from sft_recipes.recipe.schema import Recipe
-from sft_recipes.training import attention
-from sft_recipes.training.model import count_parameters
 
 
 def summary_lines(recipe: Recipe, trainer: Any) -> list[str]:

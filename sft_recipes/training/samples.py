@@ -11,8 +11,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from sft_recipes import atomic_files
 from sft_recipes.data.eval_prompts import EvalPrompt
 from sft_recipes.data.prepare import Prepared
+from sft_recipes.models.generate import answer, prompt_ids
 from sft_recipes.recipe.schema import Recipe
-from sft_recipes.training.generate import answer, prompt_ids
 
 
 class Samples:

@@ -4,19 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
 
+from sft_recipes.models import strategies
 from sft_recipes.planning import disk
 from sft_recipes.planning.steps import Steps
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.recipe.validate import STOCHASTIC_ROUNDING
-from sft_recipes.training import strategies
 from sft_recipes.training.trackers import PROJECT
-
-# transformers before 5.23 has only the older name.
-CHECKPOINTING = next(
-    name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, name)
-)
+from sft_recipes.upstream import CHECKPOINTING
 
 
 def sft_config(recipe: Recipe, steps: Steps, run_dir: Path, *, validates: bool) -> dict[str, Any]:
@@ -32,7 +27,7 @@ def sft_config(recipe: Recipe, steps: Steps, run_dir: Path, *, validates: bool) 
         "dataset_kwargs": {"skip_prepare_dataset": True},
         "max_length": None,
         "packing": False,
-        "padding_free": padding_free(recipe),
+        "padding_free": recipe.padding_free,
         "train_sampling_strategy": "random" if recipe.data.shuffle else "sequential",
         "dataloader_pin_memory": on_gpu,
         "accelerator_config": strategies.accelerator(recipe)
@@ -77,11 +72,3 @@ def sft_config(recipe: Recipe, steps: Steps, run_dir: Path, *, validates: bool) 
     if torch.distributed.is_initialized():  # set up by distributed.ranks
         config["accelerator_config"] = {**config.get("accelerator_config", {}), "use_configured_state": True}
     return config
-
-
-def padding_free(recipe: Recipe) -> bool:
-    """Return True if a micro-batch is one row, in which tokens attend only within their `seq_lengths` entry.
-
-    Without packing, rows are padded. With cross-document attention they are full, and plain causal attention is faster.
-    """
-    return recipe.data.packing != "none" and not recipe.data.cross_document_attention

@@ -28,23 +28,15 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
+from sft_recipes import model_dir
 from sft_recipes.data.eval_prompts import eval_prompts
 from sft_recipes.data.prepare import Prepared
 from sft_recipes.data.sequences import IGNORED, Sequences
 from sft_recipes.errors import RecipeError, RunError, SFTRecipeError, Stopped
-from sft_recipes.planning import disk
-from sft_recipes.planning.steps import count
-from sft_recipes.recipe import model_dir
-from sft_recipes.recipe.library_names import imitates_bf16
-from sft_recipes.recipe.schema import Recipe
-from sft_recipes.recipe.validate import TORCHAO
-from sft_recipes.stopping import Stop
-from sft_recipes.training import autosize, checkpoint_dirs, cpu_loss, run_info, strategies
-from sft_recipes.training.checkpoint_mixin import CheckpointMixin
-from sft_recipes.training.guards import NonFiniteGuard, StopOnRequest
-from sft_recipes.training.kernels import Kernels, apply_kernels
-from sft_recipes.training.metrics import Metrics, ProgressDisplay
-from sft_recipes.training.model import (
+from sft_recipes.memory import autosize
+from sft_recipes.models import cpu_loss, strategies
+from sft_recipes.models.kernels import Kernels, apply_kernels
+from sft_recipes.models.model import (
     compile_layers,
     count_parameters,
     is_out_of_memory,
@@ -52,10 +44,20 @@ from sft_recipes.training.model import (
     settle_types,
     tokenizer_bytes,
 )
+from sft_recipes.planning import disk
+from sft_recipes.planning.steps import count
+from sft_recipes.recipe.library_names import imitates_bf16
+from sft_recipes.recipe.schema import Recipe
+from sft_recipes.recipe.validate import TORCHAO
+from sft_recipes.stopping import Stop
+from sft_recipes.training import checkpoint_dirs, run_info
+from sft_recipes.training.checkpoint_mixin import CheckpointMixin
+from sft_recipes.training.guards import NonFiniteGuard, StopOnRequest
+from sft_recipes.training.metrics import Metrics, ProgressDisplay
 from sft_recipes.training.preflight import Preflight, run_preflight
 from sft_recipes.training.sampler import SamplerMixin, pad_to_multiple
 from sft_recipes.training.samples import Samples, SampleWithoutValidation
-from sft_recipes.training.sft_config import padding_free, sft_config
+from sft_recipes.training.sft_config import sft_config
 from sft_recipes.training.trackers import NonFatalTracker, trackers
 
 _ROWS = 20  # maximum number of rows named in an error
@@ -107,7 +109,7 @@ class Trainer(CheckpointMixin, SamplerMixin, SFTTrainer):
             with _as_recipe_error(
                 recipe, f"model.name: {recipe.model.name}: forward and backward pass on the data failed"
             ):
-                self.preflight = run_preflight(self, packed=padding_free(recipe))
+                self.preflight = run_preflight(self, packed=recipe.padding_free)
             self.metrics.flops_per_token = self.preflight.results["flops_per_token"]
             for warning in self.preflight.warnings:
                 self.warn(warning)
@@ -255,7 +257,7 @@ def build(
     """Build the trainer. Raises OutputError if the run does not fit on the disk."""
     disk.check_room(recipe, run_dir, *count_parameters(model), tokenizer_bytes(tokenizer))
     steps = count(recipe, len(data.train))
-    keep_seq_lengths = padding_free(recipe)
+    keep_seq_lengths = recipe.padding_free
 
     def print_line(text: str, style: str | None = None) -> None:
         console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

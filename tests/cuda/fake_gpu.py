@@ -32,7 +32,7 @@ from transformers.utils import import_utils
 from trl.kernels import chunked_logprob
 from trl.trainer import utils as trl_utils
 
-from sft_recipes.training.storage_tracker import StorageTracker
+from sft_recipes.memory.storage_tracker import StorageTracker
 
 GB = 10**9
 VOLTA, TURING, AMPERE, HOPPER = (7, 0), (7, 5), (8, 0), (9, 0)  # compute capabilities
@@ -117,7 +117,7 @@ def _forget() -> None:
     for name in ("is_torch_fp16_available_on_device", "is_torch_bf16_available_on_device", "is_cuda_platform"):
         getattr(import_utils, name).cache_clear()
     for name, module in list(sys.modules.items()):
-        if name.startswith("sft_recipes.training."):
+        if name.startswith("sft_recipes."):
             for each in vars(module).values():
                 if hasattr(each, "cache_clear"):
                     each.cache_clear()

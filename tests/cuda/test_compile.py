@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from sft_recipes.training import model
+from sft_recipes.models import model
 from tests.cuda import fake_gpu
 from tests.cuda.fake_gpu import GPU
 

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig
 
 from sft_recipes.errors import ModelError
-from sft_recipes.training import model
+from sft_recipes.models import model
 from tests.conftest import WriteRecipe
 from tests.cuda import fake_gpu
 from tests.cuda.fake_gpu import AMPERE, GB, GPU, HOPPER, TURING, VOLTA
@@ -132,7 +132,7 @@ def test_the_kernel_is_tried_first() -> None:
 
 
 def test_flash_attention_is_taken_if_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sft_recipes.training.attention.installed", lambda name: name == "flash_attn")
+    monkeypatch.setattr("sft_recipes.models.attention.installed", lambda name: name == "flash_attn")
     assert attention_of(GPU(), config_of(64)) == "flash_attention_2"
     assert attention_of(GPU(), config_of(64), model={"dtype": "float32"}, train={"mixed_precision": "no"}) is None
 

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 
+from sft_recipes import model_dir
 from sft_recipes.commands import generate
 from sft_recipes.distributed import ranks
 from sft_recipes.errors import ModelError
 from sft_recipes.export import save_model
-from sft_recipes.recipe import model_dir
+from sft_recipes.models import strategies
 from sft_recipes.recipe.schema import Recipe
-from sft_recipes.training import metrics, run_info, strategies
+from sft_recipes.training import metrics, run_info
 from tests.conftest import WriteRecipe
 from tests.cuda import fake_gpu
 from tests.cuda.fake_gpu import GPU

@@ -9,9 +9,8 @@ import torch
 from transformers import AutoConfig, LlamaConfig
 
 from sft_recipes.errors import RunError
-from sft_recipes.planning import memory, remedies
+from sft_recipes.memory import autosize, memory_trace, prediction, remedies
 from sft_recipes.recipe import bundled
-from sft_recipes.training import autosize, memory_trace
 from sft_recipes.training.metrics import peak_memory
 from tests.conftest import WriteRecipe
 from tests.cuda import fake_gpu
@@ -55,7 +54,7 @@ def test_a_shipped_recipe_allocates_what_is_predicted(name: str, write_recipe: W
     That all of them fit the card of its header follows from the prediction: tests/recipe/test_bundled_memory.py.
     """
     size = min(SCRIPT["known"]()[name]["fits"]) * GB
-    gpu = GPU(capability=fake_gpu.AMPERE, memory=memory.SHARE * size - memory.CONTEXT)
+    gpu = GPU(capability=fake_gpu.AMPERE, memory=prediction.SHARE * size - prediction.CONTEXT)
     whole = AutoConfig.from_pretrained(SCRIPT["directory"](SCRIPT["_recipe"](name).model.name))
     config = memory_trace._with_layers(whole, LAYERS)
     micro = SCRIPT["_recipe"](name).train.micro_batch_size
@@ -94,7 +93,7 @@ def test_a_run_that_does_not_fit_is_refused_with_what_would(write_recipe: WriteR
 
 def test_room_is_what_is_free() -> None:
     with fake_gpu.installed(GPU(memory=24 * GB, free=20 * GB)):
-        assert autosize.available_memory(recipe_of(), "cuda") == 20 * GB + memory.CONTEXT  # which asking has taken
+        assert autosize.available_memory(recipe_of(), "cuda") == 20 * GB + prediction.CONTEXT  # which asking has taken
 
 
 def test_auto_takes_what_fits_the_gpu(tmp_path: Path) -> None:
@@ -109,7 +108,7 @@ def test_auto_takes_what_fits_the_gpu(tmp_path: Path) -> None:
             return autosize.predict_here(remedies.applied(recipe, sized)).peak_bytes
 
     def settled(capacity: float) -> tuple[Any, Any]:
-        free = (capacity + memory.CONTEXT) / memory.SHARE + 1 - memory.CONTEXT
+        free = (capacity + prediction.CONTEXT) / prediction.SHARE + 1 - prediction.CONTEXT
         with fake_gpu.installed(GPU(memory=2 * capacity, free=free)) as gpu, fake_gpu.fake_tensors(gpu):
             train = autosize.resolve_for_run(recipe, tmp_path).train
         return train.micro_batch_size, train.gradient_checkpointing

@@ -12,10 +12,12 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from sft_recipes import model_dir
 from sft_recipes.data import encoder, prepare
-from sft_recipes.recipe import model_dir, parse
+from sft_recipes.models import model
+from sft_recipes.recipe import parse
 from sft_recipes.recipe.schema import Recipe, Train
-from sft_recipes.training import model, trainer
+from sft_recipes.training import trainer
 from tests.conftest import ROWS, write_rows
 from tests.cuda import fake_gpu
 from tests.cuda.fake_gpu import GPU

@@ -146,7 +146,7 @@ def watch_export(folder: Path, rank: int, strategy: str, *, disk_full: bool) -> 
 
     from sft_recipes.distributed import ranks
     from sft_recipes.export import safetensors_io, verify
-    from sft_recipes.training import strategies
+    from sft_recipes.models import strategies
     from sft_recipes.training import trainer as module
 
     found: dict[str, Any] = {"alive": [], "gathered": [], "put": []}

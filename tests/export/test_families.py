@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sft_recipes.data import encoder, prepare
 from sft_recipes.export import artifacts, reference
+from sft_recipes.models.model import set_chat_template
 from sft_recipes.recipe import parse
-from sft_recipes.training.model import set_chat_template
 from tests.conftest import WriteRecipe
 
 TINY = Path(__file__).parents[2] / "sft_recipes" / "builtin" / "tiny"

@@ -2,9 +2,9 @@ from dataclasses import replace
 
 import pytest
 
+from sft_recipes.memory.prediction import Footprint
 from sft_recipes.planning import flops
-from sft_recipes.planning.memory import Footprint
-from tests.planning.toys import recipe
+from tests.memory.toys import recipe
 
 
 class Llama8B:

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from safetensors.numpy import save_file
 
+from sft_recipes import model_dir
 from sft_recipes.commands import check
 from sft_recipes.errors import RecipeError
-from sft_recipes.recipe import bundled, editor_schema, model_dir, parse, validate
+from sft_recipes.recipe import bundled, editor_schema, parse, validate
 from sft_recipes.recipe.schema import Recipe
 from tests.conftest import ROWS, write_rows
 
@@ -89,7 +90,7 @@ def rows_for(recipe: Recipe) -> list[dict[str, Any]]:
 def stand_in(model: str, folder: Path) -> Path:
     """Create a model directory: its config, the built-in model's tokenizer, a chat template of TRL, no weights."""
     folder.mkdir()
-    config = ROOT / "tests" / "models" / model.replace("/", "--") / "config.json"
+    config = ROOT / "tests" / "model_configs" / model.replace("/", "--") / "config.json"
     shutil.copy(config, folder)
     tiny = model_dir.BUILTIN / "tiny"
     shutil.copy(tiny / "tokenizer.json", folder)

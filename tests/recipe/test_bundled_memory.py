@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 
-from sft_recipes.planning import memory
+from sft_recipes.memory import prediction
 from sft_recipes.recipe import bundled, parse
-from sft_recipes.training.sft_config import padding_free
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = runpy.run_path(str(ROOT / "docs" / "recipes.py"))
 FOUND: dict[str, Any] = SCRIPT["known"]()
-# As published, with as many digits: tests/models/README.md.
+# As published, with as many digits: tests/model_configs/README.md.
 PARAMETERS = {
     "HuggingFaceTB/SmolLM2-135M": "134,515,008",
     "HuggingFaceTB/SmolLM2-135M-Instruct": "134,515,008",
@@ -67,7 +66,7 @@ def test_auto_fits_the_card_of_the_header(said: bundled.Shipped) -> None:
     assert (settled is not None) == (recipe.train.micro_batch_size == "auto")
     if settled is not None:
         card = FOUND[said.name]["fits"][0] * 1e9
-        assert FOUND[said.name]["peak"] <= settled["peak"] <= memory.SHARE * card - memory.CONTEXT
+        assert FOUND[said.name]["peak"] <= settled["peak"] <= prediction.SHARE * card - prediction.CONTEXT
         assert recipe.sequences_per_step % settled["micro_batch_size"] == 0
 
 
@@ -79,9 +78,9 @@ def test_preflight_and_training_fit_the_gpu_of_the_header(said: bundled.Shipped)
     peak = max(found["peak"], found["preflight"], (found.get("auto") or {}).get("peak", 0))
 
     recipe = parse.load(SCRIPT["_file"](said.name)).recipe
-    assert (found["preflight"] > 0) == (recipe.train.preflight and padding_free(recipe))
+    assert (found["preflight"] > 0) == (recipe.train.preflight and recipe.padding_free)
     size = 1e9 * (int(gpu[1]) if gpu else min(found["fits"]))
-    assert peak <= memory.SHARE * size - memory.CONTEXT
+    assert peak <= prediction.SHARE * size - prediction.CONTEXT
 
 
 @each_recipe
@@ -94,7 +93,7 @@ def test_models_have_the_parameters_that_are_published(said: bundled.Shipped) ->
     published = PARAMETERS[said.model]
     digits = len(published.partition(".")[2]) - 1
     assert published == (f"{of_model / 1e9:.{digits}f}B" if published.endswith("B") else f"{of_model:,}")
-    assert published in (ROOT / "tests" / "models" / "README.md").read_text("utf-8")
+    assert published in (ROOT / "tests" / "model_configs" / "README.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize("name", ANEW)

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 from sft_recipes import atomic_files
 from sft_recipes.errors import RunError
+from sft_recipes.models import model
 from sft_recipes.planning import disk
-from sft_recipes.training import checkpoint_dirs, model, trainer
+from sft_recipes.training import checkpoint_dirs, trainer
 from tests.conftest import WriteRecipe, build, metrics, run
 from tests.test_atomic_files import no_file_over
 

@@ -14,9 +14,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import SFTConfig
 
 from sft_recipes.errors import ModelError, RunError
+from sft_recipes.memory.storage_tracker import StorageTracker
 from sft_recipes.recipe.library_names import optimizers
 from sft_recipes.training import preflight, trainer
-from sft_recipes.training.storage_tracker import StorageTracker
 from tests.conftest import WriteRecipe, build, metrics, run, write_rows
 from tests.kills import TIMES
 

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from sft_recipes.errors import Stopped
+from sft_recipes.models import model
 from sft_recipes.recipe import parse
 from sft_recipes.stopping import Stop, on_request
-from sft_recipes.training import checkpoint_dirs, model, trainer
+from sft_recipes.training import checkpoint_dirs, trainer
 from tests.conftest import WriteRecipe, build, metrics
 from tests.kills import TIMES
 

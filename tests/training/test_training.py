@@ -24,11 +24,12 @@ from transformers import (
 )
 
 from sft_recipes.errors import RecipeError, RunError
+from sft_recipes.models import model
 from sft_recipes.report import page
-from sft_recipes.training import model, trainer
+from sft_recipes.training import trainer
 from tests import conftest
 from tests.conftest import ROWS, WriteRecipe, metrics, run, write_rows
-from tests.training import graphs
+from tests.models import graphs
 
 TINY = Path(__file__).parents[2] / "sft_recipes" / "builtin" / "tiny"
 UNEQUAL = [

@@ -20,7 +20,6 @@ from transformers.masking_utils import sdpa_mask
 from sft_recipes.errors import ModelError
 from sft_recipes.recipe.library_names import installed
 from sft_recipes.recipe.schema import Recipe
-from sft_recipes.training.sft_config import padding_free
 
 NAME = "varlen"  # for a name with "flash" in it transformers would require flash-attn
 Capability = tuple[int, int]  # compute capability of a GPU, such as (8, 0)
@@ -51,7 +50,7 @@ def select_implementation(
 
     Raises: ModelError if the recipe names varlen and the model or the GPU does not support it.
     """
-    wanted, packed = recipe.model.attention, padding_free(recipe)
+    wanted, packed = recipe.model.attention, recipe.padding_free
     if wanted not in ("auto", NAME):
         return wanted, ""
     flash = getattr(_architecture(config), "_supports_flash_attn", False) and (capability or AMPERE) >= AMPERE
@@ -72,7 +71,7 @@ def select_implementation(
 def problem(recipe: Recipe, config: PreTrainedConfig, device: str, capability: Capability | None = None) -> str | None:
     """Return what of a run varlen does not support, None if nothing. Arguments as `select_implementation`'s."""
     unsupported = obstacle(config)
-    if unsupported is not None or device != "cuda" or not padding_free(recipe):
+    if unsupported is not None or device != "cuda" or not recipe.padding_free:
         return unsupported
     if not _half(recipe):
         return "float32 on a GPU"

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from sft_recipes.data import encoder, prepare
 from sft_recipes.errors import ModelError
+from sft_recipes.models import model
 from sft_recipes.recipe import parse
-from sft_recipes.training import model
 from tests.conftest import WriteRecipe
 from tests.data import tokenizers
 

@@ -1,6 +1,6 @@
 """A recipe with no more than it has to have, and a footprint in round numbers."""
 
-from sft_recipes.planning.memory import Footprint
+from sft_recipes.memory.prediction import Footprint
 from sft_recipes.recipe.schema import Recipe
 
 LEAST = {"model": {"name": "x"}, "data": {"train": "x"}, "output_dir": "x"}

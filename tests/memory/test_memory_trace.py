@@ -23,13 +23,14 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from sft_recipes import model_dir
 from sft_recipes.data import encoder, prepare
 from sft_recipes.errors import ModelError
-from sft_recipes.planning import memory, remedies
-from sft_recipes.planning.memory import Footprint
-from sft_recipes.recipe import model_dir
+from sft_recipes.memory import autosize, fake_kernels, memory_trace, prediction, remedies
+from sft_recipes.memory.prediction import Footprint
+from sft_recipes.models import model
 from sft_recipes.recipe.schema import Recipe
-from sft_recipes.training import autosize, fake_kernels, memory_trace, model, trainer
+from sft_recipes.training import trainer
 
 WITHIN = 0.05
 LEAST: dict[str, Any] = {"model": {"name": "x"}, "data": {"train": "x"}, "output_dir": "x"}
@@ -503,7 +504,7 @@ def test_prediction_is_what_a_gpu_counts(case: str, tmp_path: Path, monkeypatch:
     text = " ".join(f"word number {n}" for n in range(length))  # longer than a sequence, so that all are full
     rows.write_text((json.dumps({"text": text}) + "\n") * 40, encoding="utf-8")
 
-    predicted = memory.on_device(memory_trace.predict(recipe, config, "cuda"), "cuda")
+    predicted = prediction.on_device(memory_trace.predict(recipe, config, "cuda"), "cuda")
     sft = build(recipe, tmp_path)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()

@@ -13,12 +13,12 @@ from accelerate.utils import gather_object
 from transformers import PreTrainedConfig
 
 from sft_recipes.errors import ModelError, RecipeError
-from sft_recipes.planning import flops, memory, per_rank_memory, remedies
-from sft_recipes.planning.memory import Footprint
-from sft_recipes.planning.remedies import Predict
+from sft_recipes.memory import fake_kernels, memory_trace, per_rank_memory, prediction, remedies
+from sft_recipes.memory.prediction import Footprint
+from sft_recipes.memory.remedies import Predict
+from sft_recipes.models.attention import Capability, capability_here
+from sft_recipes.planning import flops
 from sft_recipes.recipe.schema import Recipe
-from sft_recipes.training import fake_kernels, memory_trace
-from sft_recipes.training.attention import Capability, capability_here
 
 # Share of host memory that tensors may use: oneDNN allocates buffers outside torch's allocator (SmolLM2 in bfloat16, 4,096
 # tokens, checkpointed: 4.3 GiB predicted, 10.2 GiB used by the process).
@@ -77,12 +77,12 @@ def largest_micro_batch(recipe: Recipe, predict: Predict, capacity: float, devic
     low, high = 0, len(sizes)  # sizes[:low] fit, sizes[high:] do not
     while low < high:
         middle = (low + high) // 2
-        if memory.fits(peak(sizes[middle]), capacity, device):
+        if prediction.fits(peak(sizes[middle]), capacity, device):
             low = middle + 1
         else:
             high = middle
     if low == 0:
-        needed, available = (memory.format_bytes(size) for size in (peak(1).peak_bytes, capacity))
+        needed, available = (prediction.format_bytes(size) for size in (peak(1).peak_bytes, capacity))
         raise RecipeError(
             f"train.micro_batch_size: auto: a single sequence does not fit (predicted {needed}, available {available}). "
             "`sft-recipe plan RECIPE --set train.micro_batch_size=1 "
@@ -107,7 +107,7 @@ def resolve_auto(recipe: Recipe, predict: Predict, capacity: float, device: str)
         return remedies.applied(recipe, {"train.gradient_checkpointing": layers})
 
     def fits(changed: Recipe) -> bool:
-        return memory.fits(per_rank_memory.on_rank(predict(changed), changed, device), capacity, device)
+        return prediction.fits(per_rank_memory.on_rank(predict(changed), changed, device), capacity, device)
 
     if sizes:
         with suppress(RecipeError):  # no sequence fits without checkpointing
@@ -184,8 +184,10 @@ def memory_advice(recipe: Recipe) -> str:
     capacity = total if device == "cuda" else _SHARE_OF_HOST * total
     predict = predictor(config, device, capability_here())
     rank = per_rank_memory.on_rank(predict(recipe), recipe, device)
-    memory_used = f"(predicted peak {memory.format_bytes(rank.peak_bytes)}, device memory {memory.format_bytes(total)})"
-    if memory.fits(rank, capacity, device):
+    memory_used = (
+        f"(predicted peak {prediction.format_bytes(rank.peak_bytes)}, device memory {prediction.format_bytes(total)})"
+    )
+    if prediction.fits(rank, capacity, device):
         return f"{memory_used}. This should fit: stop other processes on the device; otherwise its free memory is fragmented."
     leaner = fake_kernels.lower_memory_attention(recipe, config, device, capability_here())
     found = remedies.find_remedies(recipe, predict, capacity, device, leaner)
@@ -203,7 +205,7 @@ def available_memory(recipe: Recipe, device: str) -> float:
         PartialState(cpu=device == "cpu")  # selects each process's device
     if device == "cuda":
         # mem_get_info() creates the CUDA context, so its memory is already gone.
-        free = float(torch.cuda.mem_get_info()[0]) + memory.CONTEXT
+        free = float(torch.cuda.mem_get_info()[0]) + prediction.CONTEXT
     else:
         free = _SHARE_OF_HOST * psutil.virtual_memory().available / recipe.launch.processes
     return min(gather_object([free])) if recipe.launch.world_size > 1 else free

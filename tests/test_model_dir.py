@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 
+from sft_recipes import model_dir
 from sft_recipes.errors import ModelError
-from sft_recipes.recipe import model_dir
 
 
 def touch(file: Path) -> Path:

@@ -1,6 +1,6 @@
-from sft_recipes.planning import memory
-from sft_recipes.planning.memory import Footprint
-from tests.planning.toys import WHOLE
+from sft_recipes.memory import prediction
+from sft_recipes.memory.prediction import Footprint
+from tests.memory.toys import WHOLE
 
 
 def test_the_peak_is_the_largest_moment() -> None:
@@ -17,19 +17,19 @@ def test_extrapolated_by_phase() -> None:
         phases = {"loss": {"head": 100.0, "weights": layers}, "forward": {"activations": 10.0 * layers}}
         return Footprint(phases, 7 + 3 * layers, 3 * layers, layers, 3, 7, 3, 0)
 
-    many = memory.extrapolate(of(2), of(4), 100)
+    many = prediction.extrapolate(of(2), of(4), 100)
 
     assert (many.peak, many.parameters, many.trained, many.layers) == (of(100).peak, 307, 300, 100)
     assert (of(4).peak["head"], many.peak["activations"]) == (100, 1000)
 
 
 def test_room_for_what_the_allocator_does_not_count() -> None:
-    assert memory.fits(WHOLE, 4400, "cpu")
-    assert not memory.fits(WHOLE, 4400, "cuda")
-    assert memory.fits(WHOLE, (4400 + memory.CONTEXT) / memory.SHARE + 1, "cuda")
-    assert not memory.fits(WHOLE, 4400 + memory.CONTEXT, "cuda")
-    assert memory.on_device(WHOLE, "cuda").peak["buffers"] == memory.WORKSPACES
+    assert prediction.fits(WHOLE, 4400, "cpu")
+    assert not prediction.fits(WHOLE, 4400, "cuda")
+    assert prediction.fits(WHOLE, (4400 + prediction.CONTEXT) / prediction.SHARE + 1, "cuda")
+    assert not prediction.fits(WHOLE, 4400 + prediction.CONTEXT, "cuda")
+    assert prediction.on_device(WHOLE, "cuda").peak["buffers"] == prediction.WORKSPACES
 
 
 def test_sizes_in_words() -> None:
-    assert [memory.format_bytes(size) for size in (2**34, 1.5 * 2**20, 512)] == ["16.0 GiB", "1.5 MiB", "0.5 KiB"]
+    assert [prediction.format_bytes(size) for size in (2**34, 1.5 * 2**20, 512)] == ["16.0 GiB", "1.5 MiB", "0.5 KiB"]

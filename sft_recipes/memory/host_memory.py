@@ -5,8 +5,8 @@ from pathlib import Path
 
 import psutil
 
-from sft_recipes.planning.memory import GIB, Footprint, format_bytes
-from sft_recipes.recipe import model_dir
+from sft_recipes import model_dir
+from sft_recipes.memory.prediction import GIB, Footprint, format_bytes
 from sft_recipes.recipe.schema import Recipe
 
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}

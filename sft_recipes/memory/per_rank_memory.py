@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from sft_recipes.planning import memory, optimizer_states
-from sft_recipes.planning.memory import PARTS, Footprint
+from sft_recipes.memory import optimizer_states, prediction
+from sft_recipes.memory.prediction import PARTS, Footprint
 from sft_recipes.recipe.schema import Recipe
 
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -22,7 +22,7 @@ _BUCKET, _SUB_GROUP, _LIVE, _PREFETCH = 500_000_000, 1_000_000_000, 1_000_000_00
 
 def on_rank(whole: Footprint, recipe: Recipe, device: str) -> Footprint:
     """Return the footprint of one rank, with the workspaces of the device's libraries."""
-    return memory.on_device(per_rank(whole, recipe), device)
+    return prediction.on_device(per_rank(whole, recipe), device)
 
 
 def per_rank(whole: Footprint, recipe: Recipe) -> Footprint:

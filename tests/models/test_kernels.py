@@ -23,11 +23,12 @@ from transformers import (
 )
 
 from sft_recipes.errors import ModelError
-from sft_recipes.planning.memory import Footprint
+from sft_recipes.memory import memory_trace
+from sft_recipes.memory.prediction import Footprint
+from sft_recipes.models import kernels
+from sft_recipes.models.kernels import Kernels
 from sft_recipes.recipe import library_names
 from sft_recipes.recipe.schema import Launch, Recipe
-from sft_recipes.training import kernels, memory_trace
-from sft_recipes.training.kernels import Kernels
 from tests.commands import forked
 from tests.conftest import WriteRecipe, run
 

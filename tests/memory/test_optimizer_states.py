@@ -1,6 +1,6 @@
 import pytest
 
-from sft_recipes.planning import optimizer_states
+from sft_recipes.memory import optimizer_states
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft_recipes.data.templates import BOS, alpaca_chat_template, alpaca_prompt
-from sft_recipes.training.generate import answer, prompt_ids
+from sft_recipes.models.generate import answer, prompt_ids
 
 TINY = Path(__file__).parents[2] / "sft_recipes" / "builtin" / "tiny"
 

@@ -44,10 +44,11 @@ from transformers.masking_utils import create_bidirectional_sliding_window_mask,
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from sft_recipes.errors import ModelError
+from sft_recipes.models import attention, model
 from sft_recipes.recipe.schema import Recipe
-from sft_recipes.training import attention, model, trainer
+from sft_recipes.training import trainer
 from tests.conftest import WriteRecipe, build, metrics, run
-from tests.training import graphs
+from tests.models import graphs
 
 ROUNDING = 1e-5  # float32, relative: sums in another order
 SHAPE: dict[str, Any] = {

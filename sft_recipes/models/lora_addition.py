@@ -2,7 +2,7 @@
 
 PEFT computes `result + lora_B(h) * scaling`. In bfloat16 that writes and reads three more tensors of the output's size, and
 rounds three times instead of once. PEFT's extension point for a different forward pass is LoraVariant, which its docstring
-calls prone to change: `tests/training/test_lora_addition.py` tests what this module depends on.
+calls prone to change: `tests/models/test_lora_addition.py` tests what this module depends on.
 """
 
 from typing import Any

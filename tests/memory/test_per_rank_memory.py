@@ -2,8 +2,8 @@ from dataclasses import replace
 
 import pytest
 
-from sft_recipes.planning import memory, per_rank_memory
-from tests.planning.toys import WHOLE, recipe
+from sft_recipes.memory import per_rank_memory, prediction
+from tests.memory.toys import WHOLE, recipe
 
 
 def test_one_process_has_all() -> None:
@@ -113,7 +113,7 @@ def test_zero_computes_in_half_of_float32_weights(strategy: str) -> None:
 def test_offloaded_is_not_on_the_device() -> None:
     rank = per_rank_memory.per_rank(WHOLE, recipe(launch={"strategy": "fsdp2", "cpu_offload": True}))
 
-    assert rank.phases["optimizer"] == dict.fromkeys(memory.PARTS, 0)
+    assert rank.phases["optimizer"] == dict.fromkeys(prediction.PARTS, 0)
     assert rank.phases["forward"]["activations"] == 500
 
 

@@ -3,8 +3,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from sft_recipes.recipe import model_dir, parse
-from sft_recipes.training import strategies
+from sft_recipes import model_dir
+from sft_recipes.models import strategies
+from sft_recipes.recipe import parse
 from tests.conftest import WriteRecipe, build
 
 

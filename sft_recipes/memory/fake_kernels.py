@@ -16,12 +16,11 @@ from transformers.modeling_utils import PreTrainedModel
 from trl.kernels import chunked_logprob
 from trl.trainer import utils as trl_utils
 
+from sft_recipes.memory.storage_tracker import StorageTracker
+from sft_recipes.models import attention as varlen
+from sft_recipes.models import cpu_loss
+from sft_recipes.models.attention import Capability
 from sft_recipes.recipe.schema import Recipe
-from sft_recipes.training import attention as varlen
-from sft_recipes.training import cpu_loss
-from sft_recipes.training.attention import Capability
-from sft_recipes.training.sft_config import padding_free
-from sft_recipes.training.storage_tracker import StorageTracker
 
 VARIABLE = "traced_varlen"  # attention that isolates documents by cu_seqlens, without a mask
 BY_DOCUMENT = "traced_by_document"  # the same on a CPU: one sdpa call per document
@@ -32,7 +31,7 @@ def attention(
 ) -> str | None:
     """Return the implementation that is traced in place of the run's. Arguments as `named`'s."""
     name = named(recipe, config, device, capability)
-    if name == varlen.NAME and not padding_free(recipe):
+    if name == varlen.NAME and not recipe.padding_free:
         return "sdpa"
     if name == varlen.NAME and device == "cpu":
         return BY_DOCUMENT
@@ -73,7 +72,7 @@ def masks_all_pairs(
     recipe: Recipe, config: PreTrainedConfig, device: str, capability: Capability | None = None
 ) -> bool:
     """Return True if packed documents are isolated by a mask of all token pairs of the micro-batch."""
-    return attention(recipe, config, device, capability) == "sdpa" and padding_free(recipe)
+    return attention(recipe, config, device, capability) == "sdpa" and recipe.padding_free
 
 
 class _Attention(torch.autograd.Function):

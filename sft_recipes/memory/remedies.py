@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sft_recipes.errors import ModelError
-from sft_recipes.planning import memory, per_rank_memory
-from sft_recipes.planning.memory import Footprint
+from sft_recipes.memory import per_rank_memory, prediction
+from sft_recipes.memory.prediction import Footprint
 from sft_recipes.recipe.schema import DEFAULT_GLOBAL_BATCH_SIZE, Recipe
 from sft_recipes.recipe.validate import validate
 
@@ -27,7 +27,7 @@ class Remedy:
 
     def __str__(self) -> str:
         options = " ".join(f"--set {key}={_yaml(value)}" for key, value in self.change.items())
-        return f"{options}: {memory.format_bytes(self.peak)}"
+        return f"{options}: {prediction.format_bytes(self.peak)}"
 
 
 def find_remedies(
@@ -45,7 +45,7 @@ def find_remedies(
             if problems := validate(changed, to_run=False).problems:  # such as an optimizer that fsdp2 does not support
                 raise ModelError(*problems)
             rank = per_rank_memory.on_rank(predict(changed), changed, device)
-            return Remedy(kind, change, rank.peak_bytes, memory.fits(rank, capacity, device))
+            return Remedy(kind, change, rank.peak_bytes, prediction.fits(rank, capacity, device))
 
         try:
             best = try_change(options[-1])

@@ -11,7 +11,7 @@ from typing import Any
 
 from sft_recipes.errors import ModelError
 
-BUILTIN = Path(__file__).parent.parent / "builtin"
+BUILTIN = Path(__file__).parent / "builtin"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
 INDEX = "model.safetensors.index.json"
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")

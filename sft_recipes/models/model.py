@@ -30,14 +30,15 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from sft_recipes import model_dir
 from sft_recipes.data.prepare import Prepared
 from sft_recipes.data.templates import BOS
 from sft_recipes.errors import ModelError, RunError
-from sft_recipes.recipe import model_dir, schema
+from sft_recipes.models import strategies
+from sft_recipes.models.attention import select_here
+from sft_recipes.models.lora_addition import add_in_place
+from sft_recipes.recipe import schema
 from sft_recipes.recipe.schema import Recipe
-from sft_recipes.training import strategies
-from sft_recipes.training.attention import select_here
-from sft_recipes.training.lora_addition import add_in_place
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 NEW_PAD = "<|pad|>"

@@ -17,15 +17,14 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from trl.trainer import utils as trl_utils
 
 from sft_recipes.errors import ModelError
-from sft_recipes.planning import optimizer_states
-from sft_recipes.planning.memory import Footprint, extrapolate
+from sft_recipes.memory import fake_kernels, optimizer_states
+from sft_recipes.memory.prediction import Footprint, extrapolate
+from sft_recipes.memory.storage_tracker import StorageTracker
+from sft_recipes.models.attention import Capability
+from sft_recipes.models.kernels import select_kernels
+from sft_recipes.models.model import DTYPES, layers_of, load_config, settle_types, with_adapters
 from sft_recipes.recipe.schema import Recipe
-from sft_recipes.training import fake_kernels
-from sft_recipes.training.attention import Capability
-from sft_recipes.training.kernels import select_kernels
-from sft_recipes.training.model import DTYPES, layers_of, load_config, settle_types, with_adapters
-from sft_recipes.training.sft_config import CHECKPOINTING, padding_free
-from sft_recipes.training.storage_tracker import StorageTracker
+from sft_recipes.upstream import CHECKPOINTING
 
 MOST_TOKENS = 2**22  # per micro-batch: the time of a trace grows with them
 # Tokens of each of the two documents in the isolation check. Evaluation mode switches checkpointing off, so all activations
@@ -135,7 +134,7 @@ def _trace(
 ) -> Footprint:
     # The answer to a model that checks whether attention needs no mask. Packed documents and padded rows need one.
     rows_are_full = recipe.data.cross_document_attention or recipe.train.micro_batch_size == 1
-    causal = rows_are_full and not padding_free(recipe)
+    causal = rows_are_full and not recipe.padding_free
     tracker = StorageTracker(block=512 if device == "cuda" else 1, truth=causal)
     with torch.device("meta"):
         model = _model(recipe, config, device, capability)
@@ -202,7 +201,7 @@ class _Step:
             fake_kernels.gpu_kernels(self.device, self.tracker, half=half, loss_type=loss_type),
             fake_kernels.liger(base) if fused else nullcontext(),
         ):
-            if train.preflight and padding_free(self.recipe):
+            if train.preflight and self.recipe.padding_free:
                 self._isolation_check()
             # The first step creates the optimizer's states; its gradients need no backward pass.
             for parameter in trained:
@@ -316,9 +315,9 @@ class _Step:
 
     def _inputs(self, sequences: int, length: int) -> dict[str, Any]:
         """Build a micro-batch of full sequences in the layout of TRL's collator."""
-        shape = (1, sequences * length) if padding_free(self.recipe) else (sequences, length)
+        shape = (1, sequences * length) if self.recipe.padding_free else (sequences, length)
         inputs: dict[str, Any] = {name: torch.ones(shape, dtype=torch.int64) for name in ("input_ids", "labels")}
-        if not padding_free(self.recipe):
+        if not self.recipe.padding_free:
             return inputs | {"attention_mask": torch.ones(shape, dtype=torch.int64)}
         inputs["position_ids"] = torch.ones(shape, dtype=torch.int64)
         inputs["cu_seq_lens_q"] = inputs["cu_seq_lens_k"] = torch.ones(sequences + 1, dtype=torch.int32)

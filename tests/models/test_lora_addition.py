@@ -10,9 +10,9 @@ from peft.tuners.lora import Linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from sft_recipes.models.lora_addition import add_in_place
 from sft_recipes.recipe import parse
 from sft_recipes.recipe.schema import Recipe
-from sft_recipes.training.lora_addition import add_in_place
 from tests.conftest import WriteRecipe
 
 RECIPE = Recipe.model_validate({"model": {"name": "x"}, "data": {"train": "x"}, "lora": {}, "output_dir": "x"})

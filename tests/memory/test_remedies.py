@@ -1,10 +1,10 @@
 from dataclasses import replace
 
 from sft_recipes.errors import ModelError
-from sft_recipes.planning import remedies
-from sft_recipes.planning.memory import Footprint
+from sft_recipes.memory import remedies
+from sft_recipes.memory.prediction import Footprint
 from sft_recipes.recipe.schema import Recipe
-from tests.planning.toys import WHOLE, recipe
+from tests.memory.toys import WHOLE, recipe
 
 
 def kinds(of: Recipe, attention: str | None = "flash_attention_2") -> list[str]:

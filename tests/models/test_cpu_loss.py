@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy, linear
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.trainer import utils as trl_utils
 
-from sft_recipes.training import cpu_loss
+from sft_recipes.models import cpu_loss
 from tests.conftest import WriteRecipe, build, metrics
 
 NAMES = ("log_probs", "entropy", "is_top1")

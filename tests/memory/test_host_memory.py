@@ -4,9 +4,9 @@ from typing import Any
 import pytest
 
 from sft_recipes.commands.check import check
-from sft_recipes.planning import host_memory
-from sft_recipes.planning.host_memory import PROCESS, Model
-from sft_recipes.planning.memory import GIB
+from sft_recipes.memory import host_memory
+from sft_recipes.memory.host_memory import PROCESS, Model
+from sft_recipes.memory.prediction import GIB
 from sft_recipes.recipe.schema import Recipe
 from tests.conftest import WriteRecipe
 
