@@ -25,14 +25,24 @@ _SHOWN = 20  # columns listed in a message
 _WEIGHTS = ("weight", "train")  # per-message loss weights of other tools
 
 
+# Whether a message is in the loss: yes or no, the [start, end) character ranges of its content that are (as in the row,
+# ascending), or None: data.train_on decides.
+Flag = bool | list[tuple[int, int]] | None
+
+
 @dataclass(slots=True)
 class Example:
-    """One row: messages with `role` and `content` (and `input` for an Alpaca input), or plain text."""
+    """One row: messages with `role` and `content` (and `input` for an Alpaca input), or plain text.
+
+    `flags`, if not empty, has one entry per message; the keys it comes from (`weight`, `train`, ...) are not in the messages.
+    Only assistant messages can be trained, so a true flag on another one is an error of the renderer.
+    """
 
     place: str  # file:line
     messages: list[dict[str, Any]] = field(default_factory=list)
     text: str = ""
     tools: list[Any] | None = None  # functions that the assistant may call, for templates that render them
+    flags: list[Flag] = field(default_factory=list)
 
     @property
     def empty(self) -> bool:
