@@ -17,11 +17,12 @@ BELOW = {
     "stopping": {"errors"},
     "upstream": set(),
     "model_dir": {"errors"},
-    "recipe": {"errors", "model_dir"},
+    "data/formats": {"errors"},
+    "recipe": {"data/formats", "errors", "model_dir"},
     "console": {"errors", "recipe", "report", "stopping"},
     "convert": {"errors", "recipe"},
-    "builtin": {"data", "errors", "export", "recipe"},
-    "data": {"errors", "model_dir", "recipe"},
+    "builtin": {"data", "data/formats", "errors", "export", "recipe"},
+    "data": {"data/formats", "errors", "model_dir", "recipe"},
     "planning": {"errors", "memory", "recipe"},
     "models": {"data", "errors", "model_dir", "recipe", "upstream"},
     "memory": {"data", "errors", "model_dir", "models", "planning", "recipe", "upstream"},
@@ -79,6 +80,7 @@ BELOW = {
         "training",
     },
 }
+FORMATS = "data/formats"
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes"}
 
 
@@ -93,9 +95,10 @@ def imports(file: Path) -> set[str]:
 
 
 def layer(file: Path) -> str:
-    """Name of a package or module at the top; each command is a layer of its own."""
+    """Name of a package or module at the top; data/formats, and each command, is a layer of its own."""
     first, *others = file.relative_to(PACKAGE).with_suffix("").parts
-    return f"{first}/{others[0]}" if first == "commands" and others != ["__init__"] else first
+    inner = f"{first}/{others[0]}" if others else first
+    return inner if inner == FORMATS or (first == "commands" and others != ["__init__"]) else first
 
 
 def test_there_are_modules() -> None:
@@ -104,7 +107,8 @@ def test_there_are_modules() -> None:
 
 @pytest.mark.parametrize("file", MODULES, ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_imports_go_one_way(file: Path) -> None:
-    ours = {name.split(".")[1] for name in imports(file) if name.startswith("sft_recipes.")}
+    names = [name.split(".") for name in imports(file) if name.startswith("sft_recipes.")]
+    ours = {FORMATS if "/".join(name[1:3]) == FORMATS else name[1] for name in names}
 
     assert ours - {layer(file), "__version__"} <= BELOW.get(layer(file), set())
 
@@ -157,7 +161,7 @@ def test_modules_without_torch() -> None:
     files = [
         file
         for part in TORCH_FREE
-        for file in ([PACKAGE / part] if part.endswith(".py") else sorted((PACKAGE / part).glob("*.py")))
+        for file in ([PACKAGE / part] if part.endswith(".py") else sorted((PACKAGE / part).rglob("*.py")))
         if file.stem not in ("__init__", "packed_dataset")
     ]
     names = [".".join(("sft_recipes", *file.relative_to(PACKAGE).with_suffix("").parts)) for file in files]

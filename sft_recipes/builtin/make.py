@@ -19,7 +19,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sft_recipes.builtin import corpus
-from sft_recipes.data import formats, templates
+from sft_recipes.data import templates
+from sft_recipes.data.formats import registry as formats
 from sft_recipes.export.save_model import save_tokenizer
 
 HERE = Path(__file__).parent

@@ -3,9 +3,11 @@
 The presence of a section enables it: without `lora:` a run is full fine-tuning.
 """
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from sft_recipes.data.formats.registry import FORMATS
 
 DEFAULT_GLOBAL_BATCH_SIZE = 32
 
@@ -14,7 +16,10 @@ Name = Annotated[str, Field(min_length=1)]
 # A float is a fraction of the run, an int a number of optimizer steps.
 Interval = Annotated[float, Field(gt=0, le=1)] | Positive | None
 DType = Literal["bfloat16", "float16", "float32"]
-Format = Literal["alpaca", "prompt_completion", "messages", "text"]
+if TYPE_CHECKING:
+    Format = str
+else:
+    Format = Literal[*FORMATS]
 
 
 class _Section(BaseModel):
