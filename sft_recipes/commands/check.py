@@ -10,6 +10,7 @@ from rich.console import Console
 from sft_recipes import model_dir, run_dir
 from sft_recipes.data import encoder, prepare, readers, sources
 from sft_recipes.data import preview as showing
+from sft_recipes.data.chat_templates import named
 from sft_recipes.data.encoder import LightTokenizer
 from sft_recipes.data.eval_prompts import eval_prompts
 from sft_recipes.errors import DataError, InputError, ModelError, OutputError, RecipeError, one_line
@@ -203,7 +204,7 @@ def _load_hf_tokenizer(model: Model) -> LightTokenizer:
     except Exception as error:  # tokenizer classes raise many types
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"model.name: {model.name}: its tokenizer cannot be loaded: {reason}") from error
-    tokenizer.add_tokens(model.new_tokens)
+    tokenizer.add_tokens(named.to_add(model.new_tokens))
     return encoder.from_transformers(tokenizer)
 
 
