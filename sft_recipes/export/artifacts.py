@@ -149,7 +149,7 @@ def _whole(
             figures = verify.verify(request)["model"]
         except RunError as error:
             raise RunError(*(f"{out}: not kept: {line}" for line in error.lines)) from error
-        write_report(folder / FILE, {"base": recipe.model.name, "dtype": dtype, "figures": figures})
+        write_report(folder / FILE, {"base": recipe.model.name, "dtype": dtype, "verification": figures})
     return [*([weights.note] if weights and weights.note else []), *proof_in_words(figures, dtype, probe.split)]
 
 

@@ -377,8 +377,8 @@ def preflight(run: Run) -> dict[str, str]:
 
 def verification(run: Run) -> dict[str, str]:
     """Return the results of verifying the exported model."""
-    figures = run.proof.get("figures", {})
-    return _readable({key: value for key, value in run.proof.items() if key not in ("files", "figures")} | figures)
+    figures = run.proof.get("verification", {})
+    return _readable({key: value for key, value in run.proof.items() if key not in ("files", "verification")} | figures)
 
 
 def made_with(run: Run) -> dict[str, str]:

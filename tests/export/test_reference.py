@@ -60,8 +60,8 @@ def test_the_export_is_held_against_the_trained_model(write_recipe: WriteRecipe,
     assert len(known.trained.losses) == len(json.loads((folder / "probe.json").read_text("utf-8"))["rows"])
     assert (known.base is None) == ("lora" not in sections)
     report = json.loads((folder / "model" / ("merge.json" if "lora" in sections else "export.json")).read_text("utf-8"))
-    figures = report["figures"].get(report.get("merged_into"), report["figures"])
-    if "original" not in report["figures"] or len(report["figures"]) == 1:
+    figures = report["verification"].get(report.get("merged_into"), report["verification"])
+    if "original" not in report["verification"] or len(report["verification"]) == 1:
         assert figures["trained_loss"] == pytest.approx(known.trained.loss)
 
 

@@ -224,7 +224,7 @@ def test_proofs(tmp_path: Path) -> None:
     run = read(tmp_path, [])
 
     assert run_data.preflight(run) == {"base: loss": "3.25", "isolation: gradient leak": "0"}
-    assert run_data.verification(run) == {"merged into": "original", "original: largest difference": "0.03125"}
+    assert run_data.verification(run) == {"merged into": "original", "original: max logit diff": "0.03125"}
 
 
 def test_no_proofs(tmp_path: Path) -> None:
