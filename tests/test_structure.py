@@ -20,7 +20,6 @@ BELOW = {
     "recipe": {"errors", "model_dir"},
     "console": {"errors", "recipe", "report", "stopping"},
     "convert": {"errors", "recipe"},
-    "builtin": {"data", "errors", "export", "recipe"},
     "data": {"errors", "model_dir", "recipe"},
     "planning": {"errors", "memory", "recipe"},
     "models": {"data", "errors", "model_dir", "recipe", "upstream"},
