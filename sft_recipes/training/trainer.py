@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, unwrap_peft_model
 from trl import SFTConfig, SFTTrainer
 
 from sft_recipes import model_dir
@@ -96,6 +96,8 @@ class Trainer(CheckpointMixin, SamplerMixin, SFTTrainer):
         self.stopped = False  # by a signal or time limit
         self._losses_and_counts = list[torch.Tensor]()  # one [loss, tokens] per evaluation micro-batch
         self.own_head = cpu_loss.applies(self.args.device.type, self.args.loss_type)
+        if self.own_head:
+            cpu_loss.replace_fused_lm_head(unwrap_peft_model(self.model))
         # TRL gathers sums. gather_for_metrics would drop some at the end of an epoch, so that averages over several processes
         # would depend on where the run was resumed.
         self.accelerator.gather_for_metrics = self.accelerator.gather
@@ -139,10 +141,6 @@ class Trainer(CheckpointMixin, SamplerMixin, SFTTrainer):
         ]
         count = sum(mask.sum() for mask in masks)
         return self.accelerator.reduce(count, "sum") if self.args.world_size > 1 and batches else count
-
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        with cpu_loss.in_place_of_trls() if self.own_head else nullcontext():
-            return super().compute_loss(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
