@@ -20,9 +20,11 @@ from sft_recipes.errors import ModelError
 from sft_recipes.memory import fake_kernels, optimizer_states
 from sft_recipes.memory.prediction import Footprint, extrapolate
 from sft_recipes.memory.storage_tracker import StorageTracker
+from sft_recipes.models.adapters import settle_types, with_adapters
 from sft_recipes.models.attention import Capability
+from sft_recipes.models.compiled_layers import layers_of
 from sft_recipes.models.kernels import select_kernels
-from sft_recipes.models.model import DTYPES, layers_of, load_config, settle_types, with_adapters
+from sft_recipes.models.model import DTYPES, load_config
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.upstream import CHECKPOINTING
 

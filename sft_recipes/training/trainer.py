@@ -35,15 +35,12 @@ from sft_recipes.data.sequences import IGNORED, Sequences
 from sft_recipes.errors import RecipeError, RunError, SFTRecipeError, Stopped
 from sft_recipes.memory import autosize
 from sft_recipes.models import cpu_loss, strategies
+from sft_recipes.models.adapters import settle_types
+from sft_recipes.models.compiled_layers import compile_layers
 from sft_recipes.models.kernels import Kernels, apply_kernels
-from sft_recipes.models.model import (
-    compile_layers,
-    count_parameters,
-    is_out_of_memory,
-    reason_of,
-    settle_types,
-    tokenizer_bytes,
-)
+from sft_recipes.models.library_errors import is_out_of_memory, reason_of
+from sft_recipes.models.model import count_parameters
+from sft_recipes.models.tokenizer import tokenizer_bytes
 from sft_recipes.planning import disk
 from sft_recipes.planning.steps import count
 from sft_recipes.recipe.library_names import imitates_bf16
