@@ -181,7 +181,7 @@ class _Step:
     held: list[torch.Tensor] = field(default_factory=list)  # optimizer states, kept for the whole run
 
     def run(self) -> Footprint:
-        base: PreTrainedModel = self.model.get_base_model() if self.recipe.lora else self.model
+        base: PreTrainedModel = self.model.get_base_model() if self.recipe.trains_adapters else self.model
         self._replace_tensors()
         trl_utils.add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
         train = self.recipe.train
@@ -250,7 +250,7 @@ class _Step:
                     new = torch.nn.Parameter(
                         torch.empty(parameter.shape, dtype=parameter.dtype), requires_grad=parameter.requires_grad
                     )
-                    of_lora = self.recipe.lora is not None and parameter.requires_grad
+                    of_lora = self.recipe.trains_adapters and parameter.requires_grad
                     self.tracker.assign(new, "adapters" if of_lora else "weights")
                     given[id(parameter)] = new
                 module._parameters[name] = given[id(parameter)]

@@ -293,6 +293,16 @@ class Recipe(_Section):
         return values
 
     @property
+    def trains_adapters(self) -> bool:
+        """True for LoRA, DoRA and QLoRA, False for full fine-tuning."""
+        return self.lora is not None
+
+    @property
+    def trains_layers_in_full(self) -> bool:
+        """True if layers or new-token embeddings are trained next to the adapters; PEFT wraps them."""
+        return self.lora is not None and bool(self.lora.modules_to_save or self.model.new_tokens)
+
+    @property
     def method(self) -> str:
         """Name of the fine-tuning method."""
         if self.lora is None:

@@ -79,7 +79,7 @@ def _given(recipe: Recipe, section: str, key: str) -> bool:
 
 def _conflicts(recipe: Recipe) -> Iterator[str]:
     model, data, train = recipe.model, recipe.data, recipe.train
-    if model.quantization and recipe.lora is None:
+    if model.quantization and not recipe.trains_adapters:
         yield (
             f"model.quantization: quantized weights cannot be trained directly (got {model.quantization}). "
             "Add `lora: {}` for QLoRA, or remove model.quantization."
@@ -94,7 +94,7 @@ def _conflicts(recipe: Recipe) -> Iterator[str]:
             "train.mixed_precision: cannot be combined with model.dtype: bfloat16 (got fp16). "
             "Set train.mixed_precision: bf16, or model.dtype: float32."
         )
-    if train.mixed_precision == "fp16" and model.dtype == "float16" and recipe.lora is None:
+    if train.mixed_precision == "fp16" and model.dtype == "float16" and not recipe.trains_adapters:
         yield "train.mixed_precision: full fine-tuning in fp16 requires float32 weights. Set model.dtype: float32."
     if train.mixed_precision == "bf16" and model.dtype == "float16":
         yield (
@@ -264,7 +264,7 @@ def _likely_mistakes(recipe: Recipe) -> Iterator[str]:
     # FSDP2 and DeepSpeed train a float32 copy.
     in_float32 = recipe.launch.strategy != "ddp" and recipe.train.mixed_precision != "no"
     if (
-        recipe.lora is None
+        not recipe.trains_adapters
         and recipe.model.dtype != "float32"
         and not _rounds_stochastically(recipe)
         and not in_float32
@@ -274,8 +274,7 @@ def _likely_mistakes(recipe: Recipe) -> Iterator[str]:
             "learning rate of 1e-5, 2e-5 or 1e-4, about 84%, 70% or 12% of typical weights do not change in 20 steps. "
             f"Set train.optimizer: {STOCHASTIC_ROUNDING} (8-bit states, no extra memory), or model.dtype: float32."
         )
-    in_full = recipe.lora is not None and (recipe.lora.modules_to_save or recipe.model.new_tokens)
-    if in_full and recipe.model.dtype != "float32" and recipe.train.mixed_precision == "no":
+    if recipe.trains_layers_in_full and recipe.model.dtype != "float32" and recipe.train.mixed_precision == "no":
         yield (
             f"train.mixed_precision: without autocast, lora.modules_to_save and model.new_tokens are trained in "
             f"{recipe.model.dtype} and lose updates to rounding. Set train.mixed_precision: bf16."
@@ -287,7 +286,7 @@ def _likely_mistakes(recipe: Recipe) -> Iterator[str]:
 
 def _learning_rate(recipe: Recipe) -> Iterator[str]:
     """Warn about a learning rate that is far too low or too high."""
-    rate, adapters = recipe.train.learning_rate, recipe.lora is not None
+    rate, adapters = recipe.train.learning_rate, recipe.trains_adapters
     if not recipe.train.optimizer.startswith(("adamw", "paged_adamw")) or _is_small(recipe.model.name):
         return
     low, high = _TYPICAL_RATES[adapters]

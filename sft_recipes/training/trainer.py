@@ -291,7 +291,7 @@ def build(
     text_config.update(routing)  # undo what SFTTrainer sets, which must not be exported
     for unwanted in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(unwanted)
-    if recipe.lora is not None:
+    if recipe.trains_adapters:
         settle_types(trainer.model, recipe)
     trainer.kernels = apply_kernels(trainer.model, recipe)
     if recipe.train.compile:
