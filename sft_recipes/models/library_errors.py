@@ -50,4 +50,9 @@ def reason_of(error: Exception) -> str:
             "a file of the checkpoint is damaged or contains more than tensors and numbers. It was not loaded, because it "
             "could run code. Remove that checkpoint to continue from the one before it"
         )
-    return " ".join(str(error).split())[:400] or type(error).__name__
+    return shorten(str(error), 400) or type(error).__name__
+
+
+def shorten(text: str, length: int = 300) -> str:
+    """Put text on one line of at most `length` characters."""
+    return " ".join(text.split())[:length]

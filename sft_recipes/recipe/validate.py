@@ -14,6 +14,7 @@ from sft_recipes.recipe import machine, secrets
 from sft_recipes.recipe.library_names import OWNED, installed, optimizers, schedulers, sft_config_fields
 from sft_recipes.recipe.parse import Loaded, field_names, parse_recipe
 from sft_recipes.recipe.schema import DEFAULT_GLOBAL_BATCH_SIZE, Recipe
+from sft_recipes.trackers.base import kinds
 
 STOCHASTIC_ROUNDING = "adamw_8bit_sr"
 COLUMNS = ("instruction", "input", "output", "prompt", "completion", "messages", "text")
@@ -155,11 +156,9 @@ def _trackers(recipe: Recipe) -> Iterator[str]:
     for name in dict.fromkeys(name for name in to if to.count(name) > 1):
         yield f"log.to: {name} is listed {to.count(name)} times. List it once."
     for key in ("project", "name", "group"):
-        if _given(recipe, "log", key) and not set(to) - {"tensorboard"}:
-            yield (
-                f"log.{key}: used only by wandb, trackio and mlflow, and none of them is in log.to. "
-                "Add one to log.to, or remove this key."
-            )
+        if _given(recipe, "log", key) and not any(kinds()[name].has_names for name in to):
+            users = ", ".join(name for name, kind in kinds().items() if kind.has_names)
+            yield f"log.{key}: used only by {users}, and none of them is in log.to. Add one to log.to, or remove this key."
 
 
 def _batch(recipe: Recipe) -> Iterator[str]:
@@ -248,8 +247,8 @@ def _extras(recipe: Recipe) -> Iterator[str]:
     if recipe.launch.strategy in ("zero2", "zero3") and not installed("deepspeed"):
         yield f"launch.strategy: {recipe.launch.strategy} requires DeepSpeed, which {_install('deepspeed')}, or set fsdp2."
     for tracker in recipe.log.to:
-        if not installed(tracker):
-            yield f"log.to: {tracker} {_install(tracker)}."
+        if not installed(kinds()[tracker].package):
+            yield f"log.to: {tracker} is not installed. Run pip install '{kinds()[tracker].install()}'."
     if attention == "flash_attention_2" and not installed("flash_attn"):
         yield f"model.attention: {attention} requires flash-attn, which {_install('flash')}."
     if attention == "flash_attention_3" and not installed("flash_attn_3"):

@@ -51,11 +51,11 @@ from sft_recipes.training import checkpoint_dirs, run_info
 from sft_recipes.training.checkpoint_mixin import CheckpointMixin
 from sft_recipes.training.guards import NonFiniteGuard, StopOnRequest
 from sft_recipes.training.metrics import Metrics, ProgressDisplay
+from sft_recipes.training.nonfatal_trackers import NonFatalTracker, start_trackers
 from sft_recipes.training.preflight import Preflight, run_preflight
 from sft_recipes.training.sampler import SamplerMixin, pad_to_multiple
 from sft_recipes.training.samples import Samples, SampleWithoutValidation
 from sft_recipes.training.sft_config import sft_config
-from sft_recipes.training.trackers import NonFatalTracker, trackers
 
 _ROWS = 20  # maximum number of rows named in an error
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # config keys of mixture-of-experts models
@@ -277,7 +277,7 @@ def build(
         at_once = arguments.per_device_train_batch_size * arguments.world_size if arguments.world_size > 1 else 1
         if arguments.ddp_find_unused_parameters is None:  # experts that receive no token get no gradient
             arguments.ddp_find_unused_parameters = any(hasattr(text_config, name) for name in _EXPERTS)
-        guarded = trackers(recipe, run_dir, print_line, warn) if arguments.process_index == 0 else []
+        guarded = start_trackers(recipe, run_dir, print_line, warn) if arguments.process_index == 0 else []
         trainer = Trainer(
             model=model,
             args=arguments,
