@@ -13,6 +13,7 @@ from sft_recipes.distributed import ranks
 from sft_recipes.export import artifacts, reference
 from sft_recipes.memory import autosize
 from sft_recipes.models import model, strategies
+from sft_recipes.models.tokenizer import load_tokenizer, set_chat_template
 from sft_recipes.recipe import validate
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.report import page
@@ -75,10 +76,10 @@ def run(
             )
 
         # Tokenizer and data
-        tokenizer = model.load_tokenizer(recipe.model)
+        tokenizer = load_tokenizer(recipe.model)
         with ranks.main_first():  # the other ranks read its cache
             data = prepare.prepare(recipe, encoder.from_transformers(tokenizer), cached=cached)
-        model.set_chat_template(tokenizer, data)
+        set_chat_template(tokenizer, data)
         print_lines(console, data.lines())
         warn(console, [loaded.with_location(line) for line in data.warnings])
 

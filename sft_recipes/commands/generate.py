@@ -13,7 +13,7 @@ from sft_recipes import model_dir
 from sft_recipes.errors import ModelError, RecipeError, SFTRecipeError
 from sft_recipes.export import load_adapter
 from sft_recipes.models.generate import answer, prompt_ids
-from sft_recipes.models.model import as_model_error
+from sft_recipes.models.library_errors import as_model_error
 
 
 def talk(

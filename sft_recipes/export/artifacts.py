@@ -90,7 +90,7 @@ def export(
         )
         probe.save(folder)
         record.save(folder / reference.FILE)
-        if recipe.lora is None:
+        if not recipe.trains_adapters:
             return _whole(recipe, model, tokenizer, data.stops, probe, folder / "model", weights)
         save_adapter(model, tokenizer, folder / "adapter", stops=data.stops, weights=adapter)
         if probe.quantization:

@@ -141,7 +141,7 @@ def record(trainer: Any, recipe: Recipe, data: Prepared) -> Record | None:
     try:
         with _as_exported(model):
             found = Record(run_model(model, rows, compute=compute, device=device))
-            if recipe.lora is not None:
+            if recipe.trains_adapters:
                 with model.disable_adapter():
                     found.base = run_model(model, rows, compute=compute, device=device)
             else:

@@ -14,7 +14,7 @@ BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 def of_checkpoint(recipe: Recipe, trained: int, tokenizer: int) -> int:
     """Return the bytes of a checkpoint: trained weights, optimizer states (weights' dtype or 8 bits), tokenizer."""
-    weights, optimizer = 4 if recipe.lora else BYTES[recipe.model.dtype], recipe.train.optimizer
+    weights, optimizer = 4 if recipe.trains_adapters else BYTES[recipe.model.dtype], recipe.train.optimizer
     # bitsandbytes keeps moments in float32 for any weights; its 8-bit optimizers do so for those of the embeddings.
     bitsandbytes = any(name in optimizer for name in ("bnb", "paged", "ademamix", "lion_", "adamw_8bit"))
     bitsandbytes = bitsandbytes and optimizer != STOCHASTIC_ROUNDING
@@ -30,8 +30,8 @@ def needed(recipe: Recipe, parameters: int, trained: int, tokenizer: int) -> int
     """
     kept = recipe.checkpoint.keep + 1 + recipe.checkpoint.export_best if saves(recipe) else 0
     files = tokenizer + _CONFIGS
-    exported = trained * 4 + files if recipe.lora else 0
-    if recipe.lora is None or recipe.export.merge:
+    exported = trained * 4 + files if recipe.trains_adapters else 0
+    if not recipe.trains_adapters or recipe.export.merge:
         # For a quantized base, two candidates are written before one is chosen.
         models = 2 if recipe.model.quantization else 1
         exported += models * (parameters * BYTES[recipe.export.dtype] + files)

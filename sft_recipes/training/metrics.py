@@ -14,8 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sft_recipes import atomic_files
+from sft_recipes.models.library_errors import shorten
 from sft_recipes.planning.flops import peak_rate
-from sft_recipes.training.trackers import shorten
 
 # Keys in the Trainer's log: keys in metrics.jsonl.
 _NAMES = {

@@ -10,7 +10,7 @@ from sft_recipes.planning import disk
 from sft_recipes.planning.steps import Steps
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.recipe.validate import STOCHASTIC_ROUNDING
-from sft_recipes.training.trackers import PROJECT
+from sft_recipes.trackers.base import PROJECT
 from sft_recipes.upstream import CHECKPOINTING
 
 

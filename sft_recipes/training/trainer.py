@@ -35,15 +35,12 @@ from sft_recipes.data.sequences import IGNORED, Sequences
 from sft_recipes.errors import RecipeError, RunError, SFTRecipeError, Stopped
 from sft_recipes.memory import autosize
 from sft_recipes.models import cpu_loss, strategies
+from sft_recipes.models.adapters import settle_types
+from sft_recipes.models.compiled_layers import compile_layers
 from sft_recipes.models.kernels import Kernels, apply_kernels
-from sft_recipes.models.model import (
-    compile_layers,
-    count_parameters,
-    is_out_of_memory,
-    reason_of,
-    settle_types,
-    tokenizer_bytes,
-)
+from sft_recipes.models.library_errors import is_out_of_memory, reason_of
+from sft_recipes.models.model import count_parameters
+from sft_recipes.models.tokenizer import tokenizer_bytes
 from sft_recipes.planning import disk
 from sft_recipes.planning.steps import count
 from sft_recipes.recipe.library_names import imitates_bf16
@@ -54,11 +51,11 @@ from sft_recipes.training import checkpoint_dirs, run_info
 from sft_recipes.training.checkpoint_mixin import CheckpointMixin
 from sft_recipes.training.guards import NonFiniteGuard, StopOnRequest
 from sft_recipes.training.metrics import Metrics, ProgressDisplay
+from sft_recipes.training.nonfatal_trackers import NonFatalTracker, start_trackers
 from sft_recipes.training.preflight import Preflight, run_preflight
 from sft_recipes.training.sampler import SamplerMixin, pad_to_multiple
 from sft_recipes.training.samples import Samples, SampleWithoutValidation
 from sft_recipes.training.sft_config import sft_config
-from sft_recipes.training.trackers import NonFatalTracker, trackers
 
 _ROWS = 20  # maximum number of rows named in an error
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # config keys of mixture-of-experts models
@@ -278,7 +275,7 @@ def build(
         at_once = arguments.per_device_train_batch_size * arguments.world_size if arguments.world_size > 1 else 1
         if arguments.ddp_find_unused_parameters is None:  # experts that receive no token get no gradient
             arguments.ddp_find_unused_parameters = any(hasattr(text_config, name) for name in _EXPERTS)
-        guarded = trackers(recipe, run_dir, print_line, warn) if arguments.process_index == 0 else []
+        guarded = start_trackers(recipe, run_dir, print_line, warn) if arguments.process_index == 0 else []
         trainer = Trainer(
             model=model,
             args=arguments,
@@ -292,7 +289,7 @@ def build(
     text_config.update(routing)  # undo what SFTTrainer sets, which must not be exported
     for unwanted in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(unwanted)
-    if recipe.lora is not None:
+    if recipe.trains_adapters:
         settle_types(trainer.model, recipe)
     trainer.kernels = apply_kernels(trainer.model, recipe)
     if recipe.train.compile:
