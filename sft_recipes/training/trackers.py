@@ -19,6 +19,7 @@ from transformers.utils.generic import flatten_dict
 
 from sft_recipes import atomic_files
 from sft_recipes.recipe.schema import Recipe
+from sft_recipes.run_dir import LOGS
 
 IDS_FILE = "trackers.json"  # in the run directory: the run id of each tracker
 PROJECT = "sft-recipes"
@@ -343,7 +344,7 @@ def shorten(text: str) -> str:
 def _recorded(run_dir: Path) -> set[tuple[int, str | None]]:
     """Return (step, kind of record) for each line of metrics.jsonl and samples.jsonl."""
     records: set[tuple[int, str | None]] = set()
-    for name in ("metrics.jsonl", "samples.jsonl"):
+    for name in LOGS:
         for line in atomic_files.lines(run_dir / name) if (run_dir / name).is_file() else ():
             with suppress(ValueError, KeyError, TypeError):  # a power loss can leave any content
                 values = json.loads(line)
