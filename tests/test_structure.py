@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from sft_recipes import run_dir
+
 PACKAGE = Path(__file__).parent.parent / "sft_recipes"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # What each package or top-level module may import.
@@ -16,17 +18,18 @@ BELOW = {
     "atomic_files": {"errors"},
     "stopping": {"errors"},
     "upstream": set(),
-    "model_dir": {"errors"},
-    "trackers": {"atomic_files"},
+    "run_dir": {"atomic_files", "errors"},
+    "model_dir": {"errors", "run_dir"},
+    "trackers": {"atomic_files", "run_dir"},
     "recipe": {"errors", "model_dir", "trackers"},
-    "console": {"errors", "recipe", "report", "stopping"},
+    "console": {"run_dir"},
     "convert": {"errors", "recipe"},
     "data": {"errors", "model_dir", "recipe"},
-    "planning": {"errors", "memory", "recipe"},
+    "planning": {"errors", "memory", "recipe", "run_dir"},
     "models": {"data", "errors", "model_dir", "recipe", "upstream"},
-    "memory": {"data", "errors", "model_dir", "models", "planning", "recipe", "upstream"},
-    "report": {"atomic_files", "errors", "recipe", "stopping"},
-    "export": {"atomic_files", "data", "errors", "model_dir", "recipe"},
+    "memory": {"data", "errors", "model_dir", "models", "planning", "recipe", "run_dir", "upstream"},
+    "report": {"atomic_files", "errors", "recipe", "run_dir", "stopping"},
+    "export": {"atomic_files", "data", "errors", "model_dir", "recipe", "run_dir"},
     "distributed": {"errors", "model_dir", "recipe", "trackers"},
     "training": {
         "atomic_files",
@@ -37,14 +40,15 @@ BELOW = {
         "models",
         "planning",
         "recipe",
+        "run_dir",
         "stopping",
         "trackers",
         "upstream",
     },
-    "run_dir": {"atomic_files", "errors", "recipe"},
+    "run_metadata": {"atomic_files", "errors", "recipe", "run_dir"},
     "commands/check": {"data", "errors", "memory", "model_dir", "planning", "recipe", "run_dir"},
     "commands/plan": {"data", "errors", "memory", "model_dir", "models", "planning", "recipe"},
-    "commands/generate": {"errors", "export", "model_dir", "models", "recipe"},
+    "commands/generate": {"errors", "export", "model_dir", "models", "recipe", "run_dir"},
     "commands/doctor": {"data", "errors", "recipe"},
     "run_distributed": {"commands", "data", "distributed", "errors", "recipe", "run_dir"},
     "run": {
@@ -60,6 +64,7 @@ BELOW = {
         "report",
         "run_dir",
         "run_distributed",
+        "run_metadata",
         "stopping",
         "training",
     },
@@ -80,6 +85,7 @@ BELOW = {
         "training",
     },
 }
+FILES = {name for key, name in vars(run_dir).items() if key.isupper() and isinstance(name, str)}
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes"}
 
 
@@ -113,6 +119,19 @@ def test_imports_go_one_way(file: Path) -> None:
 @pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*/__init__.py")), ids=lambda file: file.parent.name)
 def test_packages_import_nothing_by_themselves(file: Path) -> None:
     assert file.read_text("utf-8") == ""
+
+
+@pytest.mark.parametrize("file", MODULES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_run_dir_owns_the_names_of_its_files(file: Path) -> None:
+    """A file's name is a constant of run_dir elsewhere; of the directories, model/ for one, in paths."""
+    literals = {
+        part.value
+        for node in ast.walk(ast.parse(file.read_text("utf-8")))
+        for part in ([node.right] if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div) else [node])
+        if isinstance(part, ast.Constant) and (part is not node or "." in str(part.value))
+    }
+
+    assert file.stem == "run_dir" or not literals & FILES
 
 
 def test_only_the_trainer_its_loss_and_what_predicts_them_import_trl() -> None:
@@ -151,6 +170,7 @@ TORCH_FREE = [
     "run_distributed.py",
     "cli.py",
     "run_dir.py",
+    "run_metadata.py",
 ]
 
 

@@ -18,7 +18,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from sft_recipes import model_dir
 from sft_recipes.atomic_files import atomic_dir, file_hashes, write_json
 from sft_recipes.errors import ModelError, OutputError, RunError, SFTRecipeError
-from sft_recipes.export import load_adapter, probe, reference, safetensors_io, verify
+from sft_recipes.export import load_adapter, probe, safetensors_io, verify
 from sft_recipes.export.dequantize import as_loaded, dequantized, held_in
 from sft_recipes.export.load_adapter import Origin
 from sft_recipes.export.lora_deltas import NotStreamable, TensorMerger, refuse_incomplete
@@ -26,8 +26,8 @@ from sft_recipes.export.probe import Probe, rows_of_texts
 from sft_recipes.export.reference import Record, run_model
 from sft_recipes.export.save_model import DTYPES, save_around, save_model
 from sft_recipes.export.weights import check_bits
+from sft_recipes.run_dir import MERGE, REFERENCE
 
-FILE = "merge.json"  # in the merged model's directory
 BASES = ("original", "dequantized")
 
 
@@ -46,7 +46,7 @@ class _Job:
 
     def __post_init__(self) -> None:
         self.rows = self.probe.rows or rows_of_texts(self.tokenizer)
-        record = self.adapter.resolve().parent / reference.FILE
+        record = self.adapter.resolve().parent / REFERENCE
         self.record = str(record) if self.probe.rows and record.is_file() else None
 
     def held_in(self, kind: str) -> torch.dtype:
@@ -104,7 +104,7 @@ def merge(
                 "adapter": str(adapter), "base": of.base, "revision": of.revision, "dtype": dtype,
                 "merged_into": chosen, "merged_by": ways[chosen], "verification": figures,
             }  # fmt: skip
-            write_report(folder / FILE, report)
+            write_report(folder / MERGE, report)
     except SFTRecipeError:
         raise
     except (OSError, SafetensorError) as error:
@@ -214,7 +214,7 @@ def _in_memory(job: _Job, folder: Path, out: Path) -> None:
 
 def _computed(folder: Path) -> Path:
     """The file of what a merge in memory computes."""
-    return folder.with_name(f"{folder.name}.{reference.FILE}")
+    return folder.with_name(f"{folder.name}.{REFERENCE}")
 
 
 def _generation(job: _Job, of_base: GenerationConfig) -> GenerationConfig:

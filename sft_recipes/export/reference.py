@@ -35,7 +35,6 @@ Rows = Sequence[dict[str, list[int]]]
 # which of its rows these are (None: all).
 Change = Callable[[torch.nn.Module, str, torch.Tensor, torch.Tensor | None], None]
 
-FILE = "reference.safetensors"  # in a run's directory, beside probe.json
 _SHARDED = ("fsdp2", "zero3")  # strategies whose forward pass needs every rank
 _POSITIONS = 8  # per row, whose logits are compared
 _WORDS = 4096  # of a larger vocabulary, evenly spaced, beside the tokens of the rows

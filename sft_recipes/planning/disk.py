@@ -6,8 +6,8 @@ from pathlib import Path
 from sft_recipes.errors import OutputError
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.recipe.validate import STOCHASTIC_ROUNDING
+from sft_recipes.run_dir import OUTPUTS
 
-_WRITTEN = ("checkpoints", "adapter", "model")
 _CONFIGS = 100_000  # bytes of files other than weights and tokenizer
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -45,7 +45,7 @@ def saves(recipe: Recipe) -> bool:
 
 def check_room(recipe: Recipe, folder: Path, parameters: int, trained: int, tokenizer: int) -> None:
     """Check that the run's files fit on the disk; a resumed run replaces its own. Raises OutputError."""
-    written = (file for part in _WRITTEN for file in (folder / part).rglob("*"))
+    written = (file for part in OUTPUTS for file in (folder / part).rglob("*"))
     existing = sum(file.stat().st_size for file in written if file.is_file())  # will be replaced
     need, free = needed(recipe, parameters, trained, tokenizer) - existing, shutil.disk_usage(folder).free
     if need > free:

@@ -46,6 +46,7 @@ from sft_recipes.planning.steps import count
 from sft_recipes.recipe.library_names import imitates_bf16
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.recipe.validate import TORCHAO
+from sft_recipes.run_dir import METRICS, SAMPLES
 from sft_recipes.stopping import Stop
 from sft_recipes.training import checkpoint_dirs, run_info
 from sft_recipes.training.checkpoint_mixin import CheckpointMixin
@@ -261,7 +262,7 @@ def build(
         print_line(f"warning: {text}", "yellow")
 
     display = ProgressDisplay(console)
-    metrics = Metrics(run_dir / "metrics.jsonl", warn, display.show)
+    metrics = Metrics(run_dir / METRICS, warn, display.show)
     before_all = _BeforeAll()
     text_config = model.config.get_text_config()
     routing = {
@@ -314,7 +315,7 @@ def build(
     if prompts := eval_prompts(recipe):
         main_warn = warn if trainer.is_world_process_zero() else None
         tables = [tracker.table for tracker in guarded]
-        trainer.samples = Samples(prompts, tokenizer, recipe, data, run_dir / "samples.jsonl", main_warn, tables)
+        trainer.samples = Samples(prompts, tokenizer, recipe, data, run_dir / SAMPLES, main_warn, tables)
         _check_room_for_answers(recipe, trainer)
         if data.eval is None:
             trainer.add_callback(SampleWithoutValidation(trainer, steps.every(recipe.eval.every)))
