@@ -21,10 +21,11 @@ BELOW = {
     "run_dir": {"atomic_files", "errors"},
     "model_dir": {"errors", "run_dir"},
     "trackers": {"atomic_files", "run_dir"},
-    "recipe": {"errors", "model_dir", "trackers"},
+    "data/formats": {"errors"},
+    "recipe": {"data/formats", "errors", "model_dir", "trackers"},
     "console": {"run_dir"},
     "convert": {"errors", "recipe"},
-    "data": {"errors", "model_dir", "recipe"},
+    "data": {"data/formats", "errors", "model_dir", "recipe"},
     "planning": {"errors", "memory", "recipe", "run_dir"},
     "models": {"data", "errors", "model_dir", "recipe", "upstream"},
     "memory": {"data", "errors", "model_dir", "models", "planning", "recipe", "run_dir", "upstream"},
@@ -86,6 +87,7 @@ BELOW = {
     },
 }
 FILES = {name for key, name in vars(run_dir).items() if key.isupper() and isinstance(name, str)}
+FORMATS = "data/formats"
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes"}
 
 
@@ -100,9 +102,10 @@ def imports(file: Path) -> set[str]:
 
 
 def layer(file: Path) -> str:
-    """Name of a package or module at the top; each command is a layer of its own."""
+    """Name of a package or module at the top; data/formats, and each command, is a layer of its own."""
     first, *others = file.relative_to(PACKAGE).with_suffix("").parts
-    return f"{first}/{others[0]}" if first == "commands" and others != ["__init__"] else first
+    inner = f"{first}/{others[0]}" if others else first
+    return inner if inner == FORMATS or (first == "commands" and others != ["__init__"]) else first
 
 
 def test_there_are_modules() -> None:
@@ -111,7 +114,8 @@ def test_there_are_modules() -> None:
 
 @pytest.mark.parametrize("file", MODULES, ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_imports_go_one_way(file: Path) -> None:
-    ours = {name.split(".")[1] for name in imports(file) if name.startswith("sft_recipes.")}
+    names = [name.split(".") for name in imports(file) if name.startswith("sft_recipes.")]
+    ours = {FORMATS if "/".join(name[1:3]) == FORMATS else name[1] for name in names}
 
     assert ours - {layer(file), "__version__"} <= BELOW.get(layer(file), set())
 
@@ -179,7 +183,7 @@ def test_modules_without_torch() -> None:
     files = [
         file
         for part in TORCH_FREE
-        for file in ([PACKAGE / part] if part.endswith(".py") else sorted((PACKAGE / part).glob("*.py")))
+        for file in ([PACKAGE / part] if part.endswith(".py") else sorted((PACKAGE / part).rglob("*.py")))
         if file.stem not in ("__init__", "packed_dataset")
     ]
     names = [".".join(("sft_recipes", *file.relative_to(PACKAGE).with_suffix("").parts)) for file in files]

@@ -10,6 +10,7 @@ from typing import Any
 from sft_recipes import atomic_files
 from sft_recipes.models.library_errors import shorten
 from sft_recipes.recipe.schema import Recipe
+from sft_recipes.run_dir import LOGS
 from sft_recipes.trackers.base import Tracker, kinds
 
 _RECORDS = ("loss", "eval_loss", "eval_exact_match")  # the first key present identifies a record of its step
@@ -96,7 +97,7 @@ def start_trackers(
 def _recorded(run_dir: Path) -> set[tuple[int, str | None]]:
     """Return (step, kind of record) for each line of metrics.jsonl and samples.jsonl."""
     records: set[tuple[int, str | None]] = set()
-    for name in ("metrics.jsonl", "samples.jsonl"):
+    for name in LOGS:
         for line in atomic_files.lines(run_dir / name) if (run_dir / name).is_file() else ():
             with suppress(ValueError, KeyError, TypeError):  # a power loss can leave any content
                 values = json.loads(line)

@@ -18,7 +18,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sft_recipes.data import formats, templates
+from sft_recipes.data import templates
+from sft_recipes.data.formats import registry as formats
 from sft_recipes.export.save_model import save_tokenizer
 from sft_recipes.model_dir import BUILTIN
 from tools.builtin_model import corpus
