@@ -20,6 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sft_recipes.data import encoder, prepare
 from sft_recipes.models import attention, model
+from sft_recipes.models.tokenizer import load_tokenizer
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.training import trainer
 
@@ -86,7 +87,7 @@ with tempfile.TemporaryDirectory() as folder:
             "output_dir": folder,
         }
     )  # fmt: skip
-    tokenizer = model.load_tokenizer(recipe.model)
+    tokenizer = load_tokenizer(recipe.model)
     data = prepare.prepare(recipe, encoder.from_transformers(tokenizer), cached=False)
     sft = trainer.build(recipe, model.load_model(recipe, tokenizer), tokenizer, data, Path(folder), Console(quiet=True))
     sft.model.train()

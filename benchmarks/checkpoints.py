@@ -20,6 +20,7 @@ from trl import SFTTrainer
 from sft_recipes import atomic_files, cli
 from sft_recipes.data import encoder, prepare
 from sft_recipes.models import model
+from sft_recipes.models.tokenizer import load_tokenizer
 from sft_recipes.recipe import parse
 from sft_recipes.training import checkpoint_dirs, guards, trainer
 
@@ -91,7 +92,7 @@ def watching(folder: Path, times: int) -> None:
 def build(folder: Path, name: str, *, steps: int) -> trainer.Trainer:
     (folder / "recipe.yaml").write_text(RECIPE % (name, steps), encoding="utf-8")
     recipe = parse.load(folder / "recipe.yaml", []).recipe
-    tokenizer = model.load_tokenizer(recipe.model)
+    tokenizer = load_tokenizer(recipe.model)
     data = prepare.prepare(recipe, encoder.from_transformers(tokenizer), cached=False)
     run_dir = folder / "run"
     run_dir.mkdir()

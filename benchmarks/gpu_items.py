@@ -37,7 +37,9 @@ from sft_recipes.data.sequences import SelectedRows, build_sequences
 from sft_recipes.data.stats import SourceStats
 from sft_recipes.memory import autosize, prediction, remedies
 from sft_recipes.models import model
-from sft_recipes.models.model import reason_of
+from sft_recipes.models.adapters import with_adapters
+from sft_recipes.models.library_errors import reason_of
+from sft_recipes.models.tokenizer import load_tokenizer
 from sft_recipes.recipe import parse
 from sft_recipes.recipe.library_names import installed
 from sft_recipes.recipe.schema import Model, Recipe
@@ -270,7 +272,7 @@ def train(
 
     data = random_rows(used, long=recipe is not None, tiny=given.tiny)
     table = data.train.table()
-    network, tokenizer = build_model(used, given.device, adapters=not plain), model.load_tokenizer(used.model)
+    network, tokenizer = build_model(used, given.device, adapters=not plain), load_tokenizer(used.model)
     if given.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     if plain:
@@ -443,7 +445,7 @@ def model_directory(given: argparse.Namespace, size: str) -> Path:
     directory: Path = given.folder / size
     source = ROOT / "tests/model_configs" / CONFIGS[size] / "config.json"
     config = json.loads(source.read_text("utf-8")) | SHAPES.get(size, {}) | (TINY if given.tiny else {})
-    model.load_tokenizer(Model(name="builtin:tiny")).save_pretrained(directory)
+    load_tokenizer(Model(name="builtin:tiny")).save_pretrained(directory)
     (directory / "config.json").write_text(json.dumps(config), "utf-8")
     return directory
 
@@ -465,7 +467,7 @@ def build_model(recipe: Recipe, device: str, *, adapters: bool) -> Any:
             device_map={"": 0 if device == "cuda" else device}, **options,
         )  # fmt: skip
     if recipe.lora is not None and adapters:
-        network = model.with_adapters(network, recipe.lora, recipe.model, [])
+        network = with_adapters(network, recipe.lora, recipe.model, [])
     return network
 
 

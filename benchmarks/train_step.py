@@ -45,6 +45,7 @@ from sft_recipes import cli, model_dir
 from sft_recipes.data import encoder, prepare
 from sft_recipes.memory import autosize
 from sft_recipes.models import model
+from sft_recipes.models.tokenizer import load_tokenizer
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.training import trainer
 
@@ -178,7 +179,7 @@ def recipe_for(given: argparse.Namespace, method: str, rows: int, length: int, s
 
 def ours(recipe: Recipe, folder: Path) -> tuple[trainer.Trainer, prepare.Prepared]:
     recipe = autosize.resolve_for_run(recipe, folder)
-    tokenizer = model.load_tokenizer(recipe.model)
+    tokenizer = load_tokenizer(recipe.model)
     data = prepare.prepare(recipe, encoder.from_transformers(tokenizer), cached=False)
     network = model.load_model(recipe, tokenizer)
     return trainer.build(recipe, network, tokenizer, data, folder, Console(quiet=True)), data

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""Write the reference pages from the code: docs/recipe.md, commands.md and convert.md. A test holds them against it."""
+"""Write the reference pages from the code: recipe.md, commands.md, convert.md, the end of trackers.md. A test compares."""
 
+import inspect
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from sft_recipes.data.formats.registry import FORMATS
 from sft_recipes.recipe import editor_schema
 from sft_recipes.recipe.parse import expectation, schema_of, section_class
 from sft_recipes.recipe.schema import Recipe, WeightedSource
+from sft_recipes.trackers.base import kinds
 
 DOCS = Path(__file__).parent
 
@@ -203,7 +205,19 @@ def _notes(tool: Table, kind: str) -> list[str]:
     return [f"| {', '.join(those)} | {note} |".replace("(0|1)", "(0\\|1)") for note, those in keys.items()]
 
 
-PAGES = {"recipe.md": recipe_page, "commands.md": commands_page, "convert.md": convert_page}
+def trackers_page() -> str:
+    """The page as it is, with the docstring of every tracker at its end."""
+    written, mark, _ = (DOCS / "trackers.md").read_text("utf-8").partition("by docs/generate.py. -->\n")
+    sections = [f"\n## {name}\n\n{inspect.getdoc(kind)}\n" for name, kind in kinds().items()]
+    return written + mark + "".join(sections)
+
+
+PAGES = {
+    "recipe.md": recipe_page,
+    "commands.md": commands_page,
+    "convert.md": convert_page,
+    "trackers.md": trackers_page,
+}
 
 if __name__ == "__main__":
     for name, page in PAGES.items():

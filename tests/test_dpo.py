@@ -22,7 +22,7 @@ from sft_recipes.commands.generate import talk
 from sft_recipes.data import encoder, prepare
 from sft_recipes.data.sequences import IGNORED
 from sft_recipes.export.merge import merge
-from sft_recipes.models import model
+from sft_recipes.models.tokenizer import load_tokenizer
 from sft_recipes.recipe import parse
 from tests.conftest import WriteRecipe, minimal, run, write_rows
 
@@ -150,7 +150,7 @@ def test_pairs_are_the_tokens_of_the_fine_tuning(
     named = [f"data.template={tmp_path / 'chat.jinja'}"] if template == "chat" else []
     run(recipe, "train.max_steps=1", *named)
     loaded = parse.load(recipe, named).recipe
-    sft = prepare.prepare(loaded, encoder.from_transformers(model.load_tokenizer(loaded.model))).train
+    sft = prepare.prepare(loaded, encoder.from_transformers(load_tokenizer(loaded.model))).train
     dpo = build(tmp_path / "run" / "model", folder / "pairs.jsonl", tmp_path / "out", **SETTINGS).train_dataset
 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")

@@ -23,6 +23,7 @@ from sft_recipes import atomic_files, cli
 from sft_recipes.commands import check
 from sft_recipes.errors import InputError, RecipeError, RunError
 from sft_recipes.recipe import secrets
+from sft_recipes.trackers.base import kinds
 from tests.conftest import WriteRecipe, run, write_rows
 
 TINY = Path(__file__).parents[1] / "sft_recipes" / "builtin" / "tiny"
@@ -494,7 +495,7 @@ def test_a_run_with_trackers_keeps_secrets_and_stays_here(
 ) -> None:
     """LoRA, merge and its proof in another process, with every tracker, in a git repository whose remote has a password;
     the network taken away."""
-    names = [name for name in ("wandb", "tensorboard", "trackio", "mlflow") if importlib.util.find_spec(name)]
+    names = [name for name, kind in kinds().items() if importlib.util.find_spec(kind.package)]
     recipe = write_recipe(lora={"rank": 2}, log={"to": names}, eval={"generate": ["Say it."]})
     for words in (["init", "-q"], ["remote", "add", "origin", "https://me:PlantedIIII9999@example.invalid/x.git"]):
         subprocess.run(["git", *words], cwd=tmp_path, check=True)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from sft_recipes import run_dir
+
 PACKAGE = Path(__file__).parent.parent / "sft_recipes"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # What each package or top-level module may import.
@@ -16,20 +18,21 @@ BELOW = {
     "atomic_files": {"errors"},
     "stopping": {"errors"},
     "upstream": set(),
-    "model_dir": {"errors"},
+    "run_dir": {"atomic_files", "errors"},
+    "model_dir": {"errors", "run_dir"},
+    "trackers": {"atomic_files", "run_dir"},
     "data/chat_templates": set(),
     "data/formats": {"errors"},
-    "recipe": {"data/chat_templates", "data/formats", "errors", "model_dir"},
-    "console": {"errors", "recipe", "report", "stopping"},
+    "recipe": {"data/chat_templates", "data/formats", "errors", "model_dir", "trackers"},
+    "console": {"run_dir"},
     "convert": {"errors", "recipe"},
-    "builtin": {"data", "data/formats", "errors", "export", "recipe"},
     "data": {"data/chat_templates", "data/formats", "errors", "model_dir", "recipe"},
-    "planning": {"errors", "memory", "recipe"},
+    "planning": {"errors", "memory", "recipe", "run_dir"},
     "models": {"data", "data/chat_templates", "errors", "model_dir", "recipe", "upstream"},
-    "memory": {"data", "errors", "model_dir", "models", "planning", "recipe", "upstream"},
-    "report": {"atomic_files", "errors", "recipe", "stopping"},
-    "export": {"atomic_files", "data", "errors", "model_dir", "recipe"},
-    "distributed": {"errors", "model_dir", "recipe"},
+    "memory": {"data", "errors", "model_dir", "models", "planning", "recipe", "run_dir", "upstream"},
+    "report": {"atomic_files", "errors", "recipe", "run_dir", "stopping"},
+    "export": {"atomic_files", "data", "errors", "model_dir", "recipe", "run_dir"},
+    "distributed": {"errors", "model_dir", "recipe", "trackers"},
     "training": {
         "atomic_files",
         "data",
@@ -39,13 +42,15 @@ BELOW = {
         "models",
         "planning",
         "recipe",
+        "run_dir",
         "stopping",
+        "trackers",
         "upstream",
     },
-    "run_dir": {"atomic_files", "errors", "recipe"},
+    "run_metadata": {"atomic_files", "errors", "recipe", "run_dir"},
     "commands/check": {"data", "data/chat_templates", "errors", "memory", "model_dir", "planning", "recipe", "run_dir"},
     "commands/plan": {"data", "errors", "memory", "model_dir", "models", "planning", "recipe"},
-    "commands/generate": {"errors", "export", "model_dir", "models", "recipe"},
+    "commands/generate": {"errors", "export", "model_dir", "models", "recipe", "run_dir"},
     "commands/doctor": {"data", "errors", "recipe"},
     "run_distributed": {"commands", "data", "distributed", "errors", "recipe", "run_dir"},
     "run": {
@@ -61,6 +66,7 @@ BELOW = {
         "report",
         "run_dir",
         "run_distributed",
+        "run_metadata",
         "stopping",
         "training",
     },
@@ -81,6 +87,7 @@ BELOW = {
         "training",
     },
 }
+FILES = {name for key, name in vars(run_dir).items() if key.isupper() and isinstance(name, str)}
 DECLARATIONS = ("data/chat_templates", "data/formats")  # layers below the recipe, whose schema derives from them
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes"}
 
@@ -119,6 +126,19 @@ def test_packages_import_nothing_by_themselves(file: Path) -> None:
     assert file.read_text("utf-8") == ""
 
 
+@pytest.mark.parametrize("file", MODULES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_run_dir_owns_the_names_of_its_files(file: Path) -> None:
+    """A file's name is a constant of run_dir elsewhere; of the directories, model/ for one, in paths."""
+    literals = {
+        part.value
+        for node in ast.walk(ast.parse(file.read_text("utf-8")))
+        for part in ([node.right] if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div) else [node])
+        if isinstance(part, ast.Constant) and (part is not node or "." in str(part.value))
+    }
+
+    assert file.stem == "run_dir" or not literals & FILES
+
+
 def test_only_the_trainer_its_loss_and_what_predicts_them_import_trl() -> None:
     users = [
         file.relative_to(PACKAGE).as_posix() for file in MODULES if any(n.split(".")[0] == "trl" for n in imports(file))
@@ -136,6 +156,7 @@ TORCH_FREE = [
     "errors.py",
     "atomic_files.py",
     "stopping.py",
+    "trackers",
     "recipe",
     "convert",
     "data",
@@ -154,6 +175,7 @@ TORCH_FREE = [
     "run_distributed.py",
     "cli.py",
     "run_dir.py",
+    "run_metadata.py",
 ]
 
 

@@ -150,7 +150,7 @@ def _check_disk_space(recipe: Recipe) -> Findings:
         return Findings([], [])  # a resumed run has written part of it already
     folder = Path(recipe.output_dir).expanduser()
     disk_of = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
-    if short := disk.lacking(disk_of, disk.needed(recipe, parameters, 0 if recipe.lora else parameters, 0)):
+    if short := disk.lacking(disk_of, disk.needed(recipe, parameters, 0 if recipe.trains_adapters else parameters, 0)):
         raise OutputError(
             f"output_dir: not enough free space in {disk_of} for checkpoints and models{short}. Free some space, choose "
             "another disk with --set output_dir=DIR, or lower checkpoint.keep."
@@ -164,7 +164,7 @@ def _check_host_memory(recipe: Recipe) -> Findings:
     if model is None:
         return Findings([], [])
     device = "cuda" if machine.trains_on_nvidia_gpu() else "cpu"
-    short = host_memory.lacking(host_memory.predict(recipe, model, device), adapters=recipe.lora is not None)
+    short = host_memory.lacking(host_memory.predict(recipe, model, device), adapters=recipe.trains_adapters)
     return Findings([], [short] if short else [])
 
 

@@ -13,7 +13,8 @@ from sft_recipes import model_dir
 from sft_recipes.errors import ModelError, RecipeError, SFTRecipeError
 from sft_recipes.export import load_adapter
 from sft_recipes.models.generate import answer, prompt_ids
-from sft_recipes.models.model import as_model_error
+from sft_recipes.models.library_errors import as_model_error
+from sft_recipes.run_dir import DATA
 
 
 def talk(
@@ -85,7 +86,7 @@ def _is_unicode(text: str) -> bool:
 
 def _trained_on_text(path: Path) -> bool:
     """Return True if `path` is (in) a run trained on plain text, which is continued without a template."""
-    file = next((folder / "data.json" for folder in (path, path.parent) if (folder / "data.json").is_file()), None)
+    file = next((folder / DATA for folder in (path, path.parent) if (folder / DATA).is_file()), None)
     if file is None:
         return False
     try:

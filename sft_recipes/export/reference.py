@@ -35,7 +35,6 @@ Rows = Sequence[dict[str, list[int]]]
 # which of its rows these are (None: all).
 Change = Callable[[torch.nn.Module, str, torch.Tensor, torch.Tensor | None], None]
 
-FILE = "reference.safetensors"  # in a run's directory, beside probe.json
 _SHARDED = ("fsdp2", "zero3")  # strategies whose forward pass needs every rank
 _POSITIONS = 8  # per row, whose logits are compared
 _WORDS = 4096  # of a larger vocabulary, evenly spaced, beside the tokens of the rows
@@ -141,7 +140,7 @@ def record(trainer: Any, recipe: Recipe, data: Prepared) -> Record | None:
     try:
         with _as_exported(model):
             found = Record(run_model(model, rows, compute=compute, device=device))
-            if recipe.lora is not None:
+            if recipe.trains_adapters:
                 with model.disable_adapter():
                     found.base = run_model(model, rows, compute=compute, device=device)
             else:

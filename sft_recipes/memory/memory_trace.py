@@ -20,9 +20,11 @@ from sft_recipes.errors import ModelError
 from sft_recipes.memory import fake_kernels, optimizer_states
 from sft_recipes.memory.prediction import Footprint, extrapolate
 from sft_recipes.memory.storage_tracker import StorageTracker
+from sft_recipes.models.adapters import settle_types, with_adapters
 from sft_recipes.models.attention import Capability
+from sft_recipes.models.compiled_layers import layers_of
 from sft_recipes.models.kernels import select_kernels
-from sft_recipes.models.model import DTYPES, layers_of, load_config, settle_types, with_adapters
+from sft_recipes.models.model import DTYPES, load_config
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.upstream import CHECKPOINTING
 
@@ -179,7 +181,7 @@ class _Step:
     held: list[torch.Tensor] = field(default_factory=list)  # optimizer states, kept for the whole run
 
     def run(self) -> Footprint:
-        base: PreTrainedModel = self.model.get_base_model() if self.recipe.lora else self.model
+        base: PreTrainedModel = self.model.get_base_model() if self.recipe.trains_adapters else self.model
         self._replace_tensors()
         trl_utils.add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
         train = self.recipe.train
@@ -248,7 +250,7 @@ class _Step:
                     new = torch.nn.Parameter(
                         torch.empty(parameter.shape, dtype=parameter.dtype), requires_grad=parameter.requires_grad
                     )
-                    of_lora = self.recipe.lora is not None and parameter.requires_grad
+                    of_lora = self.recipe.trains_adapters and parameter.requires_grad
                     self.tracker.assign(new, "adapters" if of_lora else "weights")
                     given[id(parameter)] = new
                 module._parameters[name] = given[id(parameter)]

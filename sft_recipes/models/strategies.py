@@ -95,10 +95,9 @@ def broadcasts_weights(recipe: Recipe, model: Any) -> bool:
     """
     if recipe.launch.strategy != "fsdp2" or getattr(model.config, "quantization_config", None):
         return False
-    wrapped = recipe.lora is not None and bool(recipe.lora.modules_to_save or recipe.model.new_tokens)
     buffers = {name for name, _ in model.named_buffers()} & model.state_dict().keys()
     float32 = getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None)
-    return not (wrapped or buffers or float32)
+    return not (recipe.trains_layers_in_full or buffers or float32)
 
 
 def allocate_lazily(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
@@ -161,7 +160,7 @@ def gather_for_export(trainer: Any, recipe: Recipe) -> Gathered:
         trainer.deepspeed.optimizer.checkpoint_event_prologue()  # shard weights that a forward pass left gathered
         unset_hf_deepspeed_config()  # models loaded from here on are not sharded
     shards = model.state_dict(keep_vars=True)  # this rank's shard of each weight
-    if recipe.lora is not None:
+    if recipe.trains_adapters:
         shards = {name: weight for name, weight in shards.items() if weight.requires_grad}
         trained = ((name, weight.cpu()) for name, weight in _gather_all(shards, None))
         keep = trainer.is_world_process_zero()

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sft_recipes.data.chat_templates import named
 from sft_recipes.data.formats.registry import FORMATS
+from sft_recipes.trackers.base import kinds as trackers
 
 DEFAULT_GLOBAL_BATCH_SIZE = 32
 
@@ -19,8 +20,10 @@ Interval = Annotated[float, Field(gt=0, le=1)] | Positive | None
 DType = Literal["bfloat16", "float16", "float32"]
 if TYPE_CHECKING:
     Format = str
+    Tracker = str
 else:
     Format = Literal[*FORMATS]
+    Tracker = Literal[*trackers()]
 
 
 class _Section(BaseModel):
@@ -231,15 +234,16 @@ class Log(_Section):
 
     every: Positive = 10
     """Number of steps between lines of metrics.jsonl and the console."""
-    to: list[Literal["wandb", "tensorboard", "trackio", "mlflow"]] = []
-    """Experiment trackers in addition to metrics.jsonl: wandb, tensorboard, trackio, mlflow. Each requires its extra."""
+    to: Annotated[
+        list[Tracker], Field(description=f"Experiment trackers besides metrics.jsonl: {', '.join(trackers())}.")
+    ] = []
     project: Name | None = None
-    """Project in wandb and trackio, experiment in mlflow. Default: WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME if set, else
+    """Project (mlflow: experiment) in the trackers. Default: that of WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME, else
     sft-recipes."""
     name: Name | None = None
-    """Run name in wandb, trackio and mlflow. Default: the last part of output_dir."""
+    """Name of the run in the trackers. Default: the last part of output_dir."""
     group: Name | None = None
-    """Group of runs: group in wandb and trackio, tag in mlflow."""
+    """Group of runs in the trackers (mlflow: tag)."""
 
 
 class Export(_Section):
@@ -305,6 +309,16 @@ class Recipe(_Section):
         if self.train.max_steps is None:
             values["train"]["epochs"] = self.train.epochs or 1.0
         return values
+
+    @property
+    def trains_adapters(self) -> bool:
+        """True for LoRA, DoRA and QLoRA, False for full fine-tuning."""
+        return self.lora is not None
+
+    @property
+    def trains_layers_in_full(self) -> bool:
+        """True if layers or new-token embeddings are trained next to the adapters; PEFT wraps them."""
+        return self.lora is not None and bool(self.lora.modules_to_save or self.model.new_tokens)
 
     @property
     def method(self) -> str:

@@ -12,7 +12,9 @@ from safetensors import SafetensorError
 
 from sft_recipes import atomic_files
 from sft_recipes.errors import RunError
-from sft_recipes.models.model import count_parameters, reason_of, tokenizer_bytes
+from sft_recipes.models.library_errors import reason_of
+from sft_recipes.models.model import count_parameters
+from sft_recipes.models.tokenizer import tokenizer_bytes
 from sft_recipes.planning import disk
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.training import checkpoint_dirs

@@ -1,6 +1,5 @@
 """Record metrics.jsonl and display progress."""
 
-import json
 import resource
 import sys
 import time
@@ -13,9 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sft_recipes import atomic_files
+from sft_recipes.models.library_errors import shorten
 from sft_recipes.planning.flops import peak_rate
-from sft_recipes.training.trackers import shorten
+from sft_recipes.run_dir import append_lines
 
 # Keys in the Trainer's log: keys in metrics.jsonl.
 _NAMES = {
@@ -81,7 +80,7 @@ class Metrics(TrainerCallback):
         if "loss" in logs:  # trackers receive the same dict next
             logs.update({name: line[name] for name in _COMPUTED if line.get(name) is not None})
         try:
-            atomic_files.append(self.file, json.dumps(line) + "\n")
+            append_lines(self.file, [line])
             for show in self.shows:
                 show(line)
         except Exception as error:

@@ -17,7 +17,6 @@ from sft_recipes.data.sequences import IGNORED
 from sft_recipes.errors import ModelError, RunError, SFTRecipeError
 from sft_recipes.memory import autosize, memory_trace
 from sft_recipes.memory.prediction import GIB
-from sft_recipes.models import cpu_loss
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.training.metrics import peak_memory
 
@@ -338,7 +337,7 @@ def _check_base_loss(trainer: Any, warnings: list[str]) -> dict[str, float]:
 
 
 def _loss_per_token(trainer: Any, tokens: list[int]) -> float:
-    with torch.no_grad(), cpu_loss.in_place_of_trls() if trainer.own_head else nullcontext():
+    with torch.no_grad():
         outputs = _run_eagerly(trainer, tokens, [len(tokens)], fused_lm_head=True)
     return -(outputs.log_probs.sum() / outputs.label_mask.sum().clamp(min=1)).item()
 

@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, unwrap_peft_model
 from trl import SFTConfig, SFTTrainer
 
 from sft_recipes import model_dir
@@ -35,30 +35,28 @@ from sft_recipes.data.sequences import IGNORED, Sequences
 from sft_recipes.errors import RecipeError, RunError, SFTRecipeError, Stopped
 from sft_recipes.memory import autosize
 from sft_recipes.models import cpu_loss, strategies
+from sft_recipes.models.adapters import settle_types
+from sft_recipes.models.compiled_layers import compile_layers
 from sft_recipes.models.kernels import Kernels, apply_kernels
-from sft_recipes.models.model import (
-    compile_layers,
-    count_parameters,
-    is_out_of_memory,
-    reason_of,
-    settle_types,
-    tokenizer_bytes,
-)
+from sft_recipes.models.library_errors import is_out_of_memory, reason_of
+from sft_recipes.models.model import count_parameters
+from sft_recipes.models.tokenizer import tokenizer_bytes
 from sft_recipes.planning import disk
 from sft_recipes.planning.steps import count
 from sft_recipes.recipe.library_names import imitates_bf16
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.recipe.validate import TORCHAO
+from sft_recipes.run_dir import METRICS, SAMPLES
 from sft_recipes.stopping import Stop
 from sft_recipes.training import checkpoint_dirs, run_info
 from sft_recipes.training.checkpoint_mixin import CheckpointMixin
 from sft_recipes.training.guards import NonFiniteGuard, StopOnRequest
 from sft_recipes.training.metrics import Metrics, ProgressDisplay
+from sft_recipes.training.nonfatal_trackers import NonFatalTracker, start_trackers
 from sft_recipes.training.preflight import Preflight, run_preflight
 from sft_recipes.training.sampler import SamplerMixin, pad_to_multiple
 from sft_recipes.training.samples import Samples, SampleWithoutValidation
 from sft_recipes.training.sft_config import sft_config
-from sft_recipes.training.trackers import NonFatalTracker, trackers
 
 _ROWS = 20  # maximum number of rows named in an error
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # config keys of mixture-of-experts models
@@ -96,6 +94,8 @@ class Trainer(CheckpointMixin, SamplerMixin, SFTTrainer):
         self.stopped = False  # by a signal or time limit
         self._losses_and_counts = list[torch.Tensor]()  # one [loss, tokens] per evaluation micro-batch
         self.own_head = cpu_loss.applies(self.args.device.type, self.args.loss_type)
+        if self.own_head:
+            cpu_loss.replace_fused_lm_head(unwrap_peft_model(self.model))
         # TRL gathers sums. gather_for_metrics would drop some at the end of an epoch, so that averages over several processes
         # would depend on where the run was resumed.
         self.accelerator.gather_for_metrics = self.accelerator.gather
@@ -139,10 +139,6 @@ class Trainer(CheckpointMixin, SamplerMixin, SFTTrainer):
         ]
         count = sum(mask.sum() for mask in masks)
         return self.accelerator.reduce(count, "sum") if self.args.world_size > 1 and batches else count
-
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        with cpu_loss.in_place_of_trls() if self.own_head else nullcontext():
-            return super().compute_loss(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -266,7 +262,7 @@ def build(
         print_line(f"warning: {text}", "yellow")
 
     display = ProgressDisplay(console)
-    metrics = Metrics(run_dir / "metrics.jsonl", warn, display.show)
+    metrics = Metrics(run_dir / METRICS, warn, display.show)
     before_all = _BeforeAll()
     text_config = model.config.get_text_config()
     routing = {
@@ -280,7 +276,7 @@ def build(
         at_once = arguments.per_device_train_batch_size * arguments.world_size if arguments.world_size > 1 else 1
         if arguments.ddp_find_unused_parameters is None:  # experts that receive no token get no gradient
             arguments.ddp_find_unused_parameters = any(hasattr(text_config, name) for name in _EXPERTS)
-        guarded = trackers(recipe, run_dir, print_line, warn) if arguments.process_index == 0 else []
+        guarded = start_trackers(recipe, run_dir, print_line, warn) if arguments.process_index == 0 else []
         trainer = Trainer(
             model=model,
             args=arguments,
@@ -294,7 +290,7 @@ def build(
     text_config.update(routing)  # undo what SFTTrainer sets, which must not be exported
     for unwanted in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(unwanted)
-    if recipe.lora is not None:
+    if recipe.trains_adapters:
         settle_types(trainer.model, recipe)
     trainer.kernels = apply_kernels(trainer.model, recipe)
     if recipe.train.compile:
@@ -319,7 +315,7 @@ def build(
     if prompts := eval_prompts(recipe):
         main_warn = warn if trainer.is_world_process_zero() else None
         tables = [tracker.table for tracker in guarded]
-        trainer.samples = Samples(prompts, tokenizer, recipe, data, run_dir / "samples.jsonl", main_warn, tables)
+        trainer.samples = Samples(prompts, tokenizer, recipe, data, run_dir / SAMPLES, main_warn, tables)
         _check_room_for_answers(recipe, trainer)
         if data.eval is None:
             trainer.add_callback(SampleWithoutValidation(trainer, steps.every(recipe.eval.every)))

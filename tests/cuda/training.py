@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from sft_recipes import model_dir
 from sft_recipes.data import encoder, prepare
 from sft_recipes.models import model
+from sft_recipes.models.tokenizer import load_tokenizer
 from sft_recipes.recipe import parse
 from sft_recipes.recipe.schema import Recipe, Train
 from sft_recipes.training import trainer
@@ -72,7 +73,7 @@ def built(
         recipe = parse.load(file, overrides).recipe
         if rows is not None:
             write_rows((data or file.parent) / "train.jsonl", (ROWS * rows)[:rows])
-        tokenizer = model.load_tokenizer(recipe.model)
+        tokenizer = load_tokenizer(recipe.model)
         prepared = prepare.prepare(recipe, encoder.from_transformers(tokenizer))
         folder.mkdir(exist_ok=True)
         with fake_gpu.fake_tensors(gpu), patch.object(model.AutoModelForCausalLM, "from_pretrained", from_config):

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sft_recipes.data import encoder, prepare
 from sft_recipes.export import artifacts, reference
-from sft_recipes.models.model import set_chat_template
+from sft_recipes.models.tokenizer import set_chat_template
 from sft_recipes.recipe import parse
 from tests.conftest import WriteRecipe
 

@@ -29,6 +29,7 @@ from sft_recipes.errors import ModelError
 from sft_recipes.memory import autosize, fake_kernels, memory_trace, prediction, remedies
 from sft_recipes.memory.prediction import Footprint
 from sft_recipes.models import model
+from sft_recipes.models.tokenizer import load_tokenizer
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.training import trainer
 
@@ -131,7 +132,7 @@ def random_model(folder: Path, config: PreTrainedConfig) -> None:
 
 
 def build(recipe: Recipe, folder: Path) -> trainer.Trainer:
-    tokenizer = model.load_tokenizer(recipe.model)
+    tokenizer = load_tokenizer(recipe.model)
     data = prepare.prepare(recipe, encoder.from_transformers(tokenizer), cached=False)
     (folder / "run").mkdir()
     loaded = model.load_model(recipe, tokenizer)

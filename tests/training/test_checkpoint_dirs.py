@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from sft_recipes import atomic_files
 from sft_recipes.errors import RunError
 from sft_recipes.models import model
+from sft_recipes.models.tokenizer import tokenizer_bytes
 from sft_recipes.planning import disk
 from sft_recipes.training import checkpoint_dirs, trainer
 from tests.conftest import WriteRecipe, build, metrics, run
@@ -164,7 +165,7 @@ def test_the_room_that_is_looked_for_is_that_of_a_checkpoint(
     sft = build(write_recipe(checkpoint={"every": 3}, data={"eval": None}), tmp_path / "run", *overrides)
     trainer.train(sft, None)
     there = sum(file.stat().st_size for file in checkpoint_dirs.checkpoint_path(tmp_path / "run", 3).iterdir())
-    trained, tokenizer = model.count_parameters(sft.model)[1], model.tokenizer_bytes(sft.processing_class)
+    trained, tokenizer = model.count_parameters(sft.model)[1], tokenizer_bytes(sft.processing_class)
 
     assert 0.9 * there < disk.of_checkpoint(sft.recipe, trained, tokenizer) < 1.2 * there + disk._CONFIGS
 

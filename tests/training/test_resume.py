@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from sft_recipes.errors import Stopped
 from sft_recipes.models import model
+from sft_recipes.models.tokenizer import load_tokenizer
 from sft_recipes.recipe import parse
 from sft_recipes.stopping import Stop, on_request
 from sft_recipes.training import checkpoint_dirs, trainer
@@ -153,7 +154,7 @@ def test_the_recipe_is_as_it_was_when_the_trainer_is_made(write_recipe: WriteRec
         recipe = write_recipe(lora={"rank": 2, "modules_to_save": layers, "target_modules": ["q_proj"]})
         wanted = parse.load(recipe, []).recipe
         before = json.dumps(wanted.resolved())
-        model.load_model(wanted, model.load_tokenizer(wanted.model))
+        model.load_model(wanted, load_tokenizer(wanted.model))
         assert json.dumps(wanted.resolved()) == before
 
 

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from sft_recipes.errors import RecipeError, RunError
-from sft_recipes.models import model
+from sft_recipes.models.compiled_layers import compile_layers
 from sft_recipes.report import page
 from sft_recipes.training import trainer
 from tests import conftest
@@ -139,7 +139,7 @@ def test_compiled_layers_train_the_same_and_are_compiled_once(
         log={"every": 1}, eval={"generate": ["Say it."], "max_new_tokens": 3},
     )  # fmt: skip
     runs: Counter[str] = Counter()
-    monkeypatch.setattr(trainer, "compile_layers", partial(model.compile_layers, backend=graphs.counting(runs)))
+    monkeypatch.setattr(trainer, "compile_layers", partial(compile_layers, backend=graphs.counting(runs)))
     logged: list[list[dict[str, Any]]] = []
     steps: list[dict[str, int]] = []
     compiled_graphs: list[int] = []
