@@ -15,9 +15,6 @@ from accelerate import init_empty_weights
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import TrainableTokensWrapper
 from safetensors import SafetensorError
-
-# Undocumented: the number of compiled graphs, the only sign that torch.compile fell back to eager.
-from torch._dynamo.utils import counters
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -39,6 +36,7 @@ from sft_recipes.models.attention import select_here
 from sft_recipes.models.lora_addition import add_in_place
 from sft_recipes.recipe import schema
 from sft_recipes.recipe.schema import Recipe
+from sft_recipes.upstream import compiled_graphs
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 NEW_PAD = "<|pad|>"
@@ -376,12 +374,12 @@ def compile_layers(model: Any, warn: Callable[[str], None], backend: str | Calla
     for layer in layers:
         # The forward and not the layer, so that the layer's FSDP2 and DeepSpeed hooks stay outside the graph.
         layer.forward = _in_training(layer, torch.compile(layer.forward, dynamic=True, backend=backend))
-    before = counters["stats"]["unique_graphs"]
+    before = compiled_graphs()
 
     def check_compiled(layer: torch.nn.Module, *_: Any) -> None:
         if _trains(layer):
             hook.remove()
-            if counters["stats"]["unique_graphs"] == before:
+            if compiled_graphs() == before:
                 warn(
                     f"train.compile: torch cannot compile the layers of a {model.config.model_type} model. Set it to false."
                 )

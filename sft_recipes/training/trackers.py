@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Callable
 from contextlib import ExitStack, redirect_stdout, suppress
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -19,6 +20,7 @@ from transformers.utils.generic import flatten_dict
 
 from sft_recipes import atomic_files
 from sft_recipes.recipe.schema import Recipe
+from sft_recipes.upstream import keep_trackio_offline, trackio_is_set_up
 
 IDS_FILE = "trackers.json"  # in the run directory: the run id of each tracker
 PROJECT = "sft-recipes"
@@ -37,6 +39,10 @@ class Tracker(TrainerCallback):
         self.recipe, self.run_dir = recipe, run_dir
         self.run_id = saved_ids(run_dir).get(self.name)  # None if the tracker does not have the run yet
         self.title = recipe.log.name or run_dir.name
+
+    @property
+    def library(self) -> Any:
+        return import_module(self.name)
 
     def save_id(self, run_id: str) -> None:
         """Record the tracker's run id, so that a resumed run continues it."""
@@ -65,9 +71,9 @@ class Wandb(Tracker, WandbCallback):
     def setup(self, args: TrainingArguments, state: TrainerState, model: Any, **kwargs: Any) -> None:
         log, mode = self.recipe.log, None
         # Without a login, wandb prompts for one, which fails without a terminal.
-        if "WANDB_MODE" not in os.environ and not self._wandb.login(prompt=False, verify=False):
+        if "WANDB_MODE" not in os.environ and not self.library.login(prompt=False, verify=False):
             mode = "offline"
-        run = self._wandb.init(
+        run = self.library.init(
             id=self.run_id,
             resume="allow" if self.run_id else None,
             project=log.project or os.environ.get("WANDB_PROJECT") or PROJECT,
@@ -76,17 +82,17 @@ class Wandb(Tracker, WandbCallback):
             config={"recipe": self.recipe.resolved()},
             dir=os.environ.get("WANDB_DIR") or self.run_dir,
             mode=mode,
-            settings=self._wandb.Settings(silent=True),
+            settings=self.library.Settings(silent=True),
         )
         self.save_id(run.id)
         super().setup(args, state, model, **kwargs)
 
     def table(self, step: int, rows: list[dict[str, Any]]) -> None:
-        table = self._wandb.Table(columns=[*COLUMNS], data=[[*row.values()] for row in rows])
-        self._wandb.log({"samples": table, "train/global_step": step})
+        table = self.library.Table(columns=[*COLUMNS], data=[[*row.values()] for row in rows])
+        self.library.log({"samples": table, "train/global_step": step})
 
     def where(self) -> str:
-        run = self._wandb.run
+        run = self.library.run
         if not run.offline:
             return str(run.url or "disabled")
         folder = Path(run.dir).parent.parent  # a resumed run has several directories in it
@@ -96,10 +102,10 @@ class Wandb(Tracker, WandbCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         super().on_train_end(args, state, control, **kwargs)
-        self._wandb.finish()  # transformers leaves the run open until the process exits
+        self.library.finish()  # transformers leaves the run open until the process exits
 
     def fail(self) -> None:
-        self._wandb.finish(exit_code=1)
+        self.library.finish(exit_code=1)
 
 
 class TensorBoard(Tracker, TensorBoardCallback):
@@ -132,15 +138,13 @@ class Trackio(Tracker, TrackioCallback):
         own = os.environ.get("TRACKIO_DIR")
         folder = Path(own or run_dir / "trackio")
         os.environ["TRACKIO_DIR"] = str(folder)  # read once, on import
-        import trackio.run
+        keep_trackio_offline()
 
         if not own:  # otherwise the next run of this process would treat it as set by the user
             del os.environ["TRACKIO_DIR"]
 
-        # With a token, it looks up the user name on the Hub even for local runs.
-        setattr(trackio.run.Run, "_get_username", lambda _: None)  # noqa: B010
         super().__init__(recipe, run_dir)
-        if folder != (used := self._trackio.TRACKIO_DIR):
+        if folder != (used := self.library.TRACKIO_DIR):
             self.caveat = (
                 f"logs to {used}, not {folder}, because it uses one directory per process. "
                 "Start each run in its own process."
@@ -149,7 +153,7 @@ class Trackio(Tracker, TrackioCallback):
     def setup(self, args: TrainingArguments, state: TrainerState, model: Any, **kwargs: Any) -> None:
         """Replace transformers' setup, which has no groups and continues a different run of the same name."""
         with redirect_stdout(io.StringIO()):
-            run = self._trackio.init(
+            run = self.library.init(
                 project=self.recipe.log.project or PROJECT,
                 name=self.run_id or self.title,
                 group=self.recipe.log.group,
@@ -160,17 +164,16 @@ class Trackio(Tracker, TrackioCallback):
                 private=args.hub_private_repo,
                 bucket_id=getattr(args, "trackio_bucket_id", None),  # missing in older versions
             )
-        self._space_id = self._trackio.context_vars.current_space_id.get()
+        trackio_is_set_up(self, self.library.context_vars.current_space_id.get())
         self.save_id(run.name)
-        self._initialized = True
 
     def table(self, step: int, rows: list[dict[str, Any]]) -> None:
-        self._trackio.log({"samples": self._trackio.Table(data=rows), "train/global_step": step})
+        self.library.log({"samples": self.library.Table(data=rows), "train/global_step": step})
 
     def where(self) -> str:
-        if server := self._trackio.context_vars.current_server.get():
+        if server := self.library.context_vars.current_server.get():
             return str(server)
-        folder, project = self._trackio.TRACKIO_DIR, self._trackio.context_vars.current_project.get()
+        folder, project = self.library.TRACKIO_DIR, self.library.context_vars.current_project.get()
         return f"TRACKIO_DIR={shlex.quote(str(folder))} trackio show --project {shlex.quote(project)}"
 
     def on_train_end(
@@ -181,7 +184,7 @@ class Trackio(Tracker, TrackioCallback):
 
     def fail(self) -> None:
         with redirect_stdout(io.StringIO()):
-            self._trackio.finish()
+            self.library.finish()
 
 
 class MLflow(Tracker, MLflowCallback):
@@ -195,7 +198,7 @@ class MLflow(Tracker, MLflowCallback):
         self.in_run_dir = False  # whether the tracking store is in the run directory
 
     def setup(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
-        mlflow, log = self._ml_flow, self.recipe.log
+        mlflow, log = self.library, self.recipe.log
         experiment = log.project or os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT
         if not mlflow.is_tracking_uri_set():
             self.in_run_dir = True
@@ -210,7 +213,8 @@ class MLflow(Tracker, MLflowCallback):
         if self.run_id:  # parameters are immutable in MLflow, and transformers would log them again
             super().setup(SimpleNamespace(run_name=self.title, to_dict=dict), state, None)
         else:
-            max_length, batch = self._MAX_PARAM_VAL_LENGTH, self._MAX_PARAMS_TAGS_PER_BATCH
+            limits = mlflow.utils.validation
+            max_length, batch = limits.MAX_PARAM_VAL_LENGTH, limits.MAX_PARAMS_TAGS_PER_BATCH
             parameters = [(key, str(value)[:max_length]) for key, value in self.parameters().items()]
             for start in range(0, len(parameters), batch):
                 mlflow.log_params(dict(parameters[start : start + batch]))
@@ -218,10 +222,10 @@ class MLflow(Tracker, MLflowCallback):
 
     def table(self, step: int, rows: list[dict[str, Any]]) -> None:
         columns = {name: [row[name] for row in rows] for name in COLUMNS}
-        self._ml_flow.log_table(columns, "samples.json")  # appends
+        self.library.log_table(columns, "samples.json")  # appends
 
     def where(self) -> str:
-        uri = self._ml_flow.get_tracking_uri()
+        uri = self.library.get_tracking_uri()
         return f"mlflow ui --backend-store-uri {shlex.quote(uri)}" if self.in_run_dir else str(uri)
 
     def on_train_end(
@@ -236,9 +240,9 @@ class MLflow(Tracker, MLflowCallback):
     def _end(self, status: str) -> None:
         with ExitStack() as cleanup:  # runs in reverse order, each step even if another fails
             if self.in_run_dir:  # the next run of this process has its own store
-                cleanup.callback(self._ml_flow.set_tracking_uri, None)
-            cleanup.callback(self._ml_flow.end_run, status)
-            cleanup.callback(self._ml_flow.flush_async_logging)
+                cleanup.callback(self.library.set_tracking_uri, None)
+            cleanup.callback(self.library.end_run, status)
+            cleanup.callback(self.library.flush_async_logging)
 
 
 class NonFatalTracker:
