@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import torch
 from datasets import Dataset
@@ -67,7 +68,7 @@ def prepare(given: argparse.Namespace) -> None:
     """Make the process ready for an item, with an empty folder."""
     given.folder = Path(tempfile.mkdtemp(dir=given.folder))
     torch.set_num_threads(torch.get_num_threads())  # a forked process has lost torch's thread pool
-    SFTTrainer._send_telemetry = trainer.Trainer._send_telemetry  # which does nothing
+    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
     if given.device == "cuda" and not torch.cuda.is_available():
         raise SkipItem("torch sees no GPU; --cpu --tiny tries the script without one")
 

@@ -186,8 +186,10 @@ def _wrong_index(folder: Path) -> str | None:
 
 def reject_hub_kernels(model_config: Any, *, trust_remote_code: bool) -> None:
     """Raise ModelError if a config selects an attention kernel on the Hub, which `kernels` would download and run."""
+    from sft_recipes.upstream import attention_of  # imports torch
+
     for part in (model_config, model_config.get_text_config()):
-        kernel = str(getattr(part, "_attn_implementation", None) or "")
+        kernel = str(attention_of(part) or "")
         if "/" in kernel and not trust_remote_code:
             raise ModelError(
                 f"{model_config.name_or_path}: config.json selects attention code from the Hub ({kernel}). Remove that "

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
+from sft_recipes import upstream
 from sft_recipes.data.prepare import Prepared
 from sft_recipes.data.sequences import IGNORED
 from sft_recipes.errors import ModelError, RunError, SFTRecipeError
@@ -101,8 +103,7 @@ def _restore_state(trainer: Any) -> Iterator[None]:
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     accelerator_state = on_device.get_rng_state() if on_device else None
     training, sync_gradients = trainer.model.training, accelerator.sync_gradients
-    averages = {mode: {name: list(values) for name, values in each.items()} for mode, each in trainer._metrics.items()}
-    tokens, counters = trainer._total_train_tokens, _deepspeed_counters(trainer)
+    averages, counters = upstream.averages(trainer), _deepspeed_counters(trainer)
     trial = trainer.recipe.train.optimizer.startswith(_TRIAL_STEPS)
     with _harmless_steps(optimizer, create_states=trial):
         try:
@@ -115,10 +116,7 @@ def _restore_state(trainer: Any) -> Iterator[None]:
             torch.set_rng_state(cpu)
             if on_device:
                 on_device.set_rng_state(accelerator_state)
-            for mode, each in averages.items():
-                trainer._metrics[mode].clear()
-                trainer._metrics[mode].update(each)
-            trainer._total_train_tokens = tokens
+            upstream.set_averages(trainer, averages)
             trainer.losses.clear()
             accelerator.sync_gradients = sync_gradients
             for owner, name, value in counters:
@@ -202,7 +200,7 @@ def _deepspeed_counters(trainer: Any) -> list[tuple[Any, str, Any]]:
     engine = trainer.model_wrapped
     names = {
         engine: ("micro_steps", "global_steps", "global_samples", "skipped_steps"),
-        engine.optimizer: ("_hp_optimizer_states_linked",),  # ZeRO-2: links parameters to states only once
+        engine.optimizer: (upstream.DEEPSPEED_LINKED,),
         engine.optimizer.loss_scaler: tuple(vars(engine.optimizer.loss_scaler)),
     }
     return [(o, name, getattr(o, name)) for o, each in names.items() for name in each if hasattr(o, name)]
@@ -231,17 +229,17 @@ def _check_isolation(trainer: Any) -> dict[str, Any] | None:
         alone = _logits(trainer, document, [second]).float()
     leak = (gradient[0, :first].float().norm() / gradient.float().norm()).item()
     shift = ((packed - alone).norm() / alone.norm()).item()
-    config = trainer.model.config
+    config, attention = trainer.model.config, upstream.attention_of(trainer.model.config)
     _raise_if(
         not (leak == 0 and shift < _MAX_LOGIT_SHIFT),
         ModelError(
             f"data.packing: packed documents attend to each other in a model of type {config.model_type} with attention "
-            f"{config._attn_implementation} ({leak:.1%} of the gradient of a document's logits goes to its neighbor, and they "
+            f"{attention} ({leak:.1%} of the gradient of a document's logits goes to its neighbor, and they "
             f"differ by {shift:.1%} from those of the document alone). Set data.packing: none."
         ),
         trainer,
     )
-    return {"attention": config._attn_implementation, "gradient_leak": leak, "logit_shift": round(shift, 6)}
+    return {"attention": attention, "gradient_leak": leak, "logit_shift": round(shift, 6)}
 
 
 def _two_documents(trainer: Any) -> tuple[list[int], list[int]] | None:
@@ -297,7 +295,7 @@ def _run_eagerly(trainer: Any, ids: list[int], lengths: list[int], **more: Any) 
         del batch["labels"]
     trainer.model.eval()
     with trainer.accelerator.autocast(), torch.compiler.set_stance("force_eager"):
-        return trainer.model(**trainer._prepare_inputs(batch), use_cache=False, **more)
+        return trainer.model(**send_to_device(batch, trainer.args.device), use_cache=False, **more)
 
 
 # --- Does the base model know the language of the data? ---------------------------------------------------------------

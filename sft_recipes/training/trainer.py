@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import datasets
+import huggingface_hub
 import peft
 import torch
 from accelerate.utils import gather_object
@@ -57,6 +58,7 @@ from sft_recipes.training.preflight import Preflight, run_preflight
 from sft_recipes.training.sampler import SamplerMixin, pad_to_multiple
 from sft_recipes.training.samples import Samples, SampleWithoutValidation
 from sft_recipes.training.sft_config import sft_config
+from sft_recipes.upstream import drop_average
 
 _ROWS = 20  # maximum number of rows named in an error
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # config keys of mixture-of-experts models
@@ -99,12 +101,20 @@ class Trainer(CheckpointMixin, SamplerMixin, SFTTrainer):
         # TRL gathers sums. gather_for_metrics would drop some at the end of an epoch, so that averages over several processes
         # would depend on where the run was resumed.
         self.accelerator.gather_for_metrics = self.accelerator.gather
+        clip = self.accelerator.clip_grad_norm_
+
+        def clip_and_keep(*args: Any, **kwargs: Any) -> Any:
+            self.grad_norm = clip(*args, **kwargs)
+            return self.grad_norm
+
+        self.accelerator.clip_grad_norm_ = clip_and_keep
         self.add_callback(NonFiniteGuard(self))
         self.add_callback(StopOnRequest(self, stop))
 
     def begin(self) -> None:
         """Run the preflight, then call `on_begin`. From here on the run is recorded and can be resumed."""
         recipe = self.recipe
+        self.resume_counts()
         if recipe.train.preflight:
             with _as_recipe_error(
                 recipe, f"model.name: {recipe.model.name}: forward and backward pass on the data failed"
@@ -114,6 +124,7 @@ class Trainer(CheckpointMixin, SamplerMixin, SFTTrainer):
             for warning in self.preflight.warnings:
                 self.warn(warning)
             self.print_line(run_info.preflight_line(self.preflight.results))
+        self.resume_averages()
         if self.on_begin is not None:
             self.on_begin()
 
@@ -124,6 +135,11 @@ class Trainer(CheckpointMixin, SamplerMixin, SFTTrainer):
     # --- Each step ---
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        if (
+            self.state.global_step >= self.state.max_steps
+        ):  # resumed after its last step, transformers would run one more
+            self.control.should_training_stop = True
+            return [], None
         self.metrics.begin(self.tokens, self.trained_tokens)
         batches, trained_tokens = super().get_batch_samples(*args, **kwargs)
         if trained_tokens is not None:
@@ -145,10 +161,6 @@ class Trainer(CheckpointMixin, SamplerMixin, SFTTrainer):
         self.losses.append(loss.detach())
         return loss
 
-    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
-        self.grad_norm = super()._get_grad_norm(*args, **kwargs)
-        return self.grad_norm
-
     def get_train_dataloader(self) -> Any:
         return _shield_workers(super().get_train_dataloader())
 
@@ -168,9 +180,7 @@ class Trainer(CheckpointMixin, SamplerMixin, SFTTrainer):
             logs["trained_tokens"] = int(self.trained_tokens)
         self.state.num_input_tokens_seen = logs["num_input_tokens_seen"] = int(self.tokens)
         if self.own_head:
-            self._metrics["train" if self.model.training else "eval"].pop(
-                "entropy", None
-            )  # cpu_loss does not compute it
+            drop_average(self, "entropy")  # which cpu_loss does not compute
         super().log(logs, start_time)
 
     def first_message(self, mine: str | None) -> str:
@@ -233,12 +243,15 @@ class Trainer(CheckpointMixin, SamplerMixin, SFTTrainer):
         self._losses_and_counts.append(torch.stack([safe_loss, tokens.float()]))
         return loss, logits, labels
 
-    def _send_telemetry(self) -> None:
-        """Send nothing. TRL sends model type and device to the Hub, unless HF_HUB_DISABLE_TELEMETRY is set before
-        huggingface_hub is imported, which a library cannot ensure."""
-
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write no card: the run directory documents the run."""
+
+
+class _Arguments(SFTConfig):
+    @property
+    def n_gpu(self) -> int:
+        """One process trains on one device; for several, transformers uses nn.DataParallel, which TRL rejects."""
+        return min(super().n_gpu, 1)
 
 
 def build(
@@ -261,6 +274,7 @@ def build(
     def warn(text: str) -> None:
         print_line(f"warning: {text}", "yellow")
 
+    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL would send model type and device
     display = ProgressDisplay(console)
     metrics = Metrics(run_dir / METRICS, warn, display.show)
     before_all = _BeforeAll()
@@ -269,10 +283,8 @@ def build(
         n: getattr(text_config, n) for n in ("output_router_logits", "router_aux_loss_coef") if hasattr(text_config, n)
     }
     with _as_recipe_error(recipe, "trl: cannot set up SFTTrainer"):
-        arguments = SFTConfig(**sft_config(recipe, steps, run_dir, validates=data.eval is not None))
+        arguments = _Arguments(**sft_config(recipe, steps, run_dir, validates=data.eval is not None))
         strategies.configure_fsdp(arguments, recipe, model)
-        # With several visible GPUs, transformers uses nn.DataParallel, which TRL rejects. One process trains on one device.
-        arguments._n_gpu = min(arguments.n_gpu, 1)
         at_once = arguments.per_device_train_batch_size * arguments.world_size if arguments.world_size > 1 else 1
         if arguments.ddp_find_unused_parameters is None:  # experts that receive no token get no gradient
             arguments.ddp_find_unused_parameters = any(hasattr(text_config, name) for name in _EXPERTS)
@@ -311,7 +323,7 @@ def build(
     if recipe.checkpoint.export_best:
         # Set after construction, where transformers would require save_steps to match eval_steps: _SaveBest handles that.
         trainer.args.load_best_model_at_end = True
-        trainer.add_callback(_SaveBest())
+        trainer.add_callback(_SaveBest(trainer))
     if prompts := eval_prompts(recipe):
         main_warn = warn if trainer.is_world_process_zero() else None
         tables = [tracker.table for tracker in guarded]
@@ -442,7 +454,10 @@ class _BeforeAll(TrainerCallback):
 
 
 class _SaveBest(TrainerCallback):
-    """Callback that saves a checkpoint at each new lowest eval loss."""
+    """Callback that saves a checkpoint at each new lowest eval loss, and checks the best before transformers loads it."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
 
     def on_evaluate(
         self,
@@ -454,6 +469,13 @@ class _SaveBest(TrainerCallback):
     ) -> None:
         if state.global_step and (state.best_metric is None or metrics["eval_loss"] < state.best_metric):
             control.should_save = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        args.load_best_model_at_end = not self.trainer.stopped
+        if args.load_best_model_at_end and state.global_step >= state.max_steps:
+            self.trainer.check_best()
 
 
 def _dataset(sequences: Sequences, keep_seq_lengths: bool, at_once: int, pad: int) -> datasets.Dataset:
