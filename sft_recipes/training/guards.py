@@ -6,7 +6,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sft_recipes.errors import RunError
-from sft_recipes.stopping import Stop
+from sft_recipes.training.trainer import Trainer
 
 _IN_A_ROW = 20  # consecutive bad steps after which the run stops
 
@@ -18,7 +18,7 @@ class NonFiniteGuard(TrainerCallback):
     the loss scaler skips the step and lowers its scale, so these steps are only counted.
     """
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.skips = trainer.recipe.train.on_nonfinite == "skip"
         self.in_a_row = 0
@@ -93,8 +93,8 @@ class NonFiniteGuard(TrainerCallback):
 class StopOnRequest(TrainerCallback):
     """Callback that stops the run after the current step and saves a checkpoint. All ranks stop at the same step."""
 
-    def __init__(self, trainer: Any, stop: Stop) -> None:
-        self.trainer, self.stop = trainer, stop
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.stop = trainer, trainer.stop
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

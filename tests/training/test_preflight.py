@@ -366,7 +366,7 @@ def test_it_comes_before_trackers_and_the_progress_bar(write_recipe: WriteRecipe
     sft = build(write_recipe(), tmp_path / "run", "log.to=[tensorboard]")
     kinds = [type(callback).__name__ for callback in sft.callback_handler.callbacks]
 
-    assert kinds[:2] == ["DefaultFlowCallback", "_BeforeAll"]  # the first has nothing to do when training begins
+    assert kinds[:2] == ["DefaultFlowCallback", "_BeforeTraining"]  # the first has nothing to do when training begins
 
 
 # --- What is left behind ----------------------------------------------------------------------------------------------

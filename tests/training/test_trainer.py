@@ -12,7 +12,7 @@ from sft_recipes.errors import RecipeError, RunError
 from sft_recipes.planning.steps import Steps, count
 from sft_recipes.recipe import parse
 from sft_recipes.recipe.library_names import OWNED
-from sft_recipes.training import trainer
+from sft_recipes.training import build
 from sft_recipes.training.sft_config import CHECKPOINTING, sft_config
 from tests.conftest import WriteRecipe
 
@@ -110,7 +110,7 @@ def test_without_validation(write_recipe: WriteRecipe) -> None:
 def test_too_little_memory_is_no_fault_of_the_recipe(write_recipe: WriteRecipe) -> None:
     recipe = parse.load(write_recipe(), []).recipe
     said = r"out of memory before the first step \(predicted peak .*, device memory .*\)\. This should fit: "
-    with pytest.raises(RunError, match=said), trainer._as_recipe_error(recipe, "trl"):
+    with pytest.raises(RunError, match=said), build._as_recipe_error(recipe, "trl"):
         torch.empty(2**60, dtype=torch.uint8)
-    with pytest.raises(RecipeError, match="trl: no"), trainer._as_recipe_error(recipe, "trl"):
+    with pytest.raises(RecipeError, match="trl: no"), build._as_recipe_error(recipe, "trl"):
         raise RuntimeError("no")

@@ -139,7 +139,9 @@ def test_compiled_layers_train_the_same_and_are_compiled_once(
         log={"every": 1}, eval={"generate": ["Say it."], "max_new_tokens": 3},
     )  # fmt: skip
     runs: Counter[str] = Counter()
-    monkeypatch.setattr(trainer, "compile_layers", partial(compile_layers, backend=graphs.counting(runs)))
+    monkeypatch.setattr(
+        "sft_recipes.training.build.compile_layers", partial(compile_layers, backend=graphs.counting(runs))
+    )
     logged: list[list[dict[str, Any]]] = []
     steps: list[dict[str, int]] = []
     compiled_graphs: list[int] = []
