@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from sft_recipes.errors import RunError
 from sft_recipes.training.trainer import Trainer
@@ -23,18 +23,14 @@ class NonFiniteGuard(TrainerCallback):
         self.skips = trainer.recipe.train.on_nonfinite == "skip"
         self.in_a_row = 0
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         trainer = self.trainer
         trainer.losses.clear()
         # Kept to remove a skipped step from the averages.
         self.loss_before = trainer._tr_loss.clone()
         self.counts = {name: len(values) for name, values in trainer._metrics["train"].items()}
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         trainer = self.trainer
         scaler = trainer.accelerator.scaler is not None
         losses, gradient = torch.stack(trainer.losses).float(), torch.as_tensor(trainer.grad_norm)
@@ -44,9 +40,7 @@ class NonFiniteGuard(TrainerCallback):
         elif not scaler:
             self.in_a_row = 0
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.trainer.accelerator.optimizer_step_was_skipped:
             self._count(self._message("gradient norm is NaN or Inf", None))
         elif self.trainer.accelerator.scaler is not None:
@@ -96,19 +90,17 @@ class StopOnRequest(TrainerCallback):
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, self.stop = trainer, trainer.stop
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.stop.waits = "finishing this step and saving a checkpoint"
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._stop_if_requested(control, save=True)
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.stop.waits:  # not before the first step
             self._stop_if_requested(control, save=True)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._stop_if_requested(control, save=False)
 
     def _stop_if_requested(self, control: TrainerControl, *, save: bool) -> None:

@@ -62,10 +62,8 @@ class Trainer(CheckpointMixin, SamplerMixin, SFTTrainer):
         **arguments: Any,
     ) -> None:
         """Set up SFTTrainer with its `arguments`."""
-        self.recipe, self.run_dir, self.data, self.metrics, self.warn, self.stop = (
-            recipe, run_dir, data, metrics, warn, stop,
-        )  # fmt: skip
-        self.rows = data.train
+        self.recipe, self.run_dir, self.data, self.rows = recipe, run_dir, data, data.train
+        self.metrics, self.warn, self.stop = metrics, warn, stop
         self.losses: list[torch.Tensor] = []  # one per micro-batch of this step
         self.grad_norm: torch.Tensor | float = 0.0  # of this step
         self.skipped_steps = 0
@@ -76,11 +74,8 @@ class Trainer(CheckpointMixin, SamplerMixin, SFTTrainer):
         self.kernels = Kernels()
         self._losses_and_counts = list[torch.Tensor]()  # one [loss, tokens] per evaluation micro-batch
         text_config = arguments["model"].config.get_text_config()
-        routing = {
-            n: getattr(text_config, n)
-            for n in ("output_router_logits", "router_aux_loss_coef")
-            if hasattr(text_config, n)
-        }
+        names = ("output_router_logits", "router_aux_loss_coef")
+        routing = {name: getattr(text_config, name) for name in names if hasattr(text_config, name)}
         super().__init__(**arguments)
         text_config.update(routing)  # undo what SFTTrainer sets, which must not be exported
         self.own_head = cpu_loss.applies(self.args.device.type, self.args.loss_type)
