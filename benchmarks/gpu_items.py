@@ -45,6 +45,7 @@ from sft_recipes.recipe import parse
 from sft_recipes.recipe.library_names import installed
 from sft_recipes.recipe.schema import Model, Recipe
 from sft_recipes.training import trainer
+from sft_recipes.training.build import build_trainer
 
 __all__ = ["SkipItem", "attention_tests", "machine", "prepare", "quickstart", "reason_of", "resume", "train"]
 
@@ -279,7 +280,7 @@ def train(
     if plain:
         sft = trl_alone(used, network, tokenizer, Dataset(table), given.folder)
     else:
-        sft = trainer.build(used, network, tokenizer, data, given.folder, Console())
+        sft = build_trainer(used, network, tokenizer, data, given.folder, Console())
     clock = Clock(warm, timed, given.out / f"profile-{given.number}.txt" if profile else None)
     sft.add_callback(clock)
     if plain:

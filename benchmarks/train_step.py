@@ -49,6 +49,7 @@ from sft_recipes.models import model
 from sft_recipes.models.tokenizer import load_tokenizer
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.training import trainer
+from sft_recipes.training.build import build_trainer
 
 DEFAULT = "TRL, its defaults"
 DIGITS = {False: 2, True: 5}  # that losses agree to, in bfloat16 and in float32
@@ -178,7 +179,7 @@ def ours(recipe: Recipe, folder: Path) -> tuple[trainer.Trainer, prepare.Prepare
     tokenizer = load_tokenizer(recipe.model)
     data = prepare.prepare(recipe, encoder.from_transformers(tokenizer), cached=False)
     network = model.load_model(recipe, tokenizer)
-    return trainer.build(recipe, network, tokenizer, data, folder, Console(quiet=True)), data
+    return build_trainer(recipe, network, tokenizer, data, folder, Console(quiet=True)), data
 
 
 def plain(recipe: Recipe, table: Dataset, folder: Path, like: trainer.Trainer, **settings: Any) -> SFTTrainer:

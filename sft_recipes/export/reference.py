@@ -12,7 +12,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import init_empty_weights
@@ -124,7 +124,19 @@ def load(file: Path) -> Record | None:
         ) from None
 
 
-def record(trainer: Any, recipe: Recipe, data: Prepared) -> Record | None:
+class Trained(Protocol):
+    """What the record needs of a trainer."""
+
+    accelerator: Any
+    model: Any
+    args: Any
+    run_dir: Path
+
+    def is_world_process_zero(self) -> bool: ...
+    def describe_last_checkpoint(self) -> str: ...
+
+
+def record(trainer: Trained, recipe: Recipe, data: Prepared) -> Record | None:
     """Compute what the trained model, and its base, make of the probe rows; None in ranks other than 0.
 
     Every rank has to call this after training, while the process group is alive and the shards are in place. Nothing is

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import init_empty_weights
@@ -140,7 +140,17 @@ class Gathered:
     weights: Iterable[tuple[str, torch.Tensor]] = ()
 
 
-def gather_for_export(trainer: Any, recipe: Recipe) -> Gathered:
+class Trained(Protocol):
+    """What the export needs of a trainer."""
+
+    accelerator: Any
+    model: Any
+    deepspeed: Any  # DeepSpeed's engine
+
+    def is_world_process_zero(self) -> bool: ...
+
+
+def gather_for_export(trainer: Trained, recipe: Recipe) -> Gathered:
     """All-gather the trained weights of a sharded model (collective call).
 
     Every rank has to iterate over all of `Gathered.weights`, which have `export.dtype`. They are gathered one at a time, so

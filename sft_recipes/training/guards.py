@@ -4,10 +4,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from sft_recipes.errors import RunError
-from sft_recipes.stopping import Stop
+from sft_recipes.training.trainer import Trainer
 from sft_recipes.upstream import averages, set_averages
 
 _IN_A_ROW = 20  # consecutive bad steps after which the run stops
@@ -20,21 +20,17 @@ class NonFiniteGuard(TrainerCallback):
     the loss scaler skips the step and lowers its scale, so these steps are only counted.
     """
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.skips = trainer.recipe.train.on_nonfinite == "skip"
         self.in_a_row = 0
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         trainer = self.trainer
         trainer.losses.clear()
         self.before = averages(trainer)
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         trainer = self.trainer
         scaler = trainer.accelerator.scaler is not None
         losses, gradient = torch.stack(trainer.losses).float(), torch.as_tensor(trainer.grad_norm)
@@ -44,9 +40,7 @@ class NonFiniteGuard(TrainerCallback):
         elif not scaler:
             self.in_a_row = 0
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.trainer.accelerator.optimizer_step_was_skipped:
             self._count(self._message("gradient norm is NaN or Inf", None))
         elif self.trainer.accelerator.scaler is not None:
@@ -90,22 +84,20 @@ class NonFiniteGuard(TrainerCallback):
 class StopOnRequest(TrainerCallback):
     """Callback that stops the run after the current step and saves a checkpoint. All ranks stop at the same step."""
 
-    def __init__(self, trainer: Any, stop: Stop) -> None:
-        self.trainer, self.stop = trainer, stop
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.stop = trainer, trainer.stop
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.stop.waits = "finishing this step and saving a checkpoint"
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._stop_if_requested(control, save=True)
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.stop.waits:  # not before the first step
             self._stop_if_requested(control, save=True)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._stop_if_requested(control, save=False)
 
     def _stop_if_requested(self, control: TrainerControl, *, save: bool) -> None:

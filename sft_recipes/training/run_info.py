@@ -7,10 +7,11 @@ import torch
 from sft_recipes.models import attention
 from sft_recipes.models.model import count_parameters
 from sft_recipes.recipe.schema import Recipe
+from sft_recipes.training.trainer import Trainer
 from sft_recipes.upstream import attention_of
 
 
-def summary_lines(recipe: Recipe, trainer: Any) -> list[str]:
+def summary_lines(recipe: Recipe, trainer: Trainer) -> list[str]:
     """Return the `model:` and `schedule:` lines of the console."""
     total, trained = count_parameters(trainer.model)
     steps = trainer.args.max_steps
@@ -50,7 +51,7 @@ def preflight_line(results: dict[str, Any]) -> str:
     return f"preflight: {'; '.join(parts)}"
 
 
-def used(trainer: Any) -> dict[str, Any]:
+def used(trainer: Trainer) -> dict[str, Any]:
     """Return the settings in effect, with defaults and auto resolved, for the manifest."""
     (total, trained), recipe = count_parameters(trainer.model), trainer.recipe
     return {
