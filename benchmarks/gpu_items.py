@@ -35,9 +35,9 @@ from sft_recipes.data.encoder import Documents
 from sft_recipes.data.prepare import Prepared
 from sft_recipes.data.sequences import SelectedRows, build_sequences
 from sft_recipes.data.stats import SourceStats
+from sft_recipes.errors import reason_of
 from sft_recipes.memory import autosize, prediction, remedies
 from sft_recipes.models import model
-from sft_recipes.models.model import reason_of
 from sft_recipes.recipe import parse
 from sft_recipes.recipe.library_names import installed
 from sft_recipes.recipe.schema import Model, Recipe

@@ -84,7 +84,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.steps < 2:
         parser.error("--steps: the first of a turn is not timed; at least 2")
-    cli._quiet(debug=False)
+    cli.quiet_libraries(debug=False)
     SFTTrainer._send_telemetry = trainer.Trainer._send_telemetry  # which is silent
     print(
         f"{measured_on()}, {torch.get_num_threads()} threads; the best step of {given.turns * (given.steps - 1)}, in turns"

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from sft_recipes.errors import reason_of
 from sft_recipes.run_dir import ADAPTER, MODEL, REPORT, SAMPLES, read_lines, read_metrics
 
 _SAMPLES = 5  # printed sample answers
@@ -27,7 +28,7 @@ def warn_on_error(console: Console, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        warn(console, [f"cannot create {what}: {' '.join(str(error).split())[:300] or type(error).__name__}"])
+        warn(console, [f"cannot create {what}: {reason_of(error)}"])
 
 
 def print_lines(console: Console, lines: Iterable[str]) -> None:

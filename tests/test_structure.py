@@ -21,7 +21,7 @@ BELOW = {
     "run_dir": {"atomic_files", "errors"},
     "model_dir": {"errors", "run_dir"},
     "recipe": {"errors", "model_dir"},
-    "console": {"run_dir"},
+    "console": {"errors", "run_dir"},
     "convert": {"errors", "recipe"},
     "builtin": {"data", "errors", "export", "recipe"},
     "data": {"errors", "model_dir", "recipe"},

@@ -12,7 +12,7 @@ from sft_recipes.data import encoder, prepare, readers, sources
 from sft_recipes.data import preview as showing
 from sft_recipes.data.encoder import LightTokenizer
 from sft_recipes.data.eval_prompts import eval_prompts
-from sft_recipes.errors import DataError, InputError, ModelError, OutputError, RecipeError, one_line
+from sft_recipes.errors import DataError, InputError, ModelError, OutputError, RecipeError, one_line, reason_of
 from sft_recipes.memory import host_memory
 from sft_recipes.planning import disk
 from sft_recipes.planning.steps import count
@@ -188,7 +188,7 @@ def tokenizer_of(model: Model) -> tuple[LightTokenizer | None, str]:
         try:
             folder = _download(model)
         except Exception as error:  # network errors, Hub errors, gated models
-            return None, f"the tokenizer of {model.name} is unavailable: {' '.join(str(error).split())[:200]}"
+            return None, f"the tokenizer of {model.name} is unavailable: {reason_of(error)}"
     tokenizer = encoder.from_directory(folder, model.new_tokens)
     return tokenizer, f"{model.name} has no tokenizer.json"
 
@@ -201,8 +201,7 @@ def _load_hf_tokenizer(model: Model) -> LightTokenizer:
             model_dir.location(model.name), revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except Exception as error:  # tokenizer classes raise many types
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"model.name: {model.name}: its tokenizer cannot be loaded: {reason}") from error
+        raise ModelError(f"model.name: {model.name}: its tokenizer cannot be loaded: {reason_of(error)}") from error
     tokenizer.add_tokens(model.new_tokens)
     return encoder.from_transformers(tokenizer)
 

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import wraps
 from json import JSONDecodeError
-from pickle import UnpicklingError
 from typing import Any
 
 import peft
@@ -33,7 +32,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from sft_recipes import model_dir
 from sft_recipes.data.prepare import Prepared
 from sft_recipes.data.templates import BOS
-from sft_recipes.errors import ModelError, RunError
+from sft_recipes.errors import ModelError, RunError, reason_of
 from sft_recipes.models import strategies
 from sft_recipes.models.attention import select_here
 from sft_recipes.models.lora_addition import add_in_place
@@ -290,7 +289,7 @@ def with_adapters(
     try:
         adapted = peft.get_peft_model(model, config)
     except (TypeError, ValueError, re.error) as error:
-        raise ModelError(f"lora.target_modules: {' '.join(str(error).split())[:300]}") from error
+        raise ModelError(f"lora.target_modules: {reason_of(error)}") from error
     for module in adapted.modules():
         # TRL's fused head reads the head's bias, which PEFT 0.21's wrapper does not expose.
         if isinstance(module, TrainableTokensWrapper) and not hasattr(module, "bias"):
@@ -412,35 +411,24 @@ def as_model_error(model: str, what: str) -> Iterator[None]:
     except ModelError:
         raise
     except Exception as error:  # OSError, ValueError, KeyError, HTTP errors, SafetensorError and more
-        reason = " ".join(str(error).split())
+        reason = reason_of(error)
         if is_out_of_memory(error):
-            reason = reason[:300].rstrip(".")
             raise RunError(
                 f"{model}: out of memory while loading its {what}: {reason}. Run `sft-recipe plan` to see what fits."
             ) from error
-        if "trust_remote_code" in reason:
+        if "trust_remote_code" in str(error):
             remedy = (
                 "set model.trust_remote_code: true" if model.startswith("model.name") else "pass --trust-remote-code"
             )
             raise ModelError(f"{model} requires custom Python code. Review the code, then {remedy}.") from error
         if isinstance(error, (SafetensorError, JSONDecodeError, UnicodeError, LookupError, TypeError, AttributeError)):
-            reason = f"{type(error).__name__}: {reason[:200].rstrip('.')}. Download the files again."
-        if "ignore_mismatched_sizes" in reason:
+            reason = f"{type(error).__name__}: {reason}. Download the files again."
+        if "ignore_mismatched_sizes" in str(error):
             reason = "their shapes do not match its config. Download the files again."
-        raise ModelError(f"{model}: its {what} cannot be loaded: {reason[:300]}") from error
+        raise ModelError(f"{model}: its {what} cannot be loaded: {reason}") from error
 
 
 def is_out_of_memory(error: Exception) -> bool:
     """Return True if device or host memory ran out. CUDA's libraries and torch's CPU allocator say so in text only."""
     texts = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in texts)
-
-
-def reason_of(error: Exception) -> str:
-    """Format a library's error as one line."""
-    if isinstance(error, UnpicklingError):  # torch's own message advises to load the file anyway
-        return (
-            "a file of the checkpoint is damaged or contains more than tensors and numbers. It was not loaded, because it "
-            "could run code. Remove that checkpoint to continue from the one before it"
-        )
-    return " ".join(str(error).split())[:400] or type(error).__name__

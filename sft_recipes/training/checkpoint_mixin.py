@@ -11,8 +11,8 @@ import transformers
 from safetensors import SafetensorError
 
 from sft_recipes import atomic_files
-from sft_recipes.errors import RunError
-from sft_recipes.models.model import count_parameters, reason_of, tokenizer_bytes
+from sft_recipes.errors import RunError, reason_of
+from sft_recipes.models.model import count_parameters, tokenizer_bytes
 from sft_recipes.planning import disk
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.training import checkpoint_dirs
@@ -94,7 +94,7 @@ class CheckpointMixin(transformers.Trainer):
     def _report_failure(self, folder: Path, error: Exception) -> None:
         trained, tokenizer = count_parameters(self.model)[1], tokenizer_bytes(self.processing_class)
         lacking = disk.lacking(self.run_dir, disk.of_checkpoint(self.recipe, trained, tokenizer))
-        line = f"{folder}: checkpoint not saved: {reason_of(error).rstrip('.')}{lacking}. {self.describe_last_checkpoint()}"
+        line = f"{folder}: checkpoint not saved: {reason_of(error)}{lacking}. {self.describe_last_checkpoint()}"
         if self.recipe.checkpoint.on_failure == "stop":
             raise RunError(
                 f"{line} {'Free disk space and continue' if lacking else 'Continue'} with --resume."

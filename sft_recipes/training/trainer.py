@@ -32,7 +32,7 @@ from sft_recipes import model_dir
 from sft_recipes.data.eval_prompts import eval_prompts
 from sft_recipes.data.prepare import Prepared
 from sft_recipes.data.sequences import IGNORED, Sequences
-from sft_recipes.errors import RecipeError, RunError, SFTRecipeError, Stopped
+from sft_recipes.errors import RecipeError, RunError, SFTRecipeError, Stopped, reason_of
 from sft_recipes.memory import autosize
 from sft_recipes.models import cpu_loss, strategies
 from sft_recipes.models.kernels import Kernels, apply_kernels
@@ -40,7 +40,6 @@ from sft_recipes.models.model import (
     compile_layers,
     count_parameters,
     is_out_of_memory,
-    reason_of,
     settle_types,
     tokenizer_bytes,
 )
@@ -369,7 +368,7 @@ def train(trainer: Trainer, checkpoint: Path | None, on_begin: Callable[[], None
         if is_out_of_memory(error):
             problem = f"out of memory after step {step} {_memory_advice(trainer.recipe, error)}"
         else:
-            problem = f"training failed after step {step}: {reason_of(error).rstrip('.')}."
+            problem = f"training failed after step {step}: {reason_of(error)}."
         raise RunError(
             f"{run_dir}: {problem} {trainer.describe_last_checkpoint()} Rows in this step: {rows}."
         ) from error
@@ -427,7 +426,7 @@ def _memory_advice(recipe: Recipe, error: Exception) -> str:
         return autosize.memory_advice(recipe)
     except Exception:  # predicting needs memory on the same device
         return (
-            f"({reason_of(error).rstrip('.')}). Set a smaller train.micro_batch_size or data.max_length, "
+            f"({reason_of(error)}). Set a smaller train.micro_batch_size or data.max_length, "
             "train.gradient_checkpointing: true, an optimizer with 8-bit states, lora or model.quantization."
         )
 
