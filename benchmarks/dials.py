@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--without", nargs="*", default=[], metavar="NAME", help=f"of {', '.join(KEYS)}")
     given = parser.parse_args()
     given.float32 = False
-    cli._quiet(debug=False)
+    cli.quiet_libraries(debug=False)
     rows, length = map(int, given.shape.split("x"))
     only_of = {"full": "adamw_8bit_sr", "lora": "PEFT"}
     left_out = [name for name in KEYS for method, word in only_of.items() if word in name and method != given.method]

@@ -36,10 +36,10 @@ from sft_recipes.data.encoder import Documents
 from sft_recipes.data.prepare import Prepared
 from sft_recipes.data.sequences import SelectedRows, build_sequences
 from sft_recipes.data.stats import SourceStats
+from sft_recipes.errors import reason_of
 from sft_recipes.memory import autosize, prediction, remedies
 from sft_recipes.models import model
 from sft_recipes.models.adapters import with_adapters
-from sft_recipes.models.library_errors import reason_of
 from sft_recipes.models.tokenizer import load_tokenizer
 from sft_recipes.recipe import parse
 from sft_recipes.recipe.library_names import installed

@@ -82,7 +82,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.steps < 2:
         parser.error("--steps: the first of a turn is not timed; at least 2")
-    cli._quiet(debug=False)
+    cli.quiet_libraries(debug=False)
     huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
     print(
         f"{measured_on()}, {torch.get_num_threads()} threads; the best step of {given.turns * (given.steps - 1)}, in turns"

@@ -18,7 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from sft_recipes.errors import RecipeError, RunError, SFTRecipeError
+from sft_recipes.errors import RecipeError, RunError, SFTRecipeError, reason_of
 from sft_recipes.recipe.schema import Launch, Recipe
 
 LAUNCHER_PID = "SFT_RECIPES_LAUNCHER"  # environment variable of the ranks that `launch.launch` started: its process id
@@ -193,9 +193,7 @@ def process_group(recipe: Recipe, facts: Callable[[], Mapping[str, Any]]) -> Ite
     except SFTRecipeError:
         raise
     except Exception as error:  # of accelerate, torch, NCCL or gloo
-        raise RunError(
-            f"rank {rank()} could not join the process group: {' '.join(str(error).split())[:300]}"
-        ) from error
+        raise RunError(f"rank {rank()} could not join the process group: {reason_of(error)}") from error
     if strategy == "fsdp2":
         # On CPUs accelerate treats every strategy as DDP; this value is all it checks.
         state.distributed_type = DistributedType.MULTI_GPU

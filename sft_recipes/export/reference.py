@@ -26,7 +26,7 @@ from sft_recipes import upstream
 from sft_recipes.atomic_files import atomic_file
 from sft_recipes.data.prepare import Prepared
 from sft_recipes.data.sequences import IGNORED
-from sft_recipes.errors import ModelError, RunError
+from sft_recipes.errors import ModelError, RunError, reason_of
 from sft_recipes.export.probe import rows_of
 from sft_recipes.export.save_model import DTYPES
 from sft_recipes.recipe.schema import Recipe
@@ -118,9 +118,8 @@ def load(file: Path) -> Record | None:
                 raise KeyError("it has no outputs of the trained model")
             return Record(trained, base, rounded, stream.metadata()["compute"])
     except (OSError, SafetensorError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise ModelError(
-            f"{file}: cannot be read: {reason}. Restore it, or merge the adapter from another directory."
+            f"{file}: cannot be read: {reason_of(error)}. Restore it, or merge the adapter from another directory."
         ) from None
 
 

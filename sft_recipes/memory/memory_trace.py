@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from trl.trainer import utils as trl_utils
 
-from sft_recipes.errors import ModelError
+from sft_recipes.errors import ModelError, reason_of
 from sft_recipes.memory import fake_kernels, optimizer_states
 from sft_recipes.memory.prediction import Footprint, extrapolate
 from sft_recipes.memory.storage_tracker import StorageTracker
@@ -72,10 +72,9 @@ def predict(
     except (ModelError, MemoryError):
         raise
     except Exception as error:  # any type, from the model's code
-        reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
         raise ModelError(
             f"model.name: {recipe.model.name}: the memory of a model of type {config.model_type} cannot be predicted: "
-            f"{reason}. Set train.micro_batch_size to a number; the run measures memory before its first step."
+            f"{reason_of(error)}. Set train.micro_batch_size to a number; the run measures memory before its first step."
         ) from error
     finally:
         logger.disabled = was_disabled

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_utils import unwrap_peft_model
 
-from sft_recipes.errors import ModelError
+from sft_recipes.errors import ModelError, reason_of
 from sft_recipes.recipe.library_names import installed, liger_model_types
 from sft_recipes.recipe.schema import Recipe
 
@@ -97,7 +97,7 @@ def apply_kernels(model: torch.nn.Module, recipe: Recipe) -> Kernels:
     try:
         problem = compare_layer(recipe, model.config, "cuda")
     except Exception as error:  # any type, if Liger does not match the version of transformers or Triton
-        problem = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        problem = f"{type(error).__name__}: {reason_of(error)}"
     if problem is not None:
         if recipe.train.kernels == "liger":
             raise ModelError(

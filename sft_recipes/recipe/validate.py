@@ -210,7 +210,7 @@ def _names(recipe: Recipe) -> Iterator[str]:
 def _secrets(recipe: Recipe) -> Iterator[str]:
     """Find secrets of the environment: a run saves its recipe and sends it to trackers."""
     for key, value in _leaves(recipe.model_dump()):
-        if key != "trl.hub_token" and (name := secrets.in_text(value)):
+        if key != "trl.hub_token" and (name := secrets.find_in(value)):
             yield (
                 f"{key}: contains the value of the environment variable {name}, which the run directory, report and trackers "
                 "would show. Remove it: libraries read the variable themselves."

@@ -20,12 +20,12 @@ from sft_recipes import model_dir
 from sft_recipes.data.eval_prompts import EvalPrompt, eval_prompts
 from sft_recipes.data.prepare import Prepared
 from sft_recipes.data.sequences import Sequences
-from sft_recipes.errors import RecipeError, RunError, SFTRecipeError
+from sft_recipes.errors import RecipeError, RunError, SFTRecipeError, reason_of
 from sft_recipes.models import strategies
 from sft_recipes.models.adapters import settle_types
 from sft_recipes.models.compiled_layers import compile_layers
 from sft_recipes.models.kernels import apply_kernels
-from sft_recipes.models.library_errors import is_out_of_memory, reason_of
+from sft_recipes.models.library_errors import is_out_of_memory
 from sft_recipes.models.model import count_parameters
 from sft_recipes.models.tokenizer import tokenizer_bytes
 from sft_recipes.planning import disk

@@ -11,8 +11,7 @@ import transformers
 from safetensors import SafetensorError
 
 from sft_recipes import atomic_files, upstream
-from sft_recipes.errors import RunError
-from sft_recipes.models.library_errors import reason_of
+from sft_recipes.errors import RunError, reason_of
 from sft_recipes.models.model import count_parameters
 from sft_recipes.models.tokenizer import tokenizer_bytes
 from sft_recipes.planning import disk
@@ -93,7 +92,7 @@ class CheckpointMixin(upstream.SaveHook, transformers.Trainer):
     def _report_failure(self, folder: Path, error: Exception) -> None:
         trained, tokenizer = count_parameters(self.model)[1], tokenizer_bytes(self.processing_class)
         lacking = disk.lacking(self.run_dir, disk.of_checkpoint(self.recipe, trained, tokenizer))
-        line = f"{folder}: checkpoint not saved: {reason_of(error).rstrip('.')}{lacking}. {self.describe_last_checkpoint()}"
+        line = f"{folder}: checkpoint not saved: {reason_of(error)}{lacking}. {self.describe_last_checkpoint()}"
         if self.recipe.checkpoint.on_failure == "stop":
             raise RunError(
                 f"{line} {'Free disk space and continue' if lacking else 'Continue'} with --resume."

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sft_recipes.models.library_errors import shorten
+from sft_recipes.errors import reason_of
 from sft_recipes.planning.flops import peak_rate
 from sft_recipes.run_dir import append_lines
 
@@ -84,7 +84,7 @@ class Metrics(TrainerCallback):
             for show in self.shows:
                 show(line)
         except Exception as error:
-            self.warn(shorten(f"{self.file}: cannot write metrics of step {state.global_step}: {error!r}"))
+            self.warn(f"{self.file}: cannot write metrics of step {state.global_step}: {reason_of(error)}")
 
     def _speed(self, line: dict[str, Any], devices: int) -> dict[str, float | None]:
         """Return tokens/s over all devices, and per device the model's TFLOP/s and their share of the GPU's peak (MFU)."""

@@ -17,11 +17,11 @@ from trl import SFTTrainer
 
 from sft_recipes.data.prepare import Prepared
 from sft_recipes.data.sequences import IGNORED
-from sft_recipes.errors import RunError, SFTRecipeError, Stopped
+from sft_recipes.errors import RunError, SFTRecipeError, Stopped, reason_of
 from sft_recipes.memory import autosize
 from sft_recipes.models import cpu_loss
 from sft_recipes.models.kernels import Kernels
-from sft_recipes.models.library_errors import is_out_of_memory, reason_of
+from sft_recipes.models.library_errors import is_out_of_memory
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.recipe.validate import TORCHAO
 from sft_recipes.stopping import Stop
@@ -241,7 +241,7 @@ def train(trainer: Trainer, checkpoint: Path | None, on_begin: Callable[[], None
         if is_out_of_memory(error):
             problem = f"out of memory after step {step} {memory_advice(trainer.recipe, error)}"
         else:
-            problem = f"training failed after step {step}: {reason_of(error).rstrip('.')}."
+            problem = f"training failed after step {step}: {reason_of(error)}."
         raise RunError(
             f"{run_dir}: {problem} {trainer.describe_last_checkpoint()} Rows in this step: {rows}."
         ) from error
@@ -286,6 +286,6 @@ def memory_advice(recipe: Recipe, error: Exception) -> str:
         return autosize.memory_advice(recipe)
     except Exception:  # predicting needs memory on the same device
         return (
-            f"({reason_of(error).rstrip('.')}). Set a smaller train.micro_batch_size or data.max_length, "
+            f"({reason_of(error)}). Set a smaller train.micro_batch_size or data.max_length, "
             "train.gradient_checkpointing: true, an optimizer with 8-bit states, lora or model.quantization."
         )
