@@ -70,9 +70,8 @@ class NonFatalTracker:
             act(*args, **kwargs)
         except Exception as error:
             self._failed = True
-            self._warn(
-                f"log.to: {self._tracker.name} failed and is disabled for the rest of the run: {type(error).__name__}: {reason_of(error)}"
-            )
+            reason = f"{type(error).__name__}: {reason_of(error)}"
+            self._warn(f"log.to: {self._tracker.name} failed and is disabled for the rest of the run: {reason}")
 
 
 def start_trackers(
