@@ -197,6 +197,11 @@ def reject_hub_kernels(model_config: Any, *, trust_remote_code: bool) -> None:
             )
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Return True if a directory has the files of some tokenizer, which transformers may have to convert."""
+    return any((folder / file).is_file() for file in _TOKENIZER_FILES)
+
+
 def find_problems(name: str, max_length: int) -> list[str]:
     """Find all problems of a local model directory, one line each; a Hub id is not inspected."""
     try:
@@ -207,7 +212,7 @@ def find_problems(name: str, max_length: int) -> list[str]:
     except ModelError as error:
         return list(error.lines)
     problems = []
-    if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+    if not has_tokenizer(folder):
         problems.append(
             f"model.name: {folder} has no tokenizer (tokenizer.json). Copy it from the source of the model."
         )

@@ -1,8 +1,10 @@
 """Implement `sft-recipe check` and `preview` without importing torch."""
 
+import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -96,12 +98,13 @@ def _check_data(recipe: Recipe) -> Findings:
         return Findings([line], [])
     tokenizer, missing = tokenizer_of(recipe.model)
     if tokenizer is None:
-        lines = []
+        lines, warnings = list[str](), list[str]()
         for source in readers.every_source(recipe.data):
-            checked, total = readers.look_through(source, recipe.data, _SECONDS)
+            checked, total, report = readers.look_through(source, recipe.data, _SECONDS)
             rows = f"{total:,} rows" if checked == total else f"first {checked:,} of about {total:,} rows"
-            lines.append(f"data: {source.path}: {rows}")
-        return Findings([*lines, f"tokens and steps not counted: {missing}"], [])
+            lines.append(f"data: {'; '.join((f'{source.path}: {rows}', *report.notes))}")
+            warnings += report.warnings
+        return Findings([*lines, f"tokens and steps not counted: {missing}"], warnings)
     data = prepare.prepare(recipe, tokenizer, seconds=_SECONDS)
     scale = 1 / data.share  # all data / tokenized sample
     if recipe.data.max_train_samples:
@@ -187,7 +190,33 @@ def tokenizer_of(model: Model) -> tuple[LightTokenizer | None, str]:
         except Exception as error:  # network errors, Hub errors, gated models
             return None, f"the tokenizer of {model.name} is unavailable: {reason_of(error)}"
     tokenizer = encoder.from_directory(folder, model.new_tokens)
+    if tokenizer is None and (not model_dir.directory(model.name) or model_dir.has_tokenizer(folder)):
+        tokenizer = _convert_tokenizer(model)
     return tokenizer, f"{model.name} has no tokenizer.json"
+
+
+_CONVERT = """
+import sys
+from sft_recipes.errors import ModelError
+from sft_recipes.models.tokenizer import load_tokenizer
+from sft_recipes.recipe.schema import Model
+try:
+    load_tokenizer(Model.model_validate_json(sys.argv[1])).save_pretrained(sys.argv[2])
+except ModelError as error:
+    print(error)
+"""
+
+
+def _convert_tokenizer(model: Model) -> LightTokenizer:
+    """Convert tokenizer.model, tekken.json, ... as the run does, in another process, because that imports torch."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = [sys.executable, "-c", _CONVERT, model.model_dump_json(), folder]
+        done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+        tokenizer = encoder.from_directory(Path(folder))
+        if tokenizer is None:
+            reason = (done.stdout or done.stderr).strip().splitlines() or [""]
+            raise ModelError(reason[-1] if done.stdout else f"model.name: {model.name}: its tokenizer: {reason[-1]}")
+        return replace(tokenizer, rebuilt="")
 
 
 def _download(model: Model) -> Path:

@@ -90,6 +90,8 @@ def _conflicts(recipe: Recipe) -> Iterator[str]:
             "train.gradient_accumulation_steps: cannot be combined with train.global_batch_size, from which it follows. "
             "Remove one of the two."
         )
+    if train.warmup_ratio is not None and train.warmup_steps is not None:
+        yield "train.warmup_steps: cannot be combined with train.warmup_ratio. Remove one of the two."
     if train.mixed_precision == "fp16" and model.dtype == "bfloat16":
         yield (
             "train.mixed_precision: cannot be combined with model.dtype: bfloat16 (got fp16). "

@@ -45,6 +45,7 @@ def test_the_arguments_are_fields_of_sft_config_with_an_owner(write_recipe: Writ
         ("train.learning_rate=3e-4", {"learning_rate": 3e-4}),
         ("train.lr_scheduler=linear", {"lr_scheduler_type": "linear"}),
         ("train.warmup_ratio=0.5", {"warmup_steps": 50}),
+        ("train.warmup_steps=7", {"warmup_steps": 7}),
         ("train.weight_decay=0.1", {"weight_decay": 0.1}),
         ("train.max_grad_norm=0.3", {"max_grad_norm": 0.3}),
         ("train.mixed_precision=bf16", {"bf16": True, "fp16": False}),
