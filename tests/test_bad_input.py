@@ -229,7 +229,7 @@ SETS: dict[str, tuple[list[str], str]] = {
     "a value with a key twice": (["lora={rank: 1, rank: 2}"], "--set: duplicate key 'lora.rank'"),
     "a value nested too deep": (["trl.x=" + "[" * 3000], "--set trl.x=[[…: invalid YAML value"),
     "a template that is not there": (["data.template=mine.jinja"],
-        "--set: data.template: cannot read the template file: …(got 'mine.jinja'). Set it to alpaca, chat, or"),
+        "--set: data.template: cannot read the template file: …(got 'mine.jinja'). Set it to alpaca, chatml, llama3,"),
     "a template that is a directory": (["data.template=."],
         "--set: data.template: cannot read the template file: Is a directory (got '.'). Set it to"),
     "a template for plain text": (["data.template=alpaca", "data.columns={text: output}", "data.format=text"],
@@ -548,11 +548,12 @@ TOKENIZERS: dict[str, tuple[Change, str]] = {
 }  # fmt: skip
 TEMPLATES: dict[str, tuple[Change, str]] = {
     "none": (both(),
-        "recipe.yaml:2: data.template: the tokenizer has no chat template (got chat). Set data.template to alpaca"),
+        "--set: model.name: model: the tokenizer has no chat template. Set data.template to "
+        "alpaca, chatml, llama3, or the path of a .jinja file."),
     "a number": (changed(SETTINGS, chat_template=5),
-        "recipe.yaml:2: data.template: the tokenizer has no chat template (got chat)."),
+        "--set: model.name: model: the tokenizer has no chat template"),
     "none called default": (changed(SETTINGS, chat_template=[{"name": "rag", "template": "x"}]),
-        "recipe.yaml:2: data.template: the tokenizer has no chat template"),
+        "--set: model.name: model: the tokenizer has no chat template"),
     "left open": (template("{% for m in messages %}"),
         "recipe.yaml:2: data.template: the chat template of the tokenizer: invalid Jinja template: …. Fix it"),
     "an unknown filter": (template("{{ messages | upside_down }}"),

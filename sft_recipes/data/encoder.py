@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
+from sft_recipes.data.chat_templates import named
 from sft_recipes.data.templates import Rendered
 from sft_recipes.errors import DataError, ModelError
 
@@ -67,7 +68,7 @@ def from_directory(folder: Path, new_tokens: Sequence[str] = ()) -> LightTokeniz
         backend.add_special_tokens([*specials.values(), *(text for text in texts if isinstance(text, str))])
     except Exception as error:
         raise ModelError(f"{folder}: cannot add the special tokens: {error}. Download the tokenizer again.") from None
-    backend.add_tokens(list(new_tokens))
+    backend.add_tokens(named.to_add(new_tokens))
     name = str(config.get("tokenizer_class") or _UNCHANGED[0])
     unchanged = name.removesuffix("Fast") in _UNCHANGED or "ByteLevel" in repr(backend.pre_tokenizer)
     rebuilt = "" if unchanged and not config.get("add_prefix_space") else name

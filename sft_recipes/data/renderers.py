@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sft_recipes.data import templates
+from sft_recipes.data.chat_templates import named
 from sft_recipes.data.encoder import Encoder, LightTokenizer
 from sft_recipes.data.formats.base import Example
-from sft_recipes.errors import DataError
+from sft_recipes.errors import DataError, ModelError
 from sft_recipes.recipe.schema import Data
 
 
@@ -36,13 +37,13 @@ def choose_renderer(data: Data, format: str, first: Example, tokenizer: LightTok
         if data.template is not None:
             raise DataError(f"data.template: plain text takes no template (got {data.template}). Remove data.template.")
         return Renderer("text", templates.plain, None)
-    if name == "alpaca":
-        source = templates.alpaca_chat_template()
+    if name in named.NAMES:
+        source = named.source(name)
     elif name == "chat":
         if tokenizer.chat_template is None:
-            raise DataError(
-                "data.template: the tokenizer has no chat template (got chat). "
-                "Set data.template to alpaca or to the path of a .jinja file."
+            raise ModelError(
+                "the tokenizer has no chat template. "
+                f"Set data.template to {', '.join(named.NAMES)}, or the path of a .jinja file."
             )
         source = tokenizer.chat_template
     else:
@@ -80,5 +81,5 @@ def _template_file(name: str) -> str:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise DataError(
             f"data.template: cannot read the template file: {reason} (got '{name}'). "
-            "Set it to alpaca, chat, or the path of a .jinja file."
+            f"Set it to {', '.join(named.NAMES)}, chat, or the path of a .jinja file."
         ) from None

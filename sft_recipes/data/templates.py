@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from datetime import datetime
-from importlib import resources
 from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError, Undefined, nodes
@@ -20,6 +19,7 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from sft_recipes.data.chat_templates import named
 from sft_recipes.data.formats.base import Example
 from sft_recipes.errors import DataError, RecipeError
 
@@ -55,7 +55,7 @@ def alpaca_prompt(instruction: str, input: str = "") -> str:
 
 def alpaca_chat_template() -> str:
     """Return the Alpaca prompt as a chat template, so that chat endpoints use the training format."""
-    return resources.files("sft_recipes.data").joinpath("alpaca.jinja").read_text(encoding="utf-8")
+    return named.source("alpaca")
 
 
 class Alpaca:

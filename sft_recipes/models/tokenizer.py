@@ -4,6 +4,7 @@ from transformers import AutoTokenizer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sft_recipes import model_dir
+from sft_recipes.data.chat_templates import named
 from sft_recipes.data.prepare import Prepared
 from sft_recipes.data.templates import BOS
 from sft_recipes.errors import ModelError
@@ -23,7 +24,7 @@ def load_tokenizer(model: schema.Model) -> PreTrainedTokenizerBase:
         raise ModelError(
             f"model.name: {model.name} has no fast tokenizer, which is required. Choose a model with a tokenizer.json."
         )
-    tokenizer.add_tokens(model.new_tokens)
+    tokenizer.add_tokens(named.to_add(model.new_tokens))
     set_pad_token(tokenizer)
     return tokenizer
 

@@ -3,10 +3,11 @@
 The presence of a section enables it: without `lora:` a run is full fine-tuning.
 """
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from sft_recipes.data.chat_templates import named
 from sft_recipes.data.formats.registry import FORMATS
 from sft_recipes.trackers.base import kinds as trackers
 
@@ -96,7 +97,8 @@ class Data(_Section):
     on_bad_row: Literal["error", "drop"] = "error"
     """How to handle rows that cannot be read or rendered. drop: leave them out, and report how many and the first ones."""
     template: Name | None = None
-    """alpaca, chat (the tokenizer's chat template) or the path of a .jinja file. Default: chat for messages, else alpaca."""
+    """alpaca, chatml, llama3, chat (the tokenizer's chat template) or the path of a .jinja file. chatml and llama3 add
+    their tokens to model.new_tokens. Default: chat for conversations, else alpaca."""
     train_on: Literal["completion", "all", "assistant"] = "completion"
     """Tokens in the loss. completion: the last answer; assistant: every assistant message; all: every token."""
     max_length: Annotated[int, Field(ge=2, lt=2**31)] = 512
@@ -300,6 +302,13 @@ class Recipe(_Section):
     """Run directory. Must be new or empty, unless a run is resumed."""
     trl: dict[str, Any] = {}
     """Other fields of TRL's SFTConfig, passed through by name."""
+
+    @model_validator(mode="after")
+    def _with_tokens_of_the_template(self) -> Self:
+        tokens = dict.fromkeys([*self.model.new_tokens, *named.tokens(self.data.template or "")])
+        if len(tokens) > len(self.model.new_tokens):
+            object.__setattr__(self, "model", self.model.model_copy(update={"new_tokens": list(tokens)}))
+        return self
 
     def resolved(self) -> dict[str, Any]:
         """Return every key with its value, including derived defaults; parsing the result gives the same recipe."""

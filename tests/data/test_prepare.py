@@ -12,7 +12,7 @@ from sft_recipes.data.encoder import Encoder
 from sft_recipes.data.prepare import Prepared
 from sft_recipes.data.sequences import IGNORED
 from sft_recipes.data.templates import Rendered, alpaca_prompt
-from sft_recipes.errors import DataError
+from sft_recipes.errors import DataError, ModelError
 from sft_recipes.recipe import parse
 from sft_recipes.recipe.schema import Data, Model, Recipe, Train
 from tests.conftest import ROWS, WriteRecipe, write_rows
@@ -336,7 +336,8 @@ def test_too_few_rows_to_hold_some_out(write_recipe: WriteRecipe, tmp_path: Path
 
 
 def test_a_template_that_is_missing(write_recipe: WriteRecipe) -> None:
-    assert "the tokenizer has no chat template" in problem(write_recipe(), "data.template=chat")
+    with pytest.raises(ModelError, match=r"model\.name: builtin:tiny: the tokenizer has no chat template"):
+        prepared(write_recipe(), "data.template=chat")
     assert "cannot read the template file" in problem(write_recipe(), "data.template=none.jinja")
 
 
