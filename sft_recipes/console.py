@@ -9,7 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from sft_recipes.run_dir import ADAPTER, MODEL, REPORT, SAMPLES, read_lines, read_metrics
+from sft_recipes.errors import reason_of
+from sft_recipes.report.curves import positions
+from sft_recipes.run_dir import ADAPTER, MODEL, REPORT, SAMPLES, Lines, read_lines, read_metrics
 
 _SAMPLES = 5  # printed sample answers
 
@@ -27,7 +29,7 @@ def warn_on_error(console: Console, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        warn(console, [f"cannot create {what}: {' '.join(str(error).split())[:300] or type(error).__name__}"])
+        warn(console, [f"cannot create {what}: {reason_of(error)}"])
 
 
 def print_lines(console: Console, lines: Iterable[str]) -> None:
@@ -77,7 +79,7 @@ def _answers(folder: Path) -> Iterable[str]:
         yield "  after:    " + _one_line(after["answer"])
 
 
-def _before_and_after(metrics: list[dict[str, Any]]) -> Iterable[str]:
+def _before_and_after(metrics: Lines) -> Iterable[str]:
     names = {"eval_exact_match": ("exact match", "{:.1%}"), "eval_loss": ("eval loss", "{:.4f}")}
     for key, (name, form) in names.items():
         values = [line[key] for line in metrics if key in line]
@@ -85,17 +87,13 @@ def _before_and_after(metrics: list[dict[str, Any]]) -> Iterable[str]:
             yield f"{name}: {form.format(values[0])} → {form.format(values[-1])}"
 
 
-def _throughput(metrics: list[dict[str, Any]]) -> Iterable[str]:
+def _throughput(metrics: Lines) -> Iterable[str]:
     """Return tokens, tokens/s (without evaluation and checkpoints) and peak memory as a line."""
-    seen, timed, seconds = 0, 0, 0.0
-    for line in metrics:
-        if "loss" in line:
-            tokens, seen = line["tokens"] - seen, line["tokens"]
-            if rate := line.get("tokens_per_second"):
-                timed, seconds = timed + tokens, seconds + tokens / rate
     if metrics:
-        rate = f" at {timed / seconds:,.0f} tokens/s" if seconds else ""
-        yield f"throughput: {seen:,.0f} tokens{rate}; peak memory {max(line['peak_memory_gib'] for line in metrics):.2f} GiB"
+        _, tokens, seconds = positions(metrics)[-1]
+        rate = f" at {tokens / seconds:,.0f} tokens/s" if seconds else ""
+        peak = max(line["peak_memory_gib"] for line in metrics)
+        yield f"throughput: {tokens:,.0f} tokens{rate}; peak memory {peak:.2f} GiB"
 
 
 def _next(folder: Path) -> Iterable[str]:

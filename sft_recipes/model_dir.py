@@ -186,13 +186,20 @@ def _wrong_index(folder: Path) -> str | None:
 
 def reject_hub_kernels(model_config: Any, *, trust_remote_code: bool) -> None:
     """Raise ModelError if a config selects an attention kernel on the Hub, which `kernels` would download and run."""
+    from sft_recipes.upstream import attention_of  # imports torch
+
     for part in (model_config, model_config.get_text_config()):
-        kernel = str(getattr(part, "_attn_implementation", None) or "")
+        kernel = str(attention_of(part) or "")
         if "/" in kernel and not trust_remote_code:
             raise ModelError(
                 f"{model_config.name_or_path}: config.json selects attention code from the Hub ({kernel}). Remove that "
                 "key, or review the code and set model.trust_remote_code: true (--trust-remote-code)."
             )
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return True if a directory has the files of some tokenizer, which transformers may have to convert."""
+    return any((folder / file).is_file() for file in _TOKENIZER_FILES)
 
 
 def find_problems(name: str, max_length: int) -> list[str]:
@@ -205,7 +212,7 @@ def find_problems(name: str, max_length: int) -> list[str]:
     except ModelError as error:
         return list(error.lines)
     problems = []
-    if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+    if not has_tokenizer(folder):
         problems.append(
             f"model.name: {folder} has no tokenizer (tokenizer.json). Copy it from the source of the model."
         )

@@ -19,6 +19,7 @@ from sft_recipes.recipe.schema import Recipe
 from sft_recipes.report import page
 from sft_recipes.stopping import Stop
 from sft_recipes.training import checkpoint_dirs, run_info, trainer
+from sft_recipes.training.build import build_trainer
 from sft_recipes.training.determinism import deterministic
 from sft_recipes.training.metrics import peak_memory
 
@@ -85,7 +86,7 @@ def run(
 
         # Model and trainer
         network = model.load_model(recipe, tokenizer)
-        sft = trainer.build(recipe, network, tokenizer, data, folder, console, stop)
+        sft = build_trainer(recipe, network, tokenizer, data, folder, console, stop)
         print_lines(console, run_info.summary_lines(recipe, sft))
         counted = data.as_dict() | {"steps": sft.args.max_steps, "sequences_per_step": recipe.sequences_per_step}
         used = run_info.used(sft) | {"data_sha256": prepare.fingerprints(recipe)}

@@ -142,11 +142,11 @@ def build(recipe: Path, folder: Path, *overrides: str, console: Console | None =
     from sft_recipes.models import model
     from sft_recipes.models.tokenizer import load_tokenizer
     from sft_recipes.recipe import parse
-    from sft_recipes.training import trainer
+    from sft_recipes.training.build import build_trainer
 
     wanted = parse.load(recipe, overrides).recipe
     folder.mkdir(exist_ok=True)
     tokenizer = load_tokenizer(wanted.model)
     data = prepare.prepare(wanted, encoder.from_transformers(tokenizer))
     network = model.load_model(wanted, tokenizer)
-    return trainer.build(wanted, network, tokenizer, data, folder, console or Console(quiet=True), stop)
+    return build_trainer(wanted, network, tokenizer, data, folder, console or Console(quiet=True), stop)

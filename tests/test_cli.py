@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sft_recipes import __version__, cli
+from sft_recipes import __version__, cli, model_dir
 from sft_recipes.errors import RecipeError
 from tests.commands import sft_recipe
 from tests.conftest import WriteRecipe, write_rows
@@ -90,6 +90,33 @@ def test_check_counts_rows_tokens_and_steps(write_recipe: WriteRecipe) -> None:
     assert done.stdout.endswith("recipe.yaml: OK\n")
     assert "warning: " in done.stderr
     assert "lose updates to rounding" in done.stderr
+
+
+@pytest.mark.parametrize("files", ["vocabulary", "tokenizer.model", "tekken.json"])
+def test_check_says_of_other_tokenizers_what_run_says(write_recipe: WriteRecipe, tmp_path: Path, files: str) -> None:
+    """transformers converts them, if it can: check does so in another process."""
+    tiny, folder = model_dir.BUILTIN / "tiny", tmp_path / "model"
+    shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns("tokenizer.json"))
+    if files == "vocabulary":
+        bpe = json.loads((tiny / "tokenizer.json").read_text("utf-8"))["model"]
+        (folder / "vocab.json").write_text(json.dumps(bpe["vocab"]))
+        (folder / "merges.txt").write_text("\n".join(" ".join(pair) for pair in bpe["merges"]))
+        settings = {"tokenizer_class": "GPT2Tokenizer", "bos_token": "<|begin|>", "eos_token": "<|end|>"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    else:
+        (folder / "tokenizer_config.json").unlink()
+        (folder / files).write_text("{}")
+    recipe = write_recipe(model={"name": str(folder)})
+    checked, ran = sft_recipe("check", str(recipe)), sft_recipe("run", str(recipe), "--set", "train.max_steps=1")
+
+    assert checked.returncode == ran.returncode == (0 if files == "vocabulary" else 2), ran.stderr
+    if files == "vocabulary":
+        counts = [re.findall(r"[\d,]+ sequences, [\d,]+ tokens", done.stdout) for done in (checked, ran)]
+        assert counts[0] == counts[1]
+        assert len(counts[0]) == 2
+    else:
+        assert "its tokenizer cannot be loaded" in checked.stderr
+        assert checked.stderr.splitlines()[-1] == ran.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -246,6 +273,6 @@ def test_errors_go_to_stderr_without_a_traceback_unless_asked(write_recipe: Writ
 
 def test_no_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_HUB_DISABLE_TELEMETRY")
-    cli._quiet(debug=True)
+    cli.quiet_libraries(debug=True)
 
     assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"

@@ -1,8 +1,10 @@
 """Implement `sft-recipe check` and `preview` without importing torch."""
 
+import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -10,10 +12,9 @@ from rich.console import Console
 from sft_recipes import model_dir, run_dir
 from sft_recipes.data import encoder, prepare, readers, sources
 from sft_recipes.data import preview as showing
-from sft_recipes.data.chat_templates import named
 from sft_recipes.data.encoder import LightTokenizer
 from sft_recipes.data.eval_prompts import eval_prompts
-from sft_recipes.errors import DataError, InputError, ModelError, OutputError, RecipeError, one_line
+from sft_recipes.errors import DataError, InputError, ModelError, RecipeError, one_line, reason_of
 from sft_recipes.memory import host_memory
 from sft_recipes.planning import disk
 from sft_recipes.planning.steps import count
@@ -75,7 +76,9 @@ def preview(
         if tokenizer.rebuilt:
             for warning in (line for line in warnings if "trust_remote_code" in line):
                 print(f"warning: {warning}", file=sys.stderr)
-            tokenizer = _load_hf_tokenizer(loaded.recipe.model)
+            from sft_recipes.models.tokenizer import load_tokenizer  # imports torch
+
+            tokenizer = encoder.from_transformers(load_tokenizer(loaded.recipe.model))
         # Specific rows require all data; otherwise the time limit applies.
         train = prepare.prepare(loaded.recipe, tokenizer, seconds=None if rows else _SECONDS).train
         numbers = showing.select_sequences(train, number, rows, loaded.recipe.train.seed)
@@ -95,12 +98,13 @@ def _check_data(recipe: Recipe) -> Findings:
         return Findings([line], [])
     tokenizer, missing = tokenizer_of(recipe.model)
     if tokenizer is None:
-        lines = []
+        lines, warnings = list[str](), list[str]()
         for source in readers.every_source(recipe.data):
-            checked, total = readers.look_through(source, recipe.data, _SECONDS)
+            checked, total, report = readers.look_through(source, recipe.data, _SECONDS)
             rows = f"{total:,} rows" if checked == total else f"first {checked:,} of about {total:,} rows"
-            lines.append(f"data: {source.path}: {rows}")
-        return Findings([*lines, f"tokens and steps not counted: {missing}"], [])
+            lines.append(f"data: {'; '.join((f'{source.path}: {rows}', *report.notes))}")
+            warnings += report.warnings
+        return Findings([*lines, f"tokens and steps not counted: {missing}"], warnings)
     data = prepare.prepare(recipe, tokenizer, seconds=_SECONDS)
     scale = 1 / data.share  # all data / tokenized sample
     if recipe.data.max_train_samples:
@@ -149,12 +153,7 @@ def _check_disk_space(recipe: Recipe) -> Findings:
     if parameters is None or model_dir.path_problem(recipe.output_dir) or run_dir.output_dir_problem(recipe.output_dir):
         return Findings([], [])  # a resumed run has written part of it already
     folder = Path(recipe.output_dir).expanduser()
-    disk_of = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
-    if short := disk.lacking(disk_of, disk.needed(recipe, parameters, 0 if recipe.trains_adapters else parameters, 0)):
-        raise OutputError(
-            f"output_dir: not enough free space in {disk_of} for checkpoints and models{short}. Free some space, choose "
-            "another disk with --set output_dir=DIR, or lower checkpoint.keep."
-        )
+    disk.check_room(recipe, folder, parameters, 0 if recipe.trains_adapters else parameters, tokenizer=0)
     return Findings([], [])
 
 
@@ -189,23 +188,35 @@ def tokenizer_of(model: Model) -> tuple[LightTokenizer | None, str]:
         try:
             folder = _download(model)
         except Exception as error:  # network errors, Hub errors, gated models
-            return None, f"the tokenizer of {model.name} is unavailable: {' '.join(str(error).split())[:200]}"
+            return None, f"the tokenizer of {model.name} is unavailable: {reason_of(error)}"
     tokenizer = encoder.from_directory(folder, model.new_tokens)
+    if tokenizer is None and (not model_dir.directory(model.name) or model_dir.has_tokenizer(folder)):
+        tokenizer = _convert_tokenizer(model)
     return tokenizer, f"{model.name} has no tokenizer.json"
 
 
-def _load_hf_tokenizer(model: Model) -> LightTokenizer:
-    from transformers import AutoTokenizer
+_CONVERT = """
+import sys
+from sft_recipes.errors import ModelError
+from sft_recipes.models.tokenizer import load_tokenizer
+from sft_recipes.recipe.schema import Model
+try:
+    load_tokenizer(Model.model_validate_json(sys.argv[1])).save_pretrained(sys.argv[2])
+except ModelError as error:
+    print(error)
+"""
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            model_dir.location(model.name), revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
-    except Exception as error:  # tokenizer classes raise many types
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"model.name: {model.name}: its tokenizer cannot be loaded: {reason}") from error
-    tokenizer.add_tokens(named.to_add(model.new_tokens))
-    return encoder.from_transformers(tokenizer)
+
+def _convert_tokenizer(model: Model) -> LightTokenizer:
+    """Convert tokenizer.model, tekken.json, ... as the run does, in another process, because that imports torch."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = [sys.executable, "-c", _CONVERT, model.model_dump_json(), folder]
+        done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+        tokenizer = encoder.from_directory(Path(folder))
+        if tokenizer is None:
+            reason = (done.stdout or done.stderr).strip().splitlines() or [""]
+            raise ModelError(reason[-1] if done.stdout else f"model.name: {model.name}: its tokenizer: {reason[-1]}")
+        return replace(tokenizer, rebuilt="")
 
 
 def _download(model: Model) -> Path:

@@ -10,14 +10,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sft_recipes import model_dir
-from sft_recipes.errors import ModelError, RecipeError, SFTRecipeError
+from sft_recipes.errors import ModelError, RecipeError, SFTRecipeError, reason_of
 from sft_recipes.export import load_adapter
 from sft_recipes.models.generate import answer, prompt_ids
 from sft_recipes.models.library_errors import as_model_error
 from sft_recipes.run_dir import DATA
 
 
-def talk(
+def generate(
     path: Path,
     prompt: str,
     input: str = "",
@@ -72,8 +72,7 @@ def _as_answer_error(path: Path) -> Iterator[None]:
     except SFTRecipeError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"{path}: cannot answer this prompt: {type(error).__name__}: {reason}") from error
+        raise ModelError(f"{path}: cannot answer this prompt: {type(error).__name__}: {reason_of(error)}") from error
 
 
 def _is_unicode(text: str) -> bool:

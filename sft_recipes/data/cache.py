@@ -55,30 +55,41 @@ def _code() -> str:
     return digest.hexdigest()
 
 
-def stored(name: str | None, make: Callable[[], Iterable[Documents]], complete: Callable[[], bool]) -> Documents:
+def stored(
+    name: str | None,
+    make: Callable[[], Iterable[Documents]],
+    complete: Callable[[], bool],
+    about: dict[str, Any] | None = None,
+) -> Documents:
     """Return the memory-mapped documents of entry `name`; if it does not exist, make and cache it.
 
-    Nothing is cached if `name` is None, or if `complete()` is False after `make()`.
+    Nothing is cached if `name` is None, or if `complete()` is False after `make()`. `about`, values of JSON that are known
+    after `make()`, is kept with the documents, and updated from an entry that is read.
     """
     entry = folder() / name if name else None
-    if entry is not None and (cached := _read(entry)) is not None:
+    if entry is not None and (cached := _read(entry, about)) is not None:
         with contextlib.suppress(OSError):
             os.utime(entry)
         return cached
     if entry is not None:
         with contextlib.suppress(OSError):  # the cache is full or read-only: fall back to a temporary directory
-            return _build(entry, make, complete)
+            return _build(entry, make, complete, about)
     try:
-        return _build(None, make, complete)
+        return _build(None, make, complete, about)
     except OSError as error:
         raise RunError(
             f"cannot write the tokenized data: {error}. Set TMPDIR or SFT_RECIPES_CACHE to a directory with free space."
         ) from error
 
 
-def _build(entry: Path | None, make: Callable[[], Iterable[Documents]], complete: Callable[[], bool]) -> Documents:
+def _build(
+    entry: Path | None,
+    make: Callable[[], Iterable[Documents]],
+    complete: Callable[[], bool],
+    about: dict[str, Any] | None,
+) -> Documents:
     with _temporary_dir(entry) as partial:
-        _write(partial, make())
+        _write(partial, make(), about)
         if entry is not None and complete():
             with contextlib.suppress(OSError):  # a concurrent run finished first, or the cache is read-only
                 _remove_unused(entry.parent)
@@ -110,7 +121,7 @@ def _temporary_dir(entry: Path | None) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)  # files that are memory-mapped stay readable
 
 
-def _write(into: Path, batches: Iterable[Documents]) -> None:
+def _write(into: Path, batches: Iterable[Documents], about: dict[str, Any] | None) -> None:
     lengths = array("q")
     per_document: dict[str, list[Any]] = {name: [] for name in PER_DOCUMENT}
     checksums = [0, 0]
@@ -124,15 +135,17 @@ def _write(into: Path, batches: Iterable[Documents]) -> None:
                 parts.append(getattr(batch, name))
     offsets = np.concatenate([[0], np.cumsum(np.frombuffer(lengths, dtype=np.int64))])
     columns = {name: np.concatenate(parts) for name, parts in per_document.items()}
+    columns["about"] = np.array(json.dumps(about))
     np.savez(into / "documents.npz", offsets=offsets, checksums=checksums, allow_pickle=False, **columns)
 
 
-def _read(entry: Path) -> Documents | None:
-    """Memory-map the documents of an entry; None if it is missing, incomplete or corrupt."""
+def _read(entry: Path, about: dict[str, Any] | None = None) -> Documents | None:
+    """Memory-map the documents of an entry, and update `about`; None if it is missing, incomplete or corrupt."""
     try:
         with np.load(entry / "documents.npz") as stored_columns:
             columns = {name: stored_columns[name] for name in ("offsets", *PER_DOCUMENT)}
             checksums = stored_columns["checksums"].tolist()
+            kept = json.loads(stored_columns["about"].item())
         # asarray: slicing a memmap is ten times slower than slicing an array.
         ids = np.asarray(np.memmap(entry / "ids", dtype=np.int32, mode="r"))
         trained = np.asarray(np.memmap(entry / "trained", dtype=np.bool_, mode="r"))
@@ -140,6 +153,8 @@ def _read(entry: Path) -> Documents | None:
         return None
     if len(ids) != columns["offsets"][-1] or [zlib.crc32(ids.data), zlib.crc32(trained.data)] != checksums:
         return None
+    if about is not None:
+        about.update(kept)
     return Documents(ids, trained, **columns)
 
 

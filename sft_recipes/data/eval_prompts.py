@@ -6,6 +6,7 @@ from typing import Any
 
 from sft_recipes.data import readers, sources
 from sft_recipes.data.formats import registry as formats
+from sft_recipes.data.parsers import SourceRow
 from sft_recipes.errors import DataError, shown
 from sft_recipes.recipe.schema import Data, Prompt, Recipe
 
@@ -33,13 +34,14 @@ def eval_prompts(recipe: Recipe) -> list[EvalPrompt]:
     generate = recipe.eval.generate
     if not isinstance(generate, str):
         return [_of_prompt(Prompt(prompt=prompt) if isinstance(prompt, str) else prompt) for prompt in generate]
-    loaded, problems = list[EvalPrompt](), list[str]()
+    loaded, problems = list[EvalPrompt](), readers.Problems()
     for row in sources.iter_rows(generate):
+        problems.rows += 1
         try:
             loaded += _of_row(row, recipe.data)
         except DataError as error:
-            problems += error.lines
-    readers.raise_all(problems)
+            problems.add(error)
+    readers.raise_all(problems.lines())
     if not loaded:
         raise DataError(f"{generate}: the source contains no rows.")
     return loaded
@@ -49,7 +51,7 @@ def _of_prompt(prompt: Prompt) -> EvalPrompt:
     return EvalPrompt([{"role": "user", "content": prompt.prompt, "input": prompt.input}], prompt.expected)
 
 
-def _of_row(row: sources.SourceRow | DataError, data: Data) -> Iterator[EvalPrompt]:
+def _of_row(row: SourceRow | DataError, data: Data) -> Iterator[EvalPrompt]:
     if isinstance(row, DataError):
         raise row
     format = formats.find_format(row.values, data.columns) or data.format
@@ -68,7 +70,7 @@ def _of_row(row: sources.SourceRow | DataError, data: Data) -> Iterator[EvalProm
     yield EvalPrompt(prompt, answer if answer.strip() else None)
 
 
-def _prompt(row: sources.SourceRow) -> Prompt:
+def _prompt(row: SourceRow) -> Prompt:
     """Convert a row with the columns of a prompt in a recipe; nulls, which tables contain, are ignored."""
     values = {name: value for name, value in row.values.items() if value is not None}
     for name, value in values.items():

@@ -96,7 +96,8 @@ def prepare(
         )
 
     # Warnings
-    warnings = [
+    warnings = [line for source in tokenized for line in source.rows.report.warnings]
+    warnings += [
         line for renderer in renderers.values() for line in lint.check_template(renderer, recipe.model.name, tokenizer)
     ]
     warnings += lint.check_eos(train_sequences)
@@ -157,6 +158,8 @@ def _chosen(
     for source, selected, read, held in zip(tokenized, rows, rows_read, held_out or [0] * len(rows), strict=True):
         stats = SourceStats(source.rows.source.path, source.rows.format or "", source.renderer.name, read, held)
         stats.not_sampled = read - held - len(np.unique(selected))
+        if read == len(source.documents):  # not an evaluation split of training rows
+            stats.add_report(source.rows.report)
         if source.total > len(source.documents):
             stats.sampled = f"the first {len(source.documents):,} of about {source.total:,}"
         chosen.append(SelectedRows(source.documents, selected, stats, source.rows.places))

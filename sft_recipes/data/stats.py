@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sft_recipes.data.parsers import ReadReport
+
 
 @dataclass
 class SourceStats:
@@ -38,6 +40,11 @@ class SourceStats:
     tokens: int = 0
     trained_tokens: int = 0
     token_lengths: dict[str, int] = field(default_factory=dict)  # percentiles over rows, before truncation
+    notes: list[str] = field(default_factory=list)  # how the files were read
+    bad_rows: int = 0  # invalid rows, dropped because of data.on_bad_row; these and blank rows are not in rows_read
+    blank_rows: int = 0  # blank rows of tables, dropped
+    nan_cells: int = 0  # cells with nan, read as empty
+    null_keys: int = 0  # rows of tables with null keys in nested objects, removed
     sampled: str = ""  # describes the sample if not all rows were read
 
     def as_dict(self) -> dict[str, Any]:
@@ -45,6 +52,11 @@ class SourceStats:
             "path": self.path,
             "format": self.format,
             "template": self.template,
+            "notes": self.notes,
+            "bad_rows": self.bad_rows,
+            "blank_rows": self.blank_rows,
+            "nan_cells": self.nan_cells,
+            "null_keys": self.null_keys,
             "rows_read": self.rows_read,
             "held_out": self.held_out,
             "not_sampled": self.not_sampled,
@@ -65,9 +77,18 @@ class SourceStats:
             "token_lengths": self.token_lengths,
         }
 
+    def add_report(self, report: ReadReport) -> None:
+        """Add what was found while the source was read."""
+        self.notes, self.bad_rows = report.notes, len(report.bad_rows)
+        self.blank_rows, self.nan_cells, self.null_keys = report.blank_rows, report.nan_cells, report.null_keys
+
     def line(self) -> str:
         """Format as one console line; counts of 0 are omitted."""
         counts = {
+            "invalid (dropped)": self.bad_rows,
+            "blank (dropped)": self.blank_rows,
+            "nan cells read as empty": self.nan_cells,
+            "with null keys of nested objects removed": self.null_keys,
             "held out for evaluation": self.held_out,
             "not sampled": self.not_sampled,
             **{f"dropped ({reason})": count for reason, count in self.dropped.items()},
@@ -84,6 +105,7 @@ class SourceStats:
         fields = [
             f"{self.rows:,} rows" + (f" from {self.sampled}" if self.sampled else ""),
             f"format {self.format}, template {self.template}",
+            *self.notes,
             ", ".join(f"{count:,} {name}" for name, count in counts.items() if count),
             "tokens per row: " + ", ".join(f"{name} {length:,}" for name, length in self.token_lengths.items()),
         ]

@@ -318,13 +318,15 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         """Raise an error; Jinja's own method renders nothing and continues."""
         raise SecurityError(f"access to attribute {attribute!r} of {type(obj).__name__!r} object is unsafe")
 
-    def _generate(self, source: nodes.Template, *rest: Any, **options: Any) -> str:
+    def compile(self, source: Any, name: Any = None, filename: Any = None, *rest: Any, **options: Any) -> Any:
+        if isinstance(source, str):
+            source = self.parse(source, name, filename)
         blocks: list[nodes.For | nodes.Macro | nodes.CallBlock] = [
             *source.find_all(nodes.For), *source.find_all(nodes.Macro), *source.find_all(nodes.CallBlock)
         ]  # fmt: skip
         for block in blocks:
             block.body.insert(0, nodes.ExprStmt(nodes.EnvironmentAttribute("one_pass"), lineno=block.lineno))
-        return super()._generate(source, *rest, **options)
+        return super().compile(source, name, filename, *rest, **options)
 
 
 def _environment() -> _Sandbox:

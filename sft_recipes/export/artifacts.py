@@ -14,7 +14,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from sft_recipes import model_dir
 from sft_recipes.atomic_files import atomic_dir, remove
 from sft_recipes.data.prepare import Prepared
-from sft_recipes.errors import InputError, ModelError, RunError
+from sft_recipes.errors import InputError, ModelError, RunError, reason_of
 from sft_recipes.export import safetensors_io, verify
 from sft_recipes.export.merge import merge, proof_in_words, write_report
 from sft_recipes.export.probe import Probe, rows_of
@@ -106,8 +106,9 @@ def export(
             "that is mended"
         ) from error
     except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise RunError(f"{folder}: export failed: {reason}; when that is mended, continue with --resume") from error
+        raise RunError(
+            f"{folder}: export failed: {reason_of(error)}; when that is mended, continue with --resume"
+        ) from error
 
 
 def _whole(

@@ -17,7 +17,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sft_recipes import model_dir
 from sft_recipes.atomic_files import atomic_dir, file_hashes, write_json
-from sft_recipes.errors import ModelError, OutputError, RunError, SFTRecipeError
+from sft_recipes.errors import ModelError, OutputError, RunError, SFTRecipeError, reason_of
 from sft_recipes.export import load_adapter, probe, safetensors_io, verify
 from sft_recipes.export.dequantize import as_loaded, dequantized, held_in
 from sft_recipes.export.load_adapter import Origin
@@ -108,7 +108,7 @@ def merge(
     except SFTRecipeError:
         raise
     except (OSError, SafetensorError) as error:
-        raise RunError(f"{out}: cannot be written: {' '.join(str(error).split())}") from error
+        raise RunError(f"{out}: cannot be written: {reason_of(error)}") from error
     return _lines(chosen, figures, ways, dtype, known.split if known.rows else "built-in")
 
 
@@ -157,8 +157,7 @@ def _write(job: _Job, folder: Path, kind: str, out: Path) -> str | None:
     except (SFTRecipeError, OSError, SafetensorError):
         raise
     except Exception as error:  # what PEFT and transformers say of adapters that make no sense has many types
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"{job.adapter}: cannot be merged: {type(error).__name__}: {reason}") from error
+        raise ModelError(f"{job.adapter}: cannot be merged: {type(error).__name__}: {reason_of(error)}") from error
 
 
 def _row_by_row(job: _Job, folder: Path, *, dequantize: bool) -> None:

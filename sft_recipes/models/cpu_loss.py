@@ -134,7 +134,7 @@ def replace_fused_lm_head(model: PreTrainedModel) -> None:
             trained = Head.apply(hidden[mask], weight, bias, targets[mask], 1.0, 0, softcap, scale, ())
         # masked_scatter connects the output with the model even if no token is trained.
         log_probs, entropy, _, _, hits = (
-            None if each is None else each.new_zeros(mask.shape).masked_scatter(mask, each) for each in trained
+            each if each is None else each.new_zeros(mask.shape).masked_scatter(mask, each) for each in trained
         )
         return FusedCausalLMOutput(
             loss=-log_probs.sum() / (mask.sum().clamp(min=1) if count is None else count),

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import init_empty_weights
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from sft_recipes.errors import ModelError
 from sft_recipes.recipe.schema import Recipe
+from sft_recipes.upstream import float32_modules
 
 SHARDED = ("fsdp2", "zero2", "zero3")
 
@@ -96,8 +97,7 @@ def broadcasts_weights(recipe: Recipe, model: Any) -> bool:
     if recipe.launch.strategy != "fsdp2" or getattr(model.config, "quantization_config", None):
         return False
     buffers = {name for name, _ in model.named_buffers()} & model.state_dict().keys()
-    float32 = getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None)
-    return not (recipe.trains_layers_in_full or buffers or float32)
+    return not (recipe.trains_layers_in_full or buffers or float32_modules(model, torch.float16))
 
 
 def allocate_lazily(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
@@ -140,7 +140,17 @@ class Gathered:
     weights: Iterable[tuple[str, torch.Tensor]] = ()
 
 
-def gather_for_export(trainer: Any, recipe: Recipe) -> Gathered:
+class Trained(Protocol):
+    """What the export needs of a trainer."""
+
+    accelerator: Any
+    model: Any
+    deepspeed: Any  # DeepSpeed's engine
+
+    def is_world_process_zero(self) -> bool: ...
+
+
+def gather_for_export(trainer: Trained, recipe: Recipe) -> Gathered:
     """All-gather the trained weights of a sharded model (collective call).
 
     Every rank has to iterate over all of `Gathered.weights`, which have `export.dtype`. They are gathered one at a time, so

@@ -35,5 +35,6 @@ def count(recipe: Recipe, sequences: int) -> Steps:
     total = by_epochs if train.max_steps is None else train.max_steps
     if train.epochs is not None:
         total = min(total, by_epochs)
+    warmup = math.ceil(total * train.warmup_ratio_or_default) if train.warmup_steps is None else train.warmup_steps
     # A warmup as long as the run would leave a single step at a learning rate of 0.
-    return Steps(per_epoch, total, min(math.ceil(total * train.warmup_ratio), total - 1))
+    return Steps(per_epoch, total, min(warmup, total - 1))

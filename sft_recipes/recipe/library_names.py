@@ -37,7 +37,7 @@ OWNED = {
     "gradient_accumulation_steps": "train.gradient_accumulation_steps",
     "learning_rate": "train.learning_rate",
     "lr_scheduler_type": "train.lr_scheduler",
-    "warmup_steps": "train.warmup_ratio",
+    "warmup_steps": "train.warmup_steps",
     "weight_decay": "train.weight_decay",
     "max_grad_norm": "train.max_grad_norm",
     "bf16": "train.mixed_precision",
@@ -76,7 +76,6 @@ OWNED = {
 # Names that other tools use for recipe keys, for the hints of unknown keys.
 SYNONYMS = {name: key for name, key in OWNED.items() if "." in key} | {
     "lr": "train.learning_rate",
-    "warmup_steps": "train.warmup_ratio",
     "num_epochs": "train.epochs",
     "batch_size": "train.micro_batch_size",
     "per_device_batch_size": "train.micro_batch_size",

@@ -12,6 +12,7 @@ from sft_recipes.data.formats.registry import FORMATS
 from sft_recipes.trackers.base import kinds as trackers
 
 DEFAULT_GLOBAL_BATCH_SIZE = 32
+DEFAULT_WARMUP_RATIO = 0.03
 
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
 Name = Annotated[str, Field(min_length=1)]
@@ -63,11 +64,11 @@ class Source(_Section):
     """A source of rows."""
 
     path: Name
-    """Path, glob, `builtin:` name or Hub id."""
+    """Path of a file or directory, glob, `builtin:` name, Hub id or URL (s3://, gs://, hf://)."""
     name: Name | None = None
     """Configuration of a Hub dataset. Default: the only one."""
     split: Name | None = None
-    """Split of a Hub dataset. Default: train; for data.eval: validation or test."""
+    """Split of a Hub dataset or a directory. Default: train; for data.eval: validation or test."""
     format: Format | None = None
     """Overrides `data.format` for this source."""
     columns: dict[str, str] = {}
@@ -85,7 +86,7 @@ class Data(_Section):
     """Training and evaluation data."""
 
     train: Name | Annotated[list[Name | WeightedSource], Field(min_length=1)]
-    """Path, glob, `builtin:` name or Hub id, or a list of these or of {path, weight, name, split, format, columns}."""
+    """Path, glob, `builtin:` name, Hub id or URL, or a list of these or of {path, weight, name, split, format, columns}."""
     eval: Annotated[float, Field(gt=0, lt=1)] | Name | Source | None = 0.02
     """Evaluation rows: a fraction of the training rows to hold out, a path, a Hub id, {path, name, split, format, columns}, or
     null for none."""
@@ -93,6 +94,8 @@ class Data(_Section):
     """Row format. Default: detected from the columns."""
     columns: dict[str, str] = {}
     """Maps the format's columns to the data's, e.g. {prompt: question, completion: answer}."""
+    on_bad_row: Literal["error", "drop"] = "error"
+    """How to handle rows that cannot be read or rendered. drop: leave them out, and report how many and the first ones."""
     template: Name | None = None
     """alpaca, chatml, llama3, chat (the tokenizer's chat template) or the path of a .jinja file. chatml and llama3 add
     their tokens to model.new_tokens. Default: chat for conversations, else alpaca."""
@@ -150,8 +153,10 @@ class Train(_Section):
     """Peak learning rate."""
     lr_scheduler: str = "cosine"
     """Any learning rate scheduler of transformers: cosine, linear, constant, constant_with_warmup, ..."""
-    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
-    """Fraction of the steps used for linear warmup from 0."""
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Fraction of the steps used for linear warmup from 0. Default: 0.03, or derived from warmup_steps if that is set."""
+    warmup_steps: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    """Steps of linear warmup from 0. Default: derived from warmup_ratio. Set only one of the two."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay. Biases and normalization layers are excluded."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
@@ -181,6 +186,10 @@ class Train(_Section):
     def micro_batch_size_or_1(self) -> int:
         """micro_batch_size; 1 for auto, which does not change the sequences per step."""
         return 1 if self.micro_batch_size == "auto" else self.micro_batch_size
+
+    @property
+    def warmup_ratio_or_default(self) -> float:
+        return DEFAULT_WARMUP_RATIO if self.warmup_ratio is None else self.warmup_ratio
 
     @property
     def recomputed(self) -> int:
@@ -308,6 +317,8 @@ class Recipe(_Section):
             values["train"]["global_batch_size"] = self.train.global_batch_size or DEFAULT_GLOBAL_BATCH_SIZE
         if self.train.max_steps is None:
             values["train"]["epochs"] = self.train.epochs or 1.0
+        if self.train.warmup_steps is None:
+            values["train"]["warmup_ratio"] = self.train.warmup_ratio_or_default
         return values
 
     @property

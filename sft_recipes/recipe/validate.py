@@ -90,6 +90,8 @@ def _conflicts(recipe: Recipe) -> Iterator[str]:
             "train.gradient_accumulation_steps: cannot be combined with train.global_batch_size, from which it follows. "
             "Remove one of the two."
         )
+    if train.warmup_ratio is not None and train.warmup_steps is not None:
+        yield "train.warmup_steps: cannot be combined with train.warmup_ratio. Remove one of the two."
     if train.mixed_precision == "fp16" and model.dtype == "bfloat16":
         yield (
             "train.mixed_precision: cannot be combined with model.dtype: bfloat16 (got fp16). "
@@ -210,7 +212,7 @@ def _names(recipe: Recipe) -> Iterator[str]:
 def _secrets(recipe: Recipe) -> Iterator[str]:
     """Find secrets of the environment: a run saves its recipe and sends it to trackers."""
     for key, value in _leaves(recipe.model_dump()):
-        if key != "trl.hub_token" and (name := secrets.in_text(value)):
+        if key != "trl.hub_token" and (name := secrets.find_in(value)):
             yield (
                 f"{key}: contains the value of the environment variable {name}, which the run directory, report and trackers "
                 "would show. Remove it: libraries read the variable themselves."

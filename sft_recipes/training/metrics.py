@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sft_recipes.models.library_errors import shorten
+from sft_recipes.errors import reason_of
 from sft_recipes.planning.flops import peak_rate
 from sft_recipes.run_dir import append_lines
 
@@ -60,7 +60,7 @@ class Metrics(TrainerCallback):
         self.began = time.monotonic()
         self.before = self.before or {"tokens": int(tokens), "trained_tokens": int(trained_tokens)}
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
             control.should_log = True  # log the last step, regardless of log.every
         if control.should_log and torch.cuda.is_available():
@@ -84,7 +84,7 @@ class Metrics(TrainerCallback):
             for show in self.shows:
                 show(line)
         except Exception as error:
-            self.warn(shorten(f"{self.file}: cannot write metrics of step {state.global_step}: {error!r}"))
+            self.warn(f"{self.file}: cannot write metrics of step {state.global_step}: {reason_of(error)}")
 
     def _speed(self, line: dict[str, Any], devices: int) -> dict[str, float | None]:
         """Return tokens/s over all devices, and per device the model's TFLOP/s and their share of the GPU's peak (MFU)."""
@@ -119,9 +119,7 @@ class ProgressDisplay(TrainerCallback):
         self.started: float | None = None
         self.first_step = 0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.total, self.first_step, self.started = state.max_steps, state.global_step, None
         if self.show_bar:
             self.progress = Progress(
@@ -132,35 +130,26 @@ class ProgressDisplay(TrainerCallback):
             self.training = self.progress.add_task("", total=self.total)
             self._update(state.global_step)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.started = self.started or time.monotonic()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._update(state.global_step)
 
     def on_prediction_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        eval_dataloader: Any = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: TrainerControl, eval_dataloader: Any = None, **kwargs: Any
     ) -> None:
         if self.progress and self.validation is None:
             self.validation = self.progress.add_task("evaluation", total=len(eval_dataloader))
         if self.progress and self.validation is not None:
             self.progress.advance(self.validation)
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.progress and self.validation is not None:
             self.progress.remove_task(self.validation)
         self.validation = None
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.close()
 
     def close(self) -> None:

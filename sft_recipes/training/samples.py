@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sft_recipes.data.eval_prompts import EvalPrompt
@@ -53,25 +53,3 @@ class Samples:
         if not pairs:
             return {}
         return {"eval_exact_match": sum(given.strip() == expected.strip() for expected, given in pairs) / len(pairs)}
-
-
-class SampleWithoutValidation(TrainerCallback):
-    """Callback that answers the prompts every `every` steps if there is no evaluation data to trigger it."""
-
-    def __init__(self, trainer: Any, every: int | None) -> None:
-        self.trainer, self.every = trainer, every
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if state.global_step == 0:  # not on resume
-            self._take()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        due = self.every is not None and state.global_step % self.every == 0
-        if due or state.global_step >= state.max_steps:
-            self._take()
-
-    def _take(self) -> None:
-        if metrics := self.trainer.generate_samples():
-            self.trainer.log(metrics)

@@ -19,6 +19,7 @@ from sft_recipes.models.tokenizer import load_tokenizer
 from sft_recipes.recipe import parse
 from sft_recipes.recipe.schema import Recipe, Train
 from sft_recipes.training import trainer
+from sft_recipes.training.build import build_trainer
 from tests.conftest import ROWS, write_rows
 from tests.cuda import fake_gpu
 from tests.cuda.fake_gpu import GPU
@@ -78,7 +79,7 @@ def built(
         folder.mkdir(exist_ok=True)
         with fake_gpu.fake_tensors(gpu), patch.object(model.AutoModelForCausalLM, "from_pretrained", from_config):
             loaded = model.load_model(recipe, tokenizer)
-            yield Built(trainer.build(recipe, loaded, tokenizer, prepared, folder, Console(quiet=True)), options, gpu)
+            yield Built(build_trainer(recipe, loaded, tokenizer, prepared, folder, Console(quiet=True)), options, gpu)
 
 
 def _devices(device_map: Any) -> set[str]:

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -92,10 +93,10 @@ def test_an_entry_that_is_not_whole_is_made_again(folder: Path, name: str, how: 
 def test_a_full_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = cache._write
 
-    def full(into: Path, batches: Iterable[Documents]) -> None:
+    def full(into: Path, batches: Iterable[Documents], about: Any) -> None:
         if into.parent == folder:
             raise OSError(28, "No space left on device")
-        write(into, batches)
+        write(into, batches, about)
 
     monkeypatch.setattr(cache, "_write", full)
     assert kept("a") == ROWS

@@ -1,99 +1,95 @@
-import os
-import signal
-import subprocess
-import sys
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sft_recipes.data import prepare, sources, tokenization
-from sft_recipes.errors import DataError, RunError
+from sft_recipes.data import prepare, sources
+from sft_recipes.errors import DataError
 from sft_recipes.recipe import parse
 from tests.conftest import ROWS, WriteRecipe, write_rows
 from tests.data import tokenizers
 
-LINUX = pytest.mark.skipif(sys.platform != "linux", reason="other systems tokenize in one process")
-MANY = [{**row, "instruction": f"{number}: {row['instruction']}"} for number in range(210) for row in ROWS]
+
+def prepared(recipe: Path, *overrides: str, cached: bool = False) -> prepare.Prepared:
+    loaded = parse.load(recipe, ["data.max_length=200", "data.eval=null", *overrides]).recipe
+    return prepare.prepare(loaded, tokenizers.make("bytes+bos"), cached=cached)
 
 
-def prepared(recipe: Path, kind: str = "bytes+bos") -> prepare.Prepared:
-    loaded = parse.load(recipe, ["data.max_length=200", "data.eval=null"]).recipe
-    return prepare.prepare(loaded, tokenizers.make(kind), cached=False)
-
-
-@pytest.fixture
-def many(write_recipe: WriteRecipe, tmp_path: Path) -> Path:
-    """A recipe with enough rows to start processes."""
-    assert len(MANY) > tokenization._BATCH * tokenization._BATCHES_FOR_PROCESSES
-    write_rows(tmp_path / "train.jsonl", MANY)
-    return write_recipe()
-
-
-@pytest.fixture
-def processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine with many cores."""
-    monkeypatch.setattr(tokenization, "_processes", lambda: 3)
-
-
-@LINUX
-@pytest.mark.parametrize("kind", ["bytes+bos", "metaspace+bos"])
-def test_processes_make_what_threads_make(many: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    monkeypatch.setattr(tokenization, "_processes", lambda: 1)
-    by_threads = prepared(many, kind)
-    monkeypatch.setattr(tokenization, "_processes", lambda: 3)
-    monkeypatch.setattr(tokenization.Work, "_by_threads", lambda *_: pytest.fail("threads were used"))
-
-    assert prepared(many, kind).train.table().equals(by_threads.train.table())
-
-
-@LINUX
-def test_processes_say_what_is_wrong_with_each_row(many: Path, processes: None) -> None:
-    rows = [dict(row) for row in MANY]
-    rows[600]["output"] = "\ud800"
-    rows[2600]["output"] = "\ud801"
-    write_rows(many.parent / "train.jsonl", rows)
+def lines_of_problem(recipe: Path, *overrides: str) -> list[str]:
     with pytest.raises(DataError) as caught:
-        prepared(many)
-
-    assert [line.partition(": ")[0].rpartition(":")[2] for line in caught.value.lines] == ["601", "2601"]
-
-
-@LINUX
-def test_a_process_that_is_killed(many: Path, processes: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenization, "_in_worker", killed)
-    rows = [dict(row) for row in MANY]
-    rows[700]["output"] = "long " * 900
-    write_rows(many.parent / "train.jsonl", rows)
-    expected = r"train.jsonl:701: a process that tokenized rows .*train.jsonl:1 to .*train.jsonl:\d+ was killed"
-    with pytest.raises(RunError, match=expected):
-        prepared(many)
+        prepared(recipe, *overrides)
+    return [line.replace(f"{recipe.parent}/", "") for line in caught.value.lines]
 
 
-def killed(batch: object) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+def test_text_that_is_not_unicode_in_two_batches(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    rows = [{**row, "instruction": f"{number}: {row['instruction']}"} for number in range(40) for row in ROWS]
+    rows[100] |= {"output": "\ud800"}
+    rows[700] |= {"output": "\ud801"}
+    write_rows(tmp_path / "train.jsonl", rows)
+
+    assert [line.partition(": ")[0] for line in lines_of_problem(write_recipe())] == [
+        "train.jsonl:101"
+    ]  # then it stops
+    data = prepared(write_recipe(), "data.on_bad_row=drop")
+    assert data.train.stats.sources[0].bad_rows == 2
+    assert data.train.stats.sources[0].rows == len(rows) - 2
+    assert [line.partition(": invalid")[0] for line in data.warnings] == [
+        f"data.on_bad_row: dropped {tmp_path / 'train.jsonl'}:{line}" for line in (101, 701)
+    ]
 
 
-@LINUX
-def test_processes_end_with_the_one_that_started_them(many: Path) -> None:
-    code = f"""
-import os, time
-from pathlib import Path
-from sft_recipes.data import tokenization
-from tests.data.test_tokenization import prepared
+BAD = [
+    *ROWS[:2],
+    {"instruction": "without an answer"},  # 3: no column
+    *ROWS[2:20],
+    {"instruction": "another"},  # 22
+    {"instruction": "a number", "output": 5},  # 23: not text
+]
 
-def wait(batch):
-    print(os.getpid(), flush=True)
-    time.sleep(600)
 
-tokenization._processes, tokenization._in_worker = lambda: 2, wait
-prepared(Path({str(many)!r}))
-"""
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
-        assert parent.stdout is not None
-        assert len({parent.stdout.readline() for _ in range(2)}) == 2
-        parent.kill()
-        parent.communicate(timeout=60)  # returns because no process keeps the pipe open
+@pytest.mark.parametrize("cached", [False, True])
+def test_bad_rows_are_dropped_counted_and_named(write_recipe: WriteRecipe, tmp_path: Path, cached: bool) -> None:
+    file = write_rows(tmp_path / "train.jsonl", BAD)
+    file.write_text(file.read_text("utf-8") + "{broken\n" + json.dumps(ROWS[20]) + "\n", encoding="utf-8")
+    good = prepared(write_recipe(data={"train": str(write_rows(tmp_path / "good.jsonl", ROWS[:21]))})).train
+    for _ in range(1 + cached):  # the second time, rows are not read
+        data = prepared(write_recipe(data={"train": str(file)}), "data.on_bad_row=drop", "data.eval=0.2", cached=cached)
+        stats = data.train.stats.sources[0]
+        assert (stats.bad_rows, stats.rows_read, stats.as_dict()["bad_rows"]) == (4, 21, 4)
+        assert [line.replace(f"{tmp_path}/", "").partition(" (got")[0] for line in data.warnings] == [
+            "data.on_bad_row: dropped train.jsonl:3: column 'output' is missing",
+            "data.on_bad_row: dropped train.jsonl:22: column 'output' is missing",
+            "data.on_bad_row: dropped train.jsonl:23: 'output' must be text",
+            "data.on_bad_row: dropped train.jsonl:24:2: invalid JSON: expecting property name enclosed in double quotes.",
+        ]
+        assert "This affects 2 of 25 rows." in data.warnings[0]
+        places = data.train.chosen[0].places(range(21))
+        assert [place.rpartition(":")[2] for place in places.values()] == [
+            str(line) for line in (1, 2, *range(4, 22), 25)
+        ]
+    whole = prepared(write_recipe(data={"train": str(file)}), "data.on_bad_row=drop").train
+    assert whole.table().equals(good.table())
+
+
+def test_rows_that_the_template_rejects_are_dropped(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    (tmp_path / "chat.jinja").write_text(
+        "{% for m in messages %}{% if 'number 7' in m.content %}{{ raise_exception('not seven') }}{% endif %}"
+        "{{ m.content }}</s>{% endfor %}"
+    )
+    template = f"data.template={tmp_path / 'chat.jinja'}"
+
+    assert "not seven" in lines_of_problem(write_recipe(), template)[0]
+    assert prepared(write_recipe(), template, "data.on_bad_row=drop").train.stats.sources[0].bad_rows == 1
+
+
+def test_no_valid_row_is_an_error_even_if_they_may_be_dropped(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.jsonl", BAD[2:3] * 30)
+
+    for override in ("data.on_bad_row=drop", "data.on_bad_row=error"):
+        [line] = lines_of_problem(write_recipe(), "data.format=alpaca", override)
+        assert line.startswith("train.jsonl:1: column 'output' is missing")
+        assert line.endswith("all 30 rows." if "drop" in override else "all of the first 20 rows.")
 
 
 def test_long_rows_are_tokenized_a_few_at_a_time(write_recipe: WriteRecipe, tmp_path: Path) -> None:
@@ -124,10 +120,3 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(
     file.write_text(before, "utf-8")
 
     assert prepare.prepare(recipe, tokenizers.make("bytes+bos")).train.stats.tokens < changed.stats.tokens
-
-
-def test_few_cores_tokenize_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4), raising=False)
-    assert tokenization._processes() == 1
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16), raising=False)
-    assert tokenization._processes() == (16 if sys.platform == "linux" else 1)

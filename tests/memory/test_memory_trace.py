@@ -32,6 +32,7 @@ from sft_recipes.models import model
 from sft_recipes.models.tokenizer import load_tokenizer
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.training import trainer
+from sft_recipes.training.build import build_trainer
 
 WITHIN = 0.05
 LEAST: dict[str, Any] = {"model": {"name": "x"}, "data": {"train": "x"}, "output_dir": "x"}
@@ -136,7 +137,7 @@ def build(recipe: Recipe, folder: Path) -> trainer.Trainer:
     data = prepare.prepare(recipe, encoder.from_transformers(tokenizer), cached=False)
     (folder / "run").mkdir()
     loaded = model.load_model(recipe, tokenizer)
-    return trainer.build(recipe, loaded, tokenizer, data, folder / "run", Console(file=io.StringIO()))
+    return build_trainer(recipe, loaded, tokenizer, data, folder / "run", Console(file=io.StringIO()))
 
 
 def allocated(sft: trainer.Trainer) -> int:

@@ -32,14 +32,14 @@ def test_all_linear_is_every_linear_layer_but_the_head(write_recipe: WriteRecipe
     assert with_adapter == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
-def test_layers_trained_in_full_beside_the_adapters(write_recipe: WriteRecipe) -> None:
+def test_layers_trained_in_full_next_to_adapters(write_recipe: WriteRecipe) -> None:
     adapted = loaded(write_recipe(), "lora={modules_to_save: [model.norm]}")
 
     assert adapted.base_model.model.model.norm.modules_to_save["default"].weight.requires_grad
     assert model.count_parameters(adapted)[1] == 149_504 + 128
 
 
-def test_what_adapters_train_is_float32(write_recipe: WriteRecipe) -> None:
+def test_trainable_weights_of_adapters_are_float32(write_recipe: WriteRecipe) -> None:
     adapted = loaded(write_recipe(), "model.dtype=bfloat16", "lora={modules_to_save: [norm]}")
     keep_trainable_in_float32(adapted, autocast=True)
 
@@ -80,7 +80,7 @@ def test_without_a_float32_copy_of_an_adapters_input_every_bit_is_the_same(
 
 
 @pytest.mark.parametrize("kept", ["lora={dropout: 0.1}", "lora={use_dora: true}", "train.mixed_precision=no"])
-def test_the_copy_stays_where_something_is_computed_on_it(write_recipe: WriteRecipe, kept: str) -> None:
+def test_the_float32_copy_stays_with_dropout_and_dora(write_recipe: WriteRecipe, kept: str) -> None:
     overrides = [
         "model.dtype=bfloat16",
         "train.mixed_precision=bf16",
@@ -93,7 +93,7 @@ def test_the_copy_stays_where_something_is_computed_on_it(write_recipe: WriteRec
     assert all(part.cast_input_dtype_enabled for part in adapted.modules() if isinstance(part, LoraLayer))
 
 
-def test_new_tokens_have_rows_that_are_trained(write_recipe: WriteRecipe) -> None:
+def test_new_token_embeddings_are_trained(write_recipe: WriteRecipe) -> None:
     full = loaded(write_recipe(), "model.new_tokens=[<a>, <b>]")
     adapted = loaded(write_recipe(), "model.new_tokens=[<a>, <b>]", "lora={}")
 

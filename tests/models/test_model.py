@@ -22,7 +22,7 @@ def loaded(recipe: Path, *overrides: str) -> Any:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_weights_have_the_type_of_the_recipe(write_recipe: WriteRecipe, dtype: str) -> None:
+def test_weights_have_the_dtype_of_the_recipe(write_recipe: WriteRecipe, dtype: str) -> None:
     assert {p.dtype for p in loaded(write_recipe(), f"model.dtype={dtype}").parameters()} == {getattr(torch, dtype)}
 
 
@@ -42,7 +42,7 @@ def test_attention(write_recipe: WriteRecipe, wanted: str, used: str) -> None:
         ("float32", "no", torch.float32),
     ],
 )
-def test_fsdp2_gets_4_bit_weights_in_the_type_that_it_casts_to(
+def test_fsdp2_stores_4_bit_weights_in_the_dtype_that_it_casts_to(
     write_recipe: WriteRecipe, dtype: str, mixed: str, stored: torch.dtype
 ) -> None:
     """In another it would cast the numbers that they are held in, and of the weights nothing would be left."""
@@ -56,7 +56,7 @@ def test_fsdp2_gets_4_bit_weights_in_the_type_that_it_casts_to(
 
 
 @pytest.mark.parametrize(("free", "fits"), [(2**20, True), (2**19, False)])
-def test_where_4_bit_weights_are_read(
+def test_device_of_4_bit_weights(
     write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, free: int, fits: bool
 ) -> None:
     """0.9 million parameters, those of the embeddings in bfloat16: less than a MiB."""
@@ -75,7 +75,7 @@ def test_where_4_bit_weights_are_read(
         (["model.quantization=nf4", "lora={}"], {"": 3}),
     ],
 )
-def test_weights_are_read_onto_the_gpu_that_holds_all_of_them(
+def test_unsharded_weights_are_loaded_onto_the_gpu(
     write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, overrides: list[str], device_map: dict[str, int] | None
 ) -> None:
     given: dict[str, Any] = {}
@@ -94,14 +94,14 @@ def test_weights_are_read_onto_the_gpu_that_holds_all_of_them(
     assert given.get("device_map") == device_map
 
 
-def test_a_model_that_was_read_onto_one_device_is_no_model_parallelism() -> None:
+def test_a_model_loaded_onto_one_device_is_not_model_parallel() -> None:
     """Trainer takes an `hf_device_map` for that, and does not move the model: if this fails, look at `_placement`."""
     on_one = AutoModelForCausalLM.from_pretrained(TINY, device_map={"": "cpu"})
     assert getattr(on_one, "hf_device_map", None) is None
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
-def test_quantized_layers_and_those_left_out(write_recipe: WriteRecipe, quantization: str) -> None:
+def test_quantized_layers_and_those_skipped(write_recipe: WriteRecipe, quantization: str) -> None:
     adapted = loaded(write_recipe(), f"model.quantization={quantization}", "lora={modules_to_save: [up_proj]}")
     block = adapted.base_model.model.model.layers[0]
     kind = "Linear8bitLt" if quantization == "int8" else "Linear4bit"
@@ -114,7 +114,7 @@ def test_quantized_layers_and_those_left_out(write_recipe: WriteRecipe, quantiza
         assert not block.self_attn.q_proj.base_layer.support_avx512bf16_for_cpu
 
 
-def test_embeddings_with_rows_to_spare_are_left_as_they_are(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+def test_embeddings_with_spare_rows_are_unchanged(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     """As in Qwen2.5: 151,665 tokens, 151,936 rows. The new token is trained all the same."""
     base = LlamaForCausalLM(
         LlamaConfig(vocab_size=1100, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
@@ -128,7 +128,7 @@ def test_embeddings_with_rows_to_spare_are_left_as_they_are(write_recipe: WriteR
     assert rows == {"embed_tokens": (1, 16), "lm_head": (1, 16)}  # the head is not tied, so it has a row of its own
 
 
-def test_remote_code_runs_only_where_the_recipe_says_so(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+def test_remote_code_runs_only_if_the_recipe_allows_it(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     shutil.copytree(TINY, tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text("utf-8"))
     config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}}

@@ -59,7 +59,7 @@ def tokenizer_of(special: dict[str, str], *others: str) -> PreTrainedTokenizerFa
         ({"eos_token": "<e>", "bos_token": "<e>", "unk_token": "<e>"}, [], "<|pad|>"),  # GPT-2: there is none to take
     ],
 )  # fmt: skip
-def test_a_pad_token_that_is_not_the_end(special: dict[str, str], others: list[str], pad: str) -> None:
+def test_a_pad_token_differs_from_eos(special: dict[str, str], others: list[str], pad: str) -> None:
     tokenizer = tokenizer_of(special, *others)
     set_pad_token(tokenizer)
 

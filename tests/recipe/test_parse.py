@@ -55,7 +55,7 @@ data:
   max_length: 0
 train:
   learning_ratee: 1e-5
-  warmup_steps: 10
+  num_warmup_steps: 10
   micro_batch_size: two
 lora: {r: 8}
 output_dir: out
@@ -65,7 +65,7 @@ output_dir: out
         "4: unknown key 'data.colums'. Did you mean 'data.columns'?",
         "5: data.max_length: expected an integer >= 2 (got 0).",
         "7: unknown key 'train.learning_ratee'. Did you mean 'train.learning_rate'?",
-        "8: unknown key 'train.warmup_steps'. Use 'train.warmup_ratio' instead.",
+        "8: unknown key 'train.num_warmup_steps'. Did you mean 'train.warmup_steps'?",
         "9: train.micro_batch_size: expected an integer > 0 or auto (got 'two').",
         "10: unknown key 'lora.r'. Use 'lora.rank' instead.",
     ]

@@ -28,6 +28,7 @@ def test_a_good_recipe_has_neither_problems_nor_warnings(write_recipe: WriteReci
     [
         (["model.quantization=nf4"], "model.quantization: quantized weights cannot be trained directly (got nf4)."),
         (["train.gradient_accumulation_steps=2"], "Remove one of the two."),
+        (["train.warmup_ratio=0.1", "train.warmup_steps=5"], "train.warmup_steps: cannot be combined with"),
         (
             ["train.mixed_precision=fp16", "model.dtype=bfloat16"],
             "cannot be combined with model.dtype: bfloat16 (got fp16)",
