@@ -100,6 +100,7 @@ def prepare(
     warnings += [
         line for renderer in renderers.values() for line in lint.check_template(renderer, recipe.model.name, tokenizer)
     ]
+    warnings += lint.check_special_tokens([source.rows.report for source in train], sum(_sizes(train)), data, tokenizer)
     warnings += lint.check_eos(train_sequences)
     if eval_sequences is not None:
         warnings += lint.check_overlap(train_sequences, eval_sequences, data)

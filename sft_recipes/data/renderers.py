@@ -8,6 +8,7 @@ from sft_recipes.data import templates
 from sft_recipes.data.chat_templates import named
 from sft_recipes.data.encoder import Encoder, LightTokenizer
 from sft_recipes.data.formats.base import Example
+from sft_recipes.data.special_tokens import parsed
 from sft_recipes.errors import DataError, ModelError
 from sft_recipes.recipe.schema import Data
 
@@ -33,10 +34,12 @@ def refuse_two_templates(data: Data, formats: Collection[str], first: Iterable[E
 def choose_renderer(data: Data, format: str, first: Example, tokenizer: LightTokenizer, encoder: Encoder) -> Renderer:
     """Choose the template for rows of a format, given the first row. Raises DataError if there is none."""
     name = data.template or ("chat" if first.chat else "alpaca")
+    bos, parses = tokenizer.specials.get("bos_token"), data.special_tokens == "parse"
+    written_bos = bos if encoder.bos and bos else ""
     if format == "text":
         if data.template is not None:
             raise DataError(f"data.template: plain text takes no template (got {data.template}). Remove data.template.")
-        return Renderer("text", templates.plain, None)
+        return Renderer("text", parsed(templates.plain, written_bos) if parses else templates.plain, None)
     if name in named.NAMES:
         source = named.source(name)
     elif name == "chat":
@@ -48,11 +51,12 @@ def choose_renderer(data: Data, format: str, first: Example, tokenizer: LightTok
         source = tokenizer.chat_template
     else:
         source = _template_file(name)
-    bos = tokenizer.specials.get("bos_token")
     label = f"data.template: {'the chat template of the tokenizer' if name == 'chat' else name}"
 
     def chat_of(source: str, bos: str | None = None) -> templates.Chat:
-        return templates.Chat(source, data.train_on, tokenizer.specials, tokenizer.special_texts, bos, label)
+        return templates.Chat(
+            source, data.train_on, tokenizer.specials, tokenizer.special_texts, bos, label, parse=parses
+        )
 
     chat = chat_of(source)
     # If the tokenizer adds BOS but the template does not write it, prepend it.
@@ -62,7 +66,8 @@ def choose_renderer(data: Data, format: str, first: Example, tokenizer: LightTok
     if encoder.bos and bos:
         chat = chat_of(source, bos)
     if name == "alpaca" and not first.chat:
-        return Renderer(name, templates.Alpaca(data.train_on, chat), source)
+        alpaca = templates.Alpaca(data.train_on, chat)
+        return Renderer(name, parsed(alpaca, written_bos) if parses else alpaca, source)
     return Renderer(name, chat, source)
 
 

@@ -93,6 +93,7 @@ class Chat:
         forbidden: Texts that the tokenizer parses as special tokens.
         bos: BOS token that every text begins with exactly once, or None.
         name: Prefix of error messages.
+        parse: Messages may contain special tokens.
     """
 
     def __init__(
@@ -103,7 +104,10 @@ class Chat:
         forbidden: Iterable[str],
         bos: str | None = None,
         name: str = "data.template: the chat template",
+        *,
+        parse: bool = False,
     ) -> None:
+        self.parse = parse
         self.source, self.train_on, self.bos, self.name = source, train_on, bos, name
         self.variables = dict(variables)
         self.forbidden = tuple(forbidden)
@@ -117,12 +121,12 @@ class Chat:
 
     def __call__(self, example: Example) -> Rendered:
         messages = as_chat(example.messages)
-        forbidden = (*self.forbidden, _OPEN, _CLOSE) if self.marks else self.forbidden
+        forbidden = (*(() if self.parse else self.forbidden), *((_OPEN, _CLOSE) if self.marks else ()))
         for text in _texts([messages, example.tools]):
             if special := next((token for token in forbidden if token in text), None):
                 raise DataError(
-                    f"{example.place}: text contains the special token {special!r}. Remove it; for prompt/answer rows, "
-                    "data.template: alpaca encodes it as plain text instead."
+                    f"{example.place}: text contains the special token {special!r}. Remove it, or set "
+                    "data.special_tokens: parse; for prompt/answer rows, data.template: alpaca encodes it as plain text."
                 )
         for key, used in (("tool_calls", any("tool_calls" in m for m in messages)), ("tools", example.tools)):
             if used and key not in self.source:

@@ -16,7 +16,8 @@ from sft_recipes.data.encoder import Documents, Encoder, LightTokenizer, alike
 from sft_recipes.data.formats.base import Example
 from sft_recipes.data.readers import RowReader, raise_all
 from sft_recipes.data.renderers import Renderer
-from sft_recipes.data.templates import Rendered, Template
+from sft_recipes.data.special_tokens import Finder
+from sft_recipes.data.templates import Chat, Rendered, Template
 from sft_recipes.errors import DataError
 from sft_recipes.recipe.schema import Data
 
@@ -63,10 +64,11 @@ def tokenize_all(
             name = cache.key(
                 content=sources.fingerprint(source.path, source.name, rows.splits), path=source.path, format=rows.format,
                 columns=rows.columns, renderer=renderer.name, template=template, train_on=data.train_on,
-                on_bad_row=data.on_bad_row, tokenizer=tokenizer_hash,
+                on_bad_row=data.on_bad_row, special_tokens=data.special_tokens, tokenizer=tokenizer_hash,
                 specials=dict(tokenizer.specials), day=str(datetime.date.today()) if "strftime_now" in template else "",
             )  # fmt: skip
-        work = Work(rows, renderer.render, encoder, seconds)
+        parses = data.special_tokens == "parse" or isinstance(renderer.render, Chat)
+        work = Work(rows, renderer.render, encoder, seconds, Finder(tokenizer.special_texts, parsed=parses))
 
         def complete(work: Work = work, before: object = before) -> bool:
             return not work.cut_short and sources.state(work.rows.source.path, work.rows.splits) == before
@@ -98,8 +100,10 @@ def _no_garbage_collection() -> Iterator[None]:
 class Work:
     """Tokenization of the rows of one source, within an optional time limit."""
 
-    def __init__(self, rows: RowReader, render: Template, encoder: Encoder, seconds: float | None) -> None:
-        self.rows, self.render, self.encoder = rows, render, encoder
+    def __init__(
+        self, rows: RowReader, render: Template, encoder: Encoder, seconds: float | None, special_tokens: Finder
+    ) -> None:
+        self.rows, self.render, self.encoder, self.special_tokens = rows, render, encoder, special_tokens
         self.deadline = None if seconds is None else time.monotonic() + seconds
         self.cut_short = False
 
@@ -126,6 +130,8 @@ class Work:
         examples, batch, characters = iter(self.rows), list[Example](), 0
         for example in examples:
             batch.append(example)
+            if found := self.special_tokens.find(example):
+                self.rows.report.count_special_text(found[0], example.place, ends=found[1])
             characters += _characters(example)
             if len(batch) == _BATCH or characters > _CHARACTERS:
                 yield batch

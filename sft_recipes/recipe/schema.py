@@ -101,6 +101,9 @@ class Data(_Section):
     their tokens to model.new_tokens. Default: chat for conversations, else alpaca."""
     train_on: Literal["completion", "all", "assistant"] = "completion"
     """Tokens in the loss. completion: the last answer; assistant: every assistant message; all: every token."""
+    special_tokens: Literal["text", "parse"] = "text"
+    """Text in the rows that is a special token, e.g. <|im_start|>. text: plain characters, and an error in a chat template;
+    parse: the token."""
     max_length: Annotated[int, Field(ge=2, lt=2**31)] = 512
     """Sequence length in tokens."""
     overlong: Literal["error", "drop", "truncate", "split"] = "error"
