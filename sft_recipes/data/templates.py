@@ -156,9 +156,17 @@ class Chat:
         )
         return Rendered(example.place, text, trained, writes_specials=True, empty=example.empty, lossy=lossy)
 
-    def render(self, messages: list[dict[str, Any]], place: str, *, add_generation_prompt: bool = False) -> str:
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        place: str,
+        tools: list[Any] | None = None,
+        *,
+        add_generation_prompt: bool = False,
+    ) -> str:
         """Render messages. Raises DataError if they are rejected, RecipeError on a sandbox violation."""
-        return self._unmarked(self._render(messages, Example(place), add_generation_prompt=add_generation_prompt))
+        example = Example(place, tools=tools)
+        return self._unmarked(self._render(messages, example, add_generation_prompt=add_generation_prompt))
 
     def _render(self, messages: list[dict[str, Any]], example: Example, *, add_generation_prompt: bool) -> str:
         self.environment.begin()
