@@ -76,9 +76,10 @@ def run(
 
         # Tokenizer and data
         tokenizer = model.load_tokenizer(recipe.model)
+        date = ranks.run_on_main(lambda: run_dir.start_date(folder, recipe))
         with ranks.main_first():  # the other ranks read its cache
-            data = prepare.prepare(recipe, encoder.from_transformers(tokenizer), cached=cached)
-        model.set_chat_template(tokenizer, data)
+            data = prepare.prepare(recipe, encoder.from_transformers(tokenizer), cached=cached, date=date)
+        tokenizer.chat_template = data.chat_template or tokenizer.chat_template
         print_lines(console, data.lines())
         warn(console, [loaded.with_location(line) for line in data.warnings])
 
@@ -87,7 +88,7 @@ def run(
         sft = trainer.build(recipe, network, tokenizer, data, folder, console, stop)
         print_lines(console, run_info.summary_lines(recipe, sft))
         counted = data.as_dict() | {"steps": sft.args.max_steps, "sequences_per_step": recipe.sequences_per_step}
-        used = run_info.used(sft) | {"data_sha256": prepare.fingerprints(recipe)}
+        used = run_info.used(sft) | {"data_sha256": prepare.fingerprints(recipe), "date": date}
 
         def record() -> None:
             """Write the metadata after the preflight, so that a run that fails before leaves no files."""

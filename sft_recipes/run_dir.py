@@ -1,5 +1,6 @@
 """Create, lock and describe the run directory."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -9,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,15 @@ def _names(folder: Path) -> list[str]:
         raise OutputError(
             f"output_dir: {folder} cannot be read: {error.strerror}. Choose another with --set output_dir=DIR."
         ) from None
+
+
+def start_date(folder: Path, recipe: Recipe) -> str:
+    """Return the date that chat templates take for today: that of the recipe, of the run being resumed, or today."""
+    with contextlib.suppress(
+        OSError, ValueError, LookupError, TypeError
+    ):  # a new run, or a damaged manifest, reported later
+        return str(recipe.data.date or json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["date"])
+    return str(date.today())
 
 
 def settings_changed(folder: Path, recipe: Recipe, fingerprints: dict[str, str], *, force: bool) -> list[str]:

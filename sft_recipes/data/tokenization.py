@@ -1,42 +1,31 @@
-"""Tokenize all sources in threads or processes, using the cache."""
+"""Tokenize all sources, using the cache. Rows are rendered by Python, in limited processes, and tokenized by Rust threads."""
 
-import ctypes
-import datetime
 import gc
 import hashlib
-import multiprocessing
 import os
-import signal
-import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, islice
-from typing import Any
 
 from tokenizers import Encoding
 
-from sft_recipes.data import cache, sources
+from sft_recipes.data import cache, sandbox, sources
+from sft_recipes.data.chat import Chat
 from sft_recipes.data.encoder import Documents, Encoder, LightTokenizer
 from sft_recipes.data.formats import Example
 from sft_recipes.data.readers import RowReader, raise_all
 from sft_recipes.data.renderers import Renderer
 from sft_recipes.data.templates import Rendered, Template
-from sft_recipes.errors import DataError, RunError
+from sft_recipes.errors import DataError
 from sft_recipes.recipe.schema import Data
 
 _BATCH = 500  # rows per batch, unless they exceed
 _CHARACTERS = 2_000_000  # this many characters
-# The threads of one tokenizer are faster on few cores (benchmarks/data_prep.py). On many cores they wait for each other
-# (huggingface/tokenizers#1900) and for Python rendering the rows, so each process gets its own tokenizer.
-_CORES_FOR_PROCESSES = 8
-_BATCHES_FOR_PROCESSES = 8  # a source with fewer batches is done before the processes have started
-
-BatchResult = Future[tuple[Documents | None, list[str]]]  # documents of a batch, and problems of its rows
+_MOST_CHILDREN = 8  # processes that render
 
 
 @dataclass(frozen=True)
@@ -78,10 +67,9 @@ def tokenize_all(
             name = cache.key(
                 content=sources.fingerprint(source.path, source.name, rows.splits), path=source.path, format=rows.format,
                 columns=rows.columns, renderer=renderer.name, template=template, train_on=data.train_on,
-                tokenizer=tokenizer_hash, specials=dict(tokenizer.specials),
-                day=str(datetime.date.today()) if "strftime_now" in template else "",
+                reasoning=data.train_on_reasoning, tokenizer=tokenizer_hash, specials=dict(tokenizer.specials),
             )  # fmt: skip
-        work = Work(rows, renderer.render, encoder, seconds)
+        work = Work(rows, renderer, encoder, seconds)
 
         def complete(work: Work = work, before: object = before) -> bool:
             return not work.cut_short and sources.state(work.rows.source.path) == before
@@ -113,8 +101,8 @@ def _no_garbage_collection() -> Iterator[None]:
 class Work:
     """Tokenization of the rows of one source, within an optional time limit."""
 
-    def __init__(self, rows: RowReader, render: Template, encoder: Encoder, seconds: float | None) -> None:
-        self.rows, self.render, self.encoder = rows, render, encoder
+    def __init__(self, rows: RowReader, renderer: Renderer, encoder: Encoder, seconds: float | None) -> None:
+        self.rows, self.renderer, self.encoder = rows, renderer, encoder
         self.deadline = None if seconds is None else time.monotonic() + seconds
         self.cut_short = False
         self.read = 0
@@ -122,13 +110,16 @@ class Work:
 
     def batches(self) -> Iterator[Documents]:
         """Yield the documents of batches of rows. Raises DataError with the problems of all rows."""
-        examples = self._examples()
-        if self.deadline is not None or (processes := _processes()) < 2:
-            yield from self._by_threads(examples)
-        elif len(first := list(islice(examples, _BATCHES_FOR_PROCESSES))) < _BATCHES_FOR_PROCESSES:
-            yield from self._by_threads(first)
-        else:
-            yield from self._by_processes(chain(first, examples), processes)
+        waiting: tuple[list[Rendered], Future[list[Encoding]]] | None = None
+        with ThreadPoolExecutor(1) as pool:  # to read and assemble batches while another one is tokenized
+            for rendered, problems in self._rendered():
+                self.problems += problems
+                if self._valid:
+                    tokenizing = pool.submit(self.encoder.tokenize, rendered)
+                    yield from self._assemble(waiting)
+                    waiting = rendered, tokenizing
+            if self._valid:
+                yield from self._assemble(waiting)
         distinct = {line.partition(": ")[2] for line in self.problems}
         if 1 < self.read == len(self.problems) and len(distinct) == 1:
             self.problems = [f"{self.problems[0]} This affects all {self.read:,} rows."]
@@ -156,19 +147,29 @@ class Work:
         """Return True if there are no problems so far. Otherwise rows are still checked, but not tokenized."""
         return not self.problems and not self.rows.problems
 
-    def _by_threads(self, batches: Iterable[list[Example]]) -> Iterator[Documents]:
-        """Read and assemble batches while another one is tokenized by Rust on all cores."""
-        waiting: tuple[list[Rendered], Future[list[Encoding]]] | None = None
-        with ThreadPoolExecutor(1) as pool:
+    def _rendered(self) -> Iterator[tuple[list[Rendered], list[str]]]:
+        """Render batches of rows, and collect the problems of rows."""
+        render, batches = self.renderer.render, self._examples()
+        if not isinstance(render, Chat) or self.renderer.ours:
+            yield from (_render_all(batch, render) for batch in batches)
+            return
+        number = max(1, min(_MOST_CHILDREN, (os.cpu_count() or 1) // 2))
+        waiting: deque[tuple[list[Example], Future[tuple[list[Rendered], list[str]]]]] = deque()
+        pool = sandbox.children(number)
+        try:
             for batch in batches:
-                rendered, problems = _render_all(batch, self.render)
-                self.problems += problems
-                if self._valid:
-                    tokenizing = pool.submit(self.encoder.tokenize, rendered)
-                    yield from self._assemble(waiting)
-                    waiting = rendered, tokenizing
-            if self._valid:
-                yield from self._assemble(waiting)
+                waiting.append((batch, pool.submit(_in_child, batch, render)))
+                if len(waiting) > number:
+                    yield waiting[0][1].result()
+                    waiting.popleft()
+            while waiting:
+                yield waiting[0][1].result()
+                waiting.popleft()
+        except BrokenProcessPool:
+            first, last = waiting[0][0][0].place, waiting[-1][0][-1].place
+            raise sandbox.exceeded(render.name, f" for a row from {first} to {last}") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _assemble(self, waiting: tuple[list[Rendered], Future[list[Encoding]]] | None) -> Iterator[Documents]:
         if waiting is not None:
@@ -177,69 +178,22 @@ class Work:
             except DataError as error:
                 self.problems += error.lines
 
-    def _by_processes(self, batches: Iterable[list[Example]], processes: int) -> Iterator[Documents]:
-        """Render and tokenize each batch in one of several processes, which end with this one."""
-        waiting: deque[tuple[list[Example], BatchResult]] = deque()
-        _WORKER.update(render=self.render, encoder=self.encoder)
-        with ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _set_up_worker) as pool:
-            for batch in batches:
-                waiting.append((batch, pool.submit(_in_worker, batch)))
-                if len(waiting) > 2 * processes:
-                    yield from self._received(waiting)
-            while waiting:
-                yield from self._received(waiting)
-
-    def _received(self, waiting: deque[tuple[list[Example], BatchResult]]) -> Iterator[Documents]:
-        """Wait for the first batch and yield its documents."""
-        try:
-            documents, problems = waiting[0][1].result()
-        except BrokenProcessPool as error:
-            rows = [row for batch, result in waiting if not result.done() or result.exception() for row in batch]
-            longest = max(rows, key=_characters)
-            raise RunError(
-                f"{longest.place}: a process that tokenized rows {rows[0].place} to {rows[-1].place} was killed, most likely "
-                f"because memory ran out. This row is the longest of them ({_characters(longest):,} characters). Shorten or "
-                "remove it."
-            ) from error
-        waiting.popleft()
-        self.problems += problems
-        if documents is not None and self._valid:
-            yield documents
-
 
 def _characters(example: Example) -> int:
     return len(example.text) + sum(len(message["content"]) for message in example.messages)
 
 
-def _processes() -> int:
-    """Return the number of processes to tokenize with; 1 means threads."""
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1  # fork is unsafe on other systems
-    return cores if cores >= _CORES_FOR_PROCESSES else 1
+def _in_child(batch: list[Example], render: Template) -> tuple[list[Rendered], list[str]]:
+    return _render_all(batch, render, limited=True)
 
 
-_PR_SET_PDEATHSIG = 1  # from <sys/prctl.h>
-_WORKER: dict[str, Any] = {}  # template and encoder, inherited by fork because they cannot be pickled
-
-
-def _set_up_worker() -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the workers
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # in case the parent is killed
-
-
-def _in_worker(batch: list[Example]) -> tuple[Documents | None, list[str]]:
-    rendered, problems = _render_all(batch, _WORKER["render"])
-    try:
-        return (None, problems) if problems else (_WORKER["encoder"].encode(rendered), [])
-    except DataError as error:
-        return None, list(error.lines)
-
-
-def _render_all(batch: list[Example], render: Template) -> tuple[list[Rendered], list[str]]:
+def _render_all(batch: list[Example], render: Template, *, limited: bool = False) -> tuple[list[Rendered], list[str]]:
     """Render rows; returns the valid ones and the problems of the others."""
     rendered: list[Rendered] = []
     problems: list[str] = []
     for example in batch:
+        if limited:
+            sandbox.restart_clock()
         try:
             rendered.append(render(example))
         except DataError as error:

@@ -1,80 +1,75 @@
+import copy
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sft_recipes.data import prepare, sources, tokenization
-from sft_recipes.errors import DataError, RunError
+from sft_recipes.errors import DataError, RecipeError
 from sft_recipes.recipe import parse
-from tests.conftest import ROWS, WriteRecipe, write_rows
+from tests.conftest import WriteRecipe, write_rows
 from tests.data import tokenizers
 
-LINUX = pytest.mark.skipif(sys.platform != "linux", reason="other systems tokenize in one process")
-MANY = [{**row, "instruction": f"{number}: {row['instruction']}"} for number in range(210) for row in ROWS]
+MANY = [
+    {"messages": [{"role": "user", "content": f"the {number}?"}, {"role": "assistant", "content": f"fox {number}"}]}
+    for number in range(1700)
+]
 
 
-def prepared(recipe: Path, kind: str = "bytes+bos") -> prepare.Prepared:
-    loaded = parse.load(recipe, ["data.max_length=200", "data.eval=null"]).recipe
-    return prepare.prepare(loaded, tokenizers.make(kind), cached=False)
+def prepared(recipe: Path, *overrides: str) -> prepare.Prepared:
+    loaded = parse.load(recipe, ["data.max_length=200", "data.eval=null", *overrides]).recipe
+    return prepare.prepare(loaded, tokenizers.make("chat"), cached=False)
 
 
 @pytest.fixture
 def many(write_recipe: WriteRecipe, tmp_path: Path) -> Path:
-    """A recipe with enough rows to start processes."""
-    assert len(MANY) > tokenization._BATCH * tokenization._BATCHES_FOR_PROCESSES
+    """A recipe with several batches of conversations."""
+    assert len(MANY) > 3 * tokenization._BATCH
     write_rows(tmp_path / "train.jsonl", MANY)
     return write_recipe()
 
 
-@pytest.fixture
-def processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine with many cores."""
-    monkeypatch.setattr(tokenization, "_processes", lambda: 3)
+def test_processes_render_what_one_would(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    by_processes = prepared(many)
+    monkeypatch.setattr(tokenization.Work, "_rendered", rendered_here)
+
+    assert prepared(many).train.table().equals(by_processes.train.table())
 
 
-@LINUX
-@pytest.mark.parametrize("kind", ["bytes+bos", "metaspace+bos"])
-def test_processes_make_what_threads_make(many: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    monkeypatch.setattr(tokenization, "_processes", lambda: 1)
-    by_threads = prepared(many, kind)
-    monkeypatch.setattr(tokenization, "_processes", lambda: 3)
-    monkeypatch.setattr(tokenization.Work, "_by_threads", lambda *_: pytest.fail("threads were used"))
-
-    assert prepared(many, kind).train.table().equals(by_threads.train.table())
+def rendered_here(work: tokenization.Work) -> Iterator[Any]:
+    return (tokenization._render_all(batch, work.renderer.render) for batch in work._examples())
 
 
-@LINUX
-def test_processes_say_what_is_wrong_with_each_row(many: Path, processes: None) -> None:
-    rows = [dict(row) for row in MANY]
-    rows[600]["output"] = "\ud800"
-    rows[2600]["output"] = "\ud801"
+def test_processes_say_what_is_wrong_with_each_row(many: Path) -> None:
+    rows = copy.deepcopy(MANY)
+    rows[600]["messages"][1]["content"] = "<|im_end|>"
+    rows[1600]["messages"][1]["content"] = "<|im_start|>"
     write_rows(many.parent / "train.jsonl", rows)
     with pytest.raises(DataError) as caught:
         prepared(many)
 
-    assert [line.partition(": ")[0].rpartition(":")[2] for line in caught.value.lines] == ["601", "2601"]
+    assert [line.partition(": ")[0].rpartition(":")[2] for line in caught.value.lines] == ["601", "1601"]
 
 
-@LINUX
-def test_a_process_that_is_killed(many: Path, processes: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenization, "_in_worker", killed)
-    rows = [dict(row) for row in MANY]
-    rows[700]["output"] = "long " * 900
-    write_rows(many.parent / "train.jsonl", rows)
-    expected = r"train.jsonl:701: a process that tokenized rows .*train.jsonl:1 to .*train.jsonl:\d+ was killed"
-    with pytest.raises(RunError, match=expected):
+def test_a_process_that_is_killed(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenization, "_in_child", killed)
+    with pytest.raises(
+        RecipeError, match=r"it takes more than .* for a row from .*train.jsonl:1 to .*train.jsonl:\d+\."
+    ):
         prepared(many)
 
 
-def killed(batch: object) -> None:
+def killed(batch: object, render: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@LINUX
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
 def test_processes_end_with_the_one_that_started_them(many: Path) -> None:
     code = f"""
 import os, time
@@ -82,11 +77,11 @@ from pathlib import Path
 from sft_recipes.data import tokenization
 from tests.data.test_tokenization import prepared
 
-def wait(batch):
+def wait(batch, render):
     print(os.getpid(), flush=True)
     time.sleep(600)
 
-tokenization._processes, tokenization._in_worker = lambda: 2, wait
+os.cpu_count, tokenization._in_child = lambda: 4, wait
 prepared(Path({str(many)!r}))
 """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
@@ -124,10 +119,3 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(
     file.write_text(before, "utf-8")
 
     assert prepare.prepare(recipe, tokenizers.make("bytes+bos")).train.stats.tokens < changed.stats.tokens
-
-
-def test_few_cores_tokenize_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4), raising=False)
-    assert tokenization._processes() == 1
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16), raising=False)
-    assert tokenization._processes() == (16 if sys.platform == "linux" else 1)
