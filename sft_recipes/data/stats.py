@@ -31,6 +31,7 @@ class SourceStats:
     duplicates: int = 0  # rows with the same tokens as an earlier row
     empty_answers: int = 0
     lossy_template: int = 0  # rows of which the template drops or rewrites some text
+    lossy_keys: dict[str, int] = field(default_factory=dict)  # key of messages -> rows in which it is affected
     missing_eos: int = 0  # training rows whose answer has no EOS token in the loss
     train_overlap: int = 0  # evaluation rows that are also training rows
     prompt_overlap: int = 0  # other evaluation rows with the prompt of a training row
@@ -46,6 +47,14 @@ class SourceStats:
     nan_cells: int = 0  # cells with nan, read as empty
     null_keys: int = 0  # rows of tables with null keys in nested objects, removed
     sampled: str = ""  # describes the sample if not all rows were read
+
+    def count_lossy(self, lossy: NDArray[np.str_]) -> None:
+        """Count the rows that the template affects, by the comma-separated keys of each."""
+        keys = Counter[str]()
+        for names, rows in zip(*np.unique(lossy[lossy != ""], return_counts=True), strict=True):
+            self.lossy_template += int(rows)
+            keys.update(dict.fromkeys(str(names).split(","), int(rows)))
+        self.lossy_keys = dict(keys.most_common())
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -66,6 +75,7 @@ class SourceStats:
             "duplicates": self.duplicates,
             "empty_answers": self.empty_answers,
             "lossy_template": self.lossy_template,
+            "lossy_keys": self.lossy_keys,
             "missing_eos": self.missing_eos,
             "train_overlap": self.train_overlap,
             "prompt_overlap": self.prompt_overlap,
@@ -94,7 +104,7 @@ class SourceStats:
             **{f"dropped ({reason})": count for reason, count in self.dropped.items()},
             "identical to an earlier row": self.duplicates,
             "with an empty answer": self.empty_answers,
-            "with text dropped or rewritten by the template": self.lossy_template,
+            f"with text dropped or rewritten by the template ({', '.join(self.lossy_keys)})": self.lossy_template,
             "without an EOS token in the loss": self.missing_eos,
             "also in the training data": self.train_overlap,
             "with the prompt of a training row": self.prompt_overlap,
