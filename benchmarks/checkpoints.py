@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("model", help="directory of a model, or builtin:tiny")
     parser.add_argument("--times", type=int, default=4)
     arguments = parser.parse_args()
-    cli._quiet(debug=False)
+    cli.quiet_libraries(debug=False)
     print(measured_on())
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         saving(Path(folder), arguments.model, arguments.times)

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import torch
 from datasets import Dataset
@@ -35,10 +36,10 @@ from sft_recipes.data.encoder import Documents
 from sft_recipes.data.prepare import Prepared
 from sft_recipes.data.sequences import SelectedRows, build_sequences
 from sft_recipes.data.stats import SourceStats
+from sft_recipes.errors import reason_of
 from sft_recipes.memory import autosize, prediction, remedies
 from sft_recipes.models import model
 from sft_recipes.models.adapters import with_adapters
-from sft_recipes.models.library_errors import reason_of
 from sft_recipes.models.tokenizer import load_tokenizer
 from sft_recipes.recipe import parse
 from sft_recipes.recipe.library_names import installed
@@ -68,7 +69,7 @@ def prepare(given: argparse.Namespace) -> None:
     """Make the process ready for an item, with an empty folder."""
     given.folder = Path(tempfile.mkdtemp(dir=given.folder))
     torch.set_num_threads(torch.get_num_threads())  # a forked process has lost torch's thread pool
-    SFTTrainer._send_telemetry = trainer.Trainer._send_telemetry  # which does nothing
+    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
     if given.device == "cuda" and not torch.cuda.is_available():
         raise SkipItem("torch sees no GPU; --cpu --tiny tries the script without one")
 

@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=-1, help="-1: two epochs")
     given = parser.parse_args()
-    cli._quiet(debug=False)
+    cli.quiet_libraries(debug=False)
     print(f"{measured_on()}\n")
     print("| seed | plain TRL, its own sequences | plain TRL, the recipe's |\n|---|---|---|")
     for seed in given.seeds:

@@ -32,6 +32,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 from datasets import Dataset
 from machine import measured_on
@@ -52,11 +53,6 @@ from sft_recipes.training.build import build_trainer
 
 DEFAULT = "TRL, its defaults"
 DIGITS = {False: 2, True: 5}  # that losses agree to, in bfloat16 and in float32
-WITHOUT = (
-    "compute_loss",
-    "_send_telemetry",
-)  # of our Trainer, what the bare one keeps: the loss head, and to be silent
-
 
 Turn = tuple[list[float], list[float]]  # seconds of its steps but the first, and losses of all
 
@@ -86,8 +82,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.steps < 2:
         parser.error("--steps: the first of a turn is not timed; at least 2")
-    cli._quiet(debug=False)
-    SFTTrainer._send_telemetry = trainer.Trainer._send_telemetry  # which is silent
+    cli.quiet_libraries(debug=False)
+    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
     print(
         f"{measured_on()}, {torch.get_num_threads()} threads; the best step of {given.turns * (given.steps - 1)}, in turns"
     )
@@ -349,7 +345,7 @@ def overhead(given: argparse.Namespace) -> None:
 def is_ours(name: str) -> bool:
     """Whether our Trainer has its own where SFTTrainer has one."""
     own, other = (getattr(kind, name, None) for kind in (trainer.Trainer, SFTTrainer))
-    return own is not other and other is not None and not name.startswith("__") and name not in WITHOUT
+    return own is not other and other is not None and not name.startswith("__")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 
 import inspect
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from sft_recipes import cli
 from sft_recipes.convert.conversion import HEADINGS
 from sft_recipes.convert.draft import FILL_IN
 from sft_recipes.convert.rules import Table, names, table
+from sft_recipes.data.formats.base import Format
+from sft_recipes.data.formats.registry import FORMATS
 from sft_recipes.recipe import editor_schema
 from sft_recipes.recipe.parse import expectation, schema_of, section_class
 from sft_recipes.recipe.schema import Recipe, WeightedSource
@@ -58,6 +61,13 @@ def recipe_page() -> str:
                 "",
                 *_doc(WeightedSource),
                 *_table(WeightedSource.model_fields, ("data", "train", 0)),
+                "",
+                "### data.format",
+                "",
+                "The format is detected from the required columns. `data.columns` maps any of the columns to other names; the",
+                "names in brackets are recognized without it. Columns that are not used are reported with the number of rows.",
+                "",
+                *_formats(),
             ]
     lines += ["", "## Top-level keys", "", *_table(top, ())]
     return "\n".join(lines) + "\n"
@@ -77,6 +87,23 @@ def _table(fields: dict[str, Any], path: tuple[str | int, ...]) -> list[str]:
             "| " + " | ".join(cell.replace("|", "\\|") for cell in (f"`{name}`", default, takes, meaning)) + " |"
         )
     return lines
+
+
+def _formats() -> list[str]:
+    """Render every row format with its columns."""
+
+    def columns(format: Format, names: Sequence[str]) -> str:
+        also = format.row({}, {}, "").also
+        return ", ".join(f"`{name}`" + "".join(f" (`{other}`)" for other in also.get(name, ())) for name in names)
+
+    return [
+        "| format | required columns | optional columns | rows |",
+        "|---|---|---|---|",
+        *(
+            f"| `{format.name}` | {columns(format, format.required)} | {columns(format, format.optional)} | {format.about} |"
+            for format in FORMATS.values()
+        ),
+    ]
 
 
 def _yaml(value: Any) -> str:

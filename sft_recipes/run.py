@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from sft_recipes import run_dir, run_distributed
+from sft_recipes import run_dir, run_distributed, run_metadata
 from sft_recipes.console import PipeSafeConsole, print_lines, print_summary, warn, warn_on_error
 from sft_recipes.data import encoder, prepare
 from sft_recipes.distributed import ranks
@@ -63,7 +63,7 @@ def run(
         checkpoint, changes = None, list[str]()
         if resume:
             changes = ranks.run_on_main(
-                lambda: run_dir.settings_changed(folder, recipe, prepare.fingerprints(recipe), force=force)
+                lambda: run_metadata.settings_changed(folder, recipe, prepare.fingerprints(recipe), force=force)
             )
             warn(console, changes)
             if ranks.run_on_main(lambda: run_dir.is_finished(folder)):
@@ -95,7 +95,7 @@ def run(
             """Write the metadata after the preflight, so that a run that fails before leaves no files."""
             if ranks.is_main():
                 results = {"preflight": sft.preflight.results if sft.preflight else "skipped"}
-                run_dir.write_metadata(folder, recipe_file, recipe, counted, used | results, checkpoint, changes)
+                run_metadata.write(folder, recipe_file, recipe, counted, used | results, checkpoint, changes)
 
         # Training
         trainer.train(sft, checkpoint, record)
@@ -125,7 +125,7 @@ def run(
 
 def _facts(recipe: Recipe) -> dict[str, Any]:
     """Return what all ranks must have in common. One rank per node hashes the data."""
-    shared = {"recipe": recipe.resolved(), "code": run_dir.source_hash(), "versions": run_dir.versions()}
+    shared = {"recipe": recipe.resolved(), "code": run_metadata.source_hash(), "versions": run_metadata.versions()}
     if recipe.launch.machines > 1 and ranks.is_local_main():
         shared["data"] = prepare.fingerprints(recipe)
     return shared

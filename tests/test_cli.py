@@ -246,6 +246,6 @@ def test_errors_go_to_stderr_without_a_traceback_unless_asked(write_recipe: Writ
 
 def test_no_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_HUB_DISABLE_TELEMETRY")
-    cli._quiet(debug=True)
+    cli.quiet_libraries(debug=True)
 
     assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOTrainer
 from trl.trainer.utils import use_adapter
 
-from sft_recipes.commands.generate import talk
+from sft_recipes.commands.generate import generate
 from sft_recipes.data import encoder, prepare
 from sft_recipes.data.sequences import IGNORED
 from sft_recipes.export.merge import merge
@@ -89,7 +89,7 @@ def test_the_first_loss_is_ln_2_and_it_falls(folder: Path, tmp_path: Path, way: 
         "generation_config.json",
         "tokenizer.json",
     }
-    assert talk(tmp_path / "out", "What is the opposite of empty?", max_new_tokens=16, temperature=0)
+    assert generate(tmp_path / "out", "What is the opposite of empty?", max_new_tokens=16, temperature=0)
 
 
 def loaded(saved: Path) -> torch.nn.Module:
@@ -203,4 +203,4 @@ def test_the_commands_of_the_page(
 
     # The adapter's base is the fine-tuned model, by the path that the command gave.
     merge(Path("runs/dpo-lora/adapter"), Path("merged"), dtype="float32")
-    assert talk(Path("merged"), "What is the opposite of empty?", max_new_tokens=16, temperature=0)
+    assert generate(Path("merged"), "What is the opposite of empty?", max_new_tokens=16, temperature=0)

@@ -271,7 +271,7 @@ def test_qlora(tmp_path: Path, quantization: str) -> None:
     assert a.dtype == b.dtype == torch.float32
     assert b.abs().max() > 0
     report = json.loads((folder / "model" / "merge.json").read_text("utf-8"))
-    figures = report["figures"]
+    figures = report["verification"]
     assert report["merged_into"] == min(figures, key=lambda name: figures[name]["loss"])
     assert "merged into the original base: held-out loss" in said
     assert "merged into the dequantized base: held-out loss" in said

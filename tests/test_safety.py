@@ -33,7 +33,7 @@ Command = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
     """`sft-recipe` in this process: exit code, stdout, stderr. Nobody is there to answer a question."""
-    monkeypatch.setattr(cli, "_quiet", lambda debug: None)
+    monkeypatch.setattr(cli, "quiet_libraries", lambda debug: None)
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked the terminal"))
 
     def call(*arguments: object) -> tuple[int, str, str]:
@@ -368,7 +368,7 @@ def test_which_variables_are_secret(secret: dict[str, str], monkeypatch: pytest.
         "KEYBOARD": "de-nodeadkeys",
     }.items():
         monkeypatch.setenv(name, value)
-    own = secrets.of_environment()
+    own = secrets.from_environment()
 
     assert own.items() >= secret.items()
     assert not {"TOKENIZERS_PARALLELISM", "MY_KEY", "MY_KEY_FILE", "KEYBOARD"} & own.keys()

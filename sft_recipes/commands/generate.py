@@ -10,13 +10,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sft_recipes import model_dir
-from sft_recipes.errors import ModelError, RecipeError, SFTRecipeError
+from sft_recipes.errors import ModelError, RecipeError, SFTRecipeError, reason_of
 from sft_recipes.export import load_adapter
 from sft_recipes.models.generate import answer, prompt_ids
 from sft_recipes.models.library_errors import as_model_error
+from sft_recipes.run_dir import DATA
 
 
-def talk(
+def generate(
     path: Path,
     prompt: str,
     input: str = "",
@@ -71,8 +72,7 @@ def _as_answer_error(path: Path) -> Iterator[None]:
     except SFTRecipeError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"{path}: cannot answer this prompt: {type(error).__name__}: {reason}") from error
+        raise ModelError(f"{path}: cannot answer this prompt: {type(error).__name__}: {reason_of(error)}") from error
 
 
 def _is_unicode(text: str) -> bool:
@@ -85,7 +85,7 @@ def _is_unicode(text: str) -> bool:
 
 def _trained_on_text(path: Path) -> bool:
     """Return True if `path` is (in) a run trained on plain text, which is continued without a template."""
-    file = next((folder / "data.json" for folder in (path, path.parent) if (folder / "data.json").is_file()), None)
+    file = next((folder / DATA for folder in (path, path.parent) if (folder / DATA).is_file()), None)
     if file is None:
         return False
     try:

@@ -47,7 +47,7 @@ def key(**inputs: Any) -> str:
 @cache
 def _code() -> str:
     digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.iterdir()):
+    for file in sorted(Path(__file__).parent.rglob("*")):
         if file.suffix in (".py", ".jinja"):
             digest.update(file.read_bytes())
     for package in ("jinja2", "tokenizers"):

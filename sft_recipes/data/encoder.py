@@ -8,7 +8,7 @@ spans the boundary of prompt and answer belongs to the answer.
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,11 @@ def _text(file: Path) -> str:
 PER_DOCUMENT = ("stops", "ended", "empty", "lossy", "digests", "prompts")
 
 
+def alike(batch: Sequence[Rendered]) -> list[list[Rendered]]:
+    """Split a batch into runs with the same `writes_specials`."""
+    return [list(part) for _, part in groupby(batch, key=lambda rendered: rendered.writes_specials)]
+
+
 @dataclass(frozen=True)
 class Documents:
     """Concatenated tokenized documents: document i has tokens offsets[i] to offsets[i + 1] - 1.
@@ -185,9 +190,7 @@ class Encoder:
 
     def encode(self, batch: Sequence[Rendered]) -> Documents:
         """Encode a batch of texts. Raises DataError if a text is not valid Unicode."""
-        if len({rendered.writes_specials for rendered in batch}) > 1:
-            return join([self.encode([rendered]) for rendered in batch])
-        return self.documents(batch, self.tokenize(batch))
+        return join([self.documents(part, self.tokenize(part)) for part in alike(batch)])
 
     def tokenize(self, batch: Sequence[Rendered]) -> list[Encoding]:
         """Run the tokenizer, which releases the GIL. All texts must have the same `writes_specials`.

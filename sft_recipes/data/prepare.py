@@ -10,7 +10,7 @@ import numpy as np
 from sft_recipes import model_dir
 from sft_recipes.data import lint, selection, sources, templates
 from sft_recipes.data.encoder import Encoder, LightTokenizer
-from sft_recipes.data.formats import Example
+from sft_recipes.data.formats.base import Example
 from sft_recipes.data.packing import Ints
 from sft_recipes.data.readers import open_all, train_sources, with_splits
 from sft_recipes.data.renderers import choose_renderer, refuse_two_templates
@@ -60,7 +60,7 @@ def prepare(
     # Rows
     opened = open_all(data)
     first_of = {rows.format or "": first for rows, first in reversed(opened)}
-    refuse_two_templates(data, first_of)
+    refuse_two_templates(data, first_of, [first for _, first in opened])
 
     # Text and tokens
     with _name_model_in_errors(recipe.model.name):

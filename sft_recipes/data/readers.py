@@ -2,10 +2,12 @@
 
 import time
 from collections.abc import Collection, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 
-from sft_recipes.data import formats, sources
-from sft_recipes.data.formats import Example
+from sft_recipes.data import sources
+from sft_recipes.data.formats import registry as formats
+from sft_recipes.data.formats.base import Example
+from sft_recipes.data.sources import SourceRow
 from sft_recipes.errors import DataError
 from sft_recipes.recipe.schema import Data, Source, WeightedSource
 
@@ -48,13 +50,11 @@ class RowReader:
 
     def __iter__(self) -> Iterator[Example]:
         empty, any_valid = True, False
-        for row in sources.iter_rows(self.source.path, self.source.name, self.splits):
+        for row in self._rows():
             empty = False
             try:
                 if isinstance(row, DataError):
                     raise row
-                if self.format is None:
-                    self.format = formats.find_format(row.values, self.columns)
                 if self.format is None:
                     self.problems.append(formats.unknown(row.values, self.columns, row.place))
                     return
@@ -69,10 +69,21 @@ class RowReader:
         if empty:
             raise DataError(f"{self.source.path}: the source contains no rows.")
 
+    def _rows(self) -> Iterator[SourceRow | DataError]:
+        """Yield the rows, after detecting the format from the first one; several are one row if the format says so."""
+        rows = sources.iter_rows(self.source.path, self.source.name, self.splits)
+        head = list[SourceRow | DataError]()
+        for row in rows:
+            head.append(row)
+            if isinstance(row, SourceRow):
+                self.format = self.format or formats.find_format(row.values, self.columns, row.place)
+                break
+        yield from formats.combined(chain(head, rows), self.format, self.columns)
+
     def places(self, numbers: Collection[int]) -> dict[int, str]:
         """Return `file:line` of rows, numbered from 0."""
-        rows = islice(sources.iter_rows(self.source.path, self.source.name, self.splits), max(numbers) + 1)
-        return {n: row.place for n, row in enumerate(rows) if n in numbers and isinstance(row, sources.SourceRow)}
+        rows = islice(self._rows(), max(numbers) + 1)
+        return {n: row.place for n, row in enumerate(rows) if n in numbers and isinstance(row, SourceRow)}
 
 
 def open_all(data: Data) -> list[tuple[RowReader, Example]]:
@@ -91,11 +102,9 @@ def open_all(data: Data) -> list[tuple[RowReader, Example]]:
         else:
             opened.append((RowReader(source, data, splits), first))
             opened[-1][0].format = rows.format
-    used = {name for rows, _ in opened for name in formats.columns_of(rows.format or "")}
-    known = {
-        name for format in formats.NEEDS for name in formats.columns_of(format)
-    }  # unknown names are reported by the validation of the recipe
-    if opened and (unused := [name for name in data.columns if name in known - used]):
+    used = {name for rows, _ in opened for name in formats.FORMATS[rows.format or ""].columns}
+    # Names that no format has are reported by the validation of the recipe.
+    if opened and (unused := [name for name in data.columns if name in set(formats.COLUMNS) - used]):
         detected = " and ".join(sorted({rows.format or "" for rows, _ in opened}))
         problems.append(
             f"data.columns: '{unused[0]}' is not a column of the format of any source (got {detected}). "

@@ -1,12 +1,12 @@
 """Choose the template that renders a source's rows."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from sft_recipes.data import templates
 from sft_recipes.data.encoder import Encoder, LightTokenizer
-from sft_recipes.data.formats import Example
+from sft_recipes.data.formats.base import Example
 from sft_recipes.errors import DataError
 from sft_recipes.recipe.schema import Data
 
@@ -20,9 +20,9 @@ class Renderer:
     chat_source: str | None  # as a chat template (Jinja); None for plain text
 
 
-def refuse_two_templates(data: Data, formats: Collection[str]) -> None:
-    """Raise DataError if sources of these formats would be rendered with different templates."""
-    if data.template is None and "messages" in formats and len(formats) > 1:
+def refuse_two_templates(data: Data, formats: Collection[str], first: Iterable[Example]) -> None:
+    """Raise DataError if sources of these formats, with these first rows, would be rendered with different templates."""
+    if data.template is None and len({example.chat for example in first}) > 1:
         raise DataError(
             f"data.train: sources of different formats need one template (got {' and '.join(sorted(formats))}). "
             "Set data.template."
@@ -31,7 +31,7 @@ def refuse_two_templates(data: Data, formats: Collection[str]) -> None:
 
 def choose_renderer(data: Data, format: str, first: Example, tokenizer: LightTokenizer, encoder: Encoder) -> Renderer:
     """Choose the template for rows of a format, given the first row. Raises DataError if there is none."""
-    name = data.template or ("chat" if format == "messages" else "alpaca")
+    name = data.template or ("chat" if first.chat else "alpaca")
     if format == "text":
         if data.template is not None:
             raise DataError(f"data.template: plain text takes no template (got {data.template}). Remove data.template.")
@@ -58,10 +58,10 @@ def choose_renderer(data: Data, format: str, first: Example, tokenizer: LightTok
     if encoder.bos and bos and not _renders(chat, first).startswith(bos):
         source = templates.BOS + source
         chat = chat_of(source)
-    if name == "alpaca" and format != "messages":
-        return Renderer(name, templates.Alpaca(data.train_on), source)
     if encoder.bos and bos:
         chat = chat_of(source, bos)
+    if name == "alpaca" and not first.chat:
+        return Renderer(name, templates.Alpaca(data.train_on, chat), source)
     return Renderer(name, chat, source)
 
 

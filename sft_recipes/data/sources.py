@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_recipes import model_dir
-from sft_recipes.errors import DataError, shown
+from sft_recipes.errors import DataError, reason_of, shown
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 TRAIN = ("train",)  # default splits of a Hub dataset; the first one that exists is read
@@ -134,7 +134,7 @@ def iter_rows(path: str, name: str | None = None, splits: tuple[str, ...] = TRAI
         try:
             yield from {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}[kind](file)
         except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{file}: cannot read the file: {_one_line(error)}. Download it again.") from None
+            raise DataError(f"{file}: cannot read the file: {reason_of(error)}. Download it again.") from None
 
 
 def _kind(file: Path) -> str | None:
@@ -219,7 +219,7 @@ def _parquet(file: Path) -> Iterator[SourceRow | DataError]:
     except UnicodeDecodeError:
         raise DataError(f"{file}:row {number + 1} or later: invalid UTF-8. Write the file again as UTF-8.") from None
     except (pyarrow.ArrowException, ArithmeticError, ValueError) as error:  # also for dates out of range
-        raise DataError(f"{file}: invalid Parquet file: {_one_line(error)}. Download it again.") from None
+        raise DataError(f"{file}: invalid Parquet file: {reason_of(error)}. Download it again.") from None
 
 
 def _hub(path: str, name: str | None, splits: tuple[str, ...]) -> Iterator[SourceRow]:
@@ -258,7 +258,7 @@ def _from_hub(path: str, name: str | None, splits: tuple[str, ...]) -> tuple[Any
     except (OSError, ValueError, RuntimeError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled) as error:
         raise DataError(
             f"{path}: no such local file, and it cannot be loaded from the Hub "
-            f"({type(error).__name__}: {_one_line(error)[:300]})."
+            f"({type(error).__name__}: {reason_of(error)})."
         ) from None
 
 
@@ -272,7 +272,3 @@ def _json_error(error: json.JSONDecodeError) -> str:
     """Return the parser's message without the position, which is part of the row's location."""
     text = error.msg.removesuffix(" at").removesuffix(" starting").rstrip(": ")
     return text[:1].lower() + text[1:]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".")

@@ -20,7 +20,7 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from sft_recipes.data.formats import Example
+from sft_recipes.data.formats.base import Example
 from sft_recipes.errors import DataError, RecipeError
 
 _PREAMBLE = "Below is an instruction that describes a task"
@@ -59,12 +59,17 @@ def alpaca_chat_template() -> str:
 
 
 class Alpaca:
-    """Template for one instruction and its response; the encoder adds EOS, which is trained too."""
+    """Template for one instruction and its response; the encoder adds EOS, which is trained too.
 
-    def __init__(self, train_on: str = "completion") -> None:
-        self.train_all = train_on == "all"
+    `chat` renders the rows with more than that: a system prompt, earlier turns, tools.
+    """
+
+    def __init__(self, train_on: str = "completion", chat: "Chat | None" = None) -> None:
+        self.train_all, self.chat = train_on == "all", chat
 
     def __call__(self, example: Example) -> Rendered:
+        if self.chat is not None and (example.chat or example.tools or len(example.messages) > 2):
+            return self.chat(example)
         user, assistant = example.messages
         prompt = alpaca_prompt(user["content"], user.get("input", ""))
         text = prompt + assistant["content"]
@@ -313,13 +318,15 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         """Raise an error; Jinja's own method renders nothing and continues."""
         raise SecurityError(f"access to attribute {attribute!r} of {type(obj).__name__!r} object is unsafe")
 
-    def _generate(self, source: nodes.Template, *rest: Any, **options: Any) -> str:
+    def compile(self, source: Any, name: Any = None, filename: Any = None, *rest: Any, **options: Any) -> Any:
+        if isinstance(source, str):
+            source = self.parse(source, name, filename)
         blocks: list[nodes.For | nodes.Macro | nodes.CallBlock] = [
             *source.find_all(nodes.For), *source.find_all(nodes.Macro), *source.find_all(nodes.CallBlock)
         ]  # fmt: skip
         for block in blocks:
             block.body.insert(0, nodes.ExprStmt(nodes.EnvironmentAttribute("one_pass"), lineno=block.lineno))
-        return super()._generate(source, *rest, **options)
+        return super().compile(source, name, filename, *rest, **options)
 
 
 def _environment() -> _Sandbox:

@@ -21,8 +21,8 @@ from typing import Any
 from tokenizers import Encoding
 
 from sft_recipes.data import cache, sources
-from sft_recipes.data.encoder import Documents, Encoder, LightTokenizer
-from sft_recipes.data.formats import Example
+from sft_recipes.data.encoder import Documents, Encoder, LightTokenizer, alike
+from sft_recipes.data.formats.base import Example
 from sft_recipes.data.readers import RowReader, raise_all
 from sft_recipes.data.renderers import Renderer
 from sft_recipes.data.templates import Rendered, Template
@@ -163,10 +163,10 @@ class Work:
             for batch in batches:
                 rendered, problems = _render_all(batch, self.render)
                 self.problems += problems
-                if self._valid:
-                    tokenizing = pool.submit(self.encoder.tokenize, rendered)
+                for part in alike(rendered) if self._valid else []:
+                    tokenizing = pool.submit(self.encoder.tokenize, part)
                     yield from self._assemble(waiting)
-                    waiting = rendered, tokenizing
+                    waiting = part, tokenizing
             if self._valid:
                 yield from self._assemble(waiting)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_recipes.distributed import ranks
-from sft_recipes.errors import InputError, RecipeError, RunError, SFTRecipeError, Stopped
+from sft_recipes.errors import InputError, RecipeError, RunError, SFTRecipeError, Stopped, reason_of
 from sft_recipes.recipe.schema import Launch, Recipe
 
 # Seconds in which other ranks may report their own errors after one failed; keys: whether it failed for lack of another.
@@ -78,8 +78,9 @@ def _rendezvous(settings: Launch) -> tuple[int, dict[str, str]]:
         try:
             _store = TCPStore(address, port, is_master=True, wait_for_workers=False)
         except RuntimeError as error:
+            reason = "the address is in use" if "EADDRINUSE" in str(error) else reason_of(error)
             raise RecipeError(
-                f"MASTER_PORT: cannot listen on {address}:{port}: {_reason(error)}. Stop the program that uses it, or set "
+                f"MASTER_PORT: cannot listen on {address}:{port}: {reason}. Stop the program that uses it, or set "
                 "MASTER_PORT to a free port."
             ) from None
         port = _store.port
@@ -90,10 +91,6 @@ def _rendezvous(settings: Launch) -> tuple[int, dict[str, str]]:
 
 
 _store: Any = None  # garbage collection would stop the server
-
-
-def _reason(error: Exception) -> str:
-    return "the address is in use" if "EADDRINUSE" in str(error) else " ".join(str(error).split())[:200]
 
 
 def _interface_for(address: str) -> str | None:

@@ -18,7 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from sft_recipes.errors import RecipeError, RunError, SFTRecipeError
+from sft_recipes.errors import RecipeError, RunError, SFTRecipeError, reason_of
 from sft_recipes.recipe.schema import Launch, Recipe
 
 LAUNCHER_PID = "SFT_RECIPES_LAUNCHER"  # environment variable of the ranks that `launch.launch` started: its process id
@@ -187,25 +187,23 @@ def process_group(recipe: Recipe, facts: Callable[[], Mapping[str, Any]]) -> Ite
         _rendezvous(facts(), timeout)
         if strategy == "fsdp2" and not cpu:
             # Tensors in host memory (checkpoints, cpu_offload) are gathered over gloo.
-            PartialState(backend="cuda:nccl,cpu:gloo", timeout=timeout)
+            state = PartialState(backend="cuda:nccl,cpu:gloo", timeout=timeout)
         else:
-            PartialState(cpu=cpu, timeout=timeout)
+            state = PartialState(cpu=cpu, timeout=timeout)
     except SFTRecipeError:
         raise
     except Exception as error:  # of accelerate, torch, NCCL or gloo
-        raise RunError(
-            f"rank {rank()} could not join the process group: {' '.join(str(error).split())[:300]}"
-        ) from error
+        raise RunError(f"rank {rank()} could not join the process group: {reason_of(error)}") from error
     if strategy == "fsdp2":
         # On CPUs accelerate treats every strategy as DDP; this value is all it checks.
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        state.distributed_type = DistributedType.MULTI_GPU
     elif strategy in ("zero2", "zero3"):
         if cpu:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed
 
         deepspeed.init_distributed("gloo" if cpu else "nccl", auto_mpi_discovery=False, verbose=False)
-        PartialState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
+        state.distributed_type = DistributedType.DEEPSPEED
     try:
         yield
     except Exception as error:
@@ -229,11 +227,12 @@ def leave() -> None:
     if not torch.distributed.is_initialized():
         return
     from accelerate import PartialState
-    from accelerate.state import AcceleratorState
+
+    from sft_recipes.upstream import reset_accelerate
 
     PartialState().wait_for_everyone()
     torch.distributed.destroy_process_group()
-    AcceleratorState._reset_state(reset_partial_state=True)
+    reset_accelerate()
 
 
 def _rendezvous(facts: Mapping[str, Any], timeout: timedelta) -> None:

@@ -14,8 +14,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from sft_recipes import model_dir
 from sft_recipes.atomic_files import atomic_dir, remove
 from sft_recipes.data.prepare import Prepared
-from sft_recipes.errors import InputError, ModelError, RunError
-from sft_recipes.export import reference, safetensors_io, verify
+from sft_recipes.errors import InputError, ModelError, RunError, reason_of
+from sft_recipes.export import safetensors_io, verify
 from sft_recipes.export.merge import merge, proof_in_words, write_report
 from sft_recipes.export.probe import Probe, rows_of
 from sft_recipes.export.reference import Record
@@ -23,8 +23,7 @@ from sft_recipes.export.save_model import Written, save_adapter, save_around, sa
 from sft_recipes.export.save_model import written as write_gathered
 from sft_recipes.export.weights import check_bits
 from sft_recipes.recipe.schema import Recipe
-
-FILE = "export.json"  # in the directory of a model of which all weights were trained
+from sft_recipes.run_dir import ADAPTER, EXPORT, MODEL, REFERENCE
 
 
 @contextmanager
@@ -40,7 +39,7 @@ def written(
     from; see `save.written`. Every rank has to come here."""
     if main and shapes is not None:
         with suppress(OSError):  # `export` says so
-            remove(folder / "model")  # of a run that is resumed after its export; there may be no room for both
+            remove(folder / MODEL)  # of a run that is resumed after its export; there may be no room for both
     with write_gathered(
         model, shapes, weights, folder / ".weights", main=main, max_shard_size=recipe.export.max_shard_size
     ) as found:
@@ -78,7 +77,7 @@ def export(
             )
         if weights is not None and weights.error is not None:
             raise weights.error
-        for earlier in (folder / "adapter", folder / "model"):
+        for earlier in (folder / ADAPTER, folder / MODEL):
             remove(earlier)  # of a run that is resumed after its export
         quantization = getattr(model.config, "quantization_config", None)
         probe = Probe(
@@ -89,16 +88,16 @@ def export(
             "evaluation" if data.eval else "training",
         )
         probe.save(folder)
-        record.save(folder / reference.FILE)
+        record.save(folder / REFERENCE)
         if not recipe.trains_adapters:
-            return _whole(recipe, model, tokenizer, data.stops, probe, folder / "model", weights)
-        save_adapter(model, tokenizer, folder / "adapter", stops=data.stops, weights=adapter)
+            return _whole(recipe, model, tokenizer, data.stops, probe, folder / MODEL, weights)
+        save_adapter(model, tokenizer, folder / ADAPTER, stops=data.stops, weights=adapter)
         if probe.quantization:
-            probe.save_quantization(folder / "adapter")
+            probe.save_quantization(folder / ADAPTER)
         if not recipe.export.merge:
             return []
         return merge(
-            folder / "adapter", folder / "model", dtype=recipe.export.dtype, max_shard_size=recipe.export.max_shard_size,
+            folder / ADAPTER, folder / MODEL, dtype=recipe.export.dtype, max_shard_size=recipe.export.max_shard_size,
             trust_remote_code=recipe.model.trust_remote_code,
         )  # fmt: skip
     except InputError as error:
@@ -107,8 +106,9 @@ def export(
             "that is mended"
         ) from error
     except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise RunError(f"{folder}: export failed: {reason}; when that is mended, continue with --resume") from error
+        raise RunError(
+            f"{folder}: export failed: {reason_of(error)}; when that is mended, continue with --resume"
+        ) from error
 
 
 def _whole(
@@ -140,7 +140,7 @@ def _whole(
             stops=list(stops),
             base=model_dir.location(recipe.model.name),
             revision=recipe.model.revision,
-            record=str((out.parent / reference.FILE).resolve()),
+            record=str((out.parent / REFERENCE).resolve()),
             rows=probe.rows,
             prompt=probe.prompt,
             trust_remote_code=recipe.model.trust_remote_code,
@@ -149,7 +149,7 @@ def _whole(
             figures = verify.verify(request)["model"]
         except RunError as error:
             raise RunError(*(f"{out}: not kept: {line}" for line in error.lines)) from error
-        write_report(folder / FILE, {"base": recipe.model.name, "dtype": dtype, "figures": figures})
+        write_report(folder / EXPORT, {"base": recipe.model.name, "dtype": dtype, "verification": figures})
     return [*([weights.note] if weights and weights.note else []), *proof_in_words(figures, dtype, probe.split)]
 
 

@@ -11,6 +11,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from sft_recipes.export.safetensors_io import Stored
 from sft_recipes.export.save_model import DTYPES
+from sft_recipes.upstream import float32_modules
 
 
 def held_in(loaded: str, kind: str, *, quantized: bool, recorded: bool) -> torch.dtype:
@@ -26,11 +27,8 @@ def held_in(loaded: str, kind: str, *, quantized: bool, recorded: bool) -> torch
 def is_rounded(model: PreTrainedModel, name: str, stored: torch.dtype, loaded: torch.dtype) -> bool:
     """Return whether `from_pretrained(dtype=loaded)` rounds a tensor. transformers keeps some in float32, such as the biases
     by which routers choose experts."""
-    kept = [*(model._keep_in_fp32_modules_strict or ())]  # no public name; sft_recipes.training.sharded needs it, too
-    if loaded == torch.float16:
-        kept += model._keep_in_fp32_modules or ()
     rounds = stored.is_floating_point and loaded not in (torch.float32, stored)
-    return rounds and not any(part in name for part in kept)
+    return rounds and not any(part in name for part in float32_modules(model, loaded))
 
 
 @dataclass

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sft_recipes import model_dir
-from sft_recipes.errors import ModelError
+from sft_recipes.errors import ModelError, reason_of
 from sft_recipes.export.dequantize import is_rounded
 from sft_recipes.export.lora_deltas import names_of_ends, vocabulary
 from sft_recipes.export.safetensors_io import INDEX, in_file
@@ -47,7 +47,7 @@ def origin(adapter: Path, base: str | None = None) -> Origin:
         config = peft.PeftConfig.from_pretrained(str(adapter))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ModelError(
-            f"{adapter}: its adapter_config.json cannot be read: {_line(error)}; get the file again"
+            f"{adapter}: its adapter_config.json cannot be read: {reason_of(error)}; get the file again"
         ) from None
     named = base or config.base_model_name_or_path
     if not named or not isinstance(named, str):
@@ -98,7 +98,7 @@ def as_base_error(name: str) -> Iterator[None]:
             raise ModelError(
                 f"{name}: the adapter's base brings Python code; read it, then say --trust-remote-code"
             ) from None
-        raise ModelError(f"{name}: the adapter's base cannot be loaded; {_GIVE_IT}: {_line(error)}") from None
+        raise ModelError(f"{name}: the adapter's base cannot be loaded; {_GIVE_IT}: {reason_of(error)}") from None
 
 
 def tokenizer_of(of: Origin, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -109,7 +109,7 @@ def tokenizer_of(of: Origin, *, trust_remote_code: bool = False) -> PreTrainedTo
         remedy = "get its files again"
         if "trust_remote_code" in str(error):
             remedy = "it brings Python code; read it, then say --trust-remote-code"
-        raise ModelError(f"{of.tokenizer}: its tokenizer cannot be loaded: {_line(error)}; {remedy}") from None
+        raise ModelError(f"{of.tokenizer}: its tokenizer cannot be loaded: {reason_of(error)}; {remedy}") from None
 
 
 def adapted(
@@ -166,7 +166,7 @@ def adapted(
     try:
         whole = peft.PeftModel.from_pretrained(model, str(adapter))
     except (RuntimeError, ValueError, TypeError) as error:
-        raise ModelError(f"{adapter}: does not fit the base {of.base}: {_line(error)}") from None
+        raise ModelError(f"{adapter}: does not fit the base {of.base}: {reason_of(error)}") from None
     known = peft.get_peft_model_state_dict(whole, save_embedding_layers=True)
     if missing := sorted(key for key in known.keys() - given.keys() if "lora_" in key):
         raise ModelError(f"{adapter}: lacks {', '.join(missing[:3])}, which its adapter_config.json asks for")
@@ -183,12 +183,8 @@ def stops(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
             ends = GenerationConfig.from_pretrained(folder).eos_token_id
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise ModelError(
-                f"{folder}: its generation_config.json cannot be read: {_line(error)}; get it again"
+                f"{folder}: its generation_config.json cannot be read: {reason_of(error)}; get it again"
             ) from None
     if ends is None:
         ends = tokenizer.eos_token_id
     return [ends] if isinstance(ends, int) else list(ends or [])
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -11,7 +11,7 @@ from peft.utils.other import get_pattern_key
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sft_recipes.errors import ModelError
+from sft_recipes.errors import ModelError, reason_of
 from sft_recipes.export.safetensors_io import Stored, Wanted, in_file
 
 _PREFIX = "base_model.model."
@@ -136,7 +136,7 @@ def refuse_incomplete(adapter: Path, config: peft.PeftConfig, model: PreTrainedM
     try:
         wanted = peft.get_peft_model_state_dict(peft.get_peft_model(model, config), save_embedding_layers=False)
     except (ValueError, TypeError, RuntimeError, KeyError) as error:
-        raise ModelError(f"{adapter}: does not fit the base: {' '.join(str(error).split())[:300]}") from None
+        raise ModelError(f"{adapter}: does not fit the base: {reason_of(error)}") from None
     given = in_file(adapter / "adapter_model.safetensors")
     if missing := sorted(key for key in wanted.keys() - given.keys() if "lora_" in key):
         raise ModelError(

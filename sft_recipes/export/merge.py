@@ -17,8 +17,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sft_recipes import model_dir
 from sft_recipes.atomic_files import atomic_dir, file_hashes, write_json
-from sft_recipes.errors import ModelError, OutputError, RunError, SFTRecipeError
-from sft_recipes.export import load_adapter, probe, reference, safetensors_io, verify
+from sft_recipes.errors import ModelError, OutputError, RunError, SFTRecipeError, reason_of
+from sft_recipes.export import load_adapter, probe, safetensors_io, verify
 from sft_recipes.export.dequantize import as_loaded, dequantized, held_in
 from sft_recipes.export.load_adapter import Origin
 from sft_recipes.export.lora_deltas import NotStreamable, TensorMerger, refuse_incomplete
@@ -26,8 +26,8 @@ from sft_recipes.export.probe import Probe, rows_of_texts
 from sft_recipes.export.reference import Record, run_model
 from sft_recipes.export.save_model import DTYPES, save_around, save_model
 from sft_recipes.export.weights import check_bits
+from sft_recipes.run_dir import MERGE, REFERENCE
 
-FILE = "merge.json"  # in the merged model's directory
 BASES = ("original", "dequantized")
 
 
@@ -46,7 +46,7 @@ class _Job:
 
     def __post_init__(self) -> None:
         self.rows = self.probe.rows or rows_of_texts(self.tokenizer)
-        record = self.adapter.resolve().parent / reference.FILE
+        record = self.adapter.resolve().parent / REFERENCE
         self.record = str(record) if self.probe.rows and record.is_file() else None
 
     def held_in(self, kind: str) -> torch.dtype:
@@ -93,7 +93,7 @@ def merge(
                 raise ModelError(
                     f"--base {base}: only PEFT can merge {adapter}, and it cannot do that into such a base"
                 )
-            figures = _proven(job, folders, ways, out)
+            figures = _verify(job, folders, ways, out)
             chosen = min(folders, key=lambda name: float(figures[name]["loss"]))
             for file in list(folders[chosen].iterdir()):
                 file.rename(folder / file.name)
@@ -102,13 +102,13 @@ def merge(
                 _computed(folder / str(name)).unlink(missing_ok=True)
             report = {
                 "adapter": str(adapter), "base": of.base, "revision": of.revision, "dtype": dtype,
-                "merged_into": chosen, "merged_by": ways[chosen], "figures": figures,
+                "merged_into": chosen, "merged_by": ways[chosen], "verification": figures,
             }  # fmt: skip
-            write_report(folder / FILE, report)
+            write_report(folder / MERGE, report)
     except SFTRecipeError:
         raise
     except (OSError, SafetensorError) as error:
-        raise RunError(f"{out}: cannot be written: {' '.join(str(error).split())}") from error
+        raise RunError(f"{out}: cannot be written: {reason_of(error)}") from error
     return _lines(chosen, figures, ways, dtype, known.split if known.rows else "built-in")
 
 
@@ -117,7 +117,7 @@ def write_report(file: Path, report: Mapping[str, Any]) -> None:
     write_json(file, {**report, "files": file_hashes(file.parent)})
 
 
-def _proven(
+def _verify(
     job: _Job, folders: Mapping[str, Path], ways: Mapping[str, str | None], out: Path
 ) -> dict[str, dict[str, Any]]:
     request = verify.Request(
@@ -128,7 +128,7 @@ def _proven(
         base=_absolute(job.of.base),
         revision=job.of.revision,
         adapter=str(job.adapter.resolve()),
-        merged={name: str(_computed(folder)) for name, folder in folders.items() if ways[name] != "rows"},
+        merged={name: str(_computed(folder)) for name, folder in folders.items() if ways[name] != "streaming"},
         record=job.record,
         rows=job.rows,
         prompt=job.probe.prompt,
@@ -148,7 +148,7 @@ def _write(job: _Job, folder: Path, kind: str, out: Path) -> str | None:
     try:
         try:
             _row_by_row(job, folder, dequantize=kind == "dequantized")
-            return "rows"
+            return "streaming"
         except NotStreamable as error:
             if kind == "dequantized":
                 return None
@@ -157,8 +157,7 @@ def _write(job: _Job, folder: Path, kind: str, out: Path) -> str | None:
     except (SFTRecipeError, OSError, SafetensorError):
         raise
     except Exception as error:  # what PEFT and transformers say of adapters that make no sense has many types
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"{job.adapter}: cannot be merged: {type(error).__name__}: {reason}") from error
+        raise ModelError(f"{job.adapter}: cannot be merged: {type(error).__name__}: {reason_of(error)}") from error
 
 
 def _row_by_row(job: _Job, folder: Path, *, dequantize: bool) -> None:
@@ -214,7 +213,7 @@ def _in_memory(job: _Job, folder: Path, out: Path) -> None:
 
 def _computed(folder: Path) -> Path:
     """The file of what a merge in memory computes."""
-    return folder.with_name(f"{folder.name}.{reference.FILE}")
+    return folder.with_name(f"{folder.name}.{REFERENCE}")
 
 
 def _generation(job: _Job, of_base: GenerationConfig) -> GenerationConfig:
@@ -232,17 +231,17 @@ def _lines(
     """What is to be said of a merge."""
     lines = []
     for name, found in figures.items():
-        if quantized := found.get("to_adapter_on_quantized_base"):
+        if quantized := found.get("vs_quantized_base"):
             lines.append(
                 f"merged into the {name} base: held-out loss {found['loss']:.4f} (the adapter on its quantized base "
-                f"{quantized['loss']:.4f}), logits up to {quantized['largest_difference']:.3g} off, "
-                f"{quantized['mean_difference']:.3g} in the mean"
+                f"{quantized['loss']:.4f}), logits up to {quantized['max_logit_diff']:.3g} off, "
+                f"{quantized['mean_logit_diff']:.3g} in the mean"
             )
     if len(figures) > 1:
         lines.append(f"merged into: {chosen}, by the loss (--base {' or '.join(BASES)} chooses)")
     elif None in ways.values():
         lines.append("merged into: original; PEFT cannot merge this adapter into a dequantized base")
-    if (way := ways[chosen]) != "rows":
+    if (way := ways[chosen]) != "streaming":
         lines.append(f"merged by {way}")
     return [*lines, *proof_in_words(figures[chosen], dtype, split)]
 
@@ -250,16 +249,16 @@ def _lines(
 def proof_in_words(found: Mapping[str, Any], dtype: str, split: str) -> list[str]:
     """Format the results of a verification; `split` is where its rows are from."""
     lines = [
-        f"verify: passed in a separate process; max logit difference to trained model {found['largest_difference']:.2g} "
-        f"(expected from {dtype} rounding: {found['explained_by_rounding']:.2g}), to base "
-        f"{found['largest_difference_from_base']:.2g}; loss on {split} samples: exported {found['loss']:.4f}, trained "
+        f"verify: passed in a separate process; max logit difference to trained model {found['max_logit_diff']:.2g} "
+        f"(expected from {dtype} rounding: {found['rounding_logit_diff']:.2g}), to base "
+        f"{found['max_logit_diff_from_base']:.2g}; loss on {split} samples: exported {found['loss']:.4f}, trained "
         f"{found['trained_loss']:.4f}, base {found['base_loss']:.4f}"
     ]
-    if not found["largest_change_by_training"]:
+    if not found["max_logit_change"]:
         lines.append("warning: the training has changed nothing: the model is the base")
-    elif found["explained_by_rounding"] > found["largest_change_by_training"] / 2:
+    elif found["rounding_logit_diff"] > found["max_logit_change"] / 2:
         lines.append(
-            f"warning: rounding to {dtype} changes the logits by as much as {found['explained_by_rounding']:.2g}, the "
+            f"warning: rounding to {dtype} changes the logits by as much as {found['rounding_logit_diff']:.2g}, the "
             f"training did by {found['largest_change_by_training']:.2g}; float32 (export.dtype, --dtype) keeps it"
         )
     return lines

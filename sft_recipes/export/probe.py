@@ -9,8 +9,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sft_recipes.data.sequences import IGNORED, Sequences
 from sft_recipes.errors import ModelError
+from sft_recipes.run_dir import PROBE
 
-FILE = "probe.json"  # in a run's directory, beside adapter/ and model/
 QUANTIZATION = "quantization.json"  # in the directory of an adapter that was trained on a quantized base
 _ROWS, _TOKENS = 16, 512  # at most
 TEXTS = ["Name three colours.", "  The cat's 12 hats\n\ncost $3.50 – naïve? 日本 🙂", "def f(x):\n\treturn x</s>"]
@@ -28,7 +28,7 @@ class Probe:
     split: str = "evaluation"  # where the rows are from, or training
 
     def save(self, folder: Path) -> None:
-        (folder / FILE).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+        (folder / PROBE).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
 
     def save_quantization(self, adapter: Path) -> None:
         """Beside the adapter, so that it also knows its base where it goes alone."""
@@ -41,7 +41,7 @@ def of_adapter(adapter: Path) -> Probe | None:
 
     Raises ModelError where it is broken.
     """
-    file = next((there for there in (adapter.parent / FILE, adapter / QUANTIZATION) if there.is_file()), None)
+    file = next((there for there in (adapter.parent / PROBE, adapter / QUANTIZATION) if there.is_file()), None)
     if file is None:
         return None
     try:

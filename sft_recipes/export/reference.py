@@ -22,10 +22,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 
+from sft_recipes import upstream
 from sft_recipes.atomic_files import atomic_file
 from sft_recipes.data.prepare import Prepared
 from sft_recipes.data.sequences import IGNORED
-from sft_recipes.errors import ModelError, RunError
+from sft_recipes.errors import ModelError, RunError, reason_of
 from sft_recipes.export.probe import rows_of
 from sft_recipes.export.save_model import DTYPES
 from sft_recipes.recipe.schema import Recipe
@@ -35,7 +36,6 @@ Rows = Sequence[dict[str, list[int]]]
 # which of its rows these are (None: all).
 Change = Callable[[torch.nn.Module, str, torch.Tensor, torch.Tensor | None], None]
 
-FILE = "reference.safetensors"  # in a run's directory, beside probe.json
 _SHARDED = ("fsdp2", "zero3")  # strategies whose forward pass needs every rank
 _POSITIONS = 8  # per row, whose logits are compared
 _WORDS = 4096  # of a larger vocabulary, evenly spaced, beside the tokens of the rows
@@ -118,9 +118,8 @@ def load(file: Path) -> Record | None:
                 raise KeyError("it has no outputs of the trained model")
             return Record(trained, base, rounded, stream.metadata()["compute"])
     except (OSError, SafetensorError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise ModelError(
-            f"{file}: cannot be read: {reason}. Restore it, or merge the adapter from another directory."
+            f"{file}: cannot be read: {reason_of(error)}. Restore it, or merge the adapter from another directory."
         ) from None
 
 
@@ -200,7 +199,7 @@ def rounding(dtype: torch.dtype) -> Change:
 @contextmanager
 def _as_exported(model: Any) -> Iterator[None]:
     """With the attention that a loaded model has, which takes float32, and without compiled layers."""
-    before = model.config._attn_implementation
+    before = upstream.attention_of(model.config)
     own = model.get_base_model() if hasattr(model, "get_base_model") else model
     other = before not in ("sdpa", "eager")
     if other:
@@ -315,30 +314,30 @@ def _computing_in(dtype: torch.dtype, model: torch.nn.Module, change: Change | N
     """Within, each unit computes with its weights cast to `dtype`. They are cast into memory that the next unit reuses:
     first use of memory costs more than the cast."""
     space: dict[torch.device, torch.Tensor] = {}
-    swapped: list[tuple[dict[str, Any], str, Any]] = []
+    swapped: list[tuple[torch.nn.Module, str, Any]] = []
 
     def cast(unit: torch.nn.Module, _inputs: Any) -> None:
         found = [
             (module, name, weight)
             for module in unit.modules()
-            for name, weight in module._parameters.items()
+            for name, weight in module.named_parameters(recurse=False, remove_duplicate=False)
             # Quantized weights have a type of their own, and know the dtype that they are computed in.
-            if weight is not None and weight.dtype.is_floating_point and type(weight) is torch.nn.Parameter
+            if weight.dtype.is_floating_point and type(weight) is torch.nn.Parameter
         ]
         found += [
             (module, name, buffer)
             for module in unit.modules()
-            for name, buffer in module._buffers.items()
-            if name not in module._non_persistent_buffers_set and buffer is not None and buffer.dtype.is_floating_point
+            for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
+            if name not in upstream.unsaved_buffers(module) and buffer.dtype.is_floating_point
         ]
         if change is None:
             found = [each for each in found if each[2].dtype != dtype]
         swap(found)
         for module in unit.modules():
             if (
-                getattr(module._parameters.get("weight"), "quant_state", None) is not None
+                getattr(getattr(module, "weight", None), "quant_state", None) is not None
             ):  # 4 bits, which bitsandbytes would dequantize to another dtype than in training
-                swapped.append((module.__dict__, "forward", None))
+                swapped.append((module, "forward", None))
                 module.forward = partial(_of_4_bits, module, dtype)
 
     def cast_rows(unit: torch.nn.Embedding, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
@@ -346,8 +345,8 @@ def _computing_in(dtype: torch.dtype, model: torch.nn.Module, change: Change | N
         rows, ids = inputs[0].unique(return_inverse=True)
         weight = unit.weight
         swap([(unit, "weight", weight[rows])], rows)
-        swapped[-1] = (unit._parameters, "weight", weight)
-        swapped.append((unit.__dict__, "padding_idx", unit.padding_idx))
+        swapped[-1] = (unit, "weight", weight)
+        swapped.append((unit, "padding_idx", unit.padding_idx))
         unit.padding_idx = None
         return (ids,)
 
@@ -365,22 +364,23 @@ def _computing_in(dtype: torch.dtype, model: torch.nn.Module, change: Change | N
             own.copy_(weight)
             if change is not None:
                 change(module, name, own, rows)
-            where = module._parameters if name in module._parameters else module._buffers
-            swapped.append((where, name, weight))
-            where[name] = torch.nn.Parameter(own, requires_grad=False) if where is module._parameters else own
+            swapped.append((module, name, weight))
+            parameter = isinstance(getattr(module, name), torch.nn.Parameter)
+            setattr(module, name, torch.nn.Parameter(own, requires_grad=False) if parameter else own)
 
     def restore(_unit: torch.nn.Module, _inputs: Any, _output: Any) -> None:
         while swapped:
-            where, name, before = swapped.pop()
-            where[name] = before
+            module, name, before = swapped.pop()
             if name == "forward":
-                del where[name]
+                del module.forward
+            else:
+                setattr(module, name, before)
 
     handles = []
     computed = [*_computed_buffers(model)] if dtype == torch.float32 else []
-    held = [(module, name, module._buffers[name]) for module, name, _ in computed]
+    held = [(module, name, getattr(module, name)) for module, name, _ in computed]
     for module, name, buffer in computed:
-        module._buffers[name] = buffer
+        setattr(module, name, buffer)
     for unit in _units(model):
         before = cast_rows if type(unit) is torch.nn.Embedding else cast
         handles.append(unit.register_forward_pre_hook(before))
@@ -391,7 +391,7 @@ def _computing_in(dtype: torch.dtype, model: torch.nn.Module, change: Change | N
         for handle in handles:
             handle.remove()
         for module, name, buffer in held:
-            module._buffers[name] = buffer
+            setattr(module, name, buffer)
 
 
 def _computed_buffers(model: Any) -> Iterator[tuple[torch.nn.Module, str, torch.Tensor]]:
@@ -407,9 +407,9 @@ def _computed_buffers(model: Any) -> Iterator[tuple[torch.nn.Module, str, torch.
         twin = type(own)(deepcopy(own.config))
     values = dict(twin.named_buffers(remove_duplicate=False))
     for path, module in own.named_modules(remove_duplicate=False):
-        for name in module._non_persistent_buffers_set:
+        for name in upstream.unsaved_buffers(module):
             buffer, value = (
-                module._buffers[name],
+                getattr(module, name),
                 values.get(f"{_IN_PEFT.sub('', f'.{path}')}.{name}".removeprefix(".")),
             )
             if buffer is None or value is None or value.shape != buffer.shape:

@@ -19,6 +19,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sft_recipes.atomic_files import atomic_dir
 from sft_recipes.export.safetensors_io import Writer
+from sft_recipes.upstream import unsaved_buffers, unsaved_weights
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -111,7 +112,7 @@ class _Files:
         self, model: PreTrainedModel, shapes: Mapping[str, torch.Tensor], folder: Path, max_shard_size: str
     ) -> None:
         self._model, self._folder = model, folder
-        ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
+        ignored = unsaved_weights(model)
         saved = {name: shape for name, shape in shapes.items() if name not in ignored}
         saved = remove_tied_weights_from_state_dict(saved, model)
         # Names and layouts in the files may differ from those in memory, such as experts that are one tensor there. Usually
@@ -179,14 +180,10 @@ _GROUPINGS: list[tuple[str | None, Callable[[str], str]]] = [
 def round_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Take to `dtype` what is saved. What a model computes when it is made, such as rotary frequencies and Gemma's scale of
     embeddings, stays as a model that is loaded has it."""
-    computed = [
-        (module, name, module._buffers[name])
-        for module in model.modules()
-        for name in module._non_persistent_buffers_set
-    ]
+    computed = [(module, name, getattr(module, name)) for module in model.modules() for name in unsaved_buffers(module)]
     model.to(dtype)
     for module, name, buffer in computed:
-        module._buffers[name] = buffer
+        setattr(module, name, buffer)
 
 
 def save_around(

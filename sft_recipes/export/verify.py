@@ -78,7 +78,7 @@ def verify(request: Request) -> dict[str, dict[str, Any]]:
     said = verify_in_subprocess(request)
     if said["problems"]:
         raise RunError(*said["problems"])
-    return dict(said["figures"])
+    return dict(said["verification"])
 
 
 def verify_in_subprocess(request: Request) -> dict[str, Any]:
@@ -151,15 +151,15 @@ def compare_outputs(request: Request) -> dict[str, Any]:
         if "quantized" in references:
             quantized, _ = references["quantized"]
             off = own.off(quantized)
-            found["to_adapter_on_quantized_base"] = {
-                "loss": quantized.loss, "largest_difference": float(off.max()), "mean_difference": float(off.mean())
+            found["vs_quantized_base"] = {
+                "loss": quantized.loss, "max_logit_diff": float(off.max()), "mean_logit_diff": float(off.mean())
             }  # fmt: skip
         if (pair := next((pair for pair in pairs if not _near(*pair, "logits", computed)), None)) is not None:
             problems.append(
-                f"{name}: this is not the model that was trained: its logits are up to {found['largest_difference']:.3g} off, "
+                f"{name}: this is not the model that was trained: its logits are up to {found['max_logit_diff']:.3g} off, "
                 f"where rounding to {request.dtype} explains {explained:.3g}{_first_layer(*pair, computed)}"
             )
-    return {"problems": problems, "figures": figures}
+    return {"problems": problems, "verification": figures}
 
 
 def _figures(own: Outputs, trained: Outputs, base: Outputs, explained: float) -> dict[str, Any]:
@@ -168,11 +168,11 @@ def _figures(own: Outputs, trained: Outputs, base: Outputs, explained: float) ->
         "loss": own.loss,
         "trained_loss": trained.loss,
         "base_loss": base.loss,
-        "largest_difference": largest,
-        "explained_by_rounding": explained,
-        "not_explained": max(0.0, largest - explained),
-        "largest_difference_from_base": float(own.off(base).max()),
-        "largest_change_by_training": float(trained.off(base).max()),
+        "max_logit_diff": largest,
+        "rounding_logit_diff": explained,
+        "unexplained_logit_diff": max(0.0, largest - explained),
+        "max_logit_diff_from_base": float(own.off(base).max()),
+        "max_logit_change": float(trained.off(base).max()),
     }
 
 

@@ -8,7 +8,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import TrainableTokensWrapper
 from transformers import PreTrainedModel
 
-from sft_recipes.errors import ModelError
+from sft_recipes.errors import ModelError, reason_of
 from sft_recipes.models.lora_addition import add_in_place
 from sft_recipes.recipe import schema
 
@@ -42,7 +42,7 @@ def with_adapters(
     try:
         adapted = peft.get_peft_model(model, config)
     except (TypeError, ValueError, re.error) as error:
-        raise ModelError(f"lora.target_modules: {' '.join(str(error).split())[:300]}") from error
+        raise ModelError(f"lora.target_modules: {reason_of(error)}") from error
     for module in adapted.modules():
         # TRL's fused head reads the head's bias, which PEFT 0.21's wrapper does not expose.
         if isinstance(module, TrainableTokensWrapper) and not hasattr(module, "bias"):

@@ -5,11 +5,10 @@ from functools import wraps
 from typing import Any
 
 import torch
-
-# Undocumented: the number of compiled graphs, the only sign that torch.compile fell back to eager.
-from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from sft_recipes.upstream import compiled_graphs
 
 
 def layers_of(model: PreTrainedModel) -> list[torch.nn.Module]:
@@ -36,12 +35,12 @@ def compile_layers(model: Any, warn: Callable[[str], None], backend: str | Calla
     for layer in layers:
         # The forward and not the layer, so that the layer's FSDP2 and DeepSpeed hooks stay outside the graph.
         layer.forward = _in_training(layer, torch.compile(layer.forward, dynamic=True, backend=backend))
-    before = counters["stats"]["unique_graphs"]
+    before = compiled_graphs()
 
     def check_compiled(layer: torch.nn.Module, *_: Any) -> None:
         if _trains(layer):
             hook.remove()
-            if counters["stats"]["unique_graphs"] == before:
+            if compiled_graphs() == before:
                 warn(
                     f"train.compile: torch cannot compile the layers of a {model.config.model_type} model. Set it to false."
                 )

@@ -3,12 +3,11 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from json import JSONDecodeError
-from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
 
-from sft_recipes.errors import ModelError, RunError
+from sft_recipes.errors import ModelError, RunError, reason_of
 
 
 @contextmanager
@@ -19,40 +18,24 @@ def as_model_error(model: str, what: str) -> Iterator[None]:
     except ModelError:
         raise
     except Exception as error:  # OSError, ValueError, KeyError, HTTP errors, SafetensorError and more
-        reason = " ".join(str(error).split())
+        reason = reason_of(error)
         if is_out_of_memory(error):
-            reason = reason[:300].rstrip(".")
             raise RunError(
                 f"{model}: out of memory while loading its {what}: {reason}. Run `sft-recipe plan` to see what fits."
             ) from error
-        if "trust_remote_code" in reason:
+        if "trust_remote_code" in str(error):
             remedy = (
                 "set model.trust_remote_code: true" if model.startswith("model.name") else "pass --trust-remote-code"
             )
             raise ModelError(f"{model} requires custom Python code. Review the code, then {remedy}.") from error
         if isinstance(error, (SafetensorError, JSONDecodeError, UnicodeError, LookupError, TypeError, AttributeError)):
-            reason = f"{type(error).__name__}: {reason[:200].rstrip('.')}. Download the files again."
-        if "ignore_mismatched_sizes" in reason:
+            reason = f"{type(error).__name__}: {reason}. Download the files again."
+        if "ignore_mismatched_sizes" in str(error):
             reason = "their shapes do not match its config. Download the files again."
-        raise ModelError(f"{model}: its {what} cannot be loaded: {reason[:300]}") from error
+        raise ModelError(f"{model}: its {what} cannot be loaded: {reason}") from error
 
 
 def is_out_of_memory(error: Exception) -> bool:
     """Return True if device or host memory ran out. CUDA's libraries and torch's CPU allocator say so in text only."""
     texts = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in texts)
-
-
-def reason_of(error: Exception) -> str:
-    """Format a library's error as one line."""
-    if isinstance(error, UnpicklingError):  # torch's own message advises to load the file anyway
-        return (
-            "a file of the checkpoint is damaged or contains more than tensors and numbers. It was not loaded, because it "
-            "could run code. Remove that checkpoint to continue from the one before it"
-        )
-    return shorten(str(error), 400) or type(error).__name__
-
-
-def shorten(text: str, length: int = 300) -> str:
-    """Put text on one line of at most `length` characters."""
-    return " ".join(text.split())[:length]

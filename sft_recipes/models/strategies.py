@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from sft_recipes.errors import ModelError
 from sft_recipes.recipe.schema import Recipe
+from sft_recipes.upstream import float32_modules
 
 SHARDED = ("fsdp2", "zero2", "zero3")
 
@@ -96,8 +97,7 @@ def broadcasts_weights(recipe: Recipe, model: Any) -> bool:
     if recipe.launch.strategy != "fsdp2" or getattr(model.config, "quantization_config", None):
         return False
     buffers = {name for name, _ in model.named_buffers()} & model.state_dict().keys()
-    float32 = getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None)
-    return not (recipe.trains_layers_in_full or buffers or float32)
+    return not (recipe.trains_layers_in_full or buffers or float32_modules(model, torch.float16))
 
 
 def allocate_lazily(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:

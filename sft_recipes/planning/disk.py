@@ -6,8 +6,8 @@ from pathlib import Path
 from sft_recipes.errors import OutputError
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.recipe.validate import STOCHASTIC_ROUNDING
+from sft_recipes.run_dir import OUTPUTS
 
-_WRITTEN = ("checkpoints", "adapter", "model")
 _CONFIGS = 100_000  # bytes of files other than weights and tokenizer
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -44,15 +44,14 @@ def saves(recipe: Recipe) -> bool:
 
 
 def check_room(recipe: Recipe, folder: Path, parameters: int, trained: int, tokenizer: int) -> None:
-    """Check that the run's files fit on the disk; a resumed run replaces its own. Raises OutputError."""
-    written = (file for part in _WRITTEN for file in (folder / part).rglob("*"))
+    """Check that the run's files fit on the disk of `folder`; a resumed run replaces its own. Raises OutputError."""
+    written = (file for part in OUTPUTS for file in (folder / part).rglob("*"))
     existing = sum(file.stat().st_size for file in written if file.is_file())  # will be replaced
-    need, free = needed(recipe, parameters, trained, tokenizer) - existing, shutil.disk_usage(folder).free
-    if need > free:
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
+    if short := lacking(there, needed(recipe, parameters, trained, tokenizer) - existing):
         raise OutputError(
-            f"output_dir: not enough free space in {folder} for checkpoints and models ({_gigabytes(need)} needed, "
-            f"{_gigabytes(free)} free). Free some space, choose another disk with --set output_dir=DIR, or lower "
-            "checkpoint.keep."
+            f"output_dir: not enough free space in {there} for checkpoints and models{short}. Free some space, choose "
+            "another disk with --set output_dir=DIR, or lower checkpoint.keep."
         )
 
 

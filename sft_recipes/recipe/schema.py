@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from sft_recipes.data.formats.registry import FORMATS
 from sft_recipes.trackers.base import kinds as trackers
 
 DEFAULT_GLOBAL_BATCH_SIZE = 32
@@ -16,11 +17,12 @@ Name = Annotated[str, Field(min_length=1)]
 # A float is a fraction of the run, an int a number of optimizer steps.
 Interval = Annotated[float, Field(gt=0, le=1)] | Positive | None
 DType = Literal["bfloat16", "float16", "float32"]
-Format = Literal["alpaca", "prompt_completion", "messages", "text"]
 if TYPE_CHECKING:
+    Format = str
     Tracker = str
 else:
-    Tracker = Literal[tuple(trackers())]
+    Format = Literal[*FORMATS]
+    Tracker = Literal[*trackers()]
 
 
 class _Section(BaseModel):

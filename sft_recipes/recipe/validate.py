@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_recipes import model_dir
+from sft_recipes.data.formats.registry import COLUMNS
 from sft_recipes.errors import ModelError, RecipeError
 from sft_recipes.recipe import machine, secrets
 from sft_recipes.recipe.library_names import OWNED, installed, optimizers, schedulers, sft_config_fields
@@ -17,7 +18,6 @@ from sft_recipes.recipe.schema import DEFAULT_GLOBAL_BATCH_SIZE, Recipe
 from sft_recipes.trackers.base import kinds
 
 STOCHASTIC_ROUNDING = "adamw_8bit_sr"
-COLUMNS = ("instruction", "input", "output", "prompt", "completion", "messages", "text")
 # Typical peak learning rates with Adam: 1e-5 to 2e-5 for all weights (alignment-handbook; TRL's default is 2e-5),
 # 2e-4 for adapters of 7B and 13B, 1e-4 of 33B and 65B (QLoRA, arXiv 2305.14314, table 9), ten times those for all weights
 # (TRL's PEFT guide). Wide on both sides; only a rate _FAR times outside of them is a warning.
@@ -210,7 +210,7 @@ def _names(recipe: Recipe) -> Iterator[str]:
 def _secrets(recipe: Recipe) -> Iterator[str]:
     """Find secrets of the environment: a run saves its recipe and sends it to trackers."""
     for key, value in _leaves(recipe.model_dump()):
-        if key != "trl.hub_token" and (name := secrets.in_text(value)):
+        if key != "trl.hub_token" and (name := secrets.find_in(value)):
             yield (
                 f"{key}: contains the value of the environment variable {name}, which the run directory, report and trackers "
                 "would show. Remove it: libraries read the variable themselves."

@@ -11,10 +11,10 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined, UndefinedError
 from ruamel.yaml import YAML
 
-from sft_recipes import atomic_files, stopping
+from sft_recipes import atomic_files, run_dir, stopping
 from sft_recipes.errors import OutputError, RecipeError, SFTRecipeError, Stopped, one_line
-from sft_recipes.report import run_data, svg_chart
-from sft_recipes.report.learning_curve import learning_curve, learning_curves
+from sft_recipes.report import curves, run_data, svg_chart
+from sft_recipes.report.learning_curve import learning_curve
 from sft_recipes.report.run_data import Run
 
 COMPARISON = Path("comparison")  # default output directory for several runs
@@ -41,12 +41,9 @@ def report(folders: Sequence[Path], out: Path | None = None, *, table: bool = Fa
         runs = _read(folders)
         html, rows = _html(runs, live), _csv(runs) if table else None
         out.mkdir(parents=True, exist_ok=True)
-        written = [out / "learning_curve.png", out / "report.html"]
+        written = [out / run_dir.CURVE, out / run_dir.REPORT]
         with atomic_files.atomic_file(written[0]) as partial:
-            if len(runs) == 1:
-                learning_curve(runs[0].metrics, partial, runs[0].name)
-            else:
-                learning_curves({run.name: run.metrics for run in runs}, partial)
+            learning_curve({run.name: run.metrics for run in runs}, partial)
         _write(written[1], html)
         if rows is not None:
             written.append(out / "metrics.csv")
@@ -86,7 +83,7 @@ def follow(
     with suppress(Stopped), stopping.on_request(None, None):
         while any(folder.is_dir() and atomic_files.is_held(folder) for folder in folders):
             start, modified = time.monotonic(), _modified(folders)
-            if modified != seen and all((folder / "metrics.jsonl").is_file() for folder in folders):
+            if modified != seen and all((folder / run_dir.METRICS).is_file() for folder in folders):
                 written, seen = report(folders, out, table=table, live=True), modified
                 if not reported:
                     on_first(written)
@@ -99,7 +96,7 @@ def follow(
 
 def _modified(folders: Sequence[Path]) -> list[int]:
     """Return the modification times of the runs' logs in nanoseconds."""
-    logs = [folder / name for folder in folders for name in ("metrics.jsonl", "samples.jsonl")]
+    logs = [folder / name for folder in folders for name in run_dir.LOGS]
     return [log.stat().st_mtime_ns for log in logs if log.is_file()]
 
 
@@ -116,14 +113,16 @@ def _html(runs: Sequence[Run], live: bool) -> str:
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters |= {"clipped": _clipped, "yaml": _yaml}
     template = resources.files("sft_recipes.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
-    charts, prompts = run_data.charts(runs), run_data.answers(runs)
+    charts, prompts = curves.charts({run.name: run.metrics for run in runs}), run_data.answers(runs)
     return environment.from_string(template).render(
         title=", ".join(run.name for run in runs),
         runs=runs,
         one=runs[0] if len(runs) == 1 else None,
         axes=svg_chart.AXES,
+        colors=curves.COLORS,
         charts=charts,
-        values=[each.values() for each in charts],
+        frames=svg_chart.frames,
+        values=[svg_chart.tooltips(chart) for chart in charts],
         prompts=prompts[:_PROMPTS],
         not_shown=max(0, len(prompts) - _PROMPTS),
         run_data=run_data,

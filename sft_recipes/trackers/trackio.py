@@ -22,13 +22,14 @@ class Trackio(Tracker):
         own = os.environ.get("TRACKIO_DIR")
         folder = Path(own or self.run_dir / "trackio")
         os.environ["TRACKIO_DIR"] = str(folder)  # read once, on import
-        import trackio.run
+        import trackio
         from transformers.integrations import TrackioCallback
+
+        from sft_recipes.upstream import keep_trackio_offline
 
         if not own:  # otherwise the next run of this process would treat it as set by the user
             del os.environ["TRACKIO_DIR"]
-        # With a token, it looks up the user name on the Hub even for local runs.
-        setattr(trackio.run.Run, "_get_username", lambda _: None)  # noqa: B010
+        keep_trackio_offline()
         self.trackio: Any = trackio
         if folder != (used := self.trackio.TRACKIO_DIR):
             self.caveat = (
@@ -51,8 +52,9 @@ class Trackio(Tracker):
                 private=args.hub_private_repo,
                 bucket_id=getattr(args, "trackio_bucket_id", None),  # missing in older versions
             )
-        self.callback._space_id = self.trackio.context_vars.current_space_id.get()
-        self.callback._initialized = True
+        from sft_recipes.upstream import trackio_is_set_up
+
+        trackio_is_set_up(self.callback, self.trackio.context_vars.current_space_id.get())
         self.save_id(run.name)
 
     def table(self, step: int, rows: list[dict[str, Any]]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub
 import peft
 import torch
 from datasets.table import InMemoryTable
@@ -19,18 +20,19 @@ from sft_recipes import model_dir
 from sft_recipes.data.eval_prompts import EvalPrompt, eval_prompts
 from sft_recipes.data.prepare import Prepared
 from sft_recipes.data.sequences import Sequences
-from sft_recipes.errors import RecipeError, RunError, SFTRecipeError
+from sft_recipes.errors import RecipeError, RunError, SFTRecipeError, reason_of
 from sft_recipes.models import strategies
 from sft_recipes.models.adapters import settle_types
 from sft_recipes.models.compiled_layers import compile_layers
 from sft_recipes.models.kernels import apply_kernels
-from sft_recipes.models.library_errors import is_out_of_memory, reason_of
+from sft_recipes.models.library_errors import is_out_of_memory
 from sft_recipes.models.model import count_parameters
 from sft_recipes.models.tokenizer import tokenizer_bytes
 from sft_recipes.planning import disk
 from sft_recipes.planning.steps import Steps, count
 from sft_recipes.recipe.library_names import imitates_bf16
 from sft_recipes.recipe.schema import Recipe
+from sft_recipes.run_dir import METRICS, SAMPLES
 from sft_recipes.stopping import Stop
 from sft_recipes.training import run_info
 from sft_recipes.training.guards import NonFiniteGuard, StopOnRequest
@@ -63,8 +65,9 @@ def build_trainer(
     def warn(text: str) -> None:
         print_line(f"warning: {text}", "yellow")
 
+    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL would send model type and device
     steps, display = count(recipe, len(data.train)), ProgressDisplay(console)
-    metrics = Metrics(run_dir / "metrics.jsonl", warn, display.show)
+    metrics = Metrics(run_dir / METRICS, warn, display.show)
     with _as_recipe_error(recipe, "trl: cannot set up SFTTrainer"):
         arguments = _arguments(recipe, model, steps, run_dir, validates=data.eval is not None)
         trainer = Trainer(
@@ -80,11 +83,16 @@ def build_trainer(
     return trainer
 
 
+class _Arguments(SFTConfig):
+    @property
+    def n_gpu(self) -> int:
+        """One process trains on one device; for several, transformers uses nn.DataParallel, which TRL rejects."""
+        return min(super().n_gpu, 1)
+
+
 def _arguments(recipe: Recipe, model: Any, steps: Steps, run_dir: Path, *, validates: bool) -> SFTConfig:
-    arguments = SFTConfig(**sft_config(recipe, steps, run_dir, validates=validates))
+    arguments = _Arguments(**sft_config(recipe, steps, run_dir, validates=validates))
     strategies.configure_fsdp(arguments, recipe, model)
-    # With several visible GPUs, transformers uses nn.DataParallel, which TRL rejects. One process trains on one device.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
     if arguments.ddp_find_unused_parameters is None:  # experts that receive no token get no gradient
         config = model.config.get_text_config()
         arguments.ddp_find_unused_parameters = any(hasattr(config, name) for name in _EXPERTS)
@@ -132,7 +140,7 @@ def _add_callbacks(trainer: Trainer, steps: Steps, display: ProgressDisplay, pri
     if recipe.checkpoint.export_best:
         # Set after construction, where transformers would require save_steps to match eval_steps: _SaveBest handles that.
         trainer.args.load_best_model_at_end = True
-        callbacks.append(_SaveBest())
+        callbacks.append(_SaveBest(trainer))
     if prompts := eval_prompts(recipe):
         trainer.samples = _samples(trainer, prompts, trackers)
         if trainer.data.eval is None:
@@ -143,7 +151,7 @@ def _add_callbacks(trainer: Trainer, steps: Steps, display: ProgressDisplay, pri
 
 def _samples(trainer: Trainer, prompts: list[EvalPrompt], trackers: list[NonFatalTracker]) -> Samples:
     """Prepare the prompts of eval.generate. Raises RecipeError if an answer would exceed the model's context length."""
-    recipe, file = trainer.recipe, trainer.run_dir / "samples.jsonl"
+    recipe, file = trainer.recipe, trainer.run_dir / SAMPLES
     warn = trainer.warn if trainer.is_world_process_zero() else None
     tables = [tracker.table for tracker in trackers]
     samples = Samples(prompts, trainer.processing_class, recipe, trainer.data, file, warn, tables)
@@ -170,6 +178,7 @@ class _BeforeTraining(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         trainer, recipe = self.trainer, self.trainer.recipe
+        trainer.resume_counts()
         if recipe.train.preflight:
             with _as_recipe_error(
                 recipe, f"model.name: {recipe.model.name}: forward and backward pass on the data failed"
@@ -179,6 +188,7 @@ class _BeforeTraining(TrainerCallback):
             for warning in trainer.preflight.warnings:
                 trainer.warn(warning)
             self.print_line(run_info.preflight_line(trainer.preflight.results))
+        trainer.resume_averages()
         if trainer.on_begin is not None:
             trainer.on_begin()
 
@@ -204,13 +214,21 @@ class _SampleWithoutValidation(TrainerCallback):
 
 
 class _SaveBest(TrainerCallback):
-    """Callback that saves a checkpoint at each new lowest eval loss."""
+    """Callback that saves a checkpoint at each new lowest eval loss, and checks the best before transformers loads it."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
 
     def on_evaluate(
         self, args: Any, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **kwargs: Any
     ) -> None:
         if state.global_step and (state.best_metric is None or metrics["eval_loss"] < state.best_metric):
             control.should_save = True
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        args.load_best_model_at_end = not self.trainer.stopped
+        if args.load_best_model_at_end and state.global_step >= state.max_steps:
+            self.trainer.check_best()
 
 
 @contextmanager

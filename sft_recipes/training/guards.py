@@ -1,5 +1,6 @@
 """Callbacks that check each step for NaN and Inf and stop the run on request."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from sft_recipes.errors import RunError
 from sft_recipes.training.trainer import Trainer
+from sft_recipes.upstream import averages, set_averages
 
 _IN_A_ROW = 20  # consecutive bad steps after which the run stops
 
@@ -26,9 +28,7 @@ class NonFiniteGuard(TrainerCallback):
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         trainer = self.trainer
         trainer.losses.clear()
-        # Kept to remove a skipped step from the averages.
-        self.loss_before = trainer._tr_loss.clone()
-        self.counts = {name: len(values) for name, values in trainer._metrics["train"].items()}
+        self.before = averages(trainer)
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         trainer = self.trainer
@@ -58,10 +58,7 @@ class NonFiniteGuard(TrainerCallback):
             raise RunError(message)
         self._count(message)
         trainer.optimizer.zero_grad(set_to_none=True)  # so that the optimizer skips every weight
-        trainer._tr_loss.copy_(self.loss_before)
-        trainer._globalstep_last_logged += 1  # the average covers only applied steps
-        for name, values in trainer._metrics["train"].items():
-            del values[self.counts.get(name, 0) :]
+        set_averages(trainer, replace(self.before, steps=self.before.steps - 1))  # they cover only applied steps
 
     def _count(self, message: str) -> None:
         self.trainer.skipped_steps += 1

@@ -1,6 +1,5 @@
 """Record metrics.jsonl and display progress."""
 
-import json
 import resource
 import sys
 import time
@@ -13,9 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sft_recipes import atomic_files
-from sft_recipes.models.library_errors import shorten
+from sft_recipes.errors import reason_of
 from sft_recipes.planning.flops import peak_rate
+from sft_recipes.run_dir import append_lines
 
 # Keys of metrics.jsonl, in order, and those that have another name in the Trainer's log.
 _KEYS = ("loss", "learning_rate", "grad_norm", "tokens", "trained_tokens", "token_accuracy", "entropy", "eval_loss",
@@ -74,11 +73,11 @@ class Metrics(TrainerCallback):
         if "loss" in logs:  # trackers receive the same dict next
             logs.update({name: line[name] for name in _COMPUTED if line.get(name) is not None})
         try:
-            atomic_files.append(self.file, json.dumps(line) + "\n")
+            append_lines(self.file, [line])
             for show in self.shows:
                 show(line)
         except Exception as error:
-            self.warn(shorten(f"{self.file}: cannot write metrics of step {state.global_step}: {error!r}"))
+            self.warn(f"{self.file}: cannot write metrics of step {state.global_step}: {reason_of(error)}")
 
     def _speed(self, line: dict[str, Any], devices: int) -> dict[str, float | None]:
         """Return tokens/s over all devices, and per device the model's TFLOP/s and their share of the GPU's peak (MFU)."""

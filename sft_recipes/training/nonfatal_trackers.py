@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from sft_recipes import atomic_files
-from sft_recipes.models.library_errors import shorten
+from sft_recipes.errors import reason_of
 from sft_recipes.recipe.schema import Recipe
+from sft_recipes.run_dir import LOGS
 from sft_recipes.trackers.base import Tracker, kinds
 
 _RECORDS = ("loss", "eval_loss", "eval_exact_match")  # the first key present identifies a record of its step
@@ -69,9 +70,8 @@ class NonFatalTracker:
             act(*args, **kwargs)
         except Exception as error:
             self._failed = True
-            self._warn(
-                shorten(f"log.to: {self._tracker.name} failed and is disabled for the rest of the run: {error!r}")
-            )
+            reason = f"{type(error).__name__}: {reason_of(error)}"
+            self._warn(f"log.to: {self._tracker.name} failed and is disabled for the rest of the run: {reason}")
 
 
 def start_trackers(
@@ -89,14 +89,14 @@ def start_trackers(
                 warn(f"log.to: {name} {tracker.caveat}")
             started.append(NonFatalTracker(tracker, print_line, warn))
         except Exception as error:
-            warn(shorten(f"log.to: {name} failed to start and is disabled: {error!r}"))
+            warn(f"log.to: {name} failed to start and is disabled: {type(error).__name__}: {reason_of(error)}")
     return started
 
 
 def _recorded(run_dir: Path) -> set[tuple[int, str | None]]:
     """Return (step, kind of record) for each line of metrics.jsonl and samples.jsonl."""
     records: set[tuple[int, str | None]] = set()
-    for name in ("metrics.jsonl", "samples.jsonl"):
+    for name in LOGS:
         for line in atomic_files.lines(run_dir / name) if (run_dir / name).is_file() else ():
             with suppress(ValueError, KeyError, TypeError):  # a power loss can leave any content
                 values = json.loads(line)

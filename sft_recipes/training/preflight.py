@@ -1,6 +1,5 @@
 """Try the prepared model on the data before the first step: isolation, memory, gradients, base loss."""
 
-import copy
 import random
 import time
 from collections.abc import Iterator
@@ -9,15 +8,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
+from sft_recipes import upstream
 from sft_recipes.data.prepare import Prepared
 from sft_recipes.data.sequences import IGNORED
 from sft_recipes.errors import ModelError, RunError, SFTRecipeError
 from sft_recipes.memory import autosize, memory_trace
 from sft_recipes.memory.prediction import GIB
-from sft_recipes.models import cpu_loss
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.training.metrics import peak_memory
 from sft_recipes.training.trainer import Preflight, Trainer
@@ -93,7 +93,7 @@ def _restore_state(trainer: Trainer) -> Iterator[None]:
     gpu = None if device.type == "cpu" else torch.get_device_module(device)
     python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     gpu_state = gpu.get_rng_state() if gpu else None
-    training, averages = trainer.model.training, copy.deepcopy(trainer._metrics)
+    training, averages = trainer.model.training, upstream.averages(trainer)
     counters = [
         (owner, name, getattr(owner, name))
         for owner, names in _counters(trainer).items()
@@ -112,7 +112,7 @@ def _restore_state(trainer: Trainer) -> Iterator[None]:
             torch.set_rng_state(torch_state)
             if gpu:
                 gpu.set_rng_state(gpu_state)
-            trainer._metrics = averages
+            upstream.set_averages(trainer, averages)
             trainer.losses.clear()
             for owner, name, value in counters:
                 setattr(owner, name, value)
@@ -190,11 +190,11 @@ def _base_optimizer(trainer: Trainer) -> torch.optim.Optimizer:
 
 def _counters(trainer: Trainer) -> dict[Any, tuple[str, ...]]:
     """Return the names of the attributes that a step changes, by their owner."""
-    names: dict[Any, tuple[str, ...]] = {trainer: ("_total_train_tokens",), trainer.accelerator: ("sync_gradients",)}
+    names: dict[Any, tuple[str, ...]] = {trainer.accelerator: ("sync_gradients",)}
     if trainer.is_deepspeed_enabled:
         engine = trainer.model_wrapped
         names[engine] = ("micro_steps", "global_steps", "global_samples", "skipped_steps")
-        names[engine.optimizer] = ("_hp_optimizer_states_linked",)  # ZeRO-2: links parameters to states only once
+        names[engine.optimizer] = (upstream.DEEPSPEED_LINKED,)  # ZeRO-2: links parameters to states only once
         names[engine.optimizer.loss_scaler] = tuple(vars(engine.optimizer.loss_scaler))
     return names
 
@@ -222,17 +222,17 @@ def _check_isolation(trainer: Trainer) -> dict[str, Any] | None:
         alone = _logits(trainer, document, [second]).float()
     leak = (gradient[0, :first].float().norm() / gradient.float().norm()).item()
     shift = ((packed - alone).norm() / alone.norm()).item()
-    config = trainer.model.config
+    config, attention = trainer.model.config, upstream.attention_of(trainer.model.config)
     _raise_if(
         not (leak == 0 and shift < _MAX_LOGIT_SHIFT),
         ModelError(
             f"data.packing: packed documents attend to each other in a model of type {config.model_type} with attention "
-            f"{config._attn_implementation} ({leak:.1%} of the gradient of a document's logits goes to its neighbor, and they "
+            f"{attention} ({leak:.1%} of the gradient of a document's logits goes to its neighbor, and they "
             f"differ by {shift:.1%} from those of the document alone). Set data.packing: none."
         ),
         trainer,
     )
-    return {"attention": config._attn_implementation, "gradient_leak": leak, "logit_shift": round(shift, 6)}
+    return {"attention": attention, "gradient_leak": leak, "logit_shift": round(shift, 6)}
 
 
 def _two_documents(trainer: Trainer) -> tuple[list[int], list[int]] | None:
@@ -288,7 +288,7 @@ def _run_eagerly(trainer: Trainer, ids: list[int], lengths: list[int], **more: A
         del batch["labels"]
     trainer.model.eval()
     with trainer.accelerator.autocast(), torch.compiler.set_stance("force_eager"):
-        return trainer.model(**trainer._prepare_inputs(batch), use_cache=False, **more)
+        return trainer.model(**send_to_device(batch, trainer.args.device), use_cache=False, **more)
 
 
 # --- Does the base model know the language of the data? ---------------------------------------------------------------
@@ -328,7 +328,7 @@ def _check_base_loss(trainer: Trainer, warnings: list[str]) -> dict[str, float]:
 
 
 def _loss_per_token(trainer: Trainer, tokens: list[int]) -> float:
-    with torch.no_grad(), cpu_loss.in_place_of_trls() if trainer.own_head else nullcontext():
+    with torch.no_grad():
         outputs = _run_eagerly(trainer, tokens, [len(tokens)], fused_lm_head=True)
     return -(outputs.log_probs.sum() / outputs.label_mask.sum().clamp(min=1)).item()
 

@@ -1,6 +1,5 @@
 """Answer the eval.generate prompts at each evaluation, record samples.jsonl and compute the exact match."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,11 +7,11 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from sft_recipes import atomic_files
 from sft_recipes.data.eval_prompts import EvalPrompt
 from sft_recipes.data.prepare import Prepared
 from sft_recipes.models.generate import answer, prompt_ids
 from sft_recipes.recipe.schema import Recipe
+from sft_recipes.run_dir import append_lines
 
 
 class Samples:
@@ -44,7 +43,7 @@ class Samples:
         lines = [{"step": step, "messages": q.messages, "answer": a, "expected": q.expected} for q, a in answered]
         if self.warn is not None:
             try:
-                atomic_files.append(self.file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+                append_lines(self.file, lines)
             except OSError as error:
                 self.warn(f"{self.file}: cannot write the answers of step {step}: {error}")
         rows = [{"step": step, "prompt": q.text, "answer": a, "expected": q.expected} for q, a in answered]

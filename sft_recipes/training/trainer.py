@@ -12,16 +12,16 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, unwrap_peft_model
 from trl import SFTTrainer
 
 from sft_recipes.data.prepare import Prepared
 from sft_recipes.data.sequences import IGNORED
-from sft_recipes.errors import RunError, SFTRecipeError, Stopped
+from sft_recipes.errors import RunError, SFTRecipeError, Stopped, reason_of
 from sft_recipes.memory import autosize
 from sft_recipes.models import cpu_loss
 from sft_recipes.models.kernels import Kernels
-from sft_recipes.models.library_errors import is_out_of_memory, reason_of
+from sft_recipes.models.library_errors import is_out_of_memory
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.recipe.validate import TORCHAO
 from sft_recipes.stopping import Stop
@@ -31,6 +31,7 @@ from sft_recipes.training.metrics import Metrics, ProgressDisplay
 from sft_recipes.training.nonfatal_trackers import NonFatalTracker
 from sft_recipes.training.sampler import SamplerMixin
 from sft_recipes.training.samples import Samples
+from sft_recipes.upstream import drop_average
 
 _MOST_ROWS = 20  # named in an error
 
@@ -79,9 +80,18 @@ class Trainer(CheckpointMixin, SamplerMixin, SFTTrainer):
         super().__init__(**arguments)
         text_config.update(routing)  # undo what SFTTrainer sets, which must not be exported
         self.own_head = cpu_loss.applies(self.args.device.type, self.args.loss_type)
+        if self.own_head:
+            cpu_loss.replace_fused_lm_head(unwrap_peft_model(self.model))
         # TRL gathers sums. gather_for_metrics would drop some at the end of an epoch, so that averages over several processes
         # would depend on where the run was resumed.
         self.accelerator.gather_for_metrics = self.accelerator.gather
+        clip = self.accelerator.clip_grad_norm_
+
+        def clip_and_keep(*args: Any, **kwargs: Any) -> Any:
+            self.grad_norm = clip(*args, **kwargs)
+            return self.grad_norm
+
+        self.accelerator.clip_grad_norm_ = clip_and_keep
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         with self.kernels.active(), _uncompiled_optimizer(self.recipe):
@@ -90,6 +100,11 @@ class Trainer(CheckpointMixin, SamplerMixin, SFTTrainer):
     # --- Each step ---
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        if (
+            self.state.global_step >= self.state.max_steps
+        ):  # resumed after the last step, transformers would run one more
+            self.control.should_training_stop = True
+            return [], None
         self.metrics.begin(self.tokens, self.trained_tokens)
         batches, trained_tokens = super().get_batch_samples(*args, **kwargs)
         if trained_tokens is not None:
@@ -106,18 +121,10 @@ class Trainer(CheckpointMixin, SamplerMixin, SFTTrainer):
         count = sum(mask.sum() for mask in masks)
         return self.accelerator.reduce(count, "sum") if self.args.world_size > 1 and batches else count
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        with cpu_loss.in_place_of_trls() if self.own_head else nullcontext():
-            return super().compute_loss(*args, **kwargs)
-
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         self.losses.append(loss.detach())
         return loss
-
-    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
-        self.grad_norm = super()._get_grad_norm(*args, **kwargs)
-        return self.grad_norm
 
     def get_train_dataloader(self) -> Any:
         return _shield_workers(super().get_train_dataloader())
@@ -138,9 +145,7 @@ class Trainer(CheckpointMixin, SamplerMixin, SFTTrainer):
             logs["trained_tokens"] = int(self.trained_tokens)
         self.state.num_input_tokens_seen = logs["num_input_tokens_seen"] = int(self.tokens)
         if self.own_head:
-            self._metrics["train" if self.model.training else "eval"].pop(
-                "entropy", None
-            )  # cpu_loss does not compute it
+            drop_average(self, "entropy")  # which cpu_loss does not compute
         super().log(logs, start_time)
 
     def first_message(self, mine: str | None) -> str:
@@ -203,10 +208,6 @@ class Trainer(CheckpointMixin, SamplerMixin, SFTTrainer):
         self._losses_and_counts.append(torch.stack([safe_loss, tokens.float()]))
         return loss, logits, labels
 
-    def _send_telemetry(self) -> None:
-        """Send nothing. TRL sends model type and device to the Hub, unless HF_HUB_DISABLE_TELEMETRY is set before
-        huggingface_hub is imported, which a library cannot ensure."""
-
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write no card: the run directory documents the run."""
 
@@ -257,7 +258,7 @@ def _run_error(trainer: Trainer, error: Exception) -> RunError:
     if is_out_of_memory(error):
         problem = f"out of memory after step {step} {memory_advice(trainer.recipe, error)}"
     else:
-        problem = f"training failed after step {step}: {reason_of(error).rstrip('.')}."
+        problem = f"training failed after step {step}: {reason_of(error)}."
     return RunError(f"{trainer.run_dir}: {problem} {trainer.describe_last_checkpoint()} Rows in this step: {rows}.")
 
 
@@ -288,6 +289,6 @@ def memory_advice(recipe: Recipe, error: Exception) -> str:
         return autosize.memory_advice(recipe)
     except Exception:  # predicting needs memory on the same device
         return (
-            f"({reason_of(error).rstrip('.')}). Set a smaller train.micro_batch_size or data.max_length, "
+            f"({reason_of(error)}). Set a smaller train.micro_batch_size or data.max_length, "
             "train.gradient_checkpointing: true, an optimizer with 8-bit states, lora or model.quantization."
         )

@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from sft_recipes.convert.rules import table
 from sft_recipes.data.encoder import Documents
-from sft_recipes.data.formats import to_example
+from sft_recipes.data.formats.registry import to_example
 from sft_recipes.data.sequences import SelectedRows, build_sequences
 from sft_recipes.data.stats import SourceStats
 from sft_recipes.data.templates import Chat

@@ -67,7 +67,7 @@ def test_chat_is_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generate, "answer", answer)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
     with pytest.raises(ModelError, match="Stop"):
-        generate.talk(model_dir.BUILTIN / "tiny", "Say it.", max_new_tokens=4, temperature=0.0)
+        generate.generate(model_dir.BUILTIN / "tiny", "Say it.", max_new_tokens=4, temperature=0.0)
     assert moved == [{"meta"}]
 
 

@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, models, normalizers, processors
 
 from sft_recipes.data import encoder, templates
 from sft_recipes.data.encoder import Documents, Encoder, LightTokenizer, _digests
-from sft_recipes.data.formats import Example, to_example
+from sft_recipes.data.formats.base import Example
+from sft_recipes.data.formats.registry import to_example
 from sft_recipes.data.templates import Alpaca, Chat, Rendered
 from sft_recipes.errors import DataError, ModelError
 from tests.data import tokenizers

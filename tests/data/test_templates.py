@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sft_recipes.data import templates
-from sft_recipes.data.formats import Example
+from sft_recipes.data.formats.base import Example
 from sft_recipes.data.templates import Alpaca, Chat, Rendered, alpaca_chat_template, alpaca_prompt, as_chat, plain
 from sft_recipes.errors import DataError, RecipeError
 

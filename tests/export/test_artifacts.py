@@ -21,8 +21,8 @@ def test_a_model_trained_in_full_is_proven(write_recipe: WriteRecipe) -> None:
 
     assert "verify: passed in a separate process; max logit difference" in said
     assert "; loss on evaluation samples: exported " in said
-    assert report["figures"]["largest_difference"] < 4 * report["figures"]["explained_by_rounding"]
-    assert report["figures"]["largest_difference_from_base"] > 0.1
+    assert report["verification"]["max_logit_diff"] < 4 * report["verification"]["rounding_logit_diff"]
+    assert report["verification"]["max_logit_diff_from_base"] > 0.1
     assert report["files"].keys() == {file.name for file in (folder / "model").iterdir()} - {"export.json"}
 
 
@@ -30,7 +30,7 @@ def test_new_tokens_of_a_model_trained_in_full(write_recipe: WriteRecipe) -> Non
     """The base does not know them, and is asked about the others."""
     model = {"name": "builtin:tiny", "dtype": "float32", "new_tokens": ["word"]}
     folder, _ = run(write_recipe(model=model, export={"dtype": "float32"}))
-    assert json.loads((folder / "model" / "export.json").read_text("utf-8"))["figures"]["largest_difference"] < 1e-3
+    assert json.loads((folder / "model" / "export.json").read_text("utf-8"))["verification"]["max_logit_diff"] < 1e-3
 
 
 def broken_files(model: Any, tokenizer: Any, folder: Path, **options: Any) -> None:

@@ -142,7 +142,7 @@ def test_the_merged_model_is_base_and_adapter(tmp_path: Path, kind: str) -> None
     source = adapter(tmp_path / "adapter", base, **settings)
     merge.merge(source, tmp_path / "out", dtype="float32")
 
-    assert json.loads((tmp_path / "out" / "merge.json").read_text("utf-8"))["merged_by"] == "rows"
+    assert json.loads((tmp_path / "out" / "merge.json").read_text("utf-8"))["merged_by"] == "streaming"
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     without = logits(plain)
     if settings.get("resized"):
@@ -424,11 +424,11 @@ def test_the_dequantized_base_is_the_one_that_was_trained_on(
     source = quantized(tmp_path / "run", config, loaded=loaded, target_modules=["up_proj"])
     said = merge.merge(source, tmp_path / "out", base="dequantized", dtype="float32")
     report = json.loads((tmp_path / "out" / "merge.json").read_text("utf-8"))
-    figures = report["figures"]["dequantized"]["to_adapter_on_quantized_base"]
+    figures = report["verification"]["dequantized"]["vs_quantized_base"]
 
     assert report["merged_into"] == "dequantized"
     # int8 rounds what goes in, too; what it is compared to here is computed in float32, without bfloat16's rounding.
-    assert figures["largest_difference"] < (0.6 if config is INT8 else 0.002 if loaded == "float32" else 0.03)
+    assert figures["max_logit_diff"] < (0.6 if config is INT8 else 0.002 if loaded == "float32" else 0.03)
     assert said[0].startswith("merged into the dequantized base: held-out loss ")
     base, merged = load_file(TINY / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     off = {name: (merged[name] - base[name].float()).norm() / base[name].float().norm() for name in base}
@@ -440,7 +440,7 @@ def test_both_bases_are_tried_and_the_better_is_kept(tmp_path: Path) -> None:
     source = quantized(tmp_path / "run", NF4, target_modules=["up_proj"])
     said = merge.merge(source, tmp_path / "out")
     report = json.loads((tmp_path / "out" / "merge.json").read_text("utf-8"))
-    figures = report["figures"]
+    figures = report["verification"]
 
     assert list(figures) == ["original", "dequantized"]
     assert report["merged_into"] == min(figures, key=lambda name: figures[name]["loss"])
@@ -460,9 +460,9 @@ def test_a_quantized_base_of_convolutions(tmp_path: Path) -> None:
     base = gpt2(tmp_path / "base")
     source = quantized(tmp_path / "run", NF4, base, target_modules=["c_attn"])
     merge.merge(source, tmp_path / "out", base="dequantized", dtype="float32")
-    figures = json.loads((tmp_path / "out" / "merge.json").read_text("utf-8"))["figures"]["dequantized"]
+    figures = json.loads((tmp_path / "out" / "merge.json").read_text("utf-8"))["verification"]["dequantized"]
 
-    assert figures["largest_difference"] < 1e-3
+    assert figures["max_logit_diff"] < 1e-3
 
 
 def test_a_choice_of_base_without_knowing_of_a_quantized_one(tmp_path: Path) -> None:

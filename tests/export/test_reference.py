@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from sft_recipes.errors import ModelError, RunError
 from sft_recipes.export import merge, reference, save_model, verify
 from sft_recipes.export.reference import run_model
+from sft_recipes.run_dir import REFERENCE
 from tests.conftest import WriteRecipe, run
 
 TINY = Path(__file__).parents[2] / "sft_recipes" / "builtin" / "tiny"
@@ -53,15 +54,15 @@ def test_the_export_is_held_against_the_trained_model(write_recipe: WriteRecipe,
     folder, said = run(write_recipe(**sections))
 
     assert "verify: passed in a separate process" in said
-    known = reference.load(folder / reference.FILE)
+    known = reference.load(folder / REFERENCE)
     assert known is not None
     assert known.compute == "float32"
     assert (known.rounded is None) == ("lora" in sections)
     assert len(known.trained.losses) == len(json.loads((folder / "probe.json").read_text("utf-8"))["rows"])
     assert (known.base is None) == ("lora" not in sections)
     report = json.loads((folder / "model" / ("merge.json" if "lora" in sections else "export.json")).read_text("utf-8"))
-    figures = report["figures"].get(report.get("merged_into"), report["figures"])
-    if "original" not in report["figures"] or len(report["figures"]) == 1:
+    figures = report["verification"].get(report.get("merged_into"), report["verification"])
+    if "original" not in report["verification"] or len(report["verification"]) == 1:
         assert figures["trained_loss"] == pytest.approx(known.trained.loss)
 
 
@@ -200,7 +201,7 @@ def test_a_base_that_changed_while_the_run_trained_is_refused(write_recipe: Writ
 
     with pytest.raises(RunError, match="out: not kept: original: this is not the model that was trained"):
         merge.merge(folder / "adapter", tmp_path / "out")
-    (folder / reference.FILE).unlink()
+    (folder / REFERENCE).unlink()
     merge.merge(folder / "adapter", tmp_path / "out")  # nothing tells
 
 
@@ -232,11 +233,11 @@ def test_an_adapter_that_is_not_the_recorded_one_is_refused(write_recipe: WriteR
 def test_a_record_that_cannot_be_used(write_recipe: WriteRecipe, tmp_path: Path, kind: str) -> None:
     folder, _ = run(write_recipe(export={"merge": False}, **LORA))
     if kind == "damaged":
-        (folder / reference.FILE).write_bytes(b"not safetensors")
+        (folder / REFERENCE).write_bytes(b"not safetensors")
     else:
-        known = reference.load(folder / reference.FILE)
+        known = reference.load(folder / REFERENCE)
         assert known is not None
-        known.of_rows([0]).save(folder / reference.FILE)
+        known.of_rows([0]).save(folder / REFERENCE)
 
     with pytest.raises((ModelError, RunError), match=r"reference.safetensors: (cannot be read|is not of the rows)"):
         merge.merge(folder / "adapter", tmp_path / "out")

@@ -333,7 +333,7 @@ def test_optimizers(write_recipe: WriteRecipe, optimizer: str) -> None:
 
 def test_one_process_takes_one_device(write_recipe: WriteRecipe) -> None:
     """With several GPUs in sight the Trainer would wrap the model in nn.DataParallel."""
-    assert vars(build(write_recipe()).args)["_n_gpu"] <= 1
+    assert build(write_recipe()).args.n_gpu <= 1
 
 
 def test_checkpointing_changes_nothing_but_memory(write_recipe: WriteRecipe) -> None:
