@@ -37,12 +37,12 @@ def peak_memory() -> float:
 
 
 class Metrics(TrainerCallback):
-    """Callback that appends records to metrics.jsonl and passes them to `shows`. Failures are warnings."""
+    """Callback that appends records to metrics.jsonl and passes them to `show`. Failures are warnings."""
 
-    def __init__(self, file: Path, warn: Callable[[str], None], *shows: Callable[[dict[str, Any]], None]) -> None:
-        self.file = file
-        self.warn = warn
-        self.shows = shows
+    def __init__(
+        self, file: Path, warn: Callable[[str], None], show: Callable[[dict[str, Any]], object] = lambda _: None
+    ) -> None:
+        self.file, self.warn, self.show = file, warn, show
         self.seconds = 0.0  # since the last record: data loading and training steps, without evaluation and saving
         self.before: dict[str, Any] = {}  # the last record
         self.began = 0.0
@@ -74,8 +74,7 @@ class Metrics(TrainerCallback):
             logs.update({name: line[name] for name in _COMPUTED if line.get(name) is not None})
         try:
             append_lines(self.file, [line])
-            for show in self.shows:
-                show(line)
+            self.show(line)
         except Exception as error:
             self.warn(f"{self.file}: cannot write metrics of step {state.global_step}: {reason_of(error)}")
 
