@@ -100,9 +100,7 @@ class Trainer(CheckpointMixin, SamplerMixin, SFTTrainer):
     # --- Each step ---
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        if (
-            self.state.global_step >= self.state.max_steps
-        ):  # resumed after the last step, transformers would run one more
+        if self.state.global_step >= self.state.max_steps:  # transformers runs one more, resumed after the last step
             self.control.should_training_stop = True
             return [], None
         self.metrics.begin(self.tokens, self.trained_tokens)
