@@ -90,7 +90,7 @@ def run(
         sft = build_trainer(recipe, network, tokenizer, data, folder, console, stop)
         print_lines(console, run_info.summary_lines(recipe, sft))
         counted = data.as_dict() | {"steps": sft.args.max_steps, "sequences_per_step": recipe.sequences_per_step}
-        used = run_info.used(sft) | {"data_sha256": prepare.fingerprints(recipe), "date": date}
+        used = run_info.settings_in_effect(sft) | {"data_sha256": prepare.fingerprints(recipe), "date": date}
 
         def record() -> None:
             """Write the metadata after the preflight, so that a run that fails before leaves no files."""
