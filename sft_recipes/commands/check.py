@@ -14,6 +14,7 @@ from sft_recipes.data import encoder, prepare, readers, sources
 from sft_recipes.data import preview as showing
 from sft_recipes.data.encoder import LightTokenizer
 from sft_recipes.data.eval_prompts import eval_prompts
+from sft_recipes.data.parsers import describe_unused
 from sft_recipes.errors import DataError, InputError, ModelError, RecipeError, one_line, reason_of
 from sft_recipes.memory import host_memory
 from sft_recipes.planning import disk
@@ -102,7 +103,9 @@ def _check_data(recipe: Recipe) -> Findings:
         for source in readers.every_source(recipe.data):
             checked, total, report = readers.look_through(source, recipe.data, _SECONDS)
             rows = f"{total:,} rows" if checked == total else f"first {checked:,} of about {total:,} rows"
-            lines.append(f"data: {'; '.join((f'{source.path}: {rows}', *report.notes))}")
+            lines.append(
+                f"data: {'; '.join((f'{source.path}: {rows}', *report.notes, *describe_unused(report.unused)))}"
+            )
             warnings += report.warnings
         return Findings([*lines, f"tokens and steps not counted: {missing}"], warnings)
     data = prepare.prepare(recipe, tokenizer, seconds=_SECONDS)

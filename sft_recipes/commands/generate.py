@@ -14,7 +14,7 @@ from sft_recipes.errors import ModelError, RecipeError, SFTRecipeError, reason_o
 from sft_recipes.export import load_adapter
 from sft_recipes.models.generate import answer, prompt_ids
 from sft_recipes.models.library_errors import as_model_error
-from sft_recipes.run_dir import DATA
+from sft_recipes.run_dir import DATA, RECIPE
 
 
 def generate(
@@ -47,7 +47,7 @@ def generate(
             )
     message: dict[str, Any] = {"role": "user", "content": prompt, **({"input": input} if input else {})}
     with _as_answer_error(path):
-        ids = prompt_ids(tokenizer, [message], raw=_trained_on_text(path))
+        ids = prompt_ids(tokenizer, [message], **_plain_text(path))
     limit = model_dir.positions(model.config.to_dict())
     if limit is not None and len(ids) >= limit:
         raise ModelError(f"{path}: the prompt is longer than the context length {limit} (got {len(ids)}). Shorten it.")
@@ -83,12 +83,15 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _trained_on_text(path: Path) -> bool:
-    """Return True if `path` is (in) a run trained on plain text, which is continued without a template."""
+def _plain_text(path: Path) -> dict[str, bool]:
+    """Return the options of a prompt that continues plain text, if `path` is (in) a run that was trained on it."""
     file = next((folder / DATA for folder in (path, path.parent) if (folder / DATA).is_file()), None)
     if file is None:
-        return False
+        return {}
     try:
-        return all(source["format"] == "text" for source in json.loads(file.read_text("utf-8"))["train"]["sources"])
+        sources = json.loads(file.read_text("utf-8"))["train"]["sources"]
+        recipe = json.loads(file.with_name(RECIPE).read_text("utf-8")) if file.with_name(RECIPE).is_file() else {}
+        parse = recipe.get("data", {}).get("special_tokens") == "parse"
+        return {"raw": all(source["format"] == "text" for source in sources), "parse": parse}
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ModelError(f"{file}: cannot be read: {error}. Remove it to use the model's chat template.") from None

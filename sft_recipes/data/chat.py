@@ -45,9 +45,10 @@ class Chat:
             or `all` (the whole text).
         variables: Special tokens of the tokenizer by name (`bos_token`, ...).
         forbidden: Texts that the tokenizer parses as special tokens.
-        bos: BOS token that every text begins with exactly once, or None.
+        bos: BOS token that every text begins with exactly once, or "".
         name: Prefix of error messages.
         reasoning: Train on thoughts.
+        parse: Messages may contain special tokens.
     """
 
     def __init__(
@@ -56,23 +57,25 @@ class Chat:
         train_on: str,
         variables: Mapping[str, str],
         forbidden: Iterable[str],
-        bos: str | None = None,
+        bos: str = "",
         name: str = "data.template: the chat template",
         *,
         reasoning: bool = True,
+        parse: bool = False,
     ) -> None:
-        self.source, self.train_on, self.bos, self.name, self.reasoning = source, train_on, bos, name, reasoning
+        self.source, self.train_on, self.bos, self.name = source, train_on, bos, name
+        self.reasoning, self.parse = reasoning, parse
         self.variables, self.forbidden = dict(variables), tuple(forbidden)
         self.eos = self.variables.get("eos_token", "")
         self._measured: dict[tuple[Any, ...], tuple[list[str], bool]] = {}  # by kind of row
 
     def __call__(self, example: Example) -> Rendered:
         rows = as_chat(example.messages)
-        for text in _texts([rows, example.tools]):
+        for text in () if self.parse else _texts([rows, example.tools]):
             if special := next((token for token in self.forbidden if token in text), None):
                 raise DataError(
-                    f"{example.place}: text contains the special token {special!r}. Remove it; for prompt/answer rows, "
-                    "data.template: alpaca encodes it as plain text instead."
+                    f"{example.place}: text contains the special token {special!r}. Remove it, or set "
+                    "data.special_tokens: parse; for prompt/answer rows, data.template: alpaca encodes it as plain text."
                 )
         if rows[-1]["role"] != "assistant":
             raise DataError(

@@ -12,6 +12,7 @@ from sft_recipes import model_dir
 from sft_recipes.data import sandbox
 from sft_recipes.data.chat import Chat
 from sft_recipes.data.encoder import LightTokenizer
+from sft_recipes.data.parsers import ReadReport
 from sft_recipes.data.renderers import Renderer
 from sft_recipes.data.sequences import SelectedRows, Sequences
 from sft_recipes.errors import DataError, ModelError, RecipeError
@@ -96,6 +97,33 @@ def check_prompts(train: Sequences) -> list[str]:
         "template writes at inference, for example because it opens a thought that they do not have. Add the thoughts, or "
         "choose a matching prompt with data.chat_template_kwargs, e.g. {enable_thinking: false}."
     ]
+
+
+def check_special_tokens(reports: Sequence[ReadReport], rows: int, data: Data, tokenizer: LightTokenizer) -> list[str]:
+    """Warn about text that looks like a special token but is encoded as characters, unless the recipe says so.
+
+    At most three tokens have a line, those of the most rows.
+    """
+    if data.special_tokens == "text" and "special_tokens" in data.model_fields_set:
+        return []
+    known, warnings = tokenizer.special_texts, list[tuple[int, str]]()
+    for token in dict.fromkeys(token for report in reports for token in report.special_text):
+        parts = [report.special_text[token] for report in reports if token in report.special_text]
+        count, ending, place = sum(part[0] for part in parts), sum(part[1] for part in parts), parts[0][2]
+        which = f"{count:,} of {rows:,} rows " + ("end with" if ending == count else "contain")
+        kind, remedy = (
+            ("the special token", "Set parse to encode it as the token, or text to keep the characters.")
+            if token in known
+            else (
+                "a token that the tokenizer does not have,",
+                "Remove it, or add it to model.new_tokens and set parse.",
+            )
+        )
+        warnings.append(
+            (count, f"data.special_tokens: {which} the text of {kind} {token!r} (first: {place}), encoded as plain "
+             f"characters. {remedy}")
+        )  # fmt: skip
+    return [line for _, line in sorted(warnings, key=lambda warning: -warning[0])[:3]]
 
 
 def check_template(renderer: Renderer, model: str, tokenizer: LightTokenizer) -> list[str]:

@@ -10,10 +10,13 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any, Protocol
 
 from sft_recipes.errors import DataError, reason_of, shown
+
+_SHOWN = 20  # columns listed in a line
 
 _BOM = b"\xef\xbb\xbf"
 _SEPARATORS = ",;\t"
@@ -49,13 +52,31 @@ class ReadReport:
     null_keys: int = 0  # rows with null keys in nested objects of a table, left out
     bad_rows: list[str] = field(default_factory=list)  # locations of invalid rows that were dropped
     warnings: list[str] = field(default_factory=list)  # about these rows
+    unused: dict[str, int] = field(default_factory=dict)  # columns with content that are not used -> rows
+    # Text that looks like a special token and is encoded as characters -> rows, rows that end with it, first location.
+    special_text: dict[str, tuple[int, int, str]] = field(default_factory=dict)
 
     def clear(self) -> None:
         vars(self).update(vars(ReadReport()))
 
+    def count_unused(self, columns: Iterable[str]) -> None:
+        for column in columns:
+            self.unused[column] = self.unused.get(column, 0) + 1
+
+    def count_special_text(self, token: str, place: str, *, ends: bool) -> None:
+        rows, ending, first = self.special_text.get(token, (0, 0, place))
+        self.special_text[token] = rows + 1, ending + ends, first
+
     def note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
+
+
+def describe_unused(columns: Mapping[str, int]) -> list[str]:
+    """Return a line about columns that are not used, with the number of rows, if there are any."""
+    listed = [f"{name} ({rows:,} rows)" for name, rows in islice(columns.items(), _SHOWN)]
+    more = [f"{len(columns) - _SHOWN:,} more"] if len(columns) > _SHOWN else []
+    return [f"columns not used: {', '.join([*listed, *more])}"] if listed else []
 
 
 Rows = Iterator[SourceRow | DataError]

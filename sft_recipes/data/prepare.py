@@ -110,6 +110,7 @@ def prepare(
     warnings += [
         line for renderer in renderers.values() for line in lint.check_template(renderer, recipe.model.name, tokenizer)
     ]
+    warnings += lint.check_special_tokens([source.rows.report for source in train], sum(_sizes(train)), data, tokenizer)
     warnings += lint.check_eos(train_sequences) + lint.check_prompts(train_sequences)
     if eval_sequences is not None:
         warnings += lint.check_overlap(train_sequences, eval_sequences, data)
@@ -190,19 +191,20 @@ def _chat_template(
     chat = renderer.chat
     assert chat is not None
     messages = first.messages[:-1]
-    if renderer.render is chat or (
-        isinstance(renderer.render, templates.Alpaca) and renderer.render.is_for_chat(first)
-    ):
+    if renderer.render is chat or templates.needs_chat(first):
         accepted = partial(chat.accepted, prompt=True)
         messages, text, _ = sandbox.limited(chat.name, accepted, as_chat(messages), first)
         ids = encoder.prompt(text, specials=True)
     else:
-        if any(text in message[key] for text in tokenizer.special_texts for message in messages for key in message):
+        if not chat.parse and any(
+            text in message[key] for text in tokenizer.special_texts for message in messages for key in message
+        ):
             messages = [{"role": "user", "content": "Hello"}]  # a chat template cannot encode special tokens as text
         prompt = templates.alpaca_prompt(messages[0]["content"], messages[0].get("input", ""))
-        text, ids = (chat.bos or "") + prompt, encoder.prompt(prompt, specials=False)
+        text = chat.bos + prompt
+        ids = encoder.prompt(text, specials=True) if chat.parse else encoder.prompt(prompt, specials=False)
     # SentencePiece-like tokenizers prepend a space to a text, but not after a BOS token inside it.
-    bos, blank = chat.bos or "", templates.BOS.replace("bos_token", "bos_token + ' '")
+    bos, blank = chat.bos, templates.BOS.replace("bos_token", "bos_token + ' '")
     for template, rendered in (
         (chat.source, text),
         (chat.source.replace(templates.BOS, blank, 1), f"{bos} {text.removeprefix(bos)}"),

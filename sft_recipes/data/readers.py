@@ -106,6 +106,7 @@ class RowReader:
                     return
             else:
                 any_valid = True
+                self.report.count_unused(example.unused)
                 yield example
         if not self.problems.rows:
             raise DataError(f"{self.source.path}: the source contains no rows.")

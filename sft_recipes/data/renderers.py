@@ -11,6 +11,7 @@ from sft_recipes.data.chat import Chat
 from sft_recipes.data.chat_templates import named
 from sft_recipes.data.encoder import Encoder, LightTokenizer
 from sft_recipes.data.formats.base import Example
+from sft_recipes.data.special_tokens import parsed
 from sft_recipes.errors import DataError, ModelError
 from sft_recipes.recipe.schema import Data
 
@@ -46,10 +47,12 @@ def choose_renderer(
     The `date` of the run and `data.chat_template_kwargs` become part of the template, so that they hold wherever it is used.
     """
     name = data.template or ("chat" if first.chat else "alpaca")
+    parses = data.special_tokens == "parse"
+    written_bos = tokenizer.specials.get("bos_token", "") if encoder.bos else ""
     if format == "text":
         if data.template is not None:
             raise DataError(f"data.template: plain text takes no template (got {data.template}). Remove data.template.")
-        return Renderer("text", templates.plain, None)
+        return Renderer("text", parsed(templates.plain, written_bos) if parses else templates.plain, None)
     if name in named.NAMES:
         source = named.source(name)
     elif name == "chat":
@@ -61,22 +64,24 @@ def choose_renderer(
         source = tokenizer.chat_template
     else:
         source = _template_file(name)
-    bos = tokenizer.specials.get("bos_token") if encoder.bos else None
     label = f"data.template: {'the chat template of the tokenizer' if name == 'chat' else name}"
 
     def chat_of(source: str) -> Chat:
         return Chat(
-            source, data.train_on, tokenizer.specials, tokenizer.special_texts, bos, label,
-            reasoning=data.train_on_reasoning,
+            source, data.train_on, tokenizer.specials, tokenizer.special_texts, written_bos, label,
+            reasoning=data.train_on_reasoning, parse=parses,
         )  # fmt: skip
 
     # If the tokenizer adds BOS but the template does not write it, prepend it.
-    if bos and (name == "alpaca" or not sandbox.limited(label, _begins_with, chat_of(source), bos, first)):
+    if written_bos and (
+        name == "alpaca" or not sandbox.limited(label, _begins_with, chat_of(source), written_bos, first)
+    ):
         source = templates.BOS + source
     chat = chat_of(_with_defaults(source, data, date))
     ours = name in named.NAMES
     if name == "alpaca" and not first.chat:
-        return Renderer(name, templates.Alpaca(data.train_on, chat), chat, ours)
+        alpaca = templates.Alpaca(data.train_on, chat)
+        return Renderer(name, parsed(alpaca, written_bos) if parses else alpaca, chat, ours)
     return Renderer(name, chat, chat, ours)
 
 

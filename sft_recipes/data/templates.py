@@ -48,6 +48,11 @@ def alpaca_chat_template() -> str:
     return named.source("alpaca")
 
 
+def needs_chat(example: Example) -> bool:
+    """Return True if a row is more than one instruction and its answer."""
+    return example.chat or bool(example.tools) or len(example.messages) > 2
+
+
 class Alpaca:
     """Template for one instruction and its response; the encoder adds EOS, which is trained too.
 
@@ -57,12 +62,8 @@ class Alpaca:
     def __init__(self, train_on: str = "completion", chat: Template | None = None) -> None:
         self.train_all, self.chat = train_on == "all", chat
 
-    def is_for_chat(self, example: Example) -> bool:
-        """Return True if `chat` renders the row."""
-        return self.chat is not None and (example.chat or bool(example.tools) or len(example.messages) > 2)
-
     def __call__(self, example: Example) -> Rendered:
-        if self.chat is not None and self.is_for_chat(example):
+        if self.chat is not None and needs_chat(example):
             return self.chat(example)
         user, assistant = example.messages
         prompt = alpaca_prompt(user["content"], user.get("input", ""))

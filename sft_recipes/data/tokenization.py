@@ -19,6 +19,7 @@ from sft_recipes.data.encoder import Documents, Encoder, LightTokenizer, alike
 from sft_recipes.data.formats.base import Example
 from sft_recipes.data.readers import RowReader, raise_all
 from sft_recipes.data.renderers import Renderer
+from sft_recipes.data.special_tokens import Finder
 from sft_recipes.data.templates import Rendered, Template
 from sft_recipes.errors import DataError
 from sft_recipes.recipe.schema import Data
@@ -67,10 +68,11 @@ def tokenize_all(
             name = cache.key(
                 content=sources.fingerprint(source.path, source.name, rows.splits), path=source.path, format=rows.format,
                 columns=rows.columns, renderer=renderer.name, template=template, train_on=data.train_on,
-                on_bad_row=data.on_bad_row, reasoning=data.train_on_reasoning, tokenizer=tokenizer_hash,
-                specials=dict(tokenizer.specials),
+                on_bad_row=data.on_bad_row, reasoning=data.train_on_reasoning, special_tokens=data.special_tokens,
+                tokenizer=tokenizer_hash, specials=dict(tokenizer.specials),
             )  # fmt: skip
-        work = Work(rows, renderer, encoder, seconds)
+        parses = data.special_tokens == "parse" or isinstance(renderer.render, Chat)
+        work = Work(rows, renderer, encoder, seconds, Finder(tokenizer.special_texts, parsed=parses))
 
         def complete(work: Work = work, before: object = before) -> bool:
             return not work.cut_short and sources.state(work.rows.source.path, work.rows.splits) == before
@@ -102,8 +104,10 @@ def _no_garbage_collection() -> Iterator[None]:
 class Work:
     """Tokenization of the rows of one source, within an optional time limit."""
 
-    def __init__(self, rows: RowReader, renderer: Renderer, encoder: Encoder, seconds: float | None) -> None:
-        self.rows, self.renderer, self.encoder = rows, renderer, encoder
+    def __init__(
+        self, rows: RowReader, renderer: Renderer, encoder: Encoder, seconds: float | None, special_tokens: Finder
+    ) -> None:
+        self.rows, self.renderer, self.encoder, self.special_tokens = rows, renderer, encoder, special_tokens
         self.deadline = None if seconds is None else time.monotonic() + seconds
         self.cut_short = False
 
@@ -130,6 +134,8 @@ class Work:
         examples, batch, characters = iter(self.rows), list[Example](), 0
         for example in examples:
             batch.append(example)
+            if found := self.special_tokens.find(example):
+                self.rows.report.count_special_text(found[0], example.place, ends=found[1])
             characters += _characters(example)
             if len(batch) == _BATCH or characters > _CHARACTERS:
                 yield batch

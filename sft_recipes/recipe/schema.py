@@ -107,6 +107,9 @@ class Data(_Section):
     """Tokens in the loss. completion: the last answer; assistant: every assistant message; all: every token."""
     train_on_reasoning: bool = True
     """Train on the thoughts of answers. false: the model reads them, but only what follows is in the loss."""
+    special_tokens: Literal["text", "parse"] = "text"
+    """Text in the rows that is a special token, e.g. <|im_start|>. text: plain characters, and an error in a chat template;
+    parse: the token."""
     max_length: Annotated[int, Field(ge=2, lt=2**31)] = 512
     """Sequence length in tokens."""
     overlong: Literal["error", "drop", "truncate", "split"] = "error"

@@ -33,7 +33,8 @@ class Samples:
         self.questions, self.tokenizer, self.file, self.warn, self.tables = questions, tokenizer, file, warn, tables
         self.stops, self.max_new_tokens = data.stops, recipe.eval.max_new_tokens
         raw = data.chat_template is None  # trained on plain text, so prompts are plain text too
-        self.prompts = [prompt_ids(tokenizer, question.messages, raw=raw) for question in questions]
+        parse = recipe.data.special_tokens == "parse"
+        self.prompts = [prompt_ids(tokenizer, question.messages, raw=raw, parse=parse) for question in questions]
 
     def take(self, model: PreTrainedModel, step: int) -> dict[str, float]:
         """Answer all prompts. Returns {"eval_exact_match": share} (outer whitespace ignored), {} if none is expected."""

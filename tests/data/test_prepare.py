@@ -501,3 +501,17 @@ def test_every_token_of_every_kept_row_once(lengths: list[int], packing: str, se
 
     counted = Counter(token for row in packed.table().to_pylist() for token in row["input_ids"])
     assert counted == Counter(token for ids in alone for token in ids)
+
+
+def test_columns_that_are_not_used_are_listed(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """Per source, with the number of rows in which they have content; from the cache, too."""
+    rows = [row | {"id": number, "note": "x" if number < 3 else ""} for number, row in enumerate(ROWS)]
+    write_rows(tmp_path / "train.jsonl", rows)
+    held_out = write_rows(tmp_path / "eval.jsonl", [ROWS[0] | {"instruction": "Say it.", "lang": "en"}])
+    recipe = write_recipe()
+    for _ in ("tokenized", "cached"):
+        data = prepared(recipe, f"data.eval={held_out}")
+        train, evaluation = (data.as_dict()[name]["sources"][0] for name in ("train", "eval"))
+        assert train["unused_columns"] == {"id": 24, "note": 3}
+        assert evaluation["unused_columns"] == {"lang": 1}
+        assert "; columns not used: id (24 rows), note (3 rows);" in data.lines()[0]

@@ -23,6 +23,7 @@ SHOWN_BY = {
     "data.columns": "data/test_prepare.py::test_columns_and_format_of_the_recipe",
     "data.template": "models/test_tokenizer.py::test_the_chat_template_gives_the_trained_prompt",
     "data.train_on": "data/test_encoder.py::test_turns_are_trained_on_with_their_end",
+    "data.special_tokens": "data/test_special_tokens.py::test_parsed_tokens_are_tokens",
     "data.max_length": "data/test_prepare.py::test_overlong_rows_are_an_error_that_says_what_would_fit",
     "data.overlong": "data/test_prepare.py::test_overlong_rows_dropped_truncated_or_split_are_counted",
     "data.packing": "data/test_prepare.py::test_packed_sequences_hold_every_token_once",

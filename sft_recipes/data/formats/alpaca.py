@@ -15,7 +15,8 @@ def instruction(row: Row, input: str, output: str) -> Example:
     if row.get(input) is not None:
         user["input"] = row.text(input)
     answer = {"role": "assistant", "content": row.text(output)}
-    return Example(row.place, with_system(row, [*_history(row), user, answer]), tools=tools(row))
+    listed = tools(row)
+    return Example(row.place, with_system(row, [*_history(row), user, answer]), tools=listed, chat=bool(listed))
 
 
 def _history(row: Row) -> Iterator[dict[str, Any]]:

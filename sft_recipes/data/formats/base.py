@@ -31,7 +31,7 @@ class Example:
     text: str = ""
     tools: list[Any] | None = None  # functions that the assistant may call, for templates that render them
     flags: list[Flag] = field(default_factory=list)
-    chat: bool = field(default=False, compare=False)  # a conversation, which a chat template renders by default
+    chat: bool = field(default=False, compare=False)  # a chat template renders it by default
     unused: list[str] = field(default_factory=list, compare=False)  # columns with content that were not read
 
     @property

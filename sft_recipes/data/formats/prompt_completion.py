@@ -11,7 +11,8 @@ def convert(row: Row) -> Example:
         (before, flags), (answer, of_answer) = (messages.read(row, name) for name in ("prompt", "completion"))
         return messages.conversation(row, [*before, *answer], [*flags, *of_answer])
     turns = [{"role": "user", "content": row.text("prompt")}, {"role": "assistant", "content": row.text("completion")}]
-    return Example(row.place, with_system(row, turns), tools=tools(row))
+    listed = tools(row)
+    return Example(row.place, with_system(row, turns), tools=listed, chat=bool(listed))
 
 
 FORMAT = Format(
