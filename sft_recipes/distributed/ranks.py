@@ -59,7 +59,7 @@ def node_rank(launch: Launch) -> int:
     """Return the index of this node: NODE_RANK or SLURM_NODEID. Raises RecipeError if several nodes have neither."""
     if launch.machines == 1:
         return 0
-    node = from_environment("NODE_RANK", from_environment("SLURM_NODEID"))
+    node = int_from_env("NODE_RANK", int_from_env("SLURM_NODEID"))
     if node is None:
         raise RecipeError(no_rendezvous(launch))
     if node >= launch.machines:
@@ -69,7 +69,7 @@ def node_rank(launch: Launch) -> int:
     return node
 
 
-def from_environment(name: str, default: int | None = None) -> int | None:
+def int_from_env(name: str, default: int | None = None) -> int | None:
     """Return an environment variable as int, or `default` if it is unset. Raises RecipeError if it is not a number."""
     text = os.environ.get(name)
     if not text:
@@ -106,7 +106,7 @@ def set_launcher_env(launch: Launch) -> None:
     started, (rank_name, size_name, local_rank, local_size) = _started_tasks()
     if started == 1:
         return
-    if from_environment(rank_name) is None:
+    if int_from_env(rank_name) is None:
         raise RecipeError(
             f"{rank_name}: not in the environment, but {size_name} is (got {started}). Set both or neither."
         )
@@ -145,8 +145,8 @@ def needs_launch(launch: Launch) -> bool:
 def _started_tasks() -> tuple[int, tuple[str, str, str, str]]:
     """Return how many processes a launcher started (1 without one), and its names of torchrun's four variables."""
     present = [names for names in _LAUNCHER_VARIABLES if names[1] in os.environ]
-    names = max(present, key=lambda names: from_environment(names[1]) or 1, default=("RANK", "WORLD_SIZE", "", ""))
-    return from_environment(names[1]) or 1, names
+    names = max(present, key=lambda names: int_from_env(names[1]) or 1, default=("RANK", "WORLD_SIZE", "", ""))
+    return int_from_env(names[1]) or 1, names
 
 
 def _one_task_per_node(launch: Launch, started: int) -> bool:
