@@ -167,11 +167,11 @@ def no_rendezvous(launch: Launch) -> str:
 
 
 @contextmanager
-def process_group(recipe: Recipe, facts: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
+def process_group(recipe: Recipe, must_match: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
     """Join the process group that the recipe's strategy needs, until the end of the block or `leave`.
 
     Raises:
-        RecipeError: `facts` (recipe, code, data) differ between ranks.
+        RecipeError: `must_match` (recipe, code, versions, data) differs between ranks.
         RunError: A rank did not join within trl.ddp_timeout seconds, or another rank was lost in the block.
     """
     if "LOCAL_RANK" not in os.environ or (world_size() == 1 and recipe.launch.strategy == "ddp"):
@@ -184,7 +184,7 @@ def process_group(recipe: Recipe, facts: Callable[[], Mapping[str, Any]]) -> Ite
     timeout = timedelta(seconds=float(recipe.trl.get("ddp_timeout", 1800)))
     strategy, cpu = recipe.launch.strategy, not torch.cuda.is_available()
     try:
-        _rendezvous(facts(), timeout)
+        _rendezvous(must_match(), timeout)
         if strategy == "fsdp2" and not cpu:
             # Tensors in host memory (checkpoints, cpu_offload) are gathered over gloo.
             PartialState(backend="cuda:nccl,cpu:gloo", timeout=timeout)
@@ -234,12 +234,12 @@ def leave() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def _rendezvous(facts: Mapping[str, Any], timeout: timedelta) -> None:
-    """Wait for all ranks, and compare their facts with rank 0's."""
+def _rendezvous(must_match: Mapping[str, Any], timeout: timedelta) -> None:
+    """Wait for all ranks, and compare what must match with rank 0."""
     store, size = _store(timeout), world_size()
-    local = {name: _digest(value) for name, value in facts.items()} | {"host": socket.gethostname()}
-    store.set(f"facts/{rank()}", json.dumps(local))
-    keys = [f"facts/{number}" for number in range(size)]
+    local = {name: _digest(value) for name, value in must_match.items()} | {"host": socket.gethostname()}
+    store.set(f"must_match/{rank()}", json.dumps(local))
+    keys = [f"must_match/{number}" for number in range(size)]
     try:
         store.wait(keys, timeout)
     except RuntimeError:
