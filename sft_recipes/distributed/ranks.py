@@ -326,8 +326,10 @@ def unreachable_ranks(error: Exception) -> str | None:
 
     Each rank that lost another one reports it in the store; ranks that do not are the unreachable ones.
     """
+    from torch.distributed import DistError
+
     if world_size() == 1 or not (
-        _is_distributed(error) or (isinstance(error, RuntimeError) and _CONNECTION_ERROR.search(str(error)))
+        isinstance(error, DistError) or (isinstance(error, RuntimeError) and _CONNECTION_ERROR.search(str(error)))
     ):
         return None
     missing: list[int] = []
@@ -337,12 +339,6 @@ def unreachable_ranks(error: Exception) -> str | None:
         time.sleep(_RESPONSE_SECONDS)
         missing = [number for number in range(world_size()) if not store.check([f"lost/{number}"])]
     return f"no response from {format_ranks(missing) if missing else 'another rank'}"
-
-
-def _is_distributed(error: Exception) -> bool:
-    import torch.distributed as dist
-
-    return isinstance(error, dist.DistError)
 
 
 def report(error: SFTRecipeError) -> bool:
