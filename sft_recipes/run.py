@@ -56,7 +56,7 @@ def run(
     with (
         loaded.locate_errors(),
         deterministic(recipe.train.deterministic),
-        ranks.process_group(recipe, lambda: _facts(recipe)),
+        ranks.process_group(recipe, lambda: _must_match(recipe)),
         run_dir.open_run_dir(recipe.output_dir, resume=resume, main=ranks.is_main()) as folder,
     ):
         recipe = autosize.resolve_for_run(recipe, folder)
@@ -124,7 +124,7 @@ def run(
     return folder
 
 
-def _facts(recipe: Recipe) -> dict[str, Any]:
+def _must_match(recipe: Recipe) -> dict[str, Any]:
     """Return what all ranks must have in common. One rank per node hashes the data."""
     shared = {"recipe": recipe.resolved(), "code": run_metadata.source_hash(), "versions": run_metadata.versions()}
     if recipe.launch.machines > 1 and ranks.is_local_main():
