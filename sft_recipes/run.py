@@ -13,7 +13,7 @@ from sft_recipes.distributed import ranks
 from sft_recipes.export import artifacts, reference
 from sft_recipes.memory import autosize
 from sft_recipes.models import model, strategies
-from sft_recipes.models.tokenizer import load_tokenizer, set_chat_template
+from sft_recipes.models.tokenizer import load_tokenizer
 from sft_recipes.recipe import validate
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.report import page
@@ -56,7 +56,7 @@ def run(
     with (
         loaded.locate_errors(),
         deterministic(recipe.train.deterministic),
-        ranks.process_group(recipe, lambda: _facts(recipe)),
+        ranks.process_group(recipe, lambda: _must_match(recipe)),
         run_dir.open_run_dir(recipe.output_dir, resume=resume, main=ranks.is_main()) as folder,
     ):
         recipe = autosize.resolve_for_run(recipe, folder)
@@ -78,9 +78,10 @@ def run(
 
         # Tokenizer and data
         tokenizer = load_tokenizer(recipe.model)
+        date = ranks.run_on_main(lambda: run_metadata.start_date(folder, recipe))
         with ranks.main_first():  # the other ranks read its cache
-            data = prepare.prepare(recipe, encoder.from_transformers(tokenizer), cached=cached)
-        set_chat_template(tokenizer, data)
+            data = prepare.prepare(recipe, encoder.from_transformers(tokenizer), cached=cached, date=date)
+        tokenizer.chat_template = data.chat_template or tokenizer.chat_template
         print_lines(console, data.lines())
         warn(console, [loaded.with_location(line) for line in data.warnings])
 
@@ -89,7 +90,7 @@ def run(
         sft = build_trainer(recipe, network, tokenizer, data, folder, console, stop)
         print_lines(console, run_info.summary_lines(recipe, sft))
         counted = data.as_dict() | {"steps": sft.args.max_steps, "sequences_per_step": recipe.sequences_per_step}
-        used = run_info.used(sft) | {"data_sha256": prepare.fingerprints(recipe)}
+        used = run_info.settings_in_effect(sft) | {"data_sha256": prepare.fingerprints(recipe), "date": date}
 
         def record() -> None:
             """Write the metadata after the preflight, so that a run that fails before leaves no files."""
@@ -123,7 +124,7 @@ def run(
     return folder
 
 
-def _facts(recipe: Recipe) -> dict[str, Any]:
+def _must_match(recipe: Recipe) -> dict[str, Any]:
     """Return what all ranks must have in common. One rank per node hashes the data."""
     shared = {"recipe": recipe.resolved(), "code": run_metadata.source_hash(), "versions": run_metadata.versions()}
     if recipe.launch.machines > 1 and ranks.is_local_main():

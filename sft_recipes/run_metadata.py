@@ -6,7 +6,8 @@ import json
 import platform
 import subprocess
 import sys
-from datetime import UTC, datetime
+from contextlib import suppress
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,13 @@ LIBRARIES = (
     "sft-recipes", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "bitsandbytes",
     "safetensors", "numpy", "torchao", "flash-attn", "deepspeed",
 )  # fmt: skip
+
+
+def start_date(folder: Path, recipe: Recipe) -> str:
+    """Return the date that chat templates take for today: that of the recipe, of the run being resumed, or today."""
+    with suppress(OSError, ValueError, LookupError, TypeError):  # a new run, or a damaged manifest, reported later
+        return str(recipe.data.date or json.loads((folder / run_dir.MANIFEST).read_text(encoding="utf-8"))["date"])
+    return str(date.today())
 
 
 def settings_changed(folder: Path, recipe: Recipe, fingerprints: dict[str, str], *, force: bool) -> list[str]:

@@ -21,6 +21,8 @@ import torch
 
 from sft_recipes import atomic_files, cli
 from sft_recipes.commands import check
+from sft_recipes.data import sandbox
+from sft_recipes.data.chat import Chat
 from sft_recipes.errors import InputError, RecipeError, RunError
 from sft_recipes.recipe import secrets
 from sft_recipes.trackers.base import kinds
@@ -308,11 +310,23 @@ UNSAFE = {
     "a long text": "{{ 'x' * 10**10 }}",
     "a large number": "{{ 9 ** (9 ** 9) }}",
     "larger and larger numbers": "{% set n = namespace(x=9) %}{% for i in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}",
+    "a C function that computes for hours": "{{ 1 | round(400000000, 'ceil') }}",
+    "a filter that never ends": "{{ 'x' | slice(2000000000) | list | length }}",
+    "only at inference": "{% if add_generation_prompt %}{{ 9 ** (9 ** 9) }}{% endif %}",
+    "only for some rows": "{% if 'row 7' in messages[0].content %}{{ 9 ** (9 ** 9) }}{% endif %}",
 }
+HARMLESS = ("an attribute that is not even used", "a filter", "a format")  # transformers renders nothing for these
 
 
-@pytest.mark.parametrize("case", UNSAFE)
-def test_a_template_that_does_what_none_may(case: str, write_recipe: WriteRecipe, tmp_path: Path) -> None:
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "_SECONDS", 1)
+
+
+@pytest.mark.parametrize("case", [case for case in UNSAFE if case not in HARMLESS])
+def test_a_template_that_does_what_none_may(
+    case: str, write_recipe: WriteRecipe, tmp_path: Path, impatient: None
+) -> None:
     """One line for all rows, which names the file."""
     template = tmp_path / "mine.jinja"
     template.write_text(SAY + UNSAFE[case])
@@ -323,8 +337,15 @@ def test_a_template_that_does_what_none_may(case: str, write_recipe: WriteRecipe
     assert f"data.template: {template}: the template violates the sandbox: " in line
 
 
+@pytest.mark.parametrize("case", HARMLESS)
+def test_what_the_sandbox_of_jinja_hides(case: str) -> None:
+    chat = Chat("[" + UNSAFE[case] + "]", "all", {}, ())
+
+    assert chat.prompt([{"role": "user", "content": "Hi"}], "") == "[]"
+
+
 def test_the_template_of_a_model_is_in_the_same_sandbox(
-    write_recipe: WriteRecipe, tmp_path: Path, command: Command
+    write_recipe: WriteRecipe, tmp_path: Path, command: Command, impatient: None
 ) -> None:
     """Where it is trained with, and where it is only talked to."""
     folder = tmp_path / "model"
@@ -335,7 +356,7 @@ def test_the_template_of_a_model_is_in_the_same_sandbox(
     for arguments in (("run", recipe), ("check", recipe), ("generate", folder, "--prompt", "Hi")):
         code, _, said = command(*arguments)
         assert code == 2
-        assert "the template violates the sandbox: it does not terminate" in said.splitlines()[-1]
+        assert "the template violates the sandbox: it takes more than 1 seconds of CPU time" in said.splitlines()[-1]
 
 
 # --- Secrets ---------------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ class SourceStats:
     duplicates: int = 0  # rows with the same tokens as an earlier row
     empty_answers: int = 0
     lossy_template: int = 0  # rows of which the template drops or rewrites some text
+    lossy_keys: dict[str, int] = field(default_factory=dict)  # key of messages -> rows in which it is affected
     missing_eos: int = 0  # training rows whose answer has no EOS token in the loss
     train_overlap: int = 0  # evaluation rows that are also training rows
     prompt_overlap: int = 0  # other evaluation rows with the prompt of a training row
@@ -48,6 +49,14 @@ class SourceStats:
     unused_columns: dict[str, int] = field(default_factory=dict)  # columns with content that are not used -> rows
     special_text: dict[str, int] = field(default_factory=dict)  # text like a special token, not parsed as one -> rows
     sampled: str = ""  # describes the sample if not all rows were read
+
+    def count_lossy(self, lossy: NDArray[np.str_]) -> None:
+        """Count the rows that the template affects, by the comma-separated keys of each."""
+        keys = Counter[str]()
+        for names, rows in zip(*np.unique(lossy[lossy != ""], return_counts=True), strict=True):
+            self.lossy_template += int(rows)
+            keys.update(dict.fromkeys(str(names).split(","), int(rows)))
+        self.lossy_keys = dict(keys.most_common())
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -70,6 +79,7 @@ class SourceStats:
             "duplicates": self.duplicates,
             "empty_answers": self.empty_answers,
             "lossy_template": self.lossy_template,
+            "lossy_keys": self.lossy_keys,
             "missing_eos": self.missing_eos,
             "train_overlap": self.train_overlap,
             "prompt_overlap": self.prompt_overlap,
@@ -101,7 +111,7 @@ class SourceStats:
             "identical to an earlier row": self.duplicates,
             "with an empty answer": self.empty_answers,
             "with the text of a special token, encoded as characters": sum(self.special_text.values()),
-            "with text dropped or rewritten by the template": self.lossy_template,
+            f"with text dropped or rewritten by the template ({', '.join(self.lossy_keys)})": self.lossy_template,
             "without an EOS token in the loss": self.missing_eos,
             "also in the training data": self.train_overlap,
             "with the prompt of a training row": self.prompt_overlap,

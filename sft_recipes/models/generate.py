@@ -7,8 +7,9 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from sft_recipes.data import sandbox
+from sft_recipes.data.chat import Chat, as_chat
 from sft_recipes.data.encoder import Encoder, from_transformers
-from sft_recipes.data.templates import Chat, as_chat
 
 _BATCH = 16
 
@@ -23,9 +24,8 @@ def prompt_ids(
 ) -> list[int]:
     """Return the token ids of messages up to the answer: in the chat template, or as plain text (`raw` or no template).
 
-    `parse`: special tokens in plain text are parsed.
-
-    The template is untrusted and rendered in a sandbox. Raises RecipeError if it does something forbidden.
+    `parse`: special tokens in plain text are parsed. Raises RecipeError if the template, which may be anyone's, does something
+    forbidden.
     """
     template = tokenizer.chat_template
     if raw or not isinstance(template, str):
@@ -37,7 +37,7 @@ def prompt_ids(
         messages = as_chat(messages)
     specials = from_transformers(tokenizer).specials
     chat = Chat(template, "all", specials, (), name=f"{tokenizer.name_or_path}: its chat template")
-    text = chat.render(messages, str(tokenizer.name_or_path), tools, add_generation_prompt=True)
+    text = sandbox.limited(chat.name, chat.prompt, messages, str(tokenizer.name_or_path), tools)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

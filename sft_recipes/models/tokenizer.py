@@ -5,8 +5,6 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sft_recipes import model_dir
 from sft_recipes.data.chat_templates import named
-from sft_recipes.data.prepare import Prepared
-from sft_recipes.data.templates import BOS
 from sft_recipes.errors import ModelError
 from sft_recipes.models.library_errors import as_model_error
 from sft_recipes.recipe import schema
@@ -46,23 +44,6 @@ def set_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
     ]
     chosen = next((token for token in candidates if token is not None and token not in taken), NEW_PAD)
     tokenizer.add_special_tokens({"pad_token": chosen})
-
-
-def set_chat_template(tokenizer: PreTrainedTokenizerBase, data: Prepared) -> None:
-    """Set the tokenizer's chat template to that of the data. Raises ModelError if it renders prompts differently."""
-    if data.chat_template is None or data.prompt is None:
-        return
-    # SentencePiece-like tokenizers prepend a space to a text, but not after a BOS token inside it.
-    with_blank = data.chat_template.replace(BOS, BOS.replace("bos_token", "bos_token + ' '"), 1)
-    for template in (data.chat_template, with_blank):
-        tokenizer.chat_template = template
-        rendered = tokenizer.apply_chat_template(data.prompt.messages, add_generation_prompt=True, return_dict=False)
-        if rendered == data.prompt.ids:
-            return
-    raise ModelError(
-        "data.template: the chat template does not reproduce the prompts of the training data (expected "
-        f"{tokenizer.decode(data.prompt.ids)[:80]!r}, got {tokenizer.decode(rendered)[:80]!r})."
-    )
 
 
 def tokenizer_bytes(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -99,8 +99,14 @@ class Data(_Section):
     template: Name | None = None
     """alpaca, chatml, llama3, chat (the tokenizer's chat template) or the path of a .jinja file. chatml and llama3 add
     their tokens to model.new_tokens. Default: chat for conversations, else alpaca."""
+    chat_template_kwargs: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], Any] = {}
+    """Arguments of the chat template, e.g. {enable_thinking: false}. They become defaults of the exported template."""
+    date: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d$")] | None = None
+    """Date that chat templates take for today, in training and in the exported template. Default: the day of the run."""
     train_on: Literal["completion", "all", "assistant"] = "completion"
     """Tokens in the loss. completion: the last answer; assistant: every assistant message; all: every token."""
+    train_on_reasoning: bool = True
+    """Train on the thoughts of answers. false: the model reads them, but only what follows is in the loss."""
     special_tokens: Literal["text", "parse"] = "text"
     """Text in the rows that is a special token, e.g. <|im_start|>. text: plain characters, and an error in a chat template;
     parse: the token."""

@@ -36,9 +36,9 @@ def report(folders: Sequence[Path], out: Path | None = None, *, table: bool = Fa
     metrics.csv; `live`: the page reloads itself. Raises OutputError if a run cannot be read or `out` cannot be written,
     RecipeError if a run is given twice.
     """
-    out = out or (folders[0] if len(folders) == 1 else COMPARISON)
+    out, runs = out or (folders[0] if len(folders) == 1 else COMPARISON), None
     try:
-        runs = _read(folders)
+        runs = [run_data.load_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
         html, rows = _html(runs, live), _csv(runs) if table else None
         out.mkdir(parents=True, exist_ok=True)
         written = [out / run_dir.CURVE, out / run_dir.REPORT]
@@ -52,24 +52,16 @@ def report(folders: Sequence[Path], out: Path | None = None, *, table: bool = Fa
     except SFTRecipeError:
         raise
     except OSError as error:
-        reason = f"cannot be written: {error.strerror}. Choose another directory with --out."
-        raise OutputError(f"{error.filename or out}: {reason}") from None
+        reason = (
+            "written: {}. Choose another directory with --out" if runs else "read: {}. Make it readable for this user"
+        )
+        raise OutputError(f"{error.filename or out}: cannot be {reason.format(error.strerror)}.") from None
     except (LookupError, TypeError, ArithmeticError, ValueError, AttributeError, UndefinedError) as error:
         reason = f"{type(error).__name__}: {error}"
         names = ", ".join(map(str, folders))
         raise OutputError(
             f"{names}: unexpected content in the files of the run ({reason}). Restore them as the run wrote them."
         ) from None
-
-
-def _read(folders: Sequence[Path]) -> list[Run]:
-    try:
-        return [run_data.load_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
-    except SFTRecipeError:
-        raise
-    except OSError as error:
-        reason = f"cannot be read: {error.strerror}. Make it readable for this user."
-        raise OutputError(f"{error.filename}: {reason}") from None
 
 
 def follow(

@@ -10,6 +10,7 @@ AXES = {"steps": "optimizer step", "tokens": "tokens", "time": "time in training
 _SIZE = 1000  # width and height of a drawing, scaled by the page
 _TICKS = 4
 _MARGIN = 0.05  # above and below the curves, relative to the height
+_FLAT = 1e-9  # relative difference of values that are drawn as equal
 # Of numbers and of times: minimum, divisor, unit.
 _SIZES = ((1e12, 1e12, "T"), (1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e4, 1e3, "k"), (0, 1, ""))
 _UNITS = ((2 * 3600, 3600, " h"), (120, 60, " min"), (0, 1, " s"))
@@ -76,7 +77,9 @@ def _range(chart: Chart) -> tuple[float, float]:
     low, high = min(values, default=0.0), max(values, default=1.0)
     if chart.from_zero:
         low = min(low, 0.0)
-    span = high - low or abs(high) or 1.0
+    span = high - low
+    if span <= _FLAT * abs(high):  # equal except for rounding, e.g. of a smoothed constant
+        span = abs(high) or 1.0
     return low if chart.from_zero else low - _MARGIN * span, high + _MARGIN * span
 
 

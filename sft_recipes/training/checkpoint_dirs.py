@@ -1,11 +1,11 @@
 """Find, rotate and roll back checkpoint directories."""
 
 import json
-import math
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from sft_recipes import atomic_files
 from sft_recipes.run_dir import ADAPTER, CHECKPOINTS, LOGS, MODEL
@@ -61,15 +61,19 @@ def discard_after(run_dir: Path, checkpoint: Path | None) -> None:
     for name in LOGS:
         file = run_dir / name
         if file.is_file():
-            kept = (line for line in atomic_files.lines(file) if _step(line) <= last)
+            kept = (line for line, values in intact_lines(file) if values["step"] <= last)
             atomic_files.write_text(file, "".join(f"{line}\n" for line in kept))
 
 
-def _step(line: str) -> float:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # a power loss can leave any content
-        return math.inf
+def intact_lines(log: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the lines of a log and their values, without what a power loss has damaged."""
+    for line in atomic_files.lines(log):
+        try:
+            values = json.loads(line)
+            values["step"] = int(values["step"])
+        except (ValueError, KeyError, TypeError):
+            continue
+        yield line, values
 
 
 def _latest_first(run_dir: Path) -> list[Path]:

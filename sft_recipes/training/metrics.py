@@ -16,20 +16,13 @@ from sft_recipes.errors import reason_of
 from sft_recipes.planning.flops import peak_rate
 from sft_recipes.run_dir import append_lines
 
-# Keys in the Trainer's log: keys in metrics.jsonl.
-_NAMES = {
-    "loss": "loss",
-    "learning_rate": "learning_rate",
-    "grad_norm": "grad_norm",
-    "num_input_tokens_seen": "tokens",
-    "trained_tokens": "trained_tokens",
-    "mean_token_accuracy": "token_accuracy",
-    "entropy": "entropy",
-    "eval_loss": "eval_loss",
-    "eval_perplexity": "eval_perplexity",
-    "eval_mean_token_accuracy": "eval_token_accuracy",
-    "eval_exact_match": "eval_exact_match",
-    "skipped_steps": "skipped_steps",
+# Keys of metrics.jsonl, in order, and those that have another name in the Trainer's log.
+_KEYS = ("loss", "learning_rate", "grad_norm", "tokens", "trained_tokens", "token_accuracy", "entropy", "eval_loss",
+         "eval_perplexity", "eval_token_accuracy", "eval_exact_match", "skipped_steps")  # fmt: skip
+_IN_LOG = {
+    "tokens": "num_input_tokens_seen",
+    "token_accuracy": "mean_token_accuracy",
+    "eval_token_accuracy": "eval_mean_token_accuracy",
 }
 # Computed here and added to the log for the trackers.
 _COMPUTED = ("tokens_per_second", "trained_tokens_per_second", "tflops", "mfu", "peak_memory_gib")
@@ -44,12 +37,12 @@ def peak_memory() -> float:
 
 
 class Metrics(TrainerCallback):
-    """Callback that appends records to metrics.jsonl and passes them to `shows`. Failures are warnings."""
+    """Callback that appends records to metrics.jsonl and passes them to `show`. Failures are warnings."""
 
-    def __init__(self, file: Path, warn: Callable[[str], None], *shows: Callable[[dict[str, Any]], None]) -> None:
-        self.file = file
-        self.warn = warn
-        self.shows = shows
+    def __init__(
+        self, file: Path, warn: Callable[[str], None], show: Callable[[dict[str, Any]], object] = lambda _: None
+    ) -> None:
+        self.file, self.warn, self.show = file, warn, show
         self.seconds = 0.0  # since the last record: data loading and training steps, without evaluation and saving
         self.before: dict[str, Any] = {}  # the last record
         self.began = 0.0
@@ -73,7 +66,7 @@ class Metrics(TrainerCallback):
         if not state.is_world_process_zero or not ({"loss", "eval_loss", "eval_exact_match"} & logs.keys()):
             return
         line: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4)}
-        line |= {ours: logs[theirs] for theirs, ours in _NAMES.items() if theirs in logs}
+        line |= {key: logs[name] for key in _KEYS if (name := _IN_LOG.get(key, key)) in logs}
         if "loss" in logs:
             line |= self._speed(line, args.world_size)
         line["peak_memory_gib"] = round(peak_memory(), 3)
@@ -81,8 +74,7 @@ class Metrics(TrainerCallback):
             logs.update({name: line[name] for name in _COMPUTED if line.get(name) is not None})
         try:
             append_lines(self.file, [line])
-            for show in self.shows:
-                show(line)
+            self.show(line)
         except Exception as error:
             self.warn(f"{self.file}: cannot write metrics of step {state.global_step}: {reason_of(error)}")
 

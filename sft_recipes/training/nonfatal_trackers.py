@@ -1,17 +1,16 @@
 """Start the trackers of log.to, so that one that fails does not stop the run."""
 
-import json
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sft_recipes import atomic_files
 from sft_recipes.errors import reason_of
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.run_dir import LOGS
 from sft_recipes.trackers.base import Tracker, kinds
+from sft_recipes.training.checkpoint_dirs import intact_lines
 
 _RECORDS = ("loss", "eval_loss", "eval_exact_match")  # the first key present identifies a record of its step
 
@@ -95,13 +94,8 @@ def start_trackers(
 
 def _recorded(run_dir: Path) -> set[tuple[int, str | None]]:
     """Return (step, kind of record) for each line of metrics.jsonl and samples.jsonl."""
-    records: set[tuple[int, str | None]] = set()
-    for name in LOGS:
-        for line in atomic_files.lines(run_dir / name) if (run_dir / name).is_file() else ():
-            with suppress(ValueError, KeyError, TypeError):  # a power loss can leave any content
-                values = json.loads(line)
-                records.add((int(values["step"]), _record(values) or "samples"))
-    return records
+    logs = [run_dir / name for name in LOGS if (run_dir / name).is_file()]
+    return {(values["step"], _record(values) or "samples") for log in logs for _, values in intact_lines(log)}
 
 
 def _record(values: dict[str, Any]) -> str | None:

@@ -89,28 +89,31 @@ def _restore_state(trainer: Trainer) -> Iterator[None]:
 
     Weights need no copy: no step within updates them (`_harmless_steps`).
     """
-    accelerator, optimizer = trainer.accelerator, _base_optimizer(trainer)
     device = trainer.args.device
-    on_device = None if device.type == "cpu" else torch.get_device_module(device)
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    accelerator_state = on_device.get_rng_state() if on_device else None
-    training, sync_gradients = trainer.model.training, accelerator.sync_gradients
-    averages, counters = upstream.averages(trainer), _deepspeed_counters(trainer)
+    gpu = None if device.type == "cpu" else torch.get_device_module(device)
+    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    gpu_state = gpu.get_rng_state() if gpu else None
+    training, averages = trainer.model.training, upstream.averages(trainer)
+    counters = [
+        (owner, name, getattr(owner, name))
+        for owner, names in _counters(trainer).items()
+        for name in names
+        if hasattr(owner, name)
+    ]
     trial = trainer.recipe.train.optimizer.startswith(_TRIAL_STEPS)
-    with _harmless_steps(optimizer, create_states=trial):
+    with _harmless_steps(_base_optimizer(trainer), create_states=trial):
         try:
             yield
         finally:
             trainer.model.zero_grad(set_to_none=True)
             trainer.model.train(training)
-            random.setstate(python)
-            np.random.set_state(numpy)
-            torch.set_rng_state(cpu)
-            if on_device:
-                on_device.set_rng_state(accelerator_state)
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+            torch.set_rng_state(torch_state)
+            if gpu:
+                gpu.set_rng_state(gpu_state)
             upstream.set_averages(trainer, averages)
             trainer.losses.clear()
-            accelerator.sync_gradients = sync_gradients
             for owner, name, value in counters:
                 setattr(owner, name, value)
     if torch.cuda.is_available():
@@ -185,17 +188,15 @@ def _base_optimizer(trainer: Trainer) -> torch.optim.Optimizer:
     return optimizer
 
 
-def _deepspeed_counters(trainer: Trainer) -> list[tuple[Any, str, Any]]:
-    """What DeepSpeed counts in a step, as (owner, name, value)."""
-    if not trainer.is_deepspeed_enabled:
-        return []
-    engine = trainer.model_wrapped
-    names = {
-        engine: ("micro_steps", "global_steps", "global_samples", "skipped_steps"),
-        engine.optimizer: (upstream.DEEPSPEED_LINKED,),
-        engine.optimizer.loss_scaler: tuple(vars(engine.optimizer.loss_scaler)),
-    }
-    return [(o, name, getattr(o, name)) for o, each in names.items() for name in each if hasattr(o, name)]
+def _counters(trainer: Trainer) -> dict[Any, tuple[str, ...]]:
+    """Return the names of the attributes that a step changes, by their owner."""
+    names: dict[Any, tuple[str, ...]] = {trainer.accelerator: ("sync_gradients",)}
+    if trainer.is_deepspeed_enabled:
+        engine = trainer.model_wrapped
+        names[engine] = ("micro_steps", "global_steps", "global_samples", "skipped_steps")
+        names[engine.optimizer] = (upstream.DEEPSPEED_LINKED,)  # ZeRO-2: links parameters to states only once
+        names[engine.optimizer.loss_scaler] = tuple(vars(engine.optimizer.loss_scaler))
+    return names
 
 
 # --- Are packed documents isolated? -----------------------------------------------------------------------------------

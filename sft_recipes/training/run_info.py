@@ -51,7 +51,7 @@ def preflight_line(results: dict[str, Any]) -> str:
     return f"preflight: {'; '.join(parts)}"
 
 
-def used(trainer: Trainer) -> dict[str, Any]:
+def settings_in_effect(trainer: Trainer) -> dict[str, Any]:
     """Return the settings in effect, with defaults and auto resolved, for the manifest."""
     (total, trained), recipe = count_parameters(trainer.model), trainer.recipe
     return {

@@ -25,13 +25,12 @@ class Samples:
         data: Prepared,
         file: Path,
         warn: Callable[[str], None] | None,
-        shows: Sequence[Callable[[int, list[dict[str, Any]]], None]] = (),
+        tables: Sequence[Callable[[int, list[dict[str, Any]]], None]],
     ) -> None:
-        """Prepare the prompts. Without `warn` (all ranks except rank 0) nothing is written. `shows` receive the step and one
-        dict per answer: step, prompt, answer, expected.
+        """Prepare the prompts. Without `warn` (all ranks except rank 0) nothing is written. `tables` of the trackers receive
+        the step and one dict per answer: step, prompt, answer, expected.
         """
-        self.questions, self.tokenizer, self.file, self.warn = questions, tokenizer, file, warn
-        self.shows = shows
+        self.questions, self.tokenizer, self.file, self.warn, self.tables = questions, tokenizer, file, warn, tables
         self.stops, self.max_new_tokens = data.stops, recipe.eval.max_new_tokens
         raw = data.chat_template is None  # trained on plain text, so prompts are plain text too
         parse = recipe.data.special_tokens == "parse"
@@ -48,8 +47,8 @@ class Samples:
             except OSError as error:
                 self.warn(f"{self.file}: cannot write the answers of step {step}: {error}")
         rows = [{"step": step, "prompt": q.text, "answer": a, "expected": q.expected} for q, a in answered]
-        for show in self.shows:
-            show(step, rows)
+        for table in self.tables:
+            table(step, rows)
         pairs = [(q.expected, a) for q, a in answered if q.expected is not None]
         if not pairs:
             return {}

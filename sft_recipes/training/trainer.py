@@ -100,9 +100,7 @@ class Trainer(CheckpointMixin, SamplerMixin, SFTTrainer):
     # --- Each step ---
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        if (
-            self.state.global_step >= self.state.max_steps
-        ):  # resumed after the last step, transformers would run one more
+        if self.state.global_step >= self.state.max_steps:  # transformers runs one more, resumed after the last step
             self.control.should_training_stop = True
             return [], None
         self.metrics.begin(self.tokens, self.trained_tokens)
@@ -235,16 +233,7 @@ def train(trainer: Trainer, checkpoint: Path | None, on_begin: Callable[[], None
     except SFTRecipeError:
         raise
     except Exception as error:
-        step, rows = trainer.state.global_step, "unknown"
-        with suppress(Exception):  # describing the rows may fail for the same reason
-            rows = trainer.describe_rows(step)
-        if is_out_of_memory(error):
-            problem = f"out of memory after step {step} {memory_advice(trainer.recipe, error)}"
-        else:
-            problem = f"training failed after step {step}: {reason_of(error)}."
-        raise RunError(
-            f"{run_dir}: {problem} {trainer.describe_last_checkpoint()} Rows in this step: {rows}."
-        ) from error
+        raise _run_error(trainer, error) from error
     finally:
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, ProgressDisplay | NonFatalTracker):
@@ -257,6 +246,18 @@ def train(trainer: Trainer, checkpoint: Path | None, on_begin: Callable[[], None
             f"{trainer.describe_last_checkpoint()}"
         )
     stop.waits = None if saved else "finishing the export, because the last step has no checkpoint"
+
+
+def _run_error(trainer: Trainer, error: Exception) -> RunError:
+    """Describe a failed training: the error, the last checkpoint and the rows of the step."""
+    step, rows = trainer.state.global_step, "unknown"
+    with suppress(Exception):  # describing the rows may fail for the same reason
+        rows = trainer.describe_rows(step)
+    if is_out_of_memory(error):
+        problem = f"out of memory after step {step} {memory_advice(trainer.recipe, error)}"
+    else:
+        problem = f"training failed after step {step}: {reason_of(error)}."
+    return RunError(f"{trainer.run_dir}: {problem} {trainer.describe_last_checkpoint()} Rows in this step: {rows}.")
 
 
 def _uncompiled_optimizer(recipe: Recipe) -> AbstractContextManager[Any]:

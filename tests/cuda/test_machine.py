@@ -33,7 +33,7 @@ def test_the_device_is_named_with_its_memory() -> None:
 def test_a_run_says_what_it_runs_on(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     with built(write_recipe(**settings(lora={"rank": 4})), tmp_path / "run", GPU()) as found:
         said = " ".join(run_info.summary_lines(found.trainer.recipe, found.trainer))
-        used = run_info.used(found.trainer)
+        used = run_info.settings_in_effect(found.trainer)
 
     assert "attention varlen" in said
     assert "NVIDIA H100 80GB HBM3" in said

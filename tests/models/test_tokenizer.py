@@ -5,7 +5,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sft_recipes.data import encoder, prepare
-from sft_recipes.models.tokenizer import set_chat_template, set_pad_token
+from sft_recipes.models.tokenizer import set_pad_token
 from sft_recipes.recipe import parse
 from tests.conftest import WriteRecipe
 from tests.data import tokenizers
@@ -29,7 +29,7 @@ def test_the_chat_template_gives_the_trained_prompt(
     ).recipe
     data = prepare.prepare(recipe, encoder.from_transformers(tokenizer))
 
-    set_chat_template(tokenizer, data)
+    tokenizer.chat_template = data.chat_template
 
     assert data.prompt is not None
     assert tokenizer.chat_template is not None

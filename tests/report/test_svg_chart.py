@@ -69,6 +69,12 @@ def test_evaluations_are_dots_with_a_line_between_them() -> None:
     assert "L" not in paths[1].d
 
 
+def test_rounding_is_not_drawn() -> None:
+    [path] = [path.d for path in frames(chart(0.6, 0.6 + 1e-16, 0.6 - 1e-16))[0].paths if "line" in path.css]
+
+    assert len({part.split()[1] for part in path.replace("h0", "").replace("M", "L").split("L")[1:]}) == 1
+
+
 @pytest.mark.parametrize("values", [(), (1.0,), (0.0, 0.0), (math.nan,), (1e-30, 1e30), (-1.0, 1.0)])
 def test_any_values_can_be_drawn(values: tuple[float, ...]) -> None:
     for frame in frames(chart(*values)):
