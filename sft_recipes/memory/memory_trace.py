@@ -67,7 +67,7 @@ class Predictor:
         key = (
             recipe.model, recipe.lora, data.max_length, data.packing, data.cross_document_attention, recipe.launch.strategy,
             recipe.accumulation > 1, train.micro_batch_size, train.mixed_precision, train.optimizer, train.recomputed,
-            train.kernels, train.preflight,
+            train.kernels, train.preflight, train.compile,
         )  # fmt: skip
         for known, footprint in self._known:
             if known == key:
