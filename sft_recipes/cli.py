@@ -386,7 +386,7 @@ def doctor(
     findings = looking.diagnose(hub=hub)
     ok = not any(finding.blocks_runs for finding in findings)
     if as_json:
-        print(json.dumps({"ok": ok, "findings": [finding.as_dict() for finding in findings]}, indent=2))
+        print(json.dumps({"ok": ok, "findings": [vars(finding) for finding in findings]}, indent=2))
     else:
         for finding in findings:
             print(finding.line())
