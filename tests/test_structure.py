@@ -61,7 +61,7 @@ BELOW = {
     },
     "commands/plan": {"data", "errors", "memory", "model_dir", "models", "planning", "recipe"},
     "commands/generate": {"errors", "export", "model_dir", "models", "recipe", "run_dir"},
-    "commands/doctor": {"data", "errors", "recipe"},
+    "commands/doctor": {"data", "errors", "memory", "recipe"},
     "run_distributed": {"commands", "data", "distributed", "errors", "recipe", "run_dir"},
     "run": {
         "console",
