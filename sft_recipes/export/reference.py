@@ -325,7 +325,7 @@ def _computing_in(dtype: torch.dtype, model: torch.nn.Module, change: Change | N
         swap(found)
         for module in unit.modules():
             if (
-                getattr(getattr(module, "weight", None), "quant_state", None) is not None
+                getattr(dict(module.named_parameters(recurse=False)).get("weight"), "quant_state", None) is not None
             ):  # 4 bits, which bitsandbytes would dequantize to another dtype than in training
                 swapped.append((module, "forward", None))
                 module.forward = partial(_of_4_bits, module, dtype)
