@@ -39,7 +39,7 @@ def test_a_method(write_recipe: WriteRecipe, method: str) -> None:
     assert [line["step"] for line in metrics(folder) if "loss" in line] == [1, 2, 3]
     assert (folder / "model" / "model.safetensors").is_file()
     if method != "full":
-        merge(folder, folder.with_name("again"))
+        merge(folder / "adapter", folder.with_name("again"))
 
 
 def test_stopped_and_resumed_it_is_the_same_run(write_recipe: WriteRecipe, tmp_path: Path) -> None:
