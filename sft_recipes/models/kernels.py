@@ -122,7 +122,9 @@ def apply_liger(model: torch.nn.Module) -> Kernels:
         for name, eager in before.items():
             setattr(module, name, eager)
     functions = {name: fused for name, fused in replaced.items() if name in before and not isinstance(fused, type)}
-    changed = {type(part).__name__.lower() for part in model.modules() if "forward" in vars(part)} | functions.keys()
+    changed = {
+        repr(part).partition("(")[0].lower() for part in model.modules() if "forward" in vars(part)
+    } | functions.keys()
     fragments = {"RMSNorm": "rmsnorm", "RoPE": "rotary", "SwiGLU": "swiglu", "GeGLU": "geglu"}
     fused = tuple(name for name, fragment in fragments.items() if any(fragment in other for other in changed))
     return Kernels("liger", fused=fused, module=module, functions=functions)
