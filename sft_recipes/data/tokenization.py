@@ -63,7 +63,7 @@ def tokenize_all(
             name = cache.key(
                 content=sources.fingerprint(source.path, source.name, rows.splits), path=source.path, format=rows.format,
                 columns=rows.columns, renderer=renderer.name, template=template, train_on=data.train_on,
-                on_bad_row=data.on_bad_row, tokenizer=tokenizer_hash,
+                on_bad_row=data.on_bad_row, input_separator=data.input_separator, tokenizer=tokenizer_hash,
                 specials=dict(tokenizer.specials), day=str(datetime.date.today()) if "strftime_now" in template else "",
             )  # fmt: skip
         work = Work(rows, renderer.render, encoder, seconds)

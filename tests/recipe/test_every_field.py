@@ -28,6 +28,7 @@ SHOWN_BY = {
     "data.packing": "data/test_prepare.py::test_packed_sequences_hold_every_token_once",
     "data.cross_document_attention": "training/test_training.py::test_with_cross_document_attention_they_do",
     "data.shuffle": "data/test_prepare.py::test_shuffling_is_seeded",
+    "data.input_separator": "data/test_prepare.py::test_instruction_and_input_joined",
     "data.on_bad_row": "data/test_tokenization.py::test_bad_rows_are_dropped_counted_and_named",
     "data.max_train_samples": "data/test_prepare.py::test_at_most_so_many_samples",
     "data.max_eval_samples": "data/test_prepare.py::test_at_most_so_many_samples",
