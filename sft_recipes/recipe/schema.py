@@ -124,6 +124,8 @@ class Lora(_Section):
     """Dropout on the input of the adapters."""
     target_modules: Name | Annotated[list[Name], Field(min_length=1)] = "all-linear"
     """Layers to adapt: a list of names, a regular expression, or all-linear (every linear layer except the LM head)."""
+    target_parameters: list[Name] = []
+    """Parameters to adapt that are not weights of layers, e.g. [mlp.experts.gate_up_proj, mlp.experts.down_proj]."""
     modules_to_save: list[Name] = []
     """Layers to train and save in full, e.g. embed_tokens and lm_head."""
     use_dora: bool = False

@@ -319,3 +319,13 @@ def test_liger_is_carried_and_other_plugins_for_speed_are_not_missed(
 
     assert converted.outcomes[key].kind == kind
     assert recipe.train.kernels == kernels
+
+
+def test_adapters_on_parameters(tmp_path: Path) -> None:
+    keys = "adapter: lora\nlora_target_modules: [q_proj]\nlora_target_parameters: [mlp.experts.down_proj]\n"
+    lora = convert(tmp_path, BASE + ROWS + keys)[1].lora
+
+    assert lora is not None
+    assert lora.target_parameters == ["mlp.experts.down_proj"]
+    dft = convert(tmp_path, BASE + ROWS + "use_dynamic_finetuning: true\n")[1]
+    assert dft.trl == {"loss_type": "dft"}

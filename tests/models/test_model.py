@@ -7,7 +7,15 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from sft_recipes.data import encoder, prepare
 from sft_recipes.errors import ModelError
@@ -113,6 +121,24 @@ def test_all_linear_is_every_linear_layer_but_the_head(write_recipe: WriteRecipe
     with_adapter = {name.split(".")[-1] for name, module in adapted.named_modules() if hasattr(module, "lora_A")}
 
     assert with_adapter == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_parameters_of_experts_have_adapters(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    shutil.copytree(TINY, tmp_path / "moe", ignore=shutil.ignore_patterns("config.json", "model.safetensors"))
+    sizes = {"hidden_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Qwen3MoeConfig(vocab_size=1024, num_experts=4, num_experts_per_tok=2, num_key_value_heads=1, **sizes)
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "moe")
+    recipe = write_recipe(model={"name": str(tmp_path / "moe")})
+    wanted = "lora={rank: 2, target_modules: [q_proj], target_parameters: [mlp.experts.down_proj]}"
+    trained = {name for name, p in loaded(recipe, wanted).named_parameters() if p.requires_grad}
+
+    assert {name.partition(".layers.0.")[2].removesuffix(".default.weight") for name in trained} == {
+        f"{name}.lora_{part}" for name in ("self_attn.q_proj", "mlp.experts") for part in "AB"
+    }
+    with pytest.raises(
+        ModelError, match=r"lora.target_parameters: no parameter is named 'up_proj'. .*mlp.experts.down_proj"
+    ):
+        loaded(recipe, wanted.replace("mlp.experts.down_proj", "up_proj"))
 
 
 def test_layers_trained_in_full_beside_the_adapters(write_recipe: WriteRecipe) -> None:

@@ -36,6 +36,7 @@ SHOWN_BY = {
     "lora.alpha": "models/test_model.py::test_adapters_are_those_of_the_recipe",
     "lora.dropout": "models/test_model.py::test_adapters_are_those_of_the_recipe",
     "lora.target_modules": "models/test_model.py::test_adapters_are_those_of_the_recipe",
+    "lora.target_parameters": "models/test_model.py::test_parameters_of_experts_have_adapters",
     "lora.modules_to_save": "models/test_model.py::test_layers_trained_in_full_beside_the_adapters",
     "lora.use_dora": "models/test_model.py::test_adapters_are_those_of_the_recipe",
     "lora.use_rslora": "models/test_model.py::test_adapters_are_those_of_the_recipe",
