@@ -20,8 +20,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sft_recipes.data import encoder, prepare
 from sft_recipes.models import attention, model
+from sft_recipes.models.tokenizer import load_tokenizer
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.training import trainer
+from sft_recipes.training.build import build_trainer
 
 TURNS = 4
 
@@ -86,9 +88,9 @@ with tempfile.TemporaryDirectory() as folder:
             "output_dir": folder,
         }
     )  # fmt: skip
-    tokenizer = model.load_tokenizer(recipe.model)
+    tokenizer = load_tokenizer(recipe.model)
     data = prepare.prepare(recipe, encoder.from_transformers(tokenizer), cached=False)
-    sft = trainer.build(recipe, model.load_model(recipe, tokenizer), tokenizer, data, Path(folder), Console(quiet=True))
+    sft = build_trainer(recipe, model.load_model(recipe, tokenizer), tokenizer, data, Path(folder), Console(quiet=True))
     sft.model.train()
     batch = next(iter(sft.get_train_dataloader()))
     lengths = batch["cu_seq_lens_q"].diff().tolist()

@@ -20,8 +20,10 @@ from trl import SFTTrainer
 from sft_recipes import atomic_files, cli
 from sft_recipes.data import encoder, prepare
 from sft_recipes.models import model
+from sft_recipes.models.tokenizer import load_tokenizer
 from sft_recipes.recipe import parse
 from sft_recipes.training import checkpoint_dirs, guards, trainer
+from sft_recipes.training.build import build_trainer
 
 RECIPE = """
 model: {name: "%s", dtype: float32}
@@ -38,7 +40,7 @@ def main() -> None:
     parser.add_argument("model", help="directory of a model, or builtin:tiny")
     parser.add_argument("--times", type=int, default=4)
     arguments = parser.parse_args()
-    cli._quiet(debug=False)
+    cli.quiet_libraries(debug=False)
     print(measured_on())
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         saving(Path(folder), arguments.model, arguments.times)
@@ -91,11 +93,11 @@ def watching(folder: Path, times: int) -> None:
 def build(folder: Path, name: str, *, steps: int) -> trainer.Trainer:
     (folder / "recipe.yaml").write_text(RECIPE % (name, steps), encoding="utf-8")
     recipe = parse.load(folder / "recipe.yaml", []).recipe
-    tokenizer = model.load_tokenizer(recipe.model)
+    tokenizer = load_tokenizer(recipe.model)
     data = prepare.prepare(recipe, encoder.from_transformers(tokenizer), cached=False)
     run_dir = folder / "run"
     run_dir.mkdir()
-    return trainer.build(recipe, model.load_model(recipe, tokenizer), tokenizer, data, run_dir, Console(quiet=True))
+    return build_trainer(recipe, model.load_model(recipe, tokenizer), tokenizer, data, run_dir, Console(quiet=True))
 
 
 def timed(act: Callable[[], object]) -> float:

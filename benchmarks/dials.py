@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from machine import measured_on
 from peft.tuners.lora import LoraLayer
@@ -17,6 +18,7 @@ from train_step import Way, in_turn, ours, recipe_for, release_memory
 
 from sft_recipes import cli
 from sft_recipes.memory import autosize, prediction, remedies
+from sft_recipes.models import cpu_loss
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.training import trainer
 
@@ -35,9 +37,10 @@ KEYS: dict[str, dict[str, Any]] = {
 
 
 def built(recipe: Recipe, name: str, folder: Path) -> trainer.Trainer:
-    sft, _ = ours(recipe, folder)
-    if name == "TRL's loss head":
-        sft.own_head = False
+    with pytest.MonkeyPatch.context() as patched:
+        if name == "TRL's loss head":
+            patched.setattr(cpu_loss, "applies", lambda *_: False)
+        sft, _ = ours(recipe, folder)
     if name == "PEFT's float32 copy of inputs":
         for module in sft.model.modules():
             if isinstance(module, LoraLayer):
@@ -56,7 +59,7 @@ def main() -> None:
     parser.add_argument("--without", nargs="*", default=[], metavar="NAME", help=f"of {', '.join(KEYS)}")
     given = parser.parse_args()
     given.float32 = False
-    cli._quiet(debug=False)
+    cli.quiet_libraries(debug=False)
     rows, length = map(int, given.shape.split("x"))
     only_of = {"full": "adamw_8bit_sr", "lora": "PEFT"}
     left_out = [name for name in KEYS for method, word in only_of.items() if word in name and method != given.method]

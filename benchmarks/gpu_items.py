@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import torch
 from datasets import Dataset
@@ -35,13 +36,16 @@ from sft_recipes.data.encoder import Documents
 from sft_recipes.data.prepare import Prepared
 from sft_recipes.data.sequences import SelectedRows, build_sequences
 from sft_recipes.data.stats import SourceStats
+from sft_recipes.errors import reason_of
 from sft_recipes.memory import autosize, prediction, remedies
 from sft_recipes.models import model
-from sft_recipes.models.model import reason_of
+from sft_recipes.models.adapters import with_adapters
+from sft_recipes.models.tokenizer import load_tokenizer
 from sft_recipes.recipe import parse
 from sft_recipes.recipe.library_names import installed
 from sft_recipes.recipe.schema import Model, Recipe
 from sft_recipes.training import trainer
+from sft_recipes.training.build import build_trainer
 
 __all__ = ["SkipItem", "attention_tests", "machine", "prepare", "quickstart", "reason_of", "resume", "train"]
 
@@ -65,7 +69,7 @@ def prepare(given: argparse.Namespace) -> None:
     """Make the process ready for an item, with an empty folder."""
     given.folder = Path(tempfile.mkdtemp(dir=given.folder))
     torch.set_num_threads(torch.get_num_threads())  # a forked process has lost torch's thread pool
-    SFTTrainer._send_telemetry = trainer.Trainer._send_telemetry  # which does nothing
+    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
     if given.device == "cuda" and not torch.cuda.is_available():
         raise SkipItem("torch sees no GPU; --cpu --tiny tries the script without one")
 
@@ -270,13 +274,13 @@ def train(
 
     data = random_rows(used, long=recipe is not None, tiny=given.tiny)
     table = data.train.table()
-    network, tokenizer = build_model(used, given.device, adapters=not plain), model.load_tokenizer(used.model)
+    network, tokenizer = build_model(used, given.device, adapters=not plain), load_tokenizer(used.model)
     if given.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     if plain:
         sft = trl_alone(used, network, tokenizer, Dataset(table), given.folder)
     else:
-        sft = trainer.build(used, network, tokenizer, data, given.folder, Console())
+        sft = build_trainer(used, network, tokenizer, data, given.folder, Console())
     clock = Clock(warm, timed, given.out / f"profile-{given.number}.txt" if profile else None)
     sft.add_callback(clock)
     if plain:
@@ -443,7 +447,7 @@ def model_directory(given: argparse.Namespace, size: str) -> Path:
     directory: Path = given.folder / size
     source = ROOT / "tests/model_configs" / CONFIGS[size] / "config.json"
     config = json.loads(source.read_text("utf-8")) | SHAPES.get(size, {}) | (TINY if given.tiny else {})
-    model.load_tokenizer(Model(name="builtin:tiny")).save_pretrained(directory)
+    load_tokenizer(Model(name="builtin:tiny")).save_pretrained(directory)
     (directory / "config.json").write_text(json.dumps(config), "utf-8")
     return directory
 
@@ -465,7 +469,7 @@ def build_model(recipe: Recipe, device: str, *, adapters: bool) -> Any:
             device_map={"": 0 if device == "cuda" else device}, **options,
         )  # fmt: skip
     if recipe.lora is not None and adapters:
-        network = model.with_adapters(network, recipe.lora, recipe.model, [])
+        network = with_adapters(network, recipe.lora, recipe.model, [])
     return network
 
 

@@ -39,7 +39,7 @@ shutil.copytree(base, out)
     + """
 from collections import defaultdict
 from sft_recipes.export import merge
-merge._proven = lambda *args: {"original": defaultdict(float)}  # the proof and the hashes are timed apart
+merge._verify = lambda *args: {"original": defaultdict(float)}  # verification and hashes are timed separately
 merge.write_report = lambda *args: None
 more, before, began = {}, held("VmRSS"), time.perf_counter()
 merge.merge(adapter, out)
@@ -49,13 +49,13 @@ merge.merge(adapter, out)
     + """
 from sft_recipes.export import merge
 more, before, began = {}, held("VmRSS"), time.perf_counter()
-prove = merge.verify.prove
-def proving(request):
+verify = merge.verify.verify
+def timed(request):
     start = time.perf_counter()
-    found = prove(request)
-    more["proof"] = time.perf_counter() - start
+    found = verify(request)
+    more["verification"] = time.perf_counter() - start
     return found
-merge.verify.prove = proving
+merge.verify.verify = timed
 more["said"] = merge.merge(adapter, out)
 more["verifying_gib"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
 """
@@ -119,8 +119,8 @@ def against_peft(folder: Path, args: argparse.Namespace) -> None:
     )
     checked = best["sft-recipes, verified"]
     print(
-        f"\nThe proof, with the start of its process, takes {checked['proof']:.1f} s, "
-        f"{checked['proof'] / ours['seconds']:.1f} times the merge"
+        f"\nThe proof, with the start of its process, takes {checked['verification']:.1f} s, "
+        f"{checked['verification'] / ours['seconds']:.1f} times the merge"
     )
     print(f"\nThe process that verifies takes {checked['verifying_gib']:.1f} GiB at most, and says:\n")
     print("\n".join(f"    {line}" for line in checked["said"]))
@@ -186,7 +186,7 @@ def differing(base: Path, adapter: Path, out: Path) -> str:
 
     from sft_recipes.export import safetensors_io
 
-    before, after = safetensors_io.in_model(base), safetensors_io.in_model(out)
+    before, after = safetensors_io.read_model(base), safetensors_io.read_model(out)
     wrong = total = 0
     with safe_open(adapter / "adapter_model.safetensors", "pt") as given:
         for key in given.keys():  # noqa: SIM118  # no mapping

@@ -16,7 +16,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from sft_recipes import cli
 from sft_recipes.data import encoder, prepare
-from sft_recipes.models import model
+from sft_recipes.models.tokenizer import load_tokenizer
 from sft_recipes.recipe import parse
 
 ROOT = Path(__file__).parents[1]
@@ -26,7 +26,7 @@ import plain_trl  # noqa: E402
 
 def recipes_own(seed: int) -> Dataset:
     recipe = parse.load(str(ROOT / "recipes" / "quickstart.yaml"), [f"train.seed={seed}"]).recipe
-    tokenizer = model.load_tokenizer(recipe.model)
+    tokenizer = load_tokenizer(recipe.model)
     return Dataset(prepare.prepare(recipe, encoder.from_transformers(tokenizer)).train.table())
 
 
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=-1, help="-1: two epochs")
     given = parser.parse_args()
-    cli._quiet(debug=False)
+    cli.quiet_libraries(debug=False)
     print(f"{measured_on()}\n")
     print("| seed | plain TRL, its own sequences | plain TRL, the recipe's |\n|---|---|---|")
     for seed in given.seeds:

@@ -32,6 +32,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 from datasets import Dataset
 from machine import measured_on
@@ -45,16 +46,13 @@ from sft_recipes import cli, model_dir
 from sft_recipes.data import encoder, prepare
 from sft_recipes.memory import autosize
 from sft_recipes.models import model
+from sft_recipes.models.tokenizer import load_tokenizer
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.training import trainer
+from sft_recipes.training.build import build_trainer
 
 DEFAULT = "TRL, its defaults"
 DIGITS = {False: 2, True: 5}  # that losses agree to, in bfloat16 and in float32
-WITHOUT = (
-    "compute_loss",
-    "_send_telemetry",
-)  # of our Trainer, what the bare one keeps: the loss head, and to be silent
-
 
 Turn = tuple[list[float], list[float]]  # seconds of its steps but the first, and losses of all
 
@@ -84,8 +82,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.steps < 2:
         parser.error("--steps: the first of a turn is not timed; at least 2")
-    cli._quiet(debug=False)
-    SFTTrainer._send_telemetry = trainer.Trainer._send_telemetry  # which is silent
+    cli.quiet_libraries(debug=False)
+    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
     print(
         f"{measured_on()}, {torch.get_num_threads()} threads; the best step of {given.turns * (given.steps - 1)}, in turns"
     )
@@ -178,10 +176,10 @@ def recipe_for(given: argparse.Namespace, method: str, rows: int, length: int, s
 
 def ours(recipe: Recipe, folder: Path) -> tuple[trainer.Trainer, prepare.Prepared]:
     recipe = autosize.resolve_for_run(recipe, folder)
-    tokenizer = model.load_tokenizer(recipe.model)
+    tokenizer = load_tokenizer(recipe.model)
     data = prepare.prepare(recipe, encoder.from_transformers(tokenizer), cached=False)
     network = model.load_model(recipe, tokenizer)
-    return trainer.build(recipe, network, tokenizer, data, folder, Console(quiet=True)), data
+    return build_trainer(recipe, network, tokenizer, data, folder, Console(quiet=True)), data
 
 
 def plain(recipe: Recipe, table: Dataset, folder: Path, like: trainer.Trainer, **settings: Any) -> SFTTrainer:
@@ -347,7 +345,7 @@ def overhead(given: argparse.Namespace) -> None:
 def is_ours(name: str) -> bool:
     """Whether our Trainer has its own where SFTTrainer has one."""
     own, other = (getattr(kind, name, None) for kind in (trainer.Trainer, SFTTrainer))
-    return own is not other and other is not None and not name.startswith("__") and name not in WITHOUT
+    return own is not other and other is not None and not name.startswith("__")
 
 
 if __name__ == "__main__":

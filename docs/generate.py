@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""Write the reference pages from the code: docs/recipe.md, commands.md and convert.md. A test holds them against it."""
+"""Write the reference pages from the code: recipe.md, commands.md, convert.md, the end of trackers.md. A test compares."""
 
+import inspect
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,12 @@ from sft_recipes import cli
 from sft_recipes.convert.conversion import HEADINGS
 from sft_recipes.convert.draft import FILL_IN
 from sft_recipes.convert.rules import Table, names, table
+from sft_recipes.data.formats.base import Format
+from sft_recipes.data.formats.registry import FORMATS
 from sft_recipes.recipe import editor_schema
 from sft_recipes.recipe.parse import expectation, schema_of, section_class
 from sft_recipes.recipe.schema import Recipe, WeightedSource
+from sft_recipes.trackers.base import kinds
 
 DOCS = Path(__file__).parent
 
@@ -56,6 +61,13 @@ def recipe_page() -> str:
                 "",
                 *_doc(WeightedSource),
                 *_table(WeightedSource.model_fields, ("data", "train", 0)),
+                "",
+                "### data.format",
+                "",
+                "The format is detected from the required columns. `data.columns` maps any of the columns to other names; the",
+                "names in brackets are recognized without it. Columns that are not used are reported with the number of rows.",
+                "",
+                *_formats(),
             ]
     lines += ["", "## Top-level keys", "", *_table(top, ())]
     return "\n".join(lines) + "\n"
@@ -75,6 +87,23 @@ def _table(fields: dict[str, Any], path: tuple[str | int, ...]) -> list[str]:
             "| " + " | ".join(cell.replace("|", "\\|") for cell in (f"`{name}`", default, takes, meaning)) + " |"
         )
     return lines
+
+
+def _formats() -> list[str]:
+    """Render every row format with its columns."""
+
+    def columns(format: Format, names: Sequence[str]) -> str:
+        also = format.row({}, {}, "").also
+        return ", ".join(f"`{name}`" + "".join(f" (`{other}`)" for other in also.get(name, ())) for name in names)
+
+    return [
+        "| format | required columns | optional columns | rows |",
+        "|---|---|---|---|",
+        *(
+            f"| `{format.name}` | {columns(format, format.required)} | {columns(format, format.optional)} | {format.about} |"
+            for format in FORMATS.values()
+        ),
+    ]
 
 
 def _yaml(value: Any) -> str:
@@ -176,7 +205,19 @@ def _notes(tool: Table, kind: str) -> list[str]:
     return [f"| {', '.join(those)} | {note} |".replace("(0|1)", "(0\\|1)") for note, those in keys.items()]
 
 
-PAGES = {"recipe.md": recipe_page, "commands.md": commands_page, "convert.md": convert_page}
+def trackers_page() -> str:
+    """The page as it is, with the docstring of every tracker at its end."""
+    written, mark, _ = (DOCS / "trackers.md").read_text("utf-8").partition("by docs/generate.py. -->\n")
+    sections = [f"\n## {name}\n\n{inspect.getdoc(kind)}\n" for name, kind in kinds().items()]
+    return written + mark + "".join(sections)
+
+
+PAGES = {
+    "recipe.md": recipe_page,
+    "commands.md": commands_page,
+    "convert.md": convert_page,
+    "trackers.md": trackers_page,
+}
 
 if __name__ == "__main__":
     for name, page in PAGES.items():

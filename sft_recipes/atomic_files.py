@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sft_recipes.errors import OutputError
+from sft_recipes.errors import OutputError, reason_of
 
 _PATIENCE = 10.0  # seconds; workers of a killed process outlive it for a moment and keep its lock
 CHECKSUMS = "checksums.json"  # size and SHA-256 of every file in the directory
@@ -147,7 +147,7 @@ def find_corruption(folder: Path, *, thoroughly: bool = True) -> str | None:
     except FileNotFoundError:
         return f"incomplete ({CHECKSUMS} is missing)"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{CHECKSUMS} cannot be read: {' '.join(str(error).split())}"
+        return f"{CHECKSUMS} cannot be read: {reason_of(error)}"
     try:
         return _difference(folder, expected, thoroughly)
     except OSError as error:

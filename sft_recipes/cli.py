@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 else:  # a tool is added by its table
     TABLES = (Path(__file__).parent / "convert" / "tables").glob("*.yaml")
     ConvertSource = Literal[tuple(sorted(table.stem.replace("_", "-") for table in TABLES))]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run custom Python code of the model.")]
+# `main` applies it to all commands.
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the output of libraries.")]
 
 
@@ -91,13 +93,9 @@ def run(
     ranks.exit_with_launcher()
     if processes is not None:
         overrides = [*overrides, f"launch.processes={processes}"]
-    again = sys.argv[1:] if "--resume" in sys.argv else [*sys.argv[1:], "--resume"]
-    started = "torchrun ... -m sft_recipes.cli" if "LOCAL_RANK" in os.environ else "sft-recipe"
-    command = None if ranks.LAUNCHER_PID in os.environ else f"{started} {shlex.join(again)}"
-    with stopping.on_request(limit, command) as stop:
+    with stopping.on_request(limit, _resume_command()) as stop:
         # Report a typo before torch is imported, which takes seconds; meanwhile a thread reads the weights ahead.
         accepted = validate.load_valid(recipe, overrides)[0].recipe
-        _quiet(debug)
         if ranks.is_local_main():
             Thread(target=read_ahead, args=(accepted.model.name, accepted.model.revision), daemon=True).start()
         ranks.set_launcher_env(accepted.launch)
@@ -114,17 +112,14 @@ def run(
 
 
 @app.command()
-def check(recipe: RecipeFile, overrides: Overrides = [], debug: Debug = False) -> None:  # noqa: B006
+def check(recipe: RecipeFile, overrides: Overrides = [], _debug: Debug = False) -> None:  # noqa: B006
     """Validate recipe and data, reporting all problems at once."""
-    _quiet(debug)
     from sft_recipes.commands.check import check as start
 
     findings = start(recipe, overrides)
-    for line in findings.lines:
-        print(line)
     for warning in findings.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    print(f"{recipe}: OK")
+    print(*findings.lines, f"{recipe}: OK", sep="\n")
 
 
 @app.command()
@@ -136,10 +131,9 @@ def preview(
         list[str], typer.Option("--row", help="Show the sequence with this row (number or FILE:LINE).")
     ] = [],  # noqa: B006
     ids: Annotated[bool, typer.Option("--ids", help="Also show token ids.")] = False,
-    debug: Debug = False,
+    _debug: Debug = False,
 ) -> None:
     """Show tokens, loss mask and document boundaries of training sequences."""
-    _quiet(debug)
     from sft_recipes.commands.check import preview as start
 
     start(recipe, overrides, number, rows, ids=ids)
@@ -159,13 +153,12 @@ def plan(
     ] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="Predict a run on CPUs.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: memory in GiB, time in hours.")] = False,
-    debug: Debug = False,
+    _debug: Debug = False,
 ) -> None:
     """Predict memory, steps and time without a GPU and without weights.
 
     Uses the recipe, the model's config and, if available, the data.
     """
-    _quiet(debug)
     from sft_recipes.commands.plan import plan as start
 
     with contextlib.redirect_stdout(sys.stderr):  # some libraries print on import, which would break --json
@@ -185,29 +178,17 @@ def generate(
     input: Annotated[str, typer.Option(help="The Alpaca input field of the prompt.")] = "",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of new tokens.")] = 512,
     temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = 0.0,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run custom Python code of the model.")
-    ] = False,
-    debug: Debug = False,
+    trust: Trust = False,
+    _debug: Debug = False,
 ) -> None:
     """Answer a prompt, formatted with the template the model was trained with."""
     from sft_recipes import model_dir
 
     model_dir.find_model(model)  # report errors before torch is imported, which takes seconds
-    _warn_of_code(trust_remote_code)
-    _quiet(debug)
-    from sft_recipes.commands.generate import talk
+    _warn_of_code(trust)
+    from sft_recipes.commands.generate import generate as start
 
-    print(
-        talk(
-            model,
-            prompt,
-            input,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            trust_remote_code=trust_remote_code,
-        )
-    )
+    print(start(model, prompt, input, max_new_tokens=max_new_tokens, temperature=temperature, trust_remote_code=trust))
 
 
 @app.command()
@@ -223,10 +204,8 @@ def merge(
     ] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     max_shard_size: Annotated[str, typer.Option(help="Maximum size of one weight file.")] = "5GB",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run custom Python code of the base model.")
-    ] = False,
-    debug: Debug = False,
+    trust: Trust = False,
+    _debug: Debug = False,
 ) -> None:
     """Merge a LoRA adapter into its base model and verify it.
 
@@ -241,13 +220,10 @@ def merge(
     from sft_recipes import model_dir
 
     adapter_dir = model_dir.find_adapter(adapter)
-    _warn_of_code(trust_remote_code)
-    _quiet(debug)
-    from sft_recipes.export import merge as merging
+    _warn_of_code(trust)
+    from sft_recipes.export.merge import merge as start
 
-    for line in merging.merge(
-        adapter_dir, out, base=base, dtype=dtype, max_shard_size=max_shard_size, trust_remote_code=trust_remote_code
-    ):
+    for line in start(adapter_dir, out, base=base, dtype=dtype, max_shard_size=max_shard_size, trust_remote_code=trust):
         print(line)
     print(f"{out}: merged")
 
@@ -265,13 +241,12 @@ def report(
     watch: Annotated[
         bool, typer.Option("--watch", help="Update the report of a running training until it ends, or Ctrl-C.")
     ] = False,
-    debug: Debug = False,
+    _debug: Debug = False,
 ) -> None:
     """Write the report of a run, or a comparison of several.
 
     HTML and PNG with learning curves, data statistics, sample answers and versions.
     """
-    _quiet(debug)
     from sft_recipes.report import page
 
     def print_paths(written: list[Path]) -> None:
@@ -377,19 +352,17 @@ def convert(
 def doctor(
     hub: Annotated[bool, typer.Option("--hub", help="Also check the connection to the Hub.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    debug: Debug = False,
+    _debug: Debug = False,
 ) -> None:
     """Diagnose versions, devices, memory and disks, with a fix for each problem."""
-    _quiet(debug)
-    from sft_recipes.commands import doctor as looking
+    from sft_recipes.commands.doctor import diagnose
 
-    findings = looking.diagnose(hub=hub)
+    findings = diagnose(hub=hub)
     ok = not any(finding.blocks_runs for finding in findings)
     if as_json:
         print(json.dumps({"ok": ok, "findings": [finding.as_dict() for finding in findings]}, indent=2))
     else:
-        for finding in findings:
-            print(finding.line())
+        print(*(finding.line() for finding in findings), sep="\n")
     raise typer.Exit(0 if ok else 1)
 
 
@@ -397,6 +370,7 @@ def main() -> NoReturn:
     """Run the program. Exit codes: 0 done; 1 the run failed; 2 recipe, data or command line is wrong; 75 stopped on
     request and resumable."""
     debug = "--debug" in sys.argv
+    quiet_libraries(debug)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # for ASCII-only terminals
@@ -427,6 +401,15 @@ def main() -> NoReturn:
     sys.exit(code or 0)
 
 
+def _resume_command() -> str | None:
+    """Return the command that resumes this one; None in ranks that our launcher started, as it prints its own."""
+    from sft_recipes.distributed import ranks
+
+    words = sys.argv[1:] if "--resume" in sys.argv else [*sys.argv[1:], "--resume"]
+    program = "torchrun ... -m sft_recipes.cli" if "LOCAL_RANK" in os.environ else "sft-recipe"
+    return None if ranks.LAUNCHER_PID in os.environ else f"{program} {shlex.join(words)}"
+
+
 def _warn_of_code(trusted: bool) -> None:
     if trusted:
         print(
@@ -444,7 +427,7 @@ def _print_error(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
-def _quiet(debug: bool) -> None:
+def quiet_libraries(debug: bool) -> None:
     """Silence log messages, progress bars and telemetry of libraries."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -458,7 +441,7 @@ def _quiet(debug: bool) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     warnings.filterwarnings("ignore")
-    for name in ("torchao", "bitsandbytes", "torch.utils._pytree", "trl", "accelerate", "datasets", "huggingface_hub"):
+    for name in ("torchao", "bitsandbytes", "torch.utils", "trl", "accelerate", "datasets", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # DeepSpeed logs to stdout and sets its level on import.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)

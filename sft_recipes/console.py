@@ -9,7 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from sft_recipes.report.learning_curve import read_metrics, whole_lines
+from sft_recipes.errors import reason_of
+from sft_recipes.report.curves import positions
+from sft_recipes.run_dir import ADAPTER, MODEL, REPORT, SAMPLES, Lines, read_lines, read_metrics
 
 _SAMPLES = 5  # printed sample answers
 
@@ -27,7 +29,7 @@ def warn_on_error(console: Console, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        warn(console, [f"cannot create {what}: {' '.join(str(error).split())[:300] or type(error).__name__}"])
+        warn(console, [f"cannot create {what}: {reason_of(error)}"])
 
 
 def print_lines(console: Console, lines: Iterable[str]) -> None:
@@ -45,9 +47,9 @@ def print_summary(console: Console, folder: Path) -> None:
     metrics = read_metrics(folder)
     print_lines(console, ["", *_answers(folder), *_before_and_after(metrics), *_throughput(metrics), ""])
     outputs = {
-        "model": f"{'merged ' if (folder / 'adapter').exists() else ''}model (load with AutoModelForCausalLM.from_pretrained)",
-        "adapter": "LoRA adapter",
-        "report.html": "report with learning curves",
+        MODEL: f"{'merged ' if (folder / ADAPTER).exists() else ''}model (load with AutoModelForCausalLM.from_pretrained)",
+        ADAPTER: "LoRA adapter",
+        REPORT: "report with learning curves",
     }
     saved = [f"{folder / name}  {what}" for name, what in outputs.items() if (folder / name).exists()]
     print_lines(console, ["Saved:", *saved, "", "Next:", *_next(folder)])
@@ -55,8 +57,7 @@ def print_summary(console: Console, folder: Path) -> None:
 
 def samples(folder: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Return the first and the last answer to each prompt of the run."""
-    file = folder / "samples.jsonl"
-    lines = whole_lines(file) if file.is_file() else []
+    lines = read_lines(folder / SAMPLES)
     if not lines:
         return []
     first, last = lines[0]["step"], lines[-1]["step"]
@@ -68,7 +69,7 @@ def samples(folder: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
 def _answers(folder: Path) -> Iterable[str]:
     pairs = samples(folder)
     if pairs:
-        yield f"Sample answers ({min(len(pairs), _SAMPLES)} of {len(pairs):,}, all in samples.jsonl)"
+        yield f"Sample answers ({min(len(pairs), _SAMPLES)} of {len(pairs):,}, all in {SAMPLES})"
     for before, after in pairs[:_SAMPLES]:
         question = before["messages"][-1]
         yield "prompt:  " + _one_line(" | ".join(filter(None, [question["content"], question.get("input", "")])))
@@ -78,7 +79,7 @@ def _answers(folder: Path) -> Iterable[str]:
         yield "  after:    " + _one_line(after["answer"])
 
 
-def _before_and_after(metrics: list[dict[str, Any]]) -> Iterable[str]:
+def _before_and_after(metrics: Lines) -> Iterable[str]:
     names = {"eval_exact_match": ("exact match", "{:.1%}"), "eval_loss": ("eval loss", "{:.4f}")}
     for key, (name, form) in names.items():
         values = [line[key] for line in metrics if key in line]
@@ -86,26 +87,22 @@ def _before_and_after(metrics: list[dict[str, Any]]) -> Iterable[str]:
             yield f"{name}: {form.format(values[0])} → {form.format(values[-1])}"
 
 
-def _throughput(metrics: list[dict[str, Any]]) -> Iterable[str]:
+def _throughput(metrics: Lines) -> Iterable[str]:
     """Return tokens, tokens/s (without evaluation and checkpoints) and peak memory as a line."""
-    seen, timed, seconds = 0, 0, 0.0
-    for line in metrics:
-        if "loss" in line:
-            tokens, seen = line["tokens"] - seen, line["tokens"]
-            if rate := line.get("tokens_per_second"):
-                timed, seconds = timed + tokens, seconds + tokens / rate
     if metrics:
-        rate = f" at {timed / seconds:,.0f} tokens/s" if seconds else ""
-        yield f"throughput: {seen:,.0f} tokens{rate}; peak memory {max(line['peak_memory_gib'] for line in metrics):.2f} GiB"
+        _, tokens, seconds = positions(metrics)[-1]
+        rate = f" at {tokens / seconds:,.0f} tokens/s" if seconds else ""
+        peak = max(line["peak_memory_gib"] for line in metrics)
+        yield f"throughput: {tokens:,.0f} tokens{rate}; peak memory {peak:.2f} GiB"
 
 
 def _next(folder: Path) -> Iterable[str]:
     """Return commands that use the outputs of the run."""
-    run, merged = shlex.quote(str(folder)), (folder / "model").exists()
+    run, merged = shlex.quote(str(folder)), (folder / MODEL).exists()
     yield f'generate  sft-recipe generate {run} --prompt "..."'
     if not merged:
-        yield f"merge  sft-recipe merge {run} --out {shlex.quote(str(folder / 'model'))}"
-    trained = shlex.quote(str(folder / ("model" if merged else "adapter")))
+        yield f"merge  sft-recipe merge {run} --out {shlex.quote(str(folder / MODEL))}"
+    trained = shlex.quote(str(folder / (MODEL if merged else ADAPTER)))
     yield f"DPO  python docs/dpo.py {trained} pairs.jsonl --out {run}-dpo (see docs/dpo.md)"
 
 

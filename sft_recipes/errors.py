@@ -7,15 +7,16 @@
         ├── RecipeError         the recipe or the command line
         ├── DataError           the data
         ├── ModelError          the model, its tokenizer, or an adapter
-        ├── OutputError         the output directory
-        └── MissingExtraError   an optional package is not installed
+        └── OutputError         the output directory
 
 Each also derives from a standard exception, for code that uses sft-recipes as a library.
 """
 
 from collections.abc import Sequence
+from pickle import UnpicklingError
 from typing import Any
 
+_MOST_QUOTED = 400  # characters of a library's error
 _MOST = 2000  # characters per line; longer ones quote long user input and are shortened in the middle
 
 
@@ -32,6 +33,16 @@ def shown(value: Any) -> str:
     words = {None: "null", True: "true", False: "false"}
     text = words[value] if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def reason_of(error: BaseException) -> str:
+    """Format a library's error on one line, without a final period; its type if it says nothing."""
+    if isinstance(error, UnpicklingError):  # torch's own message advises to load the file anyway
+        return (
+            "a file of the checkpoint is damaged or contains more than tensors and numbers. It was not loaded, because it "
+            "could run code. Remove that checkpoint to continue from the one before it"
+        )
+    return " ".join(str(error).split())[:_MOST_QUOTED].rstrip(".") or type(error).__name__
 
 
 class SFTRecipeError(Exception):
@@ -79,14 +90,3 @@ class ModelError(InputError):
 
 class OutputError(InputError, FileExistsError):
     """The output directory is in use, not writable, or on a full disk."""
-
-
-class MissingExtraError(InputError, ImportError):
-    """A required optional package is not installed; the message names the extra that installs it."""
-
-
-def missing_extra(what: str, extra: str) -> MissingExtraError:
-    """Create the error for `what` (a key and its value), which requires the extra `extra`."""
-    return MissingExtraError(
-        f"{what} requires a package that is not installed. Run pip install 'sft-recipes[{extra}]'."
-    )

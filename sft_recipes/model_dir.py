@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_recipes.errors import ModelError
+from sft_recipes.run_dir import ADAPTER, MODEL
 
 BUILTIN = Path(__file__).parent / "builtin"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
@@ -104,7 +105,7 @@ def is_adapter(folder: Path) -> bool:
 
 def find_adapter(path: Path) -> Path:
     """Return the adapter directory at a path or in a run directory. Raises ModelError."""
-    for folder in () if unusable(str(path)) else (path, path / "adapter"):
+    for folder in () if unusable(str(path)) else (path, path / ADAPTER):
         if is_adapter(folder):
             return folder
     raise ModelError(
@@ -116,7 +117,7 @@ def find_model(path: Path) -> Path:
     """Return the model or adapter directory at a path, in a run directory, or of `builtin:tiny`. Raises ModelError."""
     if str(path).startswith("builtin:") and (built_in := directory(str(path))):
         return built_in
-    for folder in () if unusable(str(path)) else (path, path / "model", path / "adapter"):
+    for folder in () if unusable(str(path)) else (path, path / MODEL, path / ADAPTER):
         if (folder / "config.json").is_file() or is_adapter(folder):
             return folder
     raise ModelError(f"{path}: no model found. Pass a model or adapter directory, or a finished run.")
@@ -185,8 +186,10 @@ def _wrong_index(folder: Path) -> str | None:
 
 def reject_hub_kernels(model_config: Any, *, trust_remote_code: bool) -> None:
     """Raise ModelError if a config selects an attention kernel on the Hub, which `kernels` would download and run."""
+    from sft_recipes.upstream import attention_of  # imports torch
+
     for part in (model_config, model_config.get_text_config()):
-        kernel = str(getattr(part, "_attn_implementation", None) or "")
+        kernel = str(attention_of(part) or "")
         if "/" in kernel and not trust_remote_code:
             raise ModelError(
                 f"{model_config.name_or_path}: config.json selects attention code from the Hub ({kernel}). Remove that "

@@ -1,33 +1,81 @@
-"""Create, lock and describe the run directory."""
+"""The run directory: the names of its files, their readers and writers, and its lock."""
 
-import hashlib
-import importlib.metadata
 import json
-import platform
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from sft_recipes import atomic_files
-from sft_recipes.errors import OutputError, RecipeError
-from sft_recipes.recipe import secrets
-from sft_recipes.recipe.schema import Recipe
+from sft_recipes.errors import OutputError, shown
 
-MANIFEST, RESOLVED = "manifest.json", "recipe.resolved.json"
-# Keys that do not affect the trained weights.
-_HARMLESS = ("checkpoint.", "log.", "export.", "eval.", "train.on_nonfinite", "train.gradient_checkpointing")
-# Keys that only change how a step is split across ranks, and with it rounding and dropout. DeepSpeed checkpoints require
-# the same number of ranks; those of DDP and FSDP2 can be resharded.
-_OVER_RANKS = ("launch.processes", "launch.machines", "launch.cpu_offload")
-LIBRARIES = (
-    "sft-recipes", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "bitsandbytes",
-    "safetensors", "numpy", "torchao", "flash-attn", "deepspeed",
-)  # fmt: skip
+RECIPE = "recipe.resolved.json"
+MANIFEST = "manifest.json"
+DATA = "data.json"
+METRICS, SAMPLES = LOGS = ("metrics.jsonl", "samples.jsonl")  # lines that begin with their step
+PROBE, REFERENCE = "probe.json", "reference.safetensors"  # rows, and what the trained model computes from them
+CHECKPOINTS, ADAPTER, MODEL = OUTPUTS = ("checkpoints", "adapter", "model")
+MERGE, EXPORT = PROOFS = ("merge.json", "export.json")  # in MODEL: how it was made and verified
+CURVE, REPORT = "learning_curve.png", "report.html"
+
+Lines = list[dict[str, Any]]
+
+
+# --- Files ---
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the object in a JSON file. Raises OutputError."""
+    with _reading(file, "a JSON object"):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise TypeError(f"got {shown(content)}")
+        return content
+
+
+def read_lines(file: Path) -> Lines:
+    """Return the objects of a log, without a partial last line of a killed run; [] if it does not exist."""
+    with _reading(file, "valid JSON Lines"):
+        return [dict(json.loads(line)) for line in atomic_files.lines(file)] if file.is_file() else []
+
+
+@contextmanager
+def _reading(file: Path, kind: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{file}: cannot be read: {error.strerror}. Make it readable for this user.") from None
+    except (ValueError, TypeError) as error:
+        raise OutputError(f"{file}: not {kind}: {error}. Restore the file as the run wrote it.") from None
+
+
+def append_lines(file: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Append lines to a log, all or none."""
+    atomic_files.append(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def read_metrics(folder: Path) -> Lines:
+    """Return the lines of metrics.jsonl. Raises OutputError if the directory is no run."""
+    file = folder / METRICS
+    if not file.is_file():
+        raise OutputError(f"{folder}: not a run directory ({METRICS} is missing). Pass the output_dir of a run.")
+    lines = read_lines(file)
+    if not all(isinstance(line.get("step"), int) for line in lines):
+        raise OutputError(f"{file}: a line has no 'step'. Restore the file as the run wrote it.")
+    return lines
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested sections to dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
+    return flat
+
+
+# --- The directory ---
 
 
 def output_dir_problem(output_dir: str, *, resume: bool = False) -> str | None:
@@ -38,7 +86,7 @@ def output_dir_problem(output_dir: str, *, resume: bool = False) -> str | None:
     names = _names(folder)
     if not names:
         return None
-    is_run = any(name == MANIFEST or RESOLVED in name for name in names)  # RESOLVED may be partially written
+    is_run = any(name == MANIFEST or RECIPE in name for name in names)  # RECIPE may be partially written
     contents = f"(contains {', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
     if resume and is_run:
         return None
@@ -89,132 +137,13 @@ def _names(folder: Path) -> list[str]:
         ) from None
 
 
-def settings_changed(folder: Path, recipe: Recipe, fingerprints: dict[str, str], *, force: bool) -> list[str]:
-    """Return a line for each recipe key, data source and library version that changed since the run started.
-
-    Raises RecipeError with these lines, unless there are none or `force` is set and all of them are harmless.
-    """
-    if not (folder / MANIFEST).exists():  # it ended before it started training
-        return []
-    before, now = (_flat(values) for values in (_json(folder / RESOLVED), recipe.resolved()))
-    manifest = _json(folder / MANIFEST)
-    harmful, harmless = list[str](), list[str]()
-    same_step = now.get("train.global_batch_size") is not None  # a change of it has a line of its own
-    for key in dict.fromkeys([*before, *now]):
-        if before.get(key) != now.get(key) and key != "output_dir":
-            old, new = json.dumps(before.get(key)), json.dumps(now.get(key))
-            line = f"{key}: changed from {old} to {new} since the run started."
-            split_only = key == "train.micro_batch_size" or (
-                key in _OVER_RANKS and recipe.launch.strategy in ("ddp", "fsdp2")
-            )
-            (harmless if key.startswith(_HARMLESS) or (split_only and same_step) else harmful).append(line)
-    for path, sha256 in fingerprints.items():
-        if sha256 != manifest.get("data_sha256", {}).get(path, sha256):  # a changed path is a changed key
-            is_prompts = path == recipe.eval.generate
-            (harmless if is_prompts else harmful).append(f"{path}: content changed since the run started.")
-    used = manifest.get("versions", {})
-    for name, installed in versions().items():
-        if installed != used.get(name):
-            harmless.append(f"versions: {name} changed from {used.get(name)} to {installed} since the run started.")
-    refused = f"{folder}: cannot resume with changed settings. Restore the original values"
-    if harmful:
-        raise RecipeError(*harmful, *harmless, f"{refused}, or use a new output_dir.")
-    if harmless and not force:
-        raise RecipeError(*harmless, f"{refused}, use a new output_dir, or pass --force.")
-    return harmless
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested sections to dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
-    return flat
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("not a JSON object")
-        return content
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{file}: cannot be read: {error}. Use a new output_dir.") from None
-
-
-def write_metadata(
-    folder: Path,
-    recipe_file: str,
-    recipe: Recipe,
-    counted: dict[str, Any],
-    used: dict[str, Any],
-    checkpoint: Path | None,
-    forced: list[str],
-) -> None:
-    """Write recipe.resolved.json, data.json, and last manifest.json, which marks the run as started.
-
-    `counted` goes to data.json; `used` (device, attention, data fingerprints, preflight results, ...) to the manifest. If
-    the run is resumed from `checkpoint`, its manifest is extended instead of replaced; `forced` are the accepted changes.
-    """
-    command = [secrets.redacted(word) for word in sys.argv]
-    now = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "command": command, **used}
-    if checkpoint is not None:
-        manifest = _json(folder / MANIFEST)
-        manifest.setdefault("resumed", []).append(now | {"from": checkpoint.name, "changes": forced})
-        if forced:
-            manifest["versions"] = versions()
-    else:
-        manifest = now | {
-            "recipe": recipe_file,
-            "seed": recipe.train.seed,
-            "platform": platform.platform(),
-            "versions": versions(),
-            "git_commit": _git_commit(),
-        }
-    atomic_files.write_json(folder / RESOLVED, recipe.resolved())
-    atomic_files.write_json(folder / "data.json", counted)
-    atomic_files.write_json(folder / MANIFEST, manifest)
-
-
 def finish(folder: Path, peak_gib: float) -> None:
     """Mark the run as finished in its manifest, with its peak memory in GiB."""
     now = {"finished": datetime.now(UTC).isoformat(timespec="seconds"), "peak_gib": round(peak_gib, 3)}
-    atomic_files.write_json(folder / MANIFEST, _json(folder / MANIFEST) | now)
+    atomic_files.write_json(folder / MANIFEST, read_json(folder / MANIFEST) | now)
 
 
 def is_finished(folder: Path) -> bool:
     """Return True if the run is marked as finished and still has its model or adapter."""
-    outputs = any((folder / name).is_dir() for name in ("model", "adapter"))
-    return outputs and (folder / MANIFEST).exists() and "finished" in _json(folder / MANIFEST)
-
-
-def versions() -> dict[str, str | None]:
-    """Return the versions of Python and the libraries in use; None: not installed."""
-    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
-
-
-def source_hash() -> str:
-    """Return the SHA-256 of the source of this package."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
-
-
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git_commit() -> str | None:
-    """Return the git commit of the working directory, with `+changes` if files differ from it; None outside git."""
-    try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"],
-            capture_output=True, text=True, timeout=10, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return described.stdout.strip()
+    outputs = any((folder / name).is_dir() for name in (MODEL, ADAPTER))
+    return outputs and (folder / MANIFEST).exists() and "finished" in read_json(folder / MANIFEST)

@@ -140,12 +140,13 @@ def build(recipe: Path, folder: Path, *overrides: str, console: Console | None =
     """A trainer that is ready to run in a directory, without the rest of a run."""
     from sft_recipes.data import encoder, prepare
     from sft_recipes.models import model
+    from sft_recipes.models.tokenizer import load_tokenizer
     from sft_recipes.recipe import parse
-    from sft_recipes.training import trainer
+    from sft_recipes.training.build import build_trainer
 
     wanted = parse.load(recipe, overrides).recipe
     folder.mkdir(exist_ok=True)
-    tokenizer = model.load_tokenizer(wanted.model)
+    tokenizer = load_tokenizer(wanted.model)
     data = prepare.prepare(wanted, encoder.from_transformers(tokenizer))
     network = model.load_model(wanted, tokenizer)
-    return trainer.build(wanted, network, tokenizer, data, folder, console or Console(quiet=True), stop)
+    return build_trainer(wanted, network, tokenizer, data, folder, console or Console(quiet=True), stop)

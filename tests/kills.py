@@ -232,7 +232,7 @@ def main() -> None:
     arguments = parser.parse_args()
     from sft_recipes import cli
 
-    cli._quiet(debug=False)
+    cli.quiet_libraries(debug=False)
     import sft_recipes.run  # noqa: F401  # once, and not in each child
 
     gc.freeze()  # what is loaded is no garbage to be looked for in each training

@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOTrainer
 from trl.trainer.utils import use_adapter
 
-from sft_recipes.commands.generate import talk
+from sft_recipes.commands.generate import generate
 from sft_recipes.data import encoder, prepare
 from sft_recipes.data.sequences import IGNORED
 from sft_recipes.export.merge import merge
-from sft_recipes.models import model
+from sft_recipes.models.tokenizer import load_tokenizer
 from sft_recipes.recipe import parse
 from tests.conftest import WriteRecipe, minimal, run, write_rows
 
@@ -89,7 +89,7 @@ def test_the_first_loss_is_ln_2_and_it_falls(folder: Path, tmp_path: Path, way: 
         "generation_config.json",
         "tokenizer.json",
     }
-    assert talk(tmp_path / "out", "What is the opposite of empty?", max_new_tokens=16, temperature=0)
+    assert generate(tmp_path / "out", "What is the opposite of empty?", max_new_tokens=16, temperature=0)
 
 
 def loaded(saved: Path) -> torch.nn.Module:
@@ -150,7 +150,7 @@ def test_pairs_are_the_tokens_of_the_fine_tuning(
     named = [f"data.template={tmp_path / 'chat.jinja'}"] if template == "chat" else []
     run(recipe, "train.max_steps=1", *named)
     loaded = parse.load(recipe, named).recipe
-    sft = prepare.prepare(loaded, encoder.from_transformers(model.load_tokenizer(loaded.model))).train
+    sft = prepare.prepare(loaded, encoder.from_transformers(load_tokenizer(loaded.model))).train
     dpo = build(tmp_path / "run" / "model", folder / "pairs.jsonl", tmp_path / "out", **SETTINGS).train_dataset
 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
@@ -203,4 +203,4 @@ def test_the_commands_of_the_page(
 
     # The adapter's base is the fine-tuned model, by the path that the command gave.
     merge(Path("runs/dpo-lora/adapter"), Path("merged"), dtype="float32")
-    assert talk(Path("merged"), "What is the opposite of empty?", max_new_tokens=16, temperature=0)
+    assert generate(Path("merged"), "What is the opposite of empty?", max_new_tokens=16, temperature=0)

@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from sft_recipes.commands.generate import talk
+from sft_recipes.commands.generate import generate
 from tests.conftest import WriteRecipe, run, write_rows
 
 
@@ -13,4 +13,4 @@ def test_talking_to_a_run_trained_on_plain_text(write_recipe: WriteRecipe, tmp_p
 
     assert "; loss on training samples: exported " in said  # there are no others
     for where in (folder, folder / "model"):
-        assert talk(where, "hot dog hot", max_new_tokens=4, temperature=0).startswith(" dog hot dog")
+        assert generate(where, "hot dog hot", max_new_tokens=4, temperature=0).startswith(" dog hot dog")

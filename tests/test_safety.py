@@ -21,8 +21,11 @@ import torch
 
 from sft_recipes import atomic_files, cli
 from sft_recipes.commands import check
+from sft_recipes.data import sandbox
+from sft_recipes.data.chat import Chat
 from sft_recipes.errors import InputError, RecipeError, RunError
 from sft_recipes.recipe import secrets
+from sft_recipes.trackers.base import kinds
 from tests.conftest import WriteRecipe, run, write_rows
 
 TINY = Path(__file__).parents[1] / "sft_recipes" / "builtin" / "tiny"
@@ -32,7 +35,7 @@ Command = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
     """`sft-recipe` in this process: exit code, stdout, stderr. Nobody is there to answer a question."""
-    monkeypatch.setattr(cli, "_quiet", lambda debug: None)
+    monkeypatch.setattr(cli, "quiet_libraries", lambda debug: None)
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked the terminal"))
 
     def call(*arguments: object) -> tuple[int, str, str]:
@@ -307,11 +310,23 @@ UNSAFE = {
     "a long text": "{{ 'x' * 10**10 }}",
     "a large number": "{{ 9 ** (9 ** 9) }}",
     "larger and larger numbers": "{% set n = namespace(x=9) %}{% for i in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}",
+    "a C function that computes for hours": "{{ 1 | round(400000000, 'ceil') }}",
+    "a filter that never ends": "{{ 'x' | slice(2000000000) | list | length }}",
+    "only at inference": "{% if add_generation_prompt %}{{ 9 ** (9 ** 9) }}{% endif %}",
+    "only for some rows": "{% if 'row 7' in messages[0].content %}{{ 9 ** (9 ** 9) }}{% endif %}",
 }
+HARMLESS = ("an attribute that is not even used", "a filter", "a format")  # transformers renders nothing for these
 
 
-@pytest.mark.parametrize("case", UNSAFE)
-def test_a_template_that_does_what_none_may(case: str, write_recipe: WriteRecipe, tmp_path: Path) -> None:
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "_SECONDS", 1)
+
+
+@pytest.mark.parametrize("case", [case for case in UNSAFE if case not in HARMLESS])
+def test_a_template_that_does_what_none_may(
+    case: str, write_recipe: WriteRecipe, tmp_path: Path, impatient: None
+) -> None:
     """One line for all rows, which names the file."""
     template = tmp_path / "mine.jinja"
     template.write_text(SAY + UNSAFE[case])
@@ -322,8 +337,15 @@ def test_a_template_that_does_what_none_may(case: str, write_recipe: WriteRecipe
     assert f"data.template: {template}: the template violates the sandbox: " in line
 
 
+@pytest.mark.parametrize("case", HARMLESS)
+def test_what_the_sandbox_of_jinja_hides(case: str) -> None:
+    chat = Chat("[" + UNSAFE[case] + "]", "all", {}, ())
+
+    assert chat.prompt([{"role": "user", "content": "Hi"}], "") == "[]"
+
+
 def test_the_template_of_a_model_is_in_the_same_sandbox(
-    write_recipe: WriteRecipe, tmp_path: Path, command: Command
+    write_recipe: WriteRecipe, tmp_path: Path, command: Command, impatient: None
 ) -> None:
     """Where it is trained with, and where it is only talked to."""
     folder = tmp_path / "model"
@@ -334,7 +356,7 @@ def test_the_template_of_a_model_is_in_the_same_sandbox(
     for arguments in (("run", recipe), ("check", recipe), ("generate", folder, "--prompt", "Hi")):
         code, _, said = command(*arguments)
         assert code == 2
-        assert "the template violates the sandbox: it does not terminate" in said.splitlines()[-1]
+        assert "the template violates the sandbox: it takes more than 1 seconds of CPU time" in said.splitlines()[-1]
 
 
 # --- Secrets ---------------------------------------------------------------------------------------------------------
@@ -367,7 +389,7 @@ def test_which_variables_are_secret(secret: dict[str, str], monkeypatch: pytest.
         "KEYBOARD": "de-nodeadkeys",
     }.items():
         monkeypatch.setenv(name, value)
-    own = secrets.of_environment()
+    own = secrets.from_environment()
 
     assert own.items() >= secret.items()
     assert not {"TOKENIZERS_PARALLELISM", "MY_KEY", "MY_KEY_FILE", "KEYBOARD"} & own.keys()
@@ -494,7 +516,7 @@ def test_a_run_with_trackers_keeps_secrets_and_stays_here(
 ) -> None:
     """LoRA, merge and its proof in another process, with every tracker, in a git repository whose remote has a password;
     the network taken away."""
-    names = [name for name in ("wandb", "tensorboard", "trackio", "mlflow") if importlib.util.find_spec(name)]
+    names = [name for name, kind in kinds().items() if importlib.util.find_spec(kind.package)]
     recipe = write_recipe(lora={"rank": 2}, log={"to": names}, eval={"generate": ["Say it."]})
     for words in (["init", "-q"], ["remote", "add", "origin", "https://me:PlantedIIII9999@example.invalid/x.git"]):
         subprocess.run(["git", *words], cwd=tmp_path, check=True)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from sft_recipes import run_dir
+
 PACKAGE = Path(__file__).parent.parent / "sft_recipes"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # What each package or top-level module may import.
@@ -16,18 +18,21 @@ BELOW = {
     "atomic_files": {"errors"},
     "stopping": {"errors"},
     "upstream": set(),
-    "model_dir": {"errors"},
-    "recipe": {"errors", "model_dir"},
-    "console": {"errors", "recipe", "report", "stopping"},
+    "run_dir": {"atomic_files", "errors"},
+    "model_dir": {"errors", "run_dir", "upstream"},
+    "trackers": {"atomic_files", "run_dir", "upstream"},
+    "data/chat_templates": set(),
+    "data/formats": {"errors"},
+    "recipe": {"data/chat_templates", "data/formats", "errors", "model_dir", "trackers"},
+    "console": {"errors", "report", "run_dir"},
     "convert": {"errors", "recipe"},
-    "builtin": {"data", "errors", "export", "recipe"},
-    "data": {"errors", "model_dir", "recipe"},
-    "planning": {"errors", "memory", "recipe"},
-    "models": {"data", "errors", "model_dir", "recipe", "upstream"},
-    "memory": {"data", "errors", "model_dir", "models", "planning", "recipe", "upstream"},
-    "report": {"atomic_files", "errors", "recipe", "stopping"},
-    "export": {"atomic_files", "data", "errors", "model_dir", "recipe"},
-    "distributed": {"errors", "model_dir", "recipe"},
+    "data": {"data/chat_templates", "data/formats", "errors", "model_dir", "recipe"},
+    "planning": {"errors", "memory", "recipe", "run_dir"},
+    "models": {"data", "data/chat_templates", "errors", "model_dir", "recipe", "upstream"},
+    "memory": {"data", "errors", "model_dir", "models", "planning", "recipe", "run_dir", "upstream"},
+    "report": {"atomic_files", "errors", "recipe", "run_dir", "stopping"},
+    "export": {"atomic_files", "data", "errors", "model_dir", "recipe", "run_dir", "upstream"},
+    "distributed": {"errors", "model_dir", "recipe", "trackers", "upstream"},
     "training": {
         "atomic_files",
         "data",
@@ -37,13 +42,25 @@ BELOW = {
         "models",
         "planning",
         "recipe",
+        "run_dir",
         "stopping",
+        "trackers",
         "upstream",
     },
-    "run_dir": {"atomic_files", "errors", "recipe"},
-    "commands/check": {"data", "errors", "memory", "model_dir", "planning", "recipe", "run_dir"},
+    "run_metadata": {"atomic_files", "errors", "recipe", "run_dir"},
+    "commands/check": {
+        "data",
+        "data/chat_templates",
+        "errors",
+        "memory",
+        "model_dir",
+        "models",
+        "planning",
+        "recipe",
+        "run_dir",
+    },
     "commands/plan": {"data", "errors", "memory", "model_dir", "models", "planning", "recipe"},
-    "commands/generate": {"errors", "export", "model_dir", "models", "recipe"},
+    "commands/generate": {"errors", "export", "model_dir", "models", "recipe", "run_dir"},
     "commands/doctor": {"data", "errors", "recipe"},
     "run_distributed": {"commands", "data", "distributed", "errors", "recipe", "run_dir"},
     "run": {
@@ -59,6 +76,7 @@ BELOW = {
         "report",
         "run_dir",
         "run_distributed",
+        "run_metadata",
         "stopping",
         "training",
     },
@@ -79,6 +97,8 @@ BELOW = {
         "training",
     },
 }
+FILES = {name for key, name in vars(run_dir).items() if key.isupper() and isinstance(name, str)}
+DECLARATIONS = ("data/chat_templates", "data/formats")  # layers below the recipe, whose schema derives from them
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes"}
 
 
@@ -93,9 +113,10 @@ def imports(file: Path) -> set[str]:
 
 
 def layer(file: Path) -> str:
-    """Name of a package or module at the top; each command is a layer of its own."""
+    """Name of a package or module at the top; each command, and what declares itself, is a layer of its own."""
     first, *others = file.relative_to(PACKAGE).with_suffix("").parts
-    return f"{first}/{others[0]}" if first == "commands" and others != ["__init__"] else first
+    inner = f"{first}/{others[0]}" if others else first
+    return inner if inner in DECLARATIONS or (first == "commands" and others != ["__init__"]) else first
 
 
 def test_there_are_modules() -> None:
@@ -104,7 +125,8 @@ def test_there_are_modules() -> None:
 
 @pytest.mark.parametrize("file", MODULES, ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_imports_go_one_way(file: Path) -> None:
-    ours = {name.split(".")[1] for name in imports(file) if name.startswith("sft_recipes.")}
+    names = [name.split(".") for name in imports(file) if name.startswith("sft_recipes.")]
+    ours = {inner if (inner := "/".join(name[1:3])) in DECLARATIONS else name[1] for name in names}
 
     assert ours - {layer(file), "__version__"} <= BELOW.get(layer(file), set())
 
@@ -112,6 +134,19 @@ def test_imports_go_one_way(file: Path) -> None:
 @pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*/__init__.py")), ids=lambda file: file.parent.name)
 def test_packages_import_nothing_by_themselves(file: Path) -> None:
     assert file.read_text("utf-8") == ""
+
+
+@pytest.mark.parametrize("file", MODULES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_run_dir_owns_the_names_of_its_files(file: Path) -> None:
+    """A file's name is a constant of run_dir elsewhere; of the directories, model/ for one, in paths."""
+    literals = {
+        part.value
+        for node in ast.walk(ast.parse(file.read_text("utf-8")))
+        for part in ([node.right] if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div) else [node])
+        if isinstance(part, ast.Constant) and (part is not node or "." in str(part.value))
+    }
+
+    assert file.stem == "run_dir" or not literals & FILES
 
 
 def test_only_the_trainer_its_loss_and_what_predicts_them_import_trl() -> None:
@@ -123,6 +158,7 @@ def test_only_the_trainer_its_loss_and_what_predicts_them_import_trl() -> None:
         "memory/fake_kernels.py",
         "memory/memory_trace.py",
         "models/cpu_loss.py",
+        "training/build.py",
         "training/trainer.py",
     ]
 
@@ -131,6 +167,7 @@ TORCH_FREE = [
     "errors.py",
     "atomic_files.py",
     "stopping.py",
+    "trackers",
     "recipe",
     "convert",
     "data",
@@ -149,6 +186,7 @@ TORCH_FREE = [
     "run_distributed.py",
     "cli.py",
     "run_dir.py",
+    "run_metadata.py",
 ]
 
 
@@ -157,7 +195,7 @@ def test_modules_without_torch() -> None:
     files = [
         file
         for part in TORCH_FREE
-        for file in ([PACKAGE / part] if part.endswith(".py") else sorted((PACKAGE / part).glob("*.py")))
+        for file in ([PACKAGE / part] if part.endswith(".py") else sorted((PACKAGE / part).rglob("*.py")))
         if file.stem not in ("__init__", "packed_dataset")
     ]
     names = [".".join(("sft_recipes", *file.relative_to(PACKAGE).with_suffix("").parts)) for file in files]

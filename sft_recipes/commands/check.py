@@ -14,7 +14,8 @@ from sft_recipes.data import encoder, prepare, readers, sources
 from sft_recipes.data import preview as showing
 from sft_recipes.data.encoder import LightTokenizer
 from sft_recipes.data.eval_prompts import eval_prompts
-from sft_recipes.errors import DataError, InputError, ModelError, OutputError, RecipeError, one_line
+from sft_recipes.data.parsers import describe_unused
+from sft_recipes.errors import DataError, InputError, ModelError, RecipeError, one_line, reason_of
 from sft_recipes.memory import host_memory
 from sft_recipes.planning import disk
 from sft_recipes.planning.steps import count
@@ -76,7 +77,9 @@ def preview(
         if tokenizer.rebuilt:
             for warning in (line for line in warnings if "trust_remote_code" in line):
                 print(f"warning: {warning}", file=sys.stderr)
-            tokenizer = _load_hf_tokenizer(loaded.recipe.model)
+            from sft_recipes.models.tokenizer import load_tokenizer  # imports torch
+
+            tokenizer = encoder.from_transformers(load_tokenizer(loaded.recipe.model))
         # Specific rows require all data; otherwise the time limit applies.
         train = prepare.prepare(loaded.recipe, tokenizer, seconds=None if rows else _SECONDS).train
         numbers = showing.select_sequences(train, number, rows, loaded.recipe.train.seed)
@@ -100,7 +103,9 @@ def _check_data(recipe: Recipe) -> Findings:
         for source in readers.every_source(recipe.data):
             checked, total, report = readers.look_through(source, recipe.data, _SECONDS)
             rows = f"{total:,} rows" if checked == total else f"first {checked:,} of about {total:,} rows"
-            lines.append(f"data: {'; '.join((f'{source.path}: {rows}', *report.notes))}")
+            lines.append(
+                f"data: {'; '.join((f'{source.path}: {rows}', *report.notes, *describe_unused(report.unused)))}"
+            )
             warnings += report.warnings
         return Findings([*lines, f"tokens and steps not counted: {missing}"], warnings)
     data = prepare.prepare(recipe, tokenizer, seconds=_SECONDS)
@@ -151,12 +156,7 @@ def _check_disk_space(recipe: Recipe) -> Findings:
     if parameters is None or model_dir.path_problem(recipe.output_dir) or run_dir.output_dir_problem(recipe.output_dir):
         return Findings([], [])  # a resumed run has written part of it already
     folder = Path(recipe.output_dir).expanduser()
-    disk_of = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
-    if short := disk.lacking(disk_of, disk.needed(recipe, parameters, 0 if recipe.lora else parameters, 0)):
-        raise OutputError(
-            f"output_dir: not enough free space in {disk_of} for checkpoints and models{short}. Free some space, choose "
-            "another disk with --set output_dir=DIR, or lower checkpoint.keep."
-        )
+    disk.check_room(recipe, folder, parameters, 0 if recipe.trains_adapters else parameters, tokenizer=0)
     return Findings([], [])
 
 
@@ -166,7 +166,7 @@ def _check_host_memory(recipe: Recipe) -> Findings:
     if model is None:
         return Findings([], [])
     device = "cuda" if machine.trains_on_nvidia_gpu() else "cpu"
-    short = host_memory.lacking(host_memory.predict(recipe, model, device), adapters=recipe.lora is not None)
+    short = host_memory.lacking(host_memory.predict(recipe, model, device), adapters=recipe.trains_adapters)
     return Findings([], [short] if short else [])
 
 
@@ -191,7 +191,7 @@ def tokenizer_of(model: Model) -> tuple[LightTokenizer | None, str]:
         try:
             folder = _download(model)
         except Exception as error:  # network errors, Hub errors, gated models
-            return None, f"the tokenizer of {model.name} is unavailable: {' '.join(str(error).split())[:200]}"
+            return None, f"the tokenizer of {model.name} is unavailable: {reason_of(error)}"
     tokenizer = encoder.from_directory(folder, model.new_tokens)
     if tokenizer is None and (not model_dir.directory(model.name) or model_dir.has_tokenizer(folder)):
         tokenizer = _convert_tokenizer(model)
@@ -201,7 +201,7 @@ def tokenizer_of(model: Model) -> tuple[LightTokenizer | None, str]:
 _CONVERT = """
 import sys
 from sft_recipes.errors import ModelError
-from sft_recipes.models.model import load_tokenizer
+from sft_recipes.models.tokenizer import load_tokenizer
 from sft_recipes.recipe.schema import Model
 try:
     load_tokenizer(Model.model_validate_json(sys.argv[1])).save_pretrained(sys.argv[2])
@@ -220,20 +220,6 @@ def _convert_tokenizer(model: Model) -> LightTokenizer:
             reason = (done.stdout or done.stderr).strip().splitlines() or [""]
             raise ModelError(reason[-1] if done.stdout else f"model.name: {model.name}: its tokenizer: {reason[-1]}")
         return replace(tokenizer, rebuilt="")
-
-
-def _load_hf_tokenizer(model: Model) -> LightTokenizer:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            model_dir.location(model.name), revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
-    except Exception as error:  # tokenizer classes raise many types
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"model.name: {model.name}: its tokenizer cannot be loaded: {reason}") from error
-    tokenizer.add_tokens(model.new_tokens)
-    return encoder.from_transformers(tokenizer)
 
 
 def _download(model: Model) -> Path:

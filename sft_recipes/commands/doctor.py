@@ -18,7 +18,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from sft_recipes.errors import one_line
+from sft_recipes.errors import one_line, reason_of
 from sft_recipes.recipe import machine
 from sft_recipes.recipe.library_names import imitates_bf16, installed
 
@@ -242,7 +242,7 @@ def _imported(module: str) -> tuple[Any, str]:
     try:
         return importlib.import_module(module), ""
     except Exception as error:  # compiled code that does not match raises many types
-        return None, " ".join(str(error).split())[:200] or type(error).__name__
+        return None, reason_of(error)
 
 
 def _reinstall(package: str) -> str:
@@ -309,7 +309,7 @@ def _hub() -> Iterator[Finding]:
     try:
         answer = huggingface_hub.get_session().head(constants.ENDPOINT, timeout=_HUB_TIMEOUT, follow_redirects=True)
     except Exception as error:  # network errors of many types
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = reason_of(error)
         yield Finding(
             "hub",
             "warning",

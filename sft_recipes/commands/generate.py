@@ -10,13 +10,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sft_recipes import model_dir
-from sft_recipes.errors import ModelError, RecipeError, SFTRecipeError
+from sft_recipes.errors import ModelError, RecipeError, SFTRecipeError, reason_of
 from sft_recipes.export import load_adapter
 from sft_recipes.models.generate import answer, prompt_ids
-from sft_recipes.models.model import as_model_error
+from sft_recipes.models.library_errors import as_model_error
+from sft_recipes.run_dir import DATA, RECIPE
 
 
-def talk(
+def generate(
     path: Path,
     prompt: str,
     input: str = "",
@@ -34,7 +35,8 @@ def talk(
     folder = model_dir.find_model(path)
     trust = {"trust_remote_code": trust_remote_code}  # always passed: without it transformers prompts on the terminal
     if model_dir.is_adapter(folder):
-        model, tokenizer = load_adapter.adapted(folder, "auto", trust_remote_code=trust_remote_code)
+        adapter = load_adapter.find(folder, trust_remote_code=trust_remote_code)
+        model, tokenizer = load_adapter.load(adapter, "auto"), adapter.load_tokenizer()
     else:
         with as_model_error(str(folder), "tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
@@ -46,11 +48,11 @@ def talk(
             )
     message: dict[str, Any] = {"role": "user", "content": prompt, **({"input": input} if input else {})}
     with _as_answer_error(path):
-        ids = prompt_ids(tokenizer, [message], raw=_trained_on_text(path))
+        ids = prompt_ids(tokenizer, [message], **_plain_text(path))
     limit = model_dir.positions(model.config.to_dict())
     if limit is not None and len(ids) >= limit:
         raise ModelError(f"{path}: the prompt is longer than the context length {limit} (got {len(ids)}). Shorten it.")
-    stops = load_adapter.stops(folder, tokenizer)
+    stops = load_adapter.stop_tokens(folder, tokenizer)
     with _as_answer_error(path):
         [text] = answer(
             model.to(torch.accelerator.current_accelerator() or "cpu"),
@@ -71,8 +73,7 @@ def _as_answer_error(path: Path) -> Iterator[None]:
     except SFTRecipeError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"{path}: cannot answer this prompt: {type(error).__name__}: {reason}") from error
+        raise ModelError(f"{path}: cannot answer this prompt: {type(error).__name__}: {reason_of(error)}") from error
 
 
 def _is_unicode(text: str) -> bool:
@@ -83,12 +84,15 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _trained_on_text(path: Path) -> bool:
-    """Return True if `path` is (in) a run trained on plain text, which is continued without a template."""
-    file = next((folder / "data.json" for folder in (path, path.parent) if (folder / "data.json").is_file()), None)
+def _plain_text(path: Path) -> dict[str, bool]:
+    """Return the options of a prompt that continues plain text, if `path` is (in) a run that was trained on it."""
+    file = next((folder / DATA for folder in (path, path.parent) if (folder / DATA).is_file()), None)
     if file is None:
-        return False
+        return {}
     try:
-        return all(source["format"] == "text" for source in json.loads(file.read_text("utf-8"))["train"]["sources"])
+        sources = json.loads(file.read_text("utf-8"))["train"]["sources"]
+        recipe = json.loads(file.with_name(RECIPE).read_text("utf-8")) if file.with_name(RECIPE).is_file() else {}
+        parse = recipe.get("data", {}).get("special_tokens") == "parse"
+        return {"raw": all(source["format"] == "text" for source in sources), "parse": parse}
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ModelError(f"{file}: cannot be read: {error}. Remove it to use the model's chat template.") from None

@@ -47,10 +47,10 @@ def key(**inputs: Any) -> str:
 @cache
 def _code() -> str:
     digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.iterdir()):
+    for file in sorted(Path(__file__).parent.rglob("*")):
         if file.suffix in (".py", ".jinja"):
             digest.update(file.read_bytes())
-    for package in ("jinja2", "tokenizers"):
+    for package in ("jinja2", "tokenizers", "transformers"):
         digest.update(importlib.metadata.version(package).encode())
     return digest.hexdigest()
 
@@ -122,7 +122,7 @@ def _temporary_dir(entry: Path | None) -> Iterator[Path]:
 
 
 def _write(into: Path, batches: Iterable[Documents], about: dict[str, Any] | None) -> None:
-    lengths = array("q")
+    lengths, begins, tokens = array("q"), array("q"), 0
     per_document: dict[str, list[Any]] = {name: [] for name in PER_DOCUMENT}
     checksums = [0, 0]
     with (into / "ids").open("wb") as ids, (into / "trained").open("wb") as trained:
@@ -131,19 +131,25 @@ def _write(into: Path, batches: Iterable[Documents], about: dict[str, Any] | Non
                 stream.write(values.data)
                 checksums[number] = zlib.crc32(values.data, checksums[number])
             lengths.extend(np.diff(batch.offsets).tolist())
+            begins.extend((batch.begins + tokens).tolist())
+            tokens += len(batch.ids)
             for name, parts in per_document.items():
                 parts.append(getattr(batch, name))
     offsets = np.concatenate([[0], np.cumsum(np.frombuffer(lengths, dtype=np.int64))])
     columns = {name: np.concatenate(parts) for name, parts in per_document.items()}
-    columns["about"] = np.array(json.dumps(about))
-    np.savez(into / "documents.npz", offsets=offsets, checksums=checksums, allow_pickle=False, **columns)
+    columns |= {
+        "offsets": offsets,
+        "begins": np.frombuffer(begins, dtype=np.int64),
+        "about": np.array(json.dumps(about)),
+    }
+    np.savez(into / "documents.npz", checksums=checksums, allow_pickle=False, **columns)
 
 
 def _read(entry: Path, about: dict[str, Any] | None = None) -> Documents | None:
     """Memory-map the documents of an entry, and update `about`; None if it is missing, incomplete or corrupt."""
     try:
         with np.load(entry / "documents.npz") as stored_columns:
-            columns = {name: stored_columns[name] for name in ("offsets", *PER_DOCUMENT)}
+            columns = {name: stored_columns[name] for name in ("offsets", "begins", *PER_DOCUMENT)}
             checksums = stored_columns["checksums"].tolist()
             kept = json.loads(stored_columns["about"].item())
         # asarray: slicing a memmap is ten times slower than slicing an array.

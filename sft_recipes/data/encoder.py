@@ -2,13 +2,14 @@
 
 A document is BOS (if the tokenizer adds it) + text + EOS, encoded in one piece, so its ids are those of the whole text.
 Chat templates write BOS and end-of-turn tokens themselves; EOS is appended if the last turn is not closed. A token that
-spans the boundary of prompt and answer belongs to the answer.
+spans the boundary of prompt and answer belongs to the answer; after a prompt of a chat template, both are encoded apart, as at
+inference.
 """
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
+from sft_recipes.data.chat_templates import named
 from sft_recipes.data.templates import Rendered
 from sft_recipes.errors import DataError, ModelError
 
@@ -67,7 +69,7 @@ def from_directory(folder: Path, new_tokens: Sequence[str] = ()) -> LightTokeniz
         backend.add_special_tokens([*specials.values(), *(text for text in texts if isinstance(text, str))])
     except Exception as error:
         raise ModelError(f"{folder}: cannot add the special tokens: {error}. Download the tokenizer again.") from None
-    backend.add_tokens(list(new_tokens))
+    backend.add_tokens(named.to_add(new_tokens))
     name = str(config.get("tokenizer_class") or _UNCHANGED[0])
     unchanged = name.removesuffix("Fast") in _UNCHANGED or "ByteLevel" in repr(backend.pre_tokenizer)
     rebuilt = "" if unchanged and not config.get("add_prefix_space") else name
@@ -110,35 +112,51 @@ def _text(file: Path) -> str:
         raise ModelError(f"{file}: invalid UTF-8. Download it again.") from None
 
 
-PER_DOCUMENT = ("stops", "ended", "empty", "lossy", "digests", "prompts")
+PER_DOCUMENT = ("stops", "ended", "empty", "lossy", "prompted", "digests", "prompts")
+
+
+def alike(batch: Sequence[Rendered]) -> list[list[Rendered]]:
+    """Split a batch into runs with the same `writes_specials`."""
+    return [list(part) for _, part in groupby(batch, key=lambda rendered: rendered.writes_specials)]
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Concatenated tokenized documents: document i has tokens offsets[i] to offsets[i + 1] - 1.
+    """Concatenated tokenized rows: row i has tokens offsets[i] to offsets[i + 1] - 1.
 
-    `ids` and `trained` have shape (tokens,), `offsets` (documents + 1,), the fields in PER_DOCUMENT (documents,).
+    `ids` and `trained` have shape (tokens,), `offsets` (rows + 1,), the fields in PER_DOCUMENT (rows,). A row is one document,
+    unless its turns are documents of their own: `begins` are the first tokens of all documents.
     """
 
     ids: NDArray[np.int32]
     trained: NDArray[np.bool_]  # in the loss
     offsets: NDArray[np.int64]
-    stops: NDArray[np.int32]  # EOS token of each document
+    begins: NDArray[np.int64]
+    stops: NDArray[np.int32]  # EOS token of each row
     ended: NDArray[np.bool_]  # that token is in the loss
     empty: NDArray[np.bool_]  # the answer is blank
-    lossy: NDArray[np.bool_]  # the template drops or rewrites part of the row
+    lossy: NDArray[np.str_]  # the keys that the template drops or rewrites, separated by commas
+    prompted: NDArray[np.bool_]  # the text begins with the prompt of inference
     digests: NDArray[np.uint64]  # hash of the ids
     prompts: NDArray[np.uint64]  # hash of the ids before the first trained token; 0 if there are none
 
     def __len__(self) -> int:
         return len(self.stops)
 
-    def __getitem__(self, document: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-        """Return ids and loss mask of one document."""
-        if not 0 <= document < len(self):
-            raise IndexError(document)
-        tokens = slice(int(self.offsets[document]), int(self.offsets[document + 1]))
+    def __getitem__(self, row: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        """Return ids and loss mask of one row."""
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        tokens = slice(int(self.offsets[row]), int(self.offsets[row + 1]))
         return self.ids[tokens], self.trained[tokens]
+
+    def pieces(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Return the documents of rows: the index into `rows`, first and end token of each."""
+        first, last = (np.searchsorted(self.begins, self.offsets[rows + by]) for by in (0, 1))
+        counts = last - first
+        index = np.repeat(np.arange(len(rows)), counts)
+        number = np.arange(len(index)) - np.repeat(np.cumsum(counts) - counts, counts) + first[index]
+        return index, self.begins[number], np.append(self.begins, self.offsets[-1])[number + 1]
 
 
 def join(parts: Sequence[Documents]) -> Documents:
@@ -148,21 +166,27 @@ def join(parts: Sequence[Documents]) -> Documents:
         return np.concatenate([getattr(part, name) for part in parts])
 
     offsets = np.concatenate([[0], np.cumsum(np.concatenate([np.diff(part.offsets) for part in parts]))])
-    return Documents(column("ids"), column("trained"), offsets, **{name: column(name) for name in PER_DOCUMENT})
+    firsts = np.cumsum([0, *(len(part.ids) for part in parts)])
+    begins = np.concatenate([part.begins + first for part, first in zip(parts, firsts, strict=False)])
+    return Documents(column("ids"), column("trained"), offsets, begins, **{name: column(name) for name in PER_DOCUMENT})
 
 
-# Trained token ranges, shape (3, spans): document, start and end, relative to the document; end -1: up to its last token.
-_Spans = NDArray[np.int64]
+def range_sums(values: NDArray[Any], start: NDArray[np.int64], end: NDArray[np.int64], dtype: type) -> NDArray[Any]:
+    """Sum `values` over each range [start, end), modulo the size of an unsigned `dtype`."""
+    totals = np.zeros(len(values) + 1, dtype=dtype)
+    np.cumsum(values, dtype=dtype, out=totals[1:])
+    return totals[end] - totals[start]  # exact even if the totals have wrapped around
 
 
 class Encoder:
-    """Encoder of batches of rendered text. Disables truncation and padding of the given tokenizer."""
+    """Encoder of batches of rendered text. Disables truncation, padding and trimmed offsets of the given tokenizer."""
 
     def __init__(self, tokenizer: LightTokenizer) -> None:
         self._backend = tokenizer.backend
         self._backend.no_truncation()  # both can be part of a tokenizer.json
         self._backend.no_padding()
         self._backend.encode_special_tokens = False
+        _keep_blanks(self._backend)
         eos = tokenizer.specials.get("eos_token")
         if eos is None:
             raise ModelError(
@@ -180,127 +204,76 @@ class Encoder:
         self.bos, self._end = _added(self._backend)
         # If the tokenizer appends another token ([SEP]), EOS replaces it.
         self._replaced = 0 if self._end in ([], [self.eos]) else len(self._end)
-        self._bytes = _bytes_per_token(self._backend)
-        self._normalizer = self._backend.normalizer
+        self._blank_first = _blank_first(self._backend)
 
     def encode(self, batch: Sequence[Rendered]) -> Documents:
         """Encode a batch of texts. Raises DataError if a text is not valid Unicode."""
-        if len({rendered.writes_specials for rendered in batch}) > 1:
-            return join([self.encode([rendered]) for rendered in batch])
-        return self.documents(batch, self.tokenize(batch))
+        return join([self.documents(part, self.tokenize(part)) for part in alike(batch)])
+
+    def prompt(self, text: str, *, specials: bool) -> list[int]:
+        """Encode a prompt as for inference."""
+        [encoding] = self._run([Rendered("", text, [], specials)])
+        return encoding.ids[: len(encoding.ids) - (0 if specials else len(self._end))]
 
     def tokenize(self, batch: Sequence[Rendered]) -> list[Encoding]:
-        """Run the tokenizer, which releases the GIL. All texts must have the same `writes_specials`.
-
-        Byte-level tokenizers run without offsets, which is faster: spans follow from the bytes of the tokens.
-        """
-        return self._run(batch, fast=self._bytes is not None)
+        """Run the tokenizer, which releases the GIL. All texts must have the same `writes_specials`."""
+        return self._run([document for rendered in batch for document in (rendered, *rendered.more)])
 
     def documents(self, batch: Sequence[Rendered], encodings: list[Encoding]) -> Documents:
         """Assemble documents from the encodings of a batch."""
         specials = batch[0].writes_specials
-        flat = _Flat(encodings)
-        spans = self._spans_by_bytes(batch, flat, specials=specials) if self._bytes is not None else None
-        if spans is None:
-            if self._bytes is not None:
-                encodings = self._run(batch, fast=False)
-                flat = _Flat(encodings)
-            added = 0 if specials else len(self._end)
-            by_offsets = [
-                (number, start, end)
-                for number, (rendered, encoding) in enumerate(zip(batch, encodings, strict=True))
-                for start, end in _spans_by_offsets(rendered, encoding, len(encoding.ids) - added)
-            ]
-            spans = np.array(by_offsets, dtype=np.int64).reshape(-1, 3).T
-        endings = [self._ending(rendered.text, specials=specials) for rendered in batch]
-        has_eos = np.array([closed for closed, _ in endings])
-        replaced = 0 if specials else self._replaced
-
-        # The tokenizer's ids without the replaced ones, with EOS appended where it is missing.
-        lengths = np.diff(flat.offsets) - replaced
-        offsets = np.concatenate([[0], np.cumsum(lengths + ~has_eos)])
-        ids = np.full(offsets[-1], self.eos, dtype=np.int32)
-        encoded = np.ones(len(ids), dtype=bool)
-        encoded[offsets[1:][~has_eos] - 1] = False
-        if replaced:
-            kept = np.ones(len(flat.ids), dtype=bool)
-            for at in range(replaced):
-                kept[flat.offsets[1:] - 1 - at] = False
-            ids[encoded] = flat.ids[kept]
-        else:
-            ids[encoded] = flat.ids
-
-        # +1 at the start of a span, -1 after its last token: the cumulative sum is the loss mask.
-        changes = np.zeros(len(ids) + 1, dtype=np.int8)
-        number, start, end = spans
-        np.add.at(changes, offsets[number] + start, 1)
-        np.add.at(changes, np.where(end < 0, offsets[number + 1], offsets[number] + end), -1)
-        trained = np.cumsum(changes[:-1], dtype=np.int8) > 0
-        stops = np.array([stop for _, stop in endings], dtype=np.int32)
+        added = 0 if specials else len(self._end)
+        lists, stops, spans = list[list[int]](), list[int](), list[list[tuple[int, int]]]()
+        for rendered, whole in zip((one for row in batch for one in (row, *row.more)), encodings, strict=True):
+            encoding = self._cut(rendered, whole)
+            ids = encoding.ids
+            spans.append(list(_spans(rendered, encoding, len(ids) - added)))
+            if self._replaced and not specials:
+                del ids[-self._replaced :]
+            closed, stop = self._ending(rendered.text, specials=specials)
+            lists.append(ids if closed else [*ids, self.eos])
+            stops.append(stop)
+        begins = np.concatenate([[0], np.cumsum([len(ids) for ids in lists])])
+        ids = np.fromiter(chain.from_iterable(lists), dtype=np.int32, count=begins[-1])
+        trained = np.zeros(len(ids), dtype=bool)
+        for begin, end, of_document in zip(begins.tolist(), begins[1:].tolist(), spans, strict=False):
+            for first, last in of_document:
+                trained[begin + first : end if last < 0 else begin + last] = True
+        ended = _ended(ids, trained, begins, np.array(stops, dtype=np.int32))
+        first = np.concatenate([[0], np.cumsum([1 + len(rendered.more) for rendered in batch])])
+        offsets = begins[first]
         digests, prompts = _digests(ids, trained, offsets)
         return Documents(
             ids,
             trained,
             offsets,
-            stops,
-            _ended(ids, trained, offsets, stops),
+            begins[:-1],
+            np.array(stops, dtype=np.int32)[first[1:] - 1],
+            np.logical_and.reduceat(ended, first[:-1]),
             np.array([rendered.empty for rendered in batch], dtype=bool),
-            np.array([rendered.lossy for rendered in batch], dtype=bool),
+            np.array([rendered.lossy for rendered in batch], dtype=str),
+            np.array([rendered.prompted for rendered in batch], dtype=bool),
             digests,
             prompts,
         )
 
-    def _run(self, batch: Sequence[Rendered], *, fast: bool) -> list[Encoding]:
-        as_text = not batch[0].writes_specials
+    def _run(self, documents: Sequence[Rendered]) -> list[Encoding]:
+        as_text = not documents[0].writes_specials
         if self._backend.encode_special_tokens != as_text:
             self._backend.encode_special_tokens = as_text
-        encode = self._backend.encode_batch_fast if fast else self._backend.encode_batch
         try:
-            return encode([rendered.text for rendered in batch], add_special_tokens=as_text)
+            return self._backend.encode_batch([one.text for one in documents], add_special_tokens=as_text)
         except Exception as error:  # the tokenizers library raises bare Exception
-            raise _not_unicode(batch) or _cannot_encode(error) from None
+            raise _not_unicode(documents) or _cannot_encode(error) from None
 
-    def _spans_by_bytes(self, batch: Sequence[Rendered], flat: "_Flat", *, specials: bool) -> _Spans | None:
-        """Compute spans from the number of bytes of each token.
-
-        Returns None if these are not the bytes of the texts, e.g. because a normalizer or an added token changes them.
-        """
-        assert self._bytes is not None
-        sizes = self._bytes[flat.ids]
-        if not specials:  # tokens that the tokenizer adds have no text
-            for at in range(len(self.bos)):
-                sizes[flat.offsets[:-1] + at] = 0
-            for at in range(len(self._end)):
-                sizes[flat.offsets[1:] - 1 - at] = 0
-        ends = np.cumsum(sizes)
-        before = np.concatenate([[0], ends])[flat.offsets]
-        lengths = [len(rendered.text.encode()) for rendered in batch]
-        if not np.array_equal(np.diff(before), lengths):
-            return None
-        if self._normalizer is not None and any(self._normalizer.normalize_str(r.text) != r.text for r in batch):
-            return None
-        numbers, starts, stops, to_end = [], [], [], []
-        for number, (rendered, length) in enumerate(zip(batch, lengths, strict=True)):
-            text = rendered.text
-            for start, end in rendered.trained:
-                if start == end < len(text):
-                    continue
-                numbers.append(number)
-                to_end.append(end == len(text))
-                if length != len(text):  # not ASCII: convert characters to bytes
-                    start, end = len(text[:start].encode()), len(text[:end].encode())
-                starts.append(start)
-                stops.append(end)
-        documents, first_byte = np.array(numbers, dtype=np.int64), np.array(starts, dtype=np.int64)
-        first, base = flat.offsets[documents], before[documents]
-        # Start at the first token that ends after the first byte; an empty span starts at the appended tokens.
-        begin = np.searchsorted(ends, base + first_byte, side="right") - first
-        begin = np.minimum(begin, np.diff(flat.offsets)[documents] - (0 if specials else len(self._end)))
-        begin[first_byte == 0] = 0
-        # End after the token that contains the last byte.
-        stop = np.searchsorted(ends, base + np.array(stops, dtype=np.int64), side="left") + 1 - first
-        stop = np.where(to_end, -1, np.maximum(begin, stop))
-        return np.stack([documents, begin, stop])
+    def _cut(self, rendered: Rendered, encoding: Encoding) -> Encoding:
+        """Encode a prompt as for inference, and then the answer, if a token of the whole text spans both."""
+        cuts = [cut for cut in rendered.cuts if cut < len(rendered.text) and _inside(cut, encoding)]
+        if not cuts or self._blank_first:
+            return encoding
+        edges = [0, *cuts, len(rendered.text)]
+        parts = [Rendered("", rendered.text[one:other], [], True) for one, other in pairwise(edges)]
+        return Encoding.merge(self._run(parts), growing_offsets=True)
 
     def _ending(self, text: str, *, specials: bool) -> tuple[bool, int]:
         """Return whether the encoded text already ends with an EOS token, and that token or the one to append."""
@@ -310,17 +283,17 @@ class Encoder:
         return (True, self._stops[max(closing, key=len)]) if closing else (False, self.eos)
 
 
-class _Flat:
-    """Concatenated ids of several encodings, with offsets."""
-
-    def __init__(self, encodings: Sequence[Encoding]) -> None:
-        lists = [encoding.ids for encoding in encodings]
-        self.offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in lists])])
-        self.ids = np.fromiter(chain.from_iterable(lists), dtype=np.int32, count=self.offsets[-1])
+def _inside(position: int, encoding: Encoding) -> bool:
+    """Return True if a token spans the border before a character."""
+    token = encoding.char_to_token(position)
+    return token is not None and encoding.token_to_chars(token)[0] < position
 
 
-def _spans_by_offsets(rendered: Rendered, encoding: Encoding, own: int) -> Iterator[tuple[int, int]]:
-    """Compute spans from the characters that each token covers; the first `own` tokens are of the text."""
+def _spans(rendered: Rendered, encoding: Encoding, own: int) -> Iterator[tuple[int, int]]:
+    """Compute the trained [start, end) tokens (end -1: the last) from the characters that each token covers.
+
+    The first `own` tokens are of the text. A token that spans a border is trained.
+    """
 
     def token_at(start: int) -> int:
         """Return the first token that covers a character at or after `start`."""
@@ -335,8 +308,7 @@ def _spans_by_offsets(rendered: Rendered, encoding: Encoding, own: int) -> Itera
             yield begin, -1
             continue
         stop = token_at(end)
-        span = encoding.token_to_chars(stop) if stop < own else None
-        yield begin, stop + 1 if span is not None and span[0] < end else stop
+        yield begin, stop + 1 if stop < own and _inside(end, encoding) else stop
 
 
 def _added(backend: Tokenizer) -> tuple[list[int], list[int]]:
@@ -353,17 +325,19 @@ def _added(backend: Tokenizer) -> tuple[list[int], list[int]]:
     return [], []
 
 
-def _bytes_per_token(backend: Tokenizer) -> NDArray[np.int64] | None:
-    """Return the number of text bytes per token, by id; None if the tokenizer is not byte-level."""
-    if "ByteLevel" not in repr(backend.pre_tokenizer):
-        return None
-    vocabulary = backend.get_vocab()  # byte-level tokens are spelled with one letter per byte
-    ids = np.fromiter(vocabulary.values(), dtype=np.int64, count=len(vocabulary))
-    sizes = np.zeros(ids.max() + 1, dtype=np.int64)
-    sizes[ids] = np.fromiter(map(len, vocabulary), dtype=np.int64, count=len(vocabulary))
-    for token, added in backend.get_added_tokens_decoder().items():
-        sizes[token] = len(added.content.encode())
-    return sizes
+def _keep_blanks(backend: Tokenizer) -> None:
+    """Let tokens cover their leading and trailing blanks, which some byte-level tokenizers leave out of the offsets."""
+    processor = backend.post_processor
+    state = processor.__getstate__() if processor is not None else b""
+    if b'"trim_offsets":true' in state:
+        processor.__setstate__(state.replace(b'"trim_offsets":true', b'"trim_offsets":false'))
+        backend.post_processor = processor
+
+
+def _blank_first(backend: Tokenizer) -> bool:
+    """Return True if the tokenizer begins a text with a blank, as SentencePiece does, so that it cannot encode parts."""
+    text = backend.normalizer.normalize_str("a") if backend.normalizer else "a"
+    return (bool(backend.pre_tokenizer) and backend.pre_tokenizer.pre_tokenize_str(text)[0][0] != "a") or text != "a"
 
 
 def _ended(
@@ -387,13 +361,9 @@ def _digests(
         mixed ^= mixed >> np.uint64(33)
         mixed *= np.uint64(factor)
     mixed ^= mixed >> np.uint64(33)
-    digests = np.add.reduceat(mixed, offsets[:-1])  # no document is empty: each has an EOS token
     answers = np.append(np.flatnonzero(trained), len(ids))
     ends = np.minimum(answers[np.searchsorted(answers, offsets[:-1])], offsets[1:])  # ends of the prompts
-    edges = np.stack([offsets[:-1], np.minimum(ends, len(ids) - 1)], axis=1).ravel()
-    prompts = np.add.reduceat(mixed, edges)[::2]
-    prompts[ends == offsets[:-1]] = 0  # reduceat returns the first token for an empty range
-    prompts[ends == len(ids)] = digests[ends == len(ids)]  # no later trained token: all of the document is prompt
+    digests, prompts = (range_sums(mixed, offsets[:-1], end, np.uint64) for end in (offsets[1:], ends))
     return digests, prompts
 
 

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sft_recipes.data import formats, readers, sources
+from sft_recipes.data import readers, sources
+from sft_recipes.data.formats import registry as formats
 from sft_recipes.data.parsers import SourceRow
 from sft_recipes.errors import DataError, shown
 from sft_recipes.recipe.schema import Data, Prompt, Recipe

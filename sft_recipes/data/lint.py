@@ -9,10 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft_recipes import model_dir
+from sft_recipes.data import sandbox
+from sft_recipes.data.chat import Chat
 from sft_recipes.data.encoder import LightTokenizer
+from sft_recipes.data.parsers import ReadReport
 from sft_recipes.data.renderers import Renderer
 from sft_recipes.data.sequences import SelectedRows, Sequences
-from sft_recipes.data.templates import Chat
 from sft_recipes.errors import DataError, ModelError, RecipeError
 from sft_recipes.recipe.schema import Data
 
@@ -83,23 +85,61 @@ def check_eos(train: Sequences) -> list[str]:
     return []
 
 
+def check_prompts(train: Sequences) -> list[str]:
+    """Warn about rows that do not begin with the prompt of inference, such as one that opens a thought."""
+    other = [source.rows[~source.documents.prompted[source.rows]] for source in train.chosen]
+    count, total = sum(map(len, other)), sum(len(source.rows) for source in train.chosen)
+    if not count:
+        return []
+    first = next(_place(source, int(rows[0])) for source, rows in zip(train.chosen, other, strict=True) if len(rows))
+    return [
+        f"data.template: {_at_least(train)}{count:,} of {total:,} rows (first: {first}) do not begin with the prompt that the "
+        "template writes at inference, for example because it opens a thought that they do not have. Add the thoughts, or "
+        "choose a matching prompt with data.chat_template_kwargs, e.g. {enable_thinking: false}."
+    ]
+
+
+def check_special_tokens(reports: Sequence[ReadReport], rows: int, data: Data, tokenizer: LightTokenizer) -> list[str]:
+    """Warn about text that looks like a special token but is encoded as characters, unless the recipe says so.
+
+    At most three tokens have a line, those of the most rows.
+    """
+    if data.special_tokens == "text" and "special_tokens" in data.model_fields_set:
+        return []
+    known, warnings = tokenizer.special_texts, list[tuple[int, str]]()
+    for token in dict.fromkeys(token for report in reports for token in report.special_text):
+        parts = [report.special_text[token] for report in reports if token in report.special_text]
+        count, ending, place = sum(part[0] for part in parts), sum(part[1] for part in parts), parts[0][2]
+        which = f"{count:,} of {rows:,} rows " + ("end with" if ending == count else "contain")
+        kind, remedy = (
+            ("the special token", "Set parse to encode it as the token, or text to keep the characters.")
+            if token in known
+            else (
+                "a token that the tokenizer does not have,",
+                "Remove it, or add it to model.new_tokens and set parse.",
+            )
+        )
+        warnings.append(
+            (count, f"data.special_tokens: {which} the text of {kind} {token!r} (first: {place}), encoded as plain "
+             f"characters. {remedy}")
+        )  # fmt: skip
+    return [line for _, line in sorted(warnings, key=lambda warning: -warning[0])[:3]]
+
+
 def check_template(renderer: Renderer, model: str, tokenizer: LightTokenizer) -> list[str]:
     """Warn if an instruction-tuned model is trained with different prompts than its chat template's."""
-    if renderer.chat_source is None or tokenizer.chat_template is None:
+    own = tokenizer.chat_template
+    if renderer.chat is None or own is None or renderer.name == "chat" or renderer.chat.source == own:
         return []
+    chat = Chat(own, "all", tokenizer.specials, tokenizer.special_texts, name=f"model.name: {model}: its chat template")
     try:
-        used, own = (
-            Chat(source, "all", tokenizer.specials, tokenizer.special_texts)
-            for source in (renderer.chat_source, tokenizer.chat_template)
-        )
-        bos = tokenizer.specials.get("bos_token", "")
-        prompts = {
-            chat.render(_QUESTION, model, add_generation_prompt=True).removeprefix(bos).strip() for chat in (used, own)
-        }
-        conversation = own.render([*_QUESTION, _ANSWER], model).rstrip()
+        prompts = [sandbox.limited(one.name, one.prompt, _QUESTION, model) for one in (renderer.chat, chat)]
+        conversation = sandbox.limited(chat.name, chat.text, [*_QUESTION, _ANSWER], model).rstrip()
     except (DataError, RecipeError):  # a template that rejects this conversation cannot be compared
         return []
-    if len(prompts) == 1 or not _is_instruct(model, conversation, tokenizer):
+    bos = tokenizer.specials.get("bos_token", "")
+    same = len({prompt.removeprefix(bos).strip() for prompt in prompts}) == 1
+    if same or not _is_instruct(model, conversation, tokenizer):
         return []
     return [
         f"data.template: {renderer.name} writes different prompts than the chat template of {model}, which looks "

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from sft_recipes.data import formats, sources, templates
+from sft_recipes.data import sources, templates
+from sft_recipes.data.formats import registry as formats
 from sft_recipes.errors import DataError
 
 

@@ -10,10 +10,13 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any, Protocol
 
-from sft_recipes.errors import DataError, shown
+from sft_recipes.errors import DataError, reason_of, shown
+
+_SHOWN = 20  # columns listed in a line
 
 _BOM = b"\xef\xbb\xbf"
 _SEPARATORS = ",;\t"
@@ -49,13 +52,31 @@ class ReadReport:
     null_keys: int = 0  # rows with null keys in nested objects of a table, left out
     bad_rows: list[str] = field(default_factory=list)  # locations of invalid rows that were dropped
     warnings: list[str] = field(default_factory=list)  # about these rows
+    unused: dict[str, int] = field(default_factory=dict)  # columns with content that are not used -> rows
+    # Text that looks like a special token and is encoded as characters -> rows, rows that end with it, first location.
+    special_text: dict[str, tuple[int, int, str]] = field(default_factory=dict)
 
     def clear(self) -> None:
         vars(self).update(vars(ReadReport()))
 
+    def count_unused(self, columns: Iterable[str]) -> None:
+        for column in columns:
+            self.unused[column] = self.unused.get(column, 0) + 1
+
+    def count_special_text(self, token: str, place: str, *, ends: bool) -> None:
+        rows, ending, first = self.special_text.get(token, (0, 0, place))
+        self.special_text[token] = rows + 1, ending + ends, first
+
     def note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
+
+
+def describe_unused(columns: Mapping[str, int]) -> list[str]:
+    """Return a line about columns that are not used, with the number of rows, if there are any."""
+    listed = [f"{name} ({rows:,} rows)" for name, rows in islice(columns.items(), _SHOWN)]
+    more = [f"{len(columns) - _SHOWN:,} more"] if len(columns) > _SHOWN else []
+    return [f"columns not used: {', '.join([*listed, *more])}"] if listed else []
 
 
 Rows = Iterator[SourceRow | DataError]
@@ -230,7 +251,7 @@ def _excel(file: File, report: ReadReport) -> Rows:
         try:
             book = openpyxl.load_workbook(stream, read_only=True, data_only=True)
         except Exception as error:  # zipfile's, XML's and openpyxl's own
-            raise DataError(f"{file}: invalid Excel file: {one_line(error)}. Save it again as .xlsx.") from None
+            raise DataError(f"{file}: invalid Excel file: {reason_of(error)}. Save it again as .xlsx.") from None
         sheet, *others = book.worksheets
         if others:
             report.note(f"only sheet '{sheet.title}' is read, not {', '.join(repr(other.title) for other in others)}")
@@ -302,7 +323,7 @@ def _batches(file: File, report: ReadReport, name: str, read: Callable[[Any], It
     except UnicodeDecodeError:
         raise DataError(f"{file}:row {number + 1} or later: invalid UTF-8. Write the file again as UTF-8.") from None
     except (pyarrow.ArrowException, ArithmeticError, KeyError, ValueError) as error:  # also for dates out of range
-        raise DataError(f"{file}: invalid {name} file: {one_line(error)}. Download it again.") from None
+        raise DataError(f"{file}: invalid {name} file: {reason_of(error)}. Download it again.") from None
 
 
 def table_row(values: Mapping[str, Any], report: ReadReport) -> dict[str, Any]:
@@ -329,10 +350,6 @@ def _without_nan(values: Mapping[str, Any], report: ReadReport) -> Mapping[str, 
     nan = [name for name, value in values.items() if isinstance(value, float) and value != value]
     report.nan_cells += len(nan)
     return {**values, **dict.fromkeys(nan)} if nan else values
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".")
 
 
 PARSERS: Mapping[str, Callable[[File, ReadReport], Rows]] = {

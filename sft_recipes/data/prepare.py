@@ -1,24 +1,27 @@
 """Run the data pipeline: sources → examples → text → tokenized documents → sequences, with statistics."""
 
+import datetime
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from sft_recipes import model_dir
-from sft_recipes.data import lint, selection, sources, templates
+from sft_recipes.data import lint, sandbox, selection, sources, templates
+from sft_recipes.data.chat import as_chat
 from sft_recipes.data.encoder import Encoder, LightTokenizer
-from sft_recipes.data.formats import Example
+from sft_recipes.data.formats.base import Example
 from sft_recipes.data.packing import Ints
 from sft_recipes.data.readers import open_all, train_sources, with_splits
-from sft_recipes.data.renderers import choose_renderer, refuse_two_templates
+from sft_recipes.data.renderers import Renderer, choose_renderer, refuse_two_templates
 from sft_recipes.data.sequences import SelectedRows, Sequences, build_sequences
 from sft_recipes.data.stats import SourceStats
 from sft_recipes.data.tokenization import TokenizedSource, tokenize_all
 from sft_recipes.errors import DataError, ModelError
-from sft_recipes.recipe.schema import Data, Recipe
+from sft_recipes.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)
@@ -49,24 +52,31 @@ class Prepared:
 
 
 def prepare(
-    recipe: Recipe, tokenizer: LightTokenizer, *, cached: bool = True, seconds: float | None = None
+    recipe: Recipe,
+    tokenizer: LightTokenizer,
+    *,
+    cached: bool = True,
+    seconds: float | None = None,
+    date: str | None = None,
 ) -> Prepared:
     """Build training and evaluation sequences. Raises DataError with one line per problem.
 
     `cached` reads and writes the tokenization cache. `seconds` limits the time to tokenize each source; only the rows
-    read until then are used.
+    read until then are used. `date` is what chat templates take for today, by default data.date or today.
     """
     data, rng = recipe.data, np.random.default_rng(recipe.train.seed)
+    today = datetime.date.fromisoformat(date or data.date or str(datetime.date.today()))
     # Rows
     opened = open_all(data)
     first_of = {rows.format or "": first for rows, first in reversed(opened)}
-    refuse_two_templates(data, first_of)
+    refuse_two_templates(data, first_of, [first for _, first in opened])
 
     # Text and tokens
     with _name_model_in_errors(recipe.model.name):
         encoder = Encoder(tokenizer)
         renderers = {
-            format: choose_renderer(data, format, first, tokenizer, encoder) for format, first in first_of.items()
+            format: choose_renderer(data, format, first, tokenizer, encoder, today)
+            for format, first in first_of.items()
         }
         tokenized = tokenize_all(opened, data, renderers, encoder, tokenizer, cached=cached, seconds=seconds)
 
@@ -100,18 +110,20 @@ def prepare(
     warnings += [
         line for renderer in renderers.values() for line in lint.check_template(renderer, recipe.model.name, tokenizer)
     ]
-    warnings += lint.check_eos(train_sequences)
+    warnings += lint.check_special_tokens([source.rows.report for source in train], sum(_sizes(train)), data, tokenizer)
+    warnings += lint.check_eos(train_sequences) + lint.check_prompts(train_sequences)
     if eval_sequences is not None:
         warnings += lint.check_overlap(train_sequences, eval_sequences, data)
 
     stops = [source.documents.stops[rows] for source, rows in zip(train, split.train, strict=True)]
-    chat = next((source for source in train if source.renderer.chat_source is not None), None)
+    chat = next((source for source in train if source.renderer.chat is not None), None)
+    template, prompt = _chat_template(chat.renderer, chat.first, encoder, tokenizer) if chat else (None, None)
     return Prepared(
         train_sequences,
         eval_sequences,
-        chat.renderer.chat_source if chat else None,
+        template,
         _most_frequent_first(np.concatenate(stops)),
-        _trained_prompt(chat, data, encoder, tokenizer) if chat else None,
+        prompt,
         sum(_sizes(train)) / sum(source.total for source in train),
         warnings,
     )
@@ -128,7 +140,8 @@ def _name_model_in_errors(model: str) -> Iterator[None]:
 
 def _sufficient_length(chosen: Sequence[SelectedRows], model: str) -> int | None:
     """Return the smallest `max_length` that fits all rows; None if the model's context is shorter."""
-    longest = max(int(np.diff(selected.documents.offsets)[selected.rows].max(initial=0)) for selected in chosen)
+    documents = [selected.documents.pieces(selected.rows) for selected in chosen]
+    longest = max(int((end - start).max(initial=0)) for _, start, end in documents)
     with suppress(ModelError):
         folder = model_dir.directory(model)
         context = model_dir.positions(model_dir.config(folder)) if folder else None
@@ -171,23 +184,34 @@ def _most_frequent_first(stops: Ints) -> list[int]:
     return [int(stop) for stop in values[np.argsort(-counts, kind="stable")]]
 
 
-def _trained_prompt(
-    source: TokenizedSource, data: Data, encoder: Encoder, tokenizer: LightTokenizer
-) -> TrainedPrompt | None:
-    """Encode a prompt as in training: "Hello", or the first row's if the template rejects that."""
-    completion = data.model_copy(update={"train_on": "completion"})
-    renderer = choose_renderer(completion, source.rows.format or "", source.first, tokenizer, encoder)
-    hello = Example("", [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}])
-    for example in (hello, source.first):
-        try:
-            rendered = renderer.render(example)
-            break
-        except DataError:
-            continue
+def _chat_template(
+    renderer: Renderer, first: Example, encoder: Encoder, tokenizer: LightTokenizer
+) -> tuple[str, TrainedPrompt]:
+    """Return the chat template to export, and the prompt of the first row, which it reproduces. Raises DataError."""
+    chat = renderer.chat
+    assert chat is not None
+    messages = first.messages[:-1]
+    if renderer.render is chat or templates.needs_chat(first):
+        accepted = partial(chat.accepted, prompt=True)
+        messages, text, _ = sandbox.limited(chat.name, accepted, as_chat(messages), first)
+        ids = encoder.prompt(text, specials=True)
     else:
-        return None  # prompt and answer cannot be separated, which only train_on: all allows
-    ids, trained = encoder.encode([rendered])[0]
-    messages = example.messages[:-1]
-    return TrainedPrompt(
-        templates.as_chat(messages) if rendered.writes_specials else messages, ids[: int(trained.argmax())].tolist()
+        if not chat.parse and any(
+            text in message[key] for text in tokenizer.special_texts for message in messages for key in message
+        ):
+            messages = [{"role": "user", "content": "Hello"}]  # a chat template cannot encode special tokens as text
+        prompt = templates.alpaca_prompt(messages[0]["content"], messages[0].get("input", ""))
+        text = chat.bos + prompt
+        ids = encoder.prompt(text, specials=True) if chat.parse else encoder.prompt(prompt, specials=False)
+    # SentencePiece-like tokenizers prepend a space to a text, but not after a BOS token inside it.
+    bos, blank = chat.bos, templates.BOS.replace("bos_token", "bos_token + ' '")
+    for template, rendered in (
+        (chat.source, text),
+        (chat.source.replace(templates.BOS, blank, 1), f"{bos} {text.removeprefix(bos)}"),
+    ):
+        if encoder.prompt(rendered, specials=True) == ids:
+            return template, TrainedPrompt(messages, ids)
+    raise DataError(
+        "data.template: the chat template does not reproduce the prompts of the training data (expected "
+        f"{tokenizer.backend.decode(ids)[:80]!r})."
     )

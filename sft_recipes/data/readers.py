@@ -3,11 +3,12 @@
 import re
 import time
 from collections.abc import Collection, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
-from sft_recipes.data import formats, sources
-from sft_recipes.data.formats import Example
+from sft_recipes.data import sources
+from sft_recipes.data.formats import registry as formats
+from sft_recipes.data.formats.base import Example
 from sft_recipes.data.parsers import ReadReport, SourceRow
 from sft_recipes.errors import DataError
 from sft_recipes.recipe.schema import Data, Source, WeightedSource
@@ -98,8 +99,6 @@ class RowReader:
                 if isinstance(row, DataError):
                     raise row
                 if self.format is None:
-                    self.format = formats.find_format(row.values, self.columns)
-                if self.format is None:
                     raise DataError(formats.unknown(row.values, self.columns, row.place))
                 example = formats.to_example(row.values, self.format, self.columns, row.place)
                 join_input(example.messages, self.separator)
@@ -110,6 +109,7 @@ class RowReader:
                     return
             else:
                 any_valid = True
+                self.report.count_unused(example.unused)
                 yield example
         if not self.problems.rows:
             raise DataError(f"{self.source.path}: the source contains no rows.")
@@ -139,7 +139,15 @@ class RowReader:
         return {n: row.place for n, row in enumerate(islice(rows, max(numbers) + 1)) if n in numbers}
 
     def _rows(self, report: ReadReport | None = None) -> Iterator[SourceRow | DataError]:
-        return sources.iter_rows(self.source.path, self.source.name, self.splits, report)
+        """Yield the rows, after detecting the format from the first one; several are one row if the format says so."""
+        rows = sources.iter_rows(self.source.path, self.source.name, self.splits, report)
+        head = list[SourceRow | DataError]()
+        for row in rows:
+            head.append(row)
+            if isinstance(row, SourceRow):
+                self.format = self.format or formats.find_format(row.values, self.columns, row.place)
+                break
+        yield from formats.combined(chain(head, rows), self.format, self.columns)
 
 
 def join_input(messages: list[dict[str, Any]], separator: str | None) -> None:
@@ -165,11 +173,9 @@ def open_all(data: Data) -> list[tuple[RowReader, Example]]:
         else:
             opened.append((RowReader(source, data, splits), first))
             opened[-1][0].format = rows.format
-    used = {name for rows, _ in opened for name in formats.columns_of(rows.format or "")}
-    known = {
-        name for format in formats.NEEDS for name in formats.columns_of(format)
-    }  # unknown names are reported by the validation of the recipe
-    if opened and (unused := [name for name in data.columns if name in known - used]):
+    used = {name for rows, _ in opened for name in formats.FORMATS[rows.format or ""].columns}
+    # Names that no format has are reported by the validation of the recipe.
+    if opened and (unused := [name for name in data.columns if name in set(formats.COLUMNS) - used]):
         detected = " and ".join(sorted({rows.format or "" for rows, _ in opened}))
         problems.append(
             f"data.columns: '{unused[0]}' is not a column of the format of any source (got {detected}). "

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft_recipes.data import packing
-from sft_recipes.data.encoder import Documents
+from sft_recipes.data.encoder import Documents, range_sums
 from sft_recipes.data.packing import Ints
 from sft_recipes.data.stats import DatasetStats, SourceStats, percentiles
 from sft_recipes.errors import DataError
@@ -129,19 +129,14 @@ def build_sequences(
     isolated = not data.cross_document_attention
     totals = DatasetStats([selected.stats for selected in chosen], packing=data.packing, max_length=data.max_length)
     _count_rows(chosen)
-    # The tokens [start, end) of every selected document; they are truncated, split and dropped below.
-    source = np.repeat(np.arange(len(chosen)), [len(selected.rows) for selected in chosen])
-    row = np.concatenate([selected.rows for selected in chosen])
-    start = np.concatenate([selected.documents.offsets[selected.rows] for selected in chosen])
-    end = np.concatenate([selected.documents.offsets[selected.rows + 1] for selected in chosen])
+    # The tokens [start, end) of every document of the selected rows; they are truncated, split and dropped below.
+    source, row, occurrence, start, end = _documents(chosen)
     document = np.arange(len(row))
     over = (end - start > data.max_length) & (data.packing != "wrapped" or data.overlong in ("drop", "truncate"))
     if over.any():
         if data.overlong == "error":
             raise DataError(_overlong_message(chosen, source, row, start, end, data.max_length, sufficient))
         if data.overlong == "drop":
-            for number, selected in enumerate(chosen):
-                selected.stats.dropped["overlong"] = int((over & (source == number)).sum())
             document, start, end = document[~over], start[~over], end[~over]
         elif data.overlong == "truncate":
             end = np.minimum(end, start + data.max_length)
@@ -153,16 +148,20 @@ def build_sequences(
     # Drop pieces without a trained token. The first token of a piece is never predicted.
     useful = _trained(chosen, source[document], start + 1, end) > 0
     document, start, end = document[useful], start[useful], end[useful]
-    kept = np.unique(document)
+    kept = np.unique(occurrence[document])
+    long = np.unique(occurrence[over])
     for number, selected in enumerate(chosen):
-        stats, of_source = selected.stats, kept[source[kept] == number]
+        stats, first = selected.stats, sum(len(earlier.rows) for earlier in chosen[:number])
+        of_source, overlong = (at[(at >= first) & (at < first + len(selected.rows))] - first for at in (kept, long))
         stats.kept = len(of_source)
+        if data.overlong == "drop":
+            stats.dropped["overlong"] = len(np.setdiff1d(overlong, of_source))
         stats.dropped["no trained token"] = stats.rows - len(of_source) - stats.dropped["overlong"]
         stats.dropped = +stats.dropped  # removes zeros
-        overlong = int(over[of_source].sum())
-        stats.truncated_rows = overlong if data.overlong == "truncate" else 0
-        stats.split_rows = overlong if data.overlong == "split" else 0
-        offsets, rows = selected.documents.offsets, row[of_source]
+        affected = len(np.intersect1d(overlong, of_source))
+        stats.truncated_rows = affected if data.overlong == "truncate" else 0
+        stats.split_rows = affected if data.overlong == "split" else 0
+        offsets, rows = selected.documents.offsets, selected.rows[of_source]
         total = int((offsets[rows + 1] - offsets[rows]).sum())
         stats.dropped_tokens = total - int((end - start)[source[document] == number].sum())
 
@@ -186,6 +185,19 @@ def build_sequences(
     return sequences
 
 
+def _documents(chosen: Sequence[SelectedRows]) -> tuple[Ints, Ints, Ints, Ints, Ints]:
+    """Return source, row, position in the selected rows, first and end token of every document."""
+    parts = [selected.documents.pieces(selected.rows) for selected in chosen]
+    firsts = np.cumsum([0, *(len(selected.rows) for selected in chosen)])
+    return (
+        np.repeat(np.arange(len(chosen)), [len(index) for index, _, _ in parts]),
+        np.concatenate([selected.rows[index] for selected, (index, _, _) in zip(chosen, parts, strict=True)]),
+        np.concatenate([index + first for first, (index, _, _) in zip(firsts, parts, strict=False)]),
+        np.concatenate([start for _, start, _ in parts]),
+        np.concatenate([end for _, _, end in parts]),
+    )
+
+
 def _count_rows(chosen: Sequence[SelectedRows]) -> None:
     """Count rows, lengths, empty answers, lossy rows and duplicates, before any row is dropped."""
     distinct = [np.unique(selected.rows) for selected in chosen]  # rows repeated by a weight are not duplicates
@@ -198,9 +210,10 @@ def _count_rows(chosen: Sequence[SelectedRows]) -> None:
     for selected, rows in zip(chosen, distinct, strict=True):
         stats, documents = selected.stats, selected.documents
         stats.rows = len(selected.rows)
-        stats.token_lengths = percentiles(np.diff(documents.offsets)[selected.rows])
+        _, start, end = documents.pieces(selected.rows)
+        stats.token_lengths = percentiles(end - start)
         stats.empty_answers = int(documents.empty[selected.rows].sum())
-        stats.lossy_template = int(documents.lossy[selected.rows].sum())
+        stats.count_lossy(documents.lossy[selected.rows])
         stats.duplicates = int((~first[at : at + len(rows)]).sum())
         at += len(rows)
 
@@ -209,9 +222,7 @@ def _count(sequences: Sequences) -> None:
     """Count the tokens and trained tokens of each source in the sequences."""
     begin = sequences.start.copy()
     begin[slice(None) if sequences.isolated else sequences.bounds[:-1]] += 1  # the first label of a segment is IGNORED
-    order = np.lexsort((begin, sequences.source))
-    trained = np.empty(len(order), dtype=np.int64)
-    trained[order] = _trained(sequences.chosen, sequences.source[order], begin[order], sequences.end[order])
+    trained = _trained(sequences.chosen, sequences.source, np.minimum(begin, sequences.end), sequences.end)
     for number, selected in enumerate(sequences.chosen):
         of_source = sequences.source == number
         selected.stats.tokens = int((sequences.end - sequences.start)[of_source].sum())
@@ -219,18 +230,11 @@ def _count(sequences: Sequences) -> None:
 
 
 def _trained(chosen: Sequence[SelectedRows], source: Ints, start: Ints, end: Ints) -> Ints:
-    """Count trained tokens per range [start, end); ranges ascend within each source."""
+    """Count the trained tokens of each range [start, end)."""
     counts = np.zeros(len(source), dtype=np.int64)
     for number, selected in enumerate(chosen):
-        mask = selected.documents.trained.view(np.int8)
-        ranges = np.flatnonzero((source == number) & (start < end))
-        if not len(ranges):
-            continue
-        last = len(mask) - 1  # the largest index that reduceat accepts; the last token is added below
-        edges = np.stack([start[ranges], np.minimum(end[ranges], last)], axis=1).ravel()
-        sums = np.add.reduceat(mask, edges, dtype=np.int64)[::2]
-        sums[start[ranges] == last] = 0
-        counts[ranges] = sums + np.where(end[ranges] > last, mask[last], 0)
+        ranges = np.flatnonzero(source == number)
+        counts[ranges] = range_sums(selected.documents.trained, start[ranges], end[ranges], np.uint32)
     return counts
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from sft_recipes import model_dir
 from sft_recipes.data import parsers
-from sft_recipes.data.parsers import PARSERS, File, ReadReport, SourceRow, one_line
-from sft_recipes.errors import DataError
+from sft_recipes.data.parsers import PARSERS, File, ReadReport, SourceRow
+from sft_recipes.errors import DataError, reason_of
 
 TRAIN = ("train",)  # default splits of a Hub dataset; the first one that exists is read
 HELD_OUT = ("validation", "test")
@@ -101,12 +101,12 @@ def _find_remote(url: str, splits: Sequence[str]) -> tuple[Sequence[File], Seque
         found = [RemoteFile(system, match) for match in matches if system.isfile(match)]
     except ImportError as error:
         extra = _EXTRAS.get(protocol)
-        remedy = f"Run pip install 'sft-recipes[{extra}]'" if extra else one_line(error)
+        remedy = f"Run pip install 'sft-recipes[{extra}]'" if extra else reason_of(error)
         raise DataError(f"{url}: {protocol}:// requires a package that is not installed. {remedy}.") from None
     except DataError:
         raise
     except Exception as error:  # each file system has its own
-        raise DataError(f"{url}: cannot be read ({type(error).__name__}: {one_line(error)[:300]}).") from None
+        raise DataError(f"{url}: cannot be read ({type(error).__name__}: {reason_of(error)}).") from None
     if not found:
         raise DataError(f"{url}: file not found.")
     return _unsplit(url, found, splits)
@@ -232,7 +232,7 @@ def iter_rows(
                 raise DataError(f"{file}: the file is empty.")
             yield from PARSERS[kind](file, report)
         except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{file}: cannot read the file: {one_line(error)}. Download it again.") from None
+            raise DataError(f"{file}: cannot read the file: {reason_of(error)}. Download it again.") from None
 
 
 def _hub(path: str, name: str | None, splits: tuple[str, ...], report: ReadReport) -> Iterator[SourceRow]:
@@ -254,5 +254,5 @@ def _from_hub(path: str, name: str | None, splits: tuple[str, ...]) -> tuple[Any
     except (OSError, ValueError, RuntimeError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled) as error:
         raise DataError(
             f"{path}: no such local file, and it cannot be loaded from the Hub "
-            f"({type(error).__name__}: {one_line(error)[:300]})."
+            f"({type(error).__name__}: {reason_of(error)})."
         ) from None

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sft_recipes.data.parsers import ReadReport
+from sft_recipes.data.parsers import ReadReport, describe_unused
 
 
 @dataclass
@@ -31,6 +31,7 @@ class SourceStats:
     duplicates: int = 0  # rows with the same tokens as an earlier row
     empty_answers: int = 0
     lossy_template: int = 0  # rows of which the template drops or rewrites some text
+    lossy_keys: dict[str, int] = field(default_factory=dict)  # key of messages -> rows in which it is affected
     missing_eos: int = 0  # training rows whose answer has no EOS token in the loss
     train_overlap: int = 0  # evaluation rows that are also training rows
     prompt_overlap: int = 0  # other evaluation rows with the prompt of a training row
@@ -45,7 +46,17 @@ class SourceStats:
     blank_rows: int = 0  # blank rows of tables, dropped
     nan_cells: int = 0  # cells with nan, read as empty
     null_keys: int = 0  # rows of tables with null keys in nested objects, removed
+    unused_columns: dict[str, int] = field(default_factory=dict)  # columns with content that are not used -> rows
+    special_text: dict[str, int] = field(default_factory=dict)  # text like a special token, not parsed as one -> rows
     sampled: str = ""  # describes the sample if not all rows were read
+
+    def count_lossy(self, lossy: NDArray[np.str_]) -> None:
+        """Count the rows that the template affects, by the comma-separated keys of each."""
+        keys = Counter[str]()
+        for names, rows in zip(*np.unique(lossy[lossy != ""], return_counts=True), strict=True):
+            self.lossy_template += int(rows)
+            keys.update(dict.fromkeys(str(names).split(","), int(rows)))
+        self.lossy_keys = dict(keys.most_common())
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -57,6 +68,8 @@ class SourceStats:
             "blank_rows": self.blank_rows,
             "nan_cells": self.nan_cells,
             "null_keys": self.null_keys,
+            "unused_columns": self.unused_columns,
+            "special_text": self.special_text,
             "rows_read": self.rows_read,
             "held_out": self.held_out,
             "not_sampled": self.not_sampled,
@@ -66,6 +79,7 @@ class SourceStats:
             "duplicates": self.duplicates,
             "empty_answers": self.empty_answers,
             "lossy_template": self.lossy_template,
+            "lossy_keys": self.lossy_keys,
             "missing_eos": self.missing_eos,
             "train_overlap": self.train_overlap,
             "prompt_overlap": self.prompt_overlap,
@@ -80,6 +94,8 @@ class SourceStats:
     def add_report(self, report: ReadReport) -> None:
         """Add what was found while the source was read."""
         self.notes, self.bad_rows = report.notes, len(report.bad_rows)
+        self.unused_columns = report.unused
+        self.special_text = {token: rows for token, (rows, _, _) in report.special_text.items()}
         self.blank_rows, self.nan_cells, self.null_keys = report.blank_rows, report.nan_cells, report.null_keys
 
     def line(self) -> str:
@@ -94,7 +110,8 @@ class SourceStats:
             **{f"dropped ({reason})": count for reason, count in self.dropped.items()},
             "identical to an earlier row": self.duplicates,
             "with an empty answer": self.empty_answers,
-            "with text dropped or rewritten by the template": self.lossy_template,
+            "with the text of a special token, encoded as characters": sum(self.special_text.values()),
+            f"with text dropped or rewritten by the template ({', '.join(self.lossy_keys)})": self.lossy_template,
             "without an EOS token in the loss": self.missing_eos,
             "also in the training data": self.train_overlap,
             "with the prompt of a training row": self.prompt_overlap,
@@ -106,6 +123,7 @@ class SourceStats:
             f"{self.rows:,} rows" + (f" from {self.sampled}" if self.sampled else ""),
             f"format {self.format}, template {self.template}",
             *self.notes,
+            *describe_unused(self.unused_columns),
             ", ".join(f"{count:,} {name}" for name, count in counts.items() if count),
             "tokens per row: " + ", ".join(f"{name} {length:,}" for name, length in self.token_lengths.items()),
         ]

@@ -22,6 +22,7 @@ from sft_recipes.errors import RecipeError, one_line
 from sft_recipes.recipe import bundled, parse
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.recipe.validate import TORCHAO, validate
+from sft_recipes.trackers.base import kinds
 
 System = Literal["slurm", "skypilot", "kubernetes"]
 _TEMPLATES = {"slurm": "slurm.sh", "skypilot": "skypilot.yaml", "kubernetes": "kubernetes.yaml"}
@@ -128,10 +129,13 @@ def _name(recipe_file: Path) -> str:
 def _install(recipe: Recipe) -> str:
     """Return pip's arguments to install sft-recipes: this checkout if the working directory is one, else the release."""
     extras = ["torchao"] if recipe.train.optimizer in TORCHAO else []
-    extras += recipe.log.to
+    trackers = [kinds()[name] for name in recipe.log.to]
+    extras += [tracker.extra for tracker in trackers if tracker.extra]
     extras += ["deepspeed"] if recipe.launch.strategy in ("zero2", "zero3") else []
     extras += ["flash"] if recipe.model.attention == "flash_attention_2" else []
     suffix = f"[{','.join(extras)}]" if extras else ""
     if Path("sft_recipes").is_dir() and Path("constraints.txt").is_file():
-        return f"-c constraints.txt -e {shlex.quote('.' + suffix)}"
-    return shlex.quote(f"sft-recipes{suffix}=={__version__}")
+        ours = ["-c", "constraints.txt", "-e", f".{suffix}"]
+    else:
+        ours = [f"sft-recipes{suffix}=={__version__}"]
+    return shlex.join([*ours, *(tracker.package for tracker in trackers if not tracker.extra)])

@@ -1,23 +1,29 @@
-"""Launch the ranks of this node and wait for them; if one fails, stop the others and raise the first error."""
+"""Launch the ranks of this node and wait for them; if one fails, stop the others and raise the first error.
+
+torch starts them as torchrun does. Its agent is not used, because that stops all ranks as soon as one exits with a code other
+than 0, which 75 after a checkpoint is.
+"""
 
 import json
 import logging
+import math
 import os
 import signal
 import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sft_recipes.distributed import ranks
-from sft_recipes.errors import InputError, RecipeError, RunError, SFTRecipeError, Stopped
+from sft_recipes.errors import InputError, RecipeError, RunError, SFTRecipeError, Stopped, reason_of
 from sft_recipes.recipe.schema import Launch, Recipe
 
-# Seconds in which other ranks may report their own errors after one failed; keys: whether it failed for lack of another.
+# Seconds in which other ranks may report their own errors after one failed, by whether it only lost another one.
 _GRACE_SECONDS = {False: 1.0, True: 4.5}
 _EXTERNAL_ADDRESS = "198.51.100.1"  # reserved for documentation (RFC 5737)
 _STOPPED = Stopped.exit_code
@@ -54,13 +60,15 @@ def launch(recipe: Recipe, arguments: Sequence[str], *, debug: bool = False) -> 
         )  # fmt: skip
         try:
             with _forwarded_signals([handler.proc for handler in started.subprocess_handlers.values()]) as signals:
-                codes, end_times = _wait(started)
+                failures, running = _wait(started, first_rank, signals)
         finally:
             started.close(signal.SIGKILL)
-        if any(codes.values()):
-            errors = {local: Path(file) for local, file in started.error_files.items()}
-            stderrs = {local: Path(file) for local, file in started.stderrs.items() if file}
-            raise _first_error(codes, end_times, errors, stderrs, first_rank, signals)
+    if failures:
+        failure = min(failures)
+        if failure.lost and running:
+            line, *others = failure.error.lines
+            raise RunError(f"{line} (Killed, still running: {ranks.format_ranks(running)}.)", *others)
+        raise failure.error
 
 
 def _rendezvous(settings: Launch) -> tuple[int, dict[str, str]]:
@@ -72,14 +80,15 @@ def _rendezvous(settings: Launch) -> tuple[int, dict[str, str]]:
     if settings.machines > 1:
         if not environment.get("MASTER_ADDR"):
             raise RecipeError(ranks.no_rendezvous(settings))
-        address, port = environment["MASTER_ADDR"], ranks.from_environment("MASTER_PORT") or int(ranks.PORT)
+        address, port = environment["MASTER_ADDR"], ranks.int_from_env("MASTER_PORT") or int(ranks.PORT)
     global _store
     if node == 0:
         try:
             _store = TCPStore(address, port, is_master=True, wait_for_workers=False)
         except RuntimeError as error:
+            reason = "the address is in use" if "EADDRINUSE" in str(error) else reason_of(error)
             raise RecipeError(
-                f"MASTER_PORT: cannot listen on {address}:{port}: {_reason(error)}. Stop the program that uses it, or set "
+                f"MASTER_PORT: cannot listen on {address}:{port}: {reason}. Stop the program that uses it, or set "
                 "MASTER_PORT to a free port."
             ) from None
         port = _store.port
@@ -90,10 +99,6 @@ def _rendezvous(settings: Launch) -> tuple[int, dict[str, str]]:
 
 
 _store: Any = None  # garbage collection would stop the server
-
-
-def _reason(error: Exception) -> str:
-    return "the address is in use" if "EADDRINUSE" in str(error) else " ".join(str(error).split())[:200]
 
 
 def _interface_for(address: str) -> str | None:
@@ -158,71 +163,55 @@ def _forwarded_signals(processes: Sequence[Any]) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _wait(started: Any) -> tuple[dict[int, int], dict[int, float]]:
-    """Return exit codes and end times (seconds since 1970) by local rank, without those that are still running."""
-    codes: dict[int, int] = {}
-    end_times: dict[int, float] = {}
-    failed: dict[bool, float] = {}  # time of the first failure, by whether it was for lack of another rank
-    while len(codes) < len(started.subprocess_handlers):
-        for local, handler in started.subprocess_handlers.items():
-            if local not in codes and (code := handler.proc.poll()) is not None:
-                codes[local], end_times[local] = code, time.time()
-                if code not in (0, _STOPPED):
-                    failed.setdefault(_reported(started.error_files[local]).get("lost", False), time.monotonic())
-        if any(time.monotonic() - since > _GRACE_SECONDS[lost] for lost, since in failed.items()):
-            break
+@dataclass(order=True)
+class _Failure:
+    """How a rank failed. The least one is the cause: ranks that only lost another one come last."""
+
+    lost: bool
+    at: float  # seconds since 1970
+    rank: int
+    error: SFTRecipeError = field(compare=False)
+
+
+def _wait(started: Any, first_rank: int, signals: Sequence[int]) -> tuple[list[_Failure], list[int]]:
+    """Wait for the ranks. Returns the failures, and the ranks that were still running some time after the first one."""
+    failures, running, deadline = list[_Failure](), dict(started.subprocess_handlers), math.inf
+    while running and time.monotonic() < deadline:
+        for local, handler in list(running.items()):
+            if (code := handler.proc.poll()) is not None:
+                del running[local]
+            if code:
+                files = started.error_files[local], started.stderrs[local]
+                failures.append(_failure(first_rank + local, code, *files, signals))
+                if code != _STOPPED:
+                    deadline = min(deadline, time.monotonic() + _GRACE_SECONDS[failures[-1].lost])
         time.sleep(0.05)
-    return codes, end_times
+    return failures, [first_rank + local for local in running]
 
 
-def _first_error(
-    codes: Mapping[int, int],
-    end_times: Mapping[int, float],
-    errors: Mapping[int, Path],
-    stderrs: Mapping[int, Path],
-    first_rank: int,
-    signals: Sequence[int],
-) -> SFTRecipeError:
-    """Return the error of the rank that failed first; those that only lost another rank count last."""
-    failures = []
-    for local, code in codes.items():
-        if code == 0:
-            continue
-        failure: dict[str, Any] = {
-            "lines": [_describe_exit(first_rank + local, code, stderrs.get(local))],
-            "exit_code": 1,
-            "lost": False,
-        }
-        failure |= {"at": end_times[local]} | _reported(errors[local])
-        if -code in signals:  # the rank had no handler yet
-            name = signal.Signals(-code).name
-            failure |= {"lines": [f"stopped by {name}; no training progress was lost"], "exit_code": _STOPPED}
-        failures.append((failure["lost"], failure["at"], local, failure))
-    failure = min(failures, key=lambda entry: entry[:3])[3]
-    lines = list(failure["lines"])
-    if failure["exit_code"] == InputError.exit_code:
-        return InputError(*lines)
-    if failure["exit_code"] == _STOPPED:
-        return Stopped(*lines)
-    running = [first_rank + local for local in errors if local not in codes]
-    if failure["lost"] and running:
-        lines[0] += f" (Killed, still running: {ranks.format_ranks(running)}.)"
-    return RunError(*lines)
-
-
-def _reported(error_file: Path | str) -> dict[str, Any]:
-    """Return the error that a rank reported, or {}."""
+def _failure(rank: int, code: int, error_file: str, stderr: str, signals: Sequence[int]) -> _Failure:
+    """Return the error that a rank reported, or what its exit code says."""
+    found: dict[str, Any] = {
+        "lines": [_describe_exit(rank, code, stderr)],
+        "exit_code": 1,
+        "lost": False,
+        "at": time.time(),
+    }
     with suppress(OSError, ValueError):
-        return dict(json.loads(Path(error_file).read_text("utf-8")))
-    return {}
+        found |= json.loads(Path(error_file).read_text("utf-8"))
+    if -code in signals:  # the rank had no handler yet
+        name = signal.Signals(-code).name
+        found |= {"lines": [f"stopped by {name}; no training progress was lost"], "exit_code": _STOPPED}
+    kinds: dict[int, type[SFTRecipeError]] = {InputError.exit_code: InputError, _STOPPED: Stopped}
+    return _Failure(found["lost"], found["at"], rank, kinds.get(found["exit_code"], RunError)(*found["lines"]))
 
 
-def _describe_exit(rank: int, code: int, stderr: Path | None) -> str:
-    """Return the error line of a rank that reported none."""
+def _describe_exit(rank: int, code: int, stderr: str) -> str:
+    """Return the error line of a rank that reported none; `stderr` is the file of its output, if it has one."""
     if code == -signal.SIGKILL:
         return f"rank {rank} was killed (SIGKILL), probably because host memory ran out. Continue with --resume."
     reason = f"exited with code {code}" if code > 0 else f"was killed by {signal.Signals(-code).name}"
     last_line = ""
-    with suppress(OSError, AttributeError):
-        last_line = stderr.read_text("utf-8", "replace").strip().rpartition("\n")[2][:300]  # type: ignore[union-attr]
+    with suppress(OSError):
+        last_line = Path(stderr).read_text("utf-8", "replace").strip().rpartition("\n")[2][:300]
     return f"rank {rank} {reason}{f': {last_line}' if last_line else ''}"

@@ -18,7 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from sft_recipes.errors import RecipeError, RunError, SFTRecipeError
+from sft_recipes.errors import RecipeError, RunError, SFTRecipeError, reason_of
 from sft_recipes.recipe.schema import Launch, Recipe
 
 LAUNCHER_PID = "SFT_RECIPES_LAUNCHER"  # environment variable of the ranks that `launch.launch` started: its process id
@@ -59,7 +59,7 @@ def node_rank(launch: Launch) -> int:
     """Return the index of this node: NODE_RANK or SLURM_NODEID. Raises RecipeError if several nodes have neither."""
     if launch.machines == 1:
         return 0
-    node = from_environment("NODE_RANK", from_environment("SLURM_NODEID"))
+    node = int_from_env("NODE_RANK", int_from_env("SLURM_NODEID"))
     if node is None:
         raise RecipeError(no_rendezvous(launch))
     if node >= launch.machines:
@@ -69,7 +69,7 @@ def node_rank(launch: Launch) -> int:
     return node
 
 
-def from_environment(name: str, default: int | None = None) -> int | None:
+def int_from_env(name: str, default: int | None = None) -> int | None:
     """Return an environment variable as int, or `default` if it is unset. Raises RecipeError if it is not a number."""
     text = os.environ.get(name)
     if not text:
@@ -106,7 +106,7 @@ def set_launcher_env(launch: Launch) -> None:
     started, (rank_name, size_name, local_rank, local_size) = _started_tasks()
     if started == 1:
         return
-    if from_environment(rank_name) is None:
+    if int_from_env(rank_name) is None:
         raise RecipeError(
             f"{rank_name}: not in the environment, but {size_name} is (got {started}). Set both or neither."
         )
@@ -145,8 +145,8 @@ def needs_launch(launch: Launch) -> bool:
 def _started_tasks() -> tuple[int, tuple[str, str, str, str]]:
     """Return how many processes a launcher started (1 without one), and its names of torchrun's four variables."""
     present = [names for names in _LAUNCHER_VARIABLES if names[1] in os.environ]
-    names = max(present, key=lambda names: from_environment(names[1]) or 1, default=("RANK", "WORLD_SIZE", "", ""))
-    return from_environment(names[1]) or 1, names
+    names = max(present, key=lambda names: int_from_env(names[1]) or 1, default=("RANK", "WORLD_SIZE", "", ""))
+    return int_from_env(names[1]) or 1, names
 
 
 def _one_task_per_node(launch: Launch, started: int) -> bool:
@@ -167,11 +167,11 @@ def no_rendezvous(launch: Launch) -> str:
 
 
 @contextmanager
-def process_group(recipe: Recipe, facts: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
+def process_group(recipe: Recipe, must_match: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
     """Join the process group that the recipe's strategy needs, until the end of the block or `leave`.
 
     Raises:
-        RecipeError: `facts` (recipe, code, data) differ between ranks.
+        RecipeError: `must_match` (recipe, code, versions, data) differs between ranks.
         RunError: A rank did not join within trl.ddp_timeout seconds, or another rank was lost in the block.
     """
     if "LOCAL_RANK" not in os.environ or (world_size() == 1 and recipe.launch.strategy == "ddp"):
@@ -184,28 +184,26 @@ def process_group(recipe: Recipe, facts: Callable[[], Mapping[str, Any]]) -> Ite
     timeout = timedelta(seconds=float(recipe.trl.get("ddp_timeout", 1800)))
     strategy, cpu = recipe.launch.strategy, not torch.cuda.is_available()
     try:
-        _rendezvous(facts(), timeout)
+        _rendezvous(must_match(), timeout)
         if strategy == "fsdp2" and not cpu:
             # Tensors in host memory (checkpoints, cpu_offload) are gathered over gloo.
-            PartialState(backend="cuda:nccl,cpu:gloo", timeout=timeout)
+            state = PartialState(backend="cuda:nccl,cpu:gloo", timeout=timeout)
         else:
-            PartialState(cpu=cpu, timeout=timeout)
+            state = PartialState(cpu=cpu, timeout=timeout)
     except SFTRecipeError:
         raise
     except Exception as error:  # of accelerate, torch, NCCL or gloo
-        raise RunError(
-            f"rank {rank()} could not join the process group: {' '.join(str(error).split())[:300]}"
-        ) from error
+        raise RunError(f"rank {rank()} could not join the process group: {reason_of(error)}") from error
     if strategy == "fsdp2":
         # On CPUs accelerate treats every strategy as DDP; this value is all it checks.
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        state.distributed_type = DistributedType.MULTI_GPU
     elif strategy in ("zero2", "zero3"):
         if cpu:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed
 
         deepspeed.init_distributed("gloo" if cpu else "nccl", auto_mpi_discovery=False, verbose=False)
-        PartialState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
+        state.distributed_type = DistributedType.DEEPSPEED
     try:
         yield
     except Exception as error:
@@ -229,19 +227,20 @@ def leave() -> None:
     if not torch.distributed.is_initialized():
         return
     from accelerate import PartialState
-    from accelerate.state import AcceleratorState
+
+    from sft_recipes.upstream import reset_accelerate
 
     PartialState().wait_for_everyone()
     torch.distributed.destroy_process_group()
-    AcceleratorState._reset_state(reset_partial_state=True)
+    reset_accelerate()
 
 
-def _rendezvous(facts: Mapping[str, Any], timeout: timedelta) -> None:
-    """Wait for all ranks, and compare their facts with rank 0's."""
+def _rendezvous(must_match: Mapping[str, Any], timeout: timedelta) -> None:
+    """Wait for all ranks, and compare what must match with rank 0."""
     store, size = _store(timeout), world_size()
-    local = {name: _digest(value) for name, value in facts.items()} | {"host": socket.gethostname()}
-    store.set(f"facts/{rank()}", json.dumps(local))
-    keys = [f"facts/{number}" for number in range(size)]
+    local = {name: _digest(value) for name, value in must_match.items()} | {"host": socket.gethostname()}
+    store.set(f"must_match/{rank()}", json.dumps(local))
+    keys = [f"must_match/{number}" for number in range(size)]
     try:
         store.wait(keys, timeout)
     except RuntimeError:
@@ -328,8 +327,10 @@ def unreachable_ranks(error: Exception) -> str | None:
 
     Each rank that lost another one reports it in the store; ranks that do not are the unreachable ones.
     """
+    from torch.distributed import DistError
+
     if world_size() == 1 or not (
-        _is_distributed(error) or (isinstance(error, RuntimeError) and _CONNECTION_ERROR.search(str(error)))
+        isinstance(error, DistError) or (isinstance(error, RuntimeError) and _CONNECTION_ERROR.search(str(error)))
     ):
         return None
     missing: list[int] = []
@@ -339,12 +340,6 @@ def unreachable_ranks(error: Exception) -> str | None:
         time.sleep(_RESPONSE_SECONDS)
         missing = [number for number in range(world_size()) if not store.check([f"lost/{number}"])]
     return f"no response from {format_ranks(missing) if missing else 'another rank'}"
-
-
-def _is_distributed(error: Exception) -> bool:
-    import torch.distributed as dist
-
-    return isinstance(error, dist.DistError)
 
 
 def report(error: SFTRecipeError) -> bool:

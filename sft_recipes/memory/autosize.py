@@ -19,6 +19,7 @@ from sft_recipes.memory.remedies import Predict
 from sft_recipes.models.attention import Capability, capability_here
 from sft_recipes.planning import flops
 from sft_recipes.recipe.schema import Recipe
+from sft_recipes.run_dir import RECIPE
 
 # Share of host memory that tensors may use: oneDNN allocates buffers outside torch's allocator (SmolLM2 in bfloat16, 4,096
 # tokens, checkpointed: 4.3 GiB predicted, 10.2 GiB used by the process).
@@ -150,7 +151,7 @@ def resolve_for_run(recipe: Recipe, run_dir: Path) -> Recipe:
 
 
 def _as_resolved_before(recipe: Recipe, run_dir: Path) -> Recipe:
-    resolved = run_dir / "recipe.resolved.json"
+    resolved = run_dir / RECIPE
     with suppress(OSError, ValueError, LookupError, TypeError):  # a damaged file is reported when settings are compared
         used = json.loads(resolved.read_text(encoding="utf-8"))["train"]
         size, layers = used["micro_batch_size"], used["gradient_checkpointing"]

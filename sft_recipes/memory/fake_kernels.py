@@ -21,6 +21,7 @@ from sft_recipes.models import attention as varlen
 from sft_recipes.models import cpu_loss
 from sft_recipes.models.attention import Capability
 from sft_recipes.recipe.schema import Recipe
+from sft_recipes.upstream import supports
 
 VARIABLE = "traced_varlen"  # attention that isolates documents by cu_seqlens, without a mask
 BY_DOCUMENT = "traced_by_document"  # the same on a CPU: one sdpa call per document
@@ -46,7 +47,8 @@ def named(recipe: Recipe, config: PreTrainedConfig, device: str, capability: Cap
     Raises: ModelError if model or GPU does not support it.
     """
     selected, _ = varlen.select_implementation(recipe, config, device, capability)
-    if selected is None and getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), "_supports_sdpa", True):
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if selected is None and (architecture is None or supports(architecture, "sdpa")):
         return "sdpa"
     return selected
 
@@ -58,13 +60,13 @@ def lower_memory_attention(
     used = attention(recipe, config, device, capability)
     model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if used in ("eager", None):
-        return "sdpa" if getattr(model, "_supports_sdpa", False) else None
+        return "sdpa" if supports(model, "sdpa") else None
     packed = masks_all_pairs(recipe, config, device, capability)
     if packed and varlen.problem(recipe, config, device, capability) is None:
         return varlen.NAME
     masks = packed or recipe.train.micro_batch_size != 1
     recent = capability is None or capability >= varlen.AMPERE
-    able = device == "cuda" and recent and getattr(model, "_supports_flash_attn", False)
+    able = device == "cuda" and recent and supports(model, "flash_attn")
     return "flash_attention_2" if used == "sdpa" and masks and able else None
 
 

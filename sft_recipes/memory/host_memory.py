@@ -58,22 +58,21 @@ def predict(recipe: Recipe, model: Model, device: str) -> HostMemory:
     if quantized:
         ends = min(2 * model.embeddings, model.parameters)
         weights = (model.parameters - ends) * _QUANTIZED[quantized] + ends * _BYTES[recipe.model.dtype]
-    wrapped = recipe.lora is not None and bool(recipe.lora.modules_to_save or recipe.model.new_tokens)
     if device == "cpu":
         held = weights / (ranks if launch.strategy == "zero3" else 1) * ranks
         load = held if not sharded else max(held, weights)
     elif sharded and not quantized:  # by rank 0, which broadcasts them
-        load = weights * (ranks if launch.strategy == "fsdp2" and wrapped else 1)
+        load = weights * (ranks if launch.strategy == "fsdp2" and recipe.trains_layers_in_full else 1)
     else:  # each tensor on its way to the GPU
         load = ranks * largest * _BYTES[recipe.model.dtype]
     resident = processes + (weights if device == "cpu" and not sharded else 0)
     export = _BYTES[recipe.export.dtype]
     gather = None
     if sharded:
-        gather = resident + (model.trained * 4 if recipe.lora else largest * (4 + export))
+        gather = resident + (model.trained * 4 if recipe.trains_adapters else largest * (4 + export))
     merge = verify = None
-    if recipe.lora is None or recipe.export.merge:
-        if recipe.lora is None:
+    if not recipe.trains_adapters or recipe.export.merge:
+        if not recipe.trains_adapters:
             merge = resident + largest * export
         else:
             merge = resident + _MERGING + (2 * largest * 10 if quantized else 0)
@@ -102,7 +101,7 @@ def of_files(recipe: Recipe) -> Model | None:
     if not all(values):
         return None
     layer = (parameters - vocab_size * width) / layers
-    return Model(parameters, layer, vocab_size * width, 0 if recipe.lora else parameters)
+    return Model(parameters, layer, vocab_size * width, 0 if recipe.trains_adapters else parameters)
 
 
 def lacking(needed: HostMemory, *, adapters: bool) -> str | None:

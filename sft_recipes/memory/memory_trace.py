@@ -12,19 +12,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from trl.trainer import utils as trl_utils
 
-from sft_recipes.errors import ModelError
+from sft_recipes.errors import ModelError, reason_of
 from sft_recipes.memory import fake_kernels, optimizer_states
 from sft_recipes.memory.prediction import Footprint, extrapolate
 from sft_recipes.memory.storage_tracker import StorageTracker
+from sft_recipes.models.adapters import settle_types, with_adapters
 from sft_recipes.models.attention import Capability
+from sft_recipes.models.compiled_layers import layers_of
 from sft_recipes.models.kernels import select_kernels
-from sft_recipes.models.model import DTYPES, layers_of, load_config, settle_types, with_adapters
+from sft_recipes.models.model import DTYPES, load_config
 from sft_recipes.recipe.schema import Recipe
-from sft_recipes.upstream import CHECKPOINTING
+from sft_recipes.upstream import CHECKPOINTING, FakeTensorMode
 
 MOST_TOKENS = 2**22  # per micro-batch: the time of a trace grows with them
 # Tokens of each of the two documents in the isolation check. Evaluation mode switches checkpointing off, so all activations
@@ -55,7 +56,7 @@ def predict(
             f"train.micro_batch_size: memory can be predicted for at most {MOST_TOKENS:,} tokens per micro-batch (got "
             f"{tokens:,}). Reduce train.micro_batch_size or data.max_length."
         )
-    logger = logging.getLogger("torch._subclasses.fake_tensor")  # logs tracebacks of errors reported below
+    logger = logging.getLogger(FakeTensorMode.__module__)  # logs tracebacks of errors reported below
     was_disabled, logger.disabled = logger.disabled, True
     try:
         layers = config.get_text_config().num_hidden_layers
@@ -71,10 +72,9 @@ def predict(
     except (ModelError, MemoryError):
         raise
     except Exception as error:  # any type, from the model's code
-        reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
         raise ModelError(
             f"model.name: {recipe.model.name}: the memory of a model of type {config.model_type} cannot be predicted: "
-            f"{reason}. Set train.micro_batch_size to a number; the run measures memory before its first step."
+            f"{reason_of(error)}. Set train.micro_batch_size to a number; the run measures memory before its first step."
         ) from error
     finally:
         logger.disabled = was_disabled
@@ -179,7 +179,7 @@ class _Step:
     held: list[torch.Tensor] = field(default_factory=list)  # optimizer states, kept for the whole run
 
     def run(self) -> Footprint:
-        base: PreTrainedModel = self.model.get_base_model() if self.recipe.lora else self.model
+        base: PreTrainedModel = self.model.get_base_model() if self.recipe.trains_adapters else self.model
         self._replace_tensors()
         trl_utils.add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
         train = self.recipe.train
@@ -241,23 +241,20 @@ class _Step:
         """Replace parameters and buffers by fake tensors that are counted; tied weights share one."""
         given: dict[int, torch.Tensor] = {}
         for module in self.model.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is None:
-                    continue
+            for name, parameter in [*module.named_parameters(recurse=False, remove_duplicate=False)]:
                 if id(parameter) not in given:
                     new = torch.nn.Parameter(
                         torch.empty(parameter.shape, dtype=parameter.dtype), requires_grad=parameter.requires_grad
                     )
-                    of_lora = self.recipe.lora is not None and parameter.requires_grad
+                    of_lora = self.recipe.trains_adapters and parameter.requires_grad
                     self.tracker.assign(new, "adapters" if of_lora else "weights")
                     given[id(parameter)] = new
-                module._parameters[name] = given[id(parameter)]
-            for names in (module._buffers, module.__dict__):
-                for name, tensor in names.items():
-                    if isinstance(tensor, torch.Tensor):
-                        new = given.setdefault(id(tensor), torch.empty(tensor.shape, dtype=tensor.dtype))
-                        self.tracker.assign(new, "weights" if hasattr(module, "quantized") else "buffers")
-                        names[name] = new
+                setattr(module, name, given[id(parameter)])
+            for name, tensor in [*module.named_buffers(recurse=False, remove_duplicate=False), *vars(module).items()]:
+                if isinstance(tensor, torch.Tensor):
+                    new = given.setdefault(id(tensor), torch.empty(tensor.shape, dtype=tensor.dtype))
+                    self.tracker.assign(new, "weights" if hasattr(module, "quantized") else "buffers")
+                    setattr(module, name, new)
 
     def _mark_phases(self, base: PreTrainedModel, layers: list[torch.nn.Module]) -> None:
         """Mark where phases begin: "forward" before the first layer; in the backward pass "lower layers" at the middle, and

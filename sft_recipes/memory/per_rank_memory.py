@@ -64,7 +64,7 @@ def _ddp(whole: Footprint, recipe: Recipe, _ranks: int) -> Rule:
 
 
 def _fsdp2(whole: Footprint, recipe: Recipe, ranks: int) -> Rule:
-    full, mixed = recipe.lora is None, recipe.train.mixed_precision != "no"
+    full, mixed = not recipe.trains_adapters, recipe.train.mixed_precision != "no"
     compute = _computed_bytes(recipe)
     reduce = 4 if mixed else compute
     upcast = 4 / _trained_bytes(recipe) if mixed else 1
@@ -132,7 +132,7 @@ def _zero(whole: Footprint, recipe: Recipe, ranks: int) -> Rule:
 
 def _trained_bytes(recipe: Recipe) -> int:
     """Return the bytes per trainable value as loaded: adapters are in float32."""
-    return 4 if recipe.lora is not None else _BYTES[recipe.model.dtype]
+    return 4 if recipe.trains_adapters else _BYTES[recipe.model.dtype]
 
 
 def _computed_bytes(recipe: Recipe) -> int:
@@ -141,5 +141,5 @@ def _computed_bytes(recipe: Recipe) -> int:
 
 def _without_copies(buffers: float, recipe: Recipe) -> float:
     """Leave out autocast's copies of float32 weights: sharding already gathers them in half precision."""
-    copies = recipe.lora is None and recipe.train.mixed_precision != "no" and recipe.model.dtype == "float32"
+    copies = not recipe.trains_adapters and recipe.train.mixed_precision != "no" and recipe.model.dtype == "float32"
     return 0.0 if copies else buffers

@@ -79,10 +79,10 @@ def candidates(recipe: Recipe, attention: str | None) -> Iterator[tuple[str, lis
         if whole := [(train.micro_batch_size >> k, accumulated << k) for k in halves]:
             keys = "train.micro_batch_size", "train.gradient_accumulation_steps"
             yield "micro-batch", [dict(zip(keys, sizes, strict=True)) for sizes in whole]
-    if recipe.lora is None:
+    if not recipe.trains_adapters:
         yield "LoRA", [{"lora": {}}]
     if model.quantization is None:
-        yield "nf4", [{"model.quantization": "nf4"} | ({"lora": {}} if recipe.lora is None else {})]
+        yield "nf4", [{"model.quantization": "nf4"} | ({"lora": {}} if not recipe.trains_adapters else {})]
     if "8bit" not in train.optimizer and "4bit" not in train.optimizer:
         yield "8-bit optimizer", [{"train.optimizer": "adamw_8bit_sr"}]
     ranks = launch.world_size

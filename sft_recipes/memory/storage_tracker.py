@@ -7,11 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.multiprocessing.reductions import StorageWeakRef
 
-_CAST = torch.ops.aten._to_copy.default
-_ITEM = torch.ops.aten._local_scalar_dense.default  # tensor.item()
+from sft_recipes.upstream import CAST, ITEM, TorchDispatchMode
 
 
 class StorageTracker(TorchDispatchMode):
@@ -32,15 +30,14 @@ class StorageTracker(TorchDispatchMode):
         self._storages: dict[int, tuple[weakref.ref[Any], int, str]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is _ITEM:
+        if func is ITEM:
             kind = args[0].dtype
             return self.truth if kind == torch.bool else 1.0 if kind.is_floating_point else 1
         out = func(*args, **(kwargs or {}))
         # Autocast's copy of a weight in its compute dtype is a temporary buffer.
-        part = "buffers" if func is _CAST and self._part_of(args[0]) in ("weights", "adapters") else self.part
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage(), part)
+        part = "buffers" if func is CAST and self._part_of(args[0]) in ("weights", "adapters") else self.part
+        for tensor in _tensors(out):
+            self._count(tensor.untyped_storage(), part)
         return out
 
     @contextmanager
@@ -60,13 +57,13 @@ class StorageTracker(TorchDispatchMode):
         """Assign a tensor's storage to a different part than it was created in."""
         storage = tensor.untyped_storage()
         self._count(storage, part)
-        reference, size, before = self._storages[storage._cdata]
+        reference, size, before = self._storages[_key(storage)]
         self.live[before] -= size
         self.live[part] += size
-        self._storages[storage._cdata] = reference, size, part
+        self._storages[_key(storage)] = reference, size, part
 
     def _count(self, storage: Any, part: str) -> None:
-        key = storage._cdata
+        key = _key(storage)
         if key in self._storages:
             return
         size = -(-storage.nbytes() // self.block) * self.block
@@ -75,7 +72,7 @@ class StorageTracker(TorchDispatchMode):
         self._update_peak()
 
     def _part_of(self, tensor: torch.Tensor) -> str | None:
-        known = self._storages.get(tensor.untyped_storage()._cdata)
+        known = self._storages.get(_key(tensor.untyped_storage()))
         return known[2] if known else None
 
     def _forget(self, key: int) -> None:
@@ -85,3 +82,16 @@ class StorageTracker(TorchDispatchMode):
     def _update_peak(self) -> None:
         if self.phase and self.live.total() > self.peaks.get(self.phase, Counter()).total():
             self.peaks[self.phase] = self.live.copy()
+
+
+def _key(storage: Any) -> int:
+    """Return what identifies a storage: its address. That of its memory is 0 on fake tensors."""
+    return int(StorageWeakRef(storage).cdata)
+
+
+def _tensors(results: Any) -> Iterator[torch.Tensor]:
+    if isinstance(results, torch.Tensor):
+        yield results
+    elif isinstance(results, list | tuple):
+        for each in results:
+            yield from _tensors(each)

@@ -20,6 +20,7 @@ from transformers.masking_utils import sdpa_mask
 from sft_recipes.errors import ModelError
 from sft_recipes.recipe.library_names import installed
 from sft_recipes.recipe.schema import Recipe
+from sft_recipes.upstream import supports
 
 NAME = "varlen"  # for a name with "flash" in it transformers would require flash-attn
 Capability = tuple[int, int]  # compute capability of a GPU, such as (8, 0)
@@ -53,7 +54,7 @@ def select_implementation(
     wanted, packed = recipe.model.attention, recipe.padding_free
     if wanted not in ("auto", NAME):
         return wanted, ""
-    flash = getattr(_architecture(config), "_supports_flash_attn", False) and (capability or AMPERE) >= AMPERE
+    flash = supports(_architecture(config), "flash_attn") and (capability or AMPERE) >= AMPERE
     if wanted == "auto" and device == "cuda" and _half(recipe) and flash and installed("flash_attn"):
         return "flash_attention_2", "flash-attn is installed"
     unsupported = problem(recipe, config, device, capability)
@@ -82,7 +83,7 @@ def obstacle(config: PreTrainedConfig) -> str | None:
     """Return what of a model's attention varlen does not support, None if nothing."""
     architecture, text = _architecture(config), config.get_text_config(decoder=True)
     # varlen lacks what sdpa lacks (softcapping, sinks), and transformers declares which models need it.
-    as_sdpa = getattr(architecture, "_supports_attention_backend", False) and architecture._supports_sdpa
+    as_sdpa = supports(architecture, "attention_backend") and supports(architecture, "sdpa")
     # transformers before 5.22 declares sdpa for Gemma 2, without its softcapping.
     softcaps = getattr(text, "attn_logit_softcapping", None) is not None
     if not as_sdpa or softcaps or config.model_type in _CUSTOM_MASKS:

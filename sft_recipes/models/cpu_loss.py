@@ -5,14 +5,15 @@ the entropy, in additional passes. Here each row of logits is computed once, and
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import wraps
+from types import MethodType
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch.autograd.function import once_differentiable
-from trl.trainer import utils as trl_utils
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
 _TILE = 2**26  # logits per matrix product: 128 MiB in bfloat16
 _CHUNK = 2**22  # logits per softmax: 16 MiB in float32
@@ -107,14 +108,54 @@ def applies(device: str, loss_type: str) -> bool:
     return device == "cpu" and loss_type == "nll"
 
 
-@contextmanager
-def in_place_of_trls() -> Iterator[None]:
-    """Let SFTTrainer compute its loss with this head."""
-    with (
-        patch.object(trl_utils, "_ChunkedLogProbFunction", Head),
-        patch.object(trl_utils, "_use_triton", lambda _: True),  # passes the trained tokens only
-    ):
-        yield
+def replace_fused_lm_head(model: PreTrainedModel) -> None:
+    """Compute `model(..., labels=labels, fused_lm_head=True)` with this head, after TRL's `add_fused_lm_head(model)`.
+
+    The arguments and the output are TRL's. The entropy is NaN, and a router's load-balancing loss is left to TRL's forward.
+    """
+    trls = model.forward
+    config = model.config.get_text_config()
+    scale, softcap = logit_scale(config), getattr(config, "final_logit_softcapping", None)
+
+    @wraps(type(model).forward)  # generate() checks its arguments against the signature
+    def forward(
+        self: Any, *args: Any, fused_lm_head: bool = False, labels: torch.Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        if not fused_lm_head or labels is None or kwargs.get("output_router_logits"):
+            given = {} if labels is None else {"labels": labels}
+            return trls(*args, fused_lm_head=fused_lm_head, **given, **kwargs)
+        count = kwargs.pop("num_items_in_batch", None)
+        hidden = self.base_model(*args, **kwargs | {"use_cache": False}).last_hidden_state[:, :-1]
+        targets = labels[:, 1:]
+        mask = targets != -100
+        head = self.get_output_embeddings()
+        weight, bias = (each.full_tensor() if isinstance(each, DTensor) else each for each in (head.weight, head.bias))
+        with maybe_gather_lm_head_ctx(weight, bias):
+            trained = Head.apply(hidden[mask], weight, bias, targets[mask], 1.0, 0, softcap, scale, ())
+        # masked_scatter connects the output with the model even if no token is trained.
+        log_probs, entropy, _, _, hits = (
+            each if each is None else each.new_zeros(mask.shape).masked_scatter(mask, each) for each in trained
+        )
+        return FusedCausalLMOutput(
+            loss=-log_probs.sum() / (mask.sum().clamp(min=1) if count is None else count),
+            log_probs=log_probs,
+            entropy=entropy,
+            is_top1=hits,
+            label_mask=mask,
+        )
+
+    model.forward = MethodType(forward, model)
+
+
+def logit_scale(config: PreTrainedConfig) -> float:
+    """Return the factor of a model's logits, from the keys that TRL reads."""
+    for key in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if (factor := getattr(config, key, None)) is not None:
+            return float(factor)
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is None:
+        return 1.0
+    return float(scaling if config.model_type == "hyperclovax" else 1 / scaling)
 
 
 def _log_probs_and_gradient(

@@ -7,27 +7,32 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from sft_recipes.data import sandbox
+from sft_recipes.data.chat import Chat, as_chat
 from sft_recipes.data.encoder import Encoder, from_transformers
-from sft_recipes.data.templates import Chat, as_chat
 
 _BATCH = 16
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], *, raw: bool = False) -> list[int]:
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], *, raw: bool = False, parse: bool = False
+) -> list[int]:
     """Return the token ids of messages up to the answer: in the chat template, or as plain text (`raw` or no template).
 
-    The template is untrusted and rendered in a sandbox. Raises RecipeError if it does something forbidden.
+    `parse`: special tokens in plain text are parsed. Raises RecipeError if the template, which may be anyone's, does something
+    forbidden.
     """
     template = tokenizer.chat_template
     if raw or not isinstance(template, str):
         text = "\n\n".join(message["content"] for message in as_chat(messages))
-        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return [*Encoder(from_transformers(tokenizer)).bos, *ids]  # as in training, without the EOS token
+        ids = list(tokenizer(text, add_special_tokens=False, split_special_tokens=not parse)["input_ids"])
+        bos = Encoder(from_transformers(tokenizer)).bos
+        return ids if parse and ids[: len(bos)] == bos else [*bos, *ids]  # as in training, without the EOS token
     if "message['input']" not in template:  # only the Alpaca template has an input field
         messages = as_chat(messages)
     specials = from_transformers(tokenizer).specials
     chat = Chat(template, "all", specials, (), name=f"{tokenizer.name_or_path}: its chat template")
-    text = chat.render(messages, str(tokenizer.name_or_path), add_generation_prompt=True)
+    text = sandbox.limited(chat.name, chat.prompt, messages, str(tokenizer.name_or_path))
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

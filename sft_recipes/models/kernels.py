@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_utils import unwrap_peft_model
 
-from sft_recipes.errors import ModelError
+from sft_recipes.errors import ModelError, reason_of
 from sft_recipes.recipe.library_names import installed, liger_model_types
 from sft_recipes.recipe.schema import Recipe
 
@@ -97,7 +97,7 @@ def apply_kernels(model: torch.nn.Module, recipe: Recipe) -> Kernels:
     try:
         problem = compare_layer(recipe, model.config, "cuda")
     except Exception as error:  # any type, if Liger does not match the version of transformers or Triton
-        problem = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        problem = f"{type(error).__name__}: {reason_of(error)}"
     if problem is not None:
         if recipe.train.kernels == "liger":
             raise ModelError(
@@ -122,7 +122,7 @@ def apply_liger(model: torch.nn.Module) -> Kernels:
         for name, eager in before.items():
             setattr(module, name, eager)
     functions = {name: fused for name, fused in replaced.items() if name in before and not isinstance(fused, type)}
-    changed = {part._get_name().lower() for part in model.modules() if "forward" in vars(part)} | functions.keys()
+    changed = {type(part).__name__.lower() for part in model.modules() if "forward" in vars(part)} | functions.keys()
     fragments = {"RMSNorm": "rmsnorm", "RoPE": "rotary", "SwiGLU": "swiglu", "GeGLU": "geglu"}
     fused = tuple(name for name, fragment in fragments.items() if any(fragment in other for other in changed))
     return Kernels("liger", fused=fused, module=module, functions=functions)

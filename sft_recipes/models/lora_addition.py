@@ -47,7 +47,7 @@ class _InPlace(LoraVariant):
         lora_b, scaling = module.lora_B[active_adapter], module.scaling[active_adapter]
         if h.dtype != result.dtype:
             return result + lora_b(h) * scaling
-        if result._is_view() or not result.is_contiguous():  # a linear layer with a bias returns a view
+        if not result.is_contiguous():
             result = result.clone()
         return _AddProduct.apply(result, h, lora_b.weight.to(h.dtype), scaling)
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import init_empty_weights
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from sft_recipes.errors import ModelError
 from sft_recipes.recipe.schema import Recipe
+from sft_recipes.upstream import float32_modules
 
 SHARDED = ("fsdp2", "zero2", "zero3")
 
@@ -95,10 +96,8 @@ def broadcasts_weights(recipe: Recipe, model: Any) -> bool:
     """
     if recipe.launch.strategy != "fsdp2" or getattr(model.config, "quantization_config", None):
         return False
-    wrapped = recipe.lora is not None and bool(recipe.lora.modules_to_save or recipe.model.new_tokens)
     buffers = {name for name, _ in model.named_buffers()} & model.state_dict().keys()
-    float32 = getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None)
-    return not (wrapped or buffers or float32)
+    return not (recipe.trains_layers_in_full or buffers or float32_modules(model, torch.float16))
 
 
 def allocate_lazily(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
@@ -141,7 +140,17 @@ class Gathered:
     weights: Iterable[tuple[str, torch.Tensor]] = ()
 
 
-def gather_for_export(trainer: Any, recipe: Recipe) -> Gathered:
+class Trained(Protocol):
+    """What the export needs of a trainer."""
+
+    accelerator: Any
+    model: Any
+    deepspeed: Any  # DeepSpeed's engine
+
+    def is_world_process_zero(self) -> bool: ...
+
+
+def gather_for_export(trainer: Trained, recipe: Recipe) -> Gathered:
     """All-gather the trained weights of a sharded model (collective call).
 
     Every rank has to iterate over all of `Gathered.weights`, which have `export.dtype`. They are gathered one at a time, so
@@ -161,7 +170,7 @@ def gather_for_export(trainer: Any, recipe: Recipe) -> Gathered:
         trainer.deepspeed.optimizer.checkpoint_event_prologue()  # shard weights that a forward pass left gathered
         unset_hf_deepspeed_config()  # models loaded from here on are not sharded
     shards = model.state_dict(keep_vars=True)  # this rank's shard of each weight
-    if recipe.lora is not None:
+    if recipe.trains_adapters:
         shards = {name: weight for name, weight in shards.items() if weight.requires_grad}
         trained = ((name, weight.cpu()) for name, weight in _gather_all(shards, None))
         keep = trainer.is_world_process_zero()

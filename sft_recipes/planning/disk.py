@@ -6,15 +6,15 @@ from pathlib import Path
 from sft_recipes.errors import OutputError
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.recipe.validate import STOCHASTIC_ROUNDING
+from sft_recipes.run_dir import OUTPUTS
 
-_WRITTEN = ("checkpoints", "adapter", "model")
 _CONFIGS = 100_000  # bytes of files other than weights and tokenizer
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 def of_checkpoint(recipe: Recipe, trained: int, tokenizer: int) -> int:
     """Return the bytes of a checkpoint: trained weights, optimizer states (weights' dtype or 8 bits), tokenizer."""
-    weights, optimizer = 4 if recipe.lora else BYTES[recipe.model.dtype], recipe.train.optimizer
+    weights, optimizer = 4 if recipe.trains_adapters else BYTES[recipe.model.dtype], recipe.train.optimizer
     # bitsandbytes keeps moments in float32 for any weights; its 8-bit optimizers do so for those of the embeddings.
     bitsandbytes = any(name in optimizer for name in ("bnb", "paged", "ademamix", "lion_", "adamw_8bit"))
     bitsandbytes = bitsandbytes and optimizer != STOCHASTIC_ROUNDING
@@ -30,8 +30,8 @@ def needed(recipe: Recipe, parameters: int, trained: int, tokenizer: int) -> int
     """
     kept = recipe.checkpoint.keep + 1 + recipe.checkpoint.export_best if saves(recipe) else 0
     files = tokenizer + _CONFIGS
-    exported = trained * 4 + files if recipe.lora else 0
-    if recipe.lora is None or recipe.export.merge:
+    exported = trained * 4 + files if recipe.trains_adapters else 0
+    if not recipe.trains_adapters or recipe.export.merge:
         # For a quantized base, two candidates are written before one is chosen.
         models = 2 if recipe.model.quantization else 1
         exported += models * (parameters * BYTES[recipe.export.dtype] + files)
@@ -44,15 +44,14 @@ def saves(recipe: Recipe) -> bool:
 
 
 def check_room(recipe: Recipe, folder: Path, parameters: int, trained: int, tokenizer: int) -> None:
-    """Check that the run's files fit on the disk; a resumed run replaces its own. Raises OutputError."""
-    written = (file for part in _WRITTEN for file in (folder / part).rglob("*"))
+    """Check that the run's files fit on the disk of `folder`; a resumed run replaces its own. Raises OutputError."""
+    written = (file for part in OUTPUTS for file in (folder / part).rglob("*"))
     existing = sum(file.stat().st_size for file in written if file.is_file())  # will be replaced
-    need, free = needed(recipe, parameters, trained, tokenizer) - existing, shutil.disk_usage(folder).free
-    if need > free:
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
+    if short := lacking(there, needed(recipe, parameters, trained, tokenizer) - existing):
         raise OutputError(
-            f"output_dir: not enough free space in {folder} for checkpoints and models ({_gigabytes(need)} needed, "
-            f"{_gigabytes(free)} free). Free some space, choose another disk with --set output_dir=DIR, or lower "
-            "checkpoint.keep."
+            f"output_dir: not enough free space in {there} for checkpoints and models{short}. Free some space, choose "
+            "another disk with --set output_dir=DIR, or lower checkpoint.keep."
         )
 
 

@@ -65,7 +65,7 @@ def flops_per_token(
     hidden, heads = int(text_config.hidden_size), int(text_config.num_attention_heads)
     width: int = heads * (getattr(text_config, "head_dim", None) or hidden // heads)
     head = int(text_config.vocab_size) * hidden
-    adapters = footprint.trained if recipe.lora is not None else 0
+    adapters = footprint.trained if recipe.trains_adapters else 0
     layers = footprint.parameters - footprint.rest - (adapters - footprint.trained_rest if adapters else 0)
     experts, chosen = (getattr(text_config, name, None) for name in ("num_experts", "num_experts_per_tok"))
     experts = (
@@ -73,7 +73,7 @@ def flops_per_token(
     )
     if experts and chosen:
         layers -= footprint.experts * (1 - chosen / experts)
-    frozen = recipe.lora is not None
+    frozen = recipe.trains_adapters
     work = layers * ((4 if frozen else 6) + 2 * recomputed) + head * ((4 if frozen else 6) + 2 * (not model_only))
     work += adapters * (6 + 2 * recomputed)
     attended = document

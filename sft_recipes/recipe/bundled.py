@@ -21,7 +21,7 @@ from sft_recipes.recipe import editor_schema
 
 
 @dataclass(frozen=True)
-class Shipped:
+class BundledRecipe:
     """Fields of a recipe's header. `memory` is predicted by `sft-recipe plan`; `result` is measured."""
 
     name: str
@@ -44,12 +44,12 @@ def folder() -> Path:
     return inside if inside.is_dir() else inside.parent.parent / "recipes"
 
 
-def recipes() -> list[Shipped]:
+def recipes() -> list[BundledRecipe]:
     """Return all bundled recipes, sorted by name."""
     return [parse_header(file.stem, file.read_text(encoding="utf-8")) for file in sorted(folder().glob("*.yaml"))]
 
 
-def parse_header(name: str, text: str) -> Shipped:
+def parse_header(name: str, text: str) -> BundledRecipe:
     """Parse the header of a recipe. Raises ValueError if a field is missing, unknown or duplicate."""
     lines = re.match(r"(#.*\n)*", text)[0].splitlines()  # type: ignore[index]  # always matches
     purpose, fields, last = lines[0].lstrip("# ") if lines else "", dict[str, str](), ""
@@ -63,7 +63,7 @@ def parse_header(name: str, text: str) -> Shipped:
             fields[last] += f" {line.lstrip('# ')}"
     if missing := [field for field in FIELDS if field not in fields and field != "needs"]:
         raise ValueError(f"{name}: missing in the header: {', '.join(missing)}")
-    return Shipped(name, purpose, **fields)
+    return BundledRecipe(name, purpose, **fields)
 
 
 def copy(name: str, out: Path | None = None) -> Path:

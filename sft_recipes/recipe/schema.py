@@ -3,9 +3,13 @@
 The presence of a section enables it: without `lora:` a run is full fine-tuning.
 """
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from sft_recipes.data.chat_templates import named
+from sft_recipes.data.formats.registry import FORMATS
+from sft_recipes.trackers.base import kinds as trackers
 
 DEFAULT_GLOBAL_BATCH_SIZE = 32
 DEFAULT_WARMUP_RATIO = 0.03
@@ -15,7 +19,12 @@ Name = Annotated[str, Field(min_length=1)]
 # A float is a fraction of the run, an int a number of optimizer steps.
 Interval = Annotated[float, Field(gt=0, le=1)] | Positive | None
 DType = Literal["bfloat16", "float16", "float32"]
-Format = Literal["alpaca", "prompt_completion", "messages", "text"]
+if TYPE_CHECKING:
+    Format = str
+    Tracker = str
+else:
+    Format = Literal[*FORMATS]
+    Tracker = Literal[*trackers()]
 
 
 class _Section(BaseModel):
@@ -94,9 +103,19 @@ class Data(_Section):
     on_bad_row: Literal["error", "drop"] = "error"
     """How to handle rows that cannot be read or rendered. drop: leave them out, and report how many and the first ones."""
     template: Name | None = None
-    """alpaca, chat (the tokenizer's chat template) or the path of a .jinja file. Default: chat for messages, else alpaca."""
+    """alpaca, chatml, llama3, chat (the tokenizer's chat template) or the path of a .jinja file. chatml and llama3 add
+    their tokens to model.new_tokens. Default: chat for conversations, else alpaca."""
+    chat_template_kwargs: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], Any] = {}
+    """Arguments of the chat template, e.g. {enable_thinking: false}. They become defaults of the exported template."""
+    date: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d$")] | None = None
+    """Date that chat templates take for today, in training and in the exported template. Default: the day of the run."""
     train_on: Literal["completion", "all", "assistant"] = "completion"
     """Tokens in the loss. completion: the last answer; assistant: every assistant message; all: every token."""
+    train_on_reasoning: bool = True
+    """Train on the thoughts of answers. false: the model reads them, but only what follows is in the loss."""
+    special_tokens: Literal["text", "parse"] = "text"
+    """Text in the rows that is a special token, e.g. <|im_start|>. text: plain characters, and an error in a chat template;
+    parse: the token."""
     max_length: Annotated[int, Field(ge=2, lt=2**31)] = 512
     """Sequence length in tokens."""
     overlong: Literal["error", "drop", "truncate", "split"] = "error"
@@ -241,15 +260,16 @@ class Log(_Section):
 
     every: Positive = 10
     """Number of steps between lines of metrics.jsonl and the console."""
-    to: list[Literal["wandb", "tensorboard", "trackio", "mlflow"]] = []
-    """Experiment trackers in addition to metrics.jsonl: wandb, tensorboard, trackio, mlflow. Each requires its extra."""
+    to: Annotated[
+        list[Tracker], Field(description=f"Experiment trackers besides metrics.jsonl: {', '.join(trackers())}.")
+    ] = []
     project: Name | None = None
-    """Project in wandb and trackio, experiment in mlflow. Default: WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME if set, else
+    """Project (mlflow: experiment) in the trackers. Default: that of WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME, else
     sft-recipes."""
     name: Name | None = None
-    """Run name in wandb, trackio and mlflow. Default: the last part of output_dir."""
+    """Name of the run in the trackers. Default: the last part of output_dir."""
     group: Name | None = None
-    """Group of runs: group in wandb and trackio, tag in mlflow."""
+    """Group of runs in the trackers (mlflow: tag)."""
 
 
 class Export(_Section):
@@ -300,6 +320,13 @@ class Recipe(_Section):
     trl: dict[str, Any] = {}
     """Other fields of TRL's SFTConfig, passed through by name."""
 
+    @model_validator(mode="after")
+    def _with_tokens_of_the_template(self) -> Self:
+        tokens = dict.fromkeys([*self.model.new_tokens, *named.tokens(self.data.template or "")])
+        if len(tokens) > len(self.model.new_tokens):
+            object.__setattr__(self, "model", self.model.model_copy(update={"new_tokens": list(tokens)}))
+        return self
+
     def resolved(self) -> dict[str, Any]:
         """Return every key with its value, including derived defaults; parsing the result gives the same recipe."""
         values = self.model_dump()
@@ -310,6 +337,16 @@ class Recipe(_Section):
         if self.train.warmup_steps is None:
             values["train"]["warmup_ratio"] = self.train.warmup_ratio_or_default
         return values
+
+    @property
+    def trains_adapters(self) -> bool:
+        """True for LoRA, DoRA and QLoRA, False for full fine-tuning."""
+        return self.lora is not None
+
+    @property
+    def trains_layers_in_full(self) -> bool:
+        """True if layers or new-token embeddings are trained next to the adapters; PEFT wraps them."""
+        return self.lora is not None and bool(self.lora.modules_to_save or self.model.new_tokens)
 
     @property
     def method(self) -> str:

@@ -12,7 +12,7 @@ _NAMES = re.compile(
 _MIN_LENGTH = 8  # shorter values would match ordinary text
 
 
-def of_environment() -> dict[str, str]:
+def from_environment() -> dict[str, str]:
     """Return variables with names of secrets and their values, longest value first. Existing paths are not secrets."""
     secrets = {
         name: value
@@ -22,13 +22,13 @@ def of_environment() -> dict[str, str]:
     return dict(sorted(secrets.items(), key=lambda item: -len(item[1])))
 
 
-def in_text(text: str) -> str | None:
+def find_in(text: str) -> str | None:
     """Return the name of a variable whose secret the text contains, or None."""
-    return next((name for name, value in of_environment().items() if value in text), None)
+    return next((name for name, value in from_environment().items() if value in text), None)
 
 
 def redacted(text: str) -> str:
     """Replace secrets in a text with the names of their variables."""
-    for name, value in of_environment().items():
+    for name, value in from_environment().items():
         text = text.replace(value, f"${name}")
     return text

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from sft_recipes import model_dir
+from sft_recipes.data.formats.registry import COLUMNS
 from sft_recipes.errors import ModelError, RecipeError
 from sft_recipes.recipe import machine, secrets
 from sft_recipes.recipe.library_names import OWNED, installed, optimizers, schedulers, sft_config_fields
 from sft_recipes.recipe.parse import Loaded, field_names, parse_recipe
 from sft_recipes.recipe.schema import DEFAULT_GLOBAL_BATCH_SIZE, Recipe
+from sft_recipes.trackers.base import kinds
 
 STOCHASTIC_ROUNDING = "adamw_8bit_sr"
-COLUMNS = ("instruction", "input", "output", "prompt", "completion", "messages", "text")
 # Typical peak learning rates with Adam: 1e-5 to 2e-5 for all weights (alignment-handbook; TRL's default is 2e-5),
 # 2e-4 for adapters of 7B and 13B, 1e-4 of 33B and 65B (QLoRA, arXiv 2305.14314, table 9), ten times those for all weights
 # (TRL's PEFT guide). Wide on both sides; only a rate _FAR times outside of them is a warning.
@@ -79,7 +80,7 @@ def _given(recipe: Recipe, section: str, key: str) -> bool:
 
 def _conflicts(recipe: Recipe) -> Iterator[str]:
     model, data, train = recipe.model, recipe.data, recipe.train
-    if model.quantization and recipe.lora is None:
+    if model.quantization and not recipe.trains_adapters:
         yield (
             f"model.quantization: quantized weights cannot be trained directly (got {model.quantization}). "
             "Add `lora: {}` for QLoRA, or remove model.quantization."
@@ -98,7 +99,7 @@ def _conflicts(recipe: Recipe) -> Iterator[str]:
             "train.mixed_precision: cannot be combined with model.dtype: bfloat16 (got fp16). "
             "Set train.mixed_precision: bf16, or model.dtype: float32."
         )
-    if train.mixed_precision == "fp16" and model.dtype == "float16" and recipe.lora is None:
+    if train.mixed_precision == "fp16" and model.dtype == "float16" and not recipe.trains_adapters:
         yield "train.mixed_precision: full fine-tuning in fp16 requires float32 weights. Set model.dtype: float32."
     if train.mixed_precision == "bf16" and model.dtype == "float16":
         yield (
@@ -159,11 +160,9 @@ def _trackers(recipe: Recipe) -> Iterator[str]:
     for name in dict.fromkeys(name for name in to if to.count(name) > 1):
         yield f"log.to: {name} is listed {to.count(name)} times. List it once."
     for key in ("project", "name", "group"):
-        if _given(recipe, "log", key) and not set(to) - {"tensorboard"}:
-            yield (
-                f"log.{key}: used only by wandb, trackio and mlflow, and none of them is in log.to. "
-                "Add one to log.to, or remove this key."
-            )
+        if _given(recipe, "log", key) and not any(kinds()[name].has_names for name in to):
+            users = ", ".join(name for name, kind in kinds().items() if kind.has_names)
+            yield f"log.{key}: used only by {users}, and none of them is in log.to. Add one to log.to, or remove this key."
 
 
 def _batch(recipe: Recipe) -> Iterator[str]:
@@ -215,7 +214,7 @@ def _names(recipe: Recipe) -> Iterator[str]:
 def _secrets(recipe: Recipe) -> Iterator[str]:
     """Find secrets of the environment: a run saves its recipe and sends it to trackers."""
     for key, value in _leaves(recipe.model_dump()):
-        if key != "trl.hub_token" and (name := secrets.in_text(value)):
+        if key != "trl.hub_token" and (name := secrets.find_in(value)):
             yield (
                 f"{key}: contains the value of the environment variable {name}, which the run directory, report and trackers "
                 "would show. Remove it: libraries read the variable themselves."
@@ -252,8 +251,8 @@ def _extras(recipe: Recipe) -> Iterator[str]:
     if recipe.launch.strategy in ("zero2", "zero3") and not installed("deepspeed"):
         yield f"launch.strategy: {recipe.launch.strategy} requires DeepSpeed, which {_install('deepspeed')}, or set fsdp2."
     for tracker in recipe.log.to:
-        if not installed(tracker):
-            yield f"log.to: {tracker} {_install(tracker)}."
+        if not installed(kinds()[tracker].package):
+            yield f"log.to: {tracker} is not installed. Run pip install '{kinds()[tracker].install()}'."
     if attention == "flash_attention_2" and not installed("flash_attn"):
         yield f"model.attention: {attention} requires flash-attn, which {_install('flash')}."
     if attention == "flash_attention_3" and not installed("flash_attn_3"):
@@ -268,7 +267,7 @@ def _likely_mistakes(recipe: Recipe) -> Iterator[str]:
     # FSDP2 and DeepSpeed train a float32 copy.
     in_float32 = recipe.launch.strategy != "ddp" and recipe.train.mixed_precision != "no"
     if (
-        recipe.lora is None
+        not recipe.trains_adapters
         and recipe.model.dtype != "float32"
         and not _rounds_stochastically(recipe)
         and not in_float32
@@ -278,8 +277,7 @@ def _likely_mistakes(recipe: Recipe) -> Iterator[str]:
             "learning rate of 1e-5, 2e-5 or 1e-4, about 84%, 70% or 12% of typical weights do not change in 20 steps. "
             f"Set train.optimizer: {STOCHASTIC_ROUNDING} (8-bit states, no extra memory), or model.dtype: float32."
         )
-    in_full = recipe.lora is not None and (recipe.lora.modules_to_save or recipe.model.new_tokens)
-    if in_full and recipe.model.dtype != "float32" and recipe.train.mixed_precision == "no":
+    if recipe.trains_layers_in_full and recipe.model.dtype != "float32" and recipe.train.mixed_precision == "no":
         yield (
             f"train.mixed_precision: without autocast, lora.modules_to_save and model.new_tokens are trained in "
             f"{recipe.model.dtype} and lose updates to rounding. Set train.mixed_precision: bf16."
@@ -291,7 +289,7 @@ def _likely_mistakes(recipe: Recipe) -> Iterator[str]:
 
 def _learning_rate(recipe: Recipe) -> Iterator[str]:
     """Warn about a learning rate that is far too low or too high."""
-    rate, adapters = recipe.train.learning_rate, recipe.lora is not None
+    rate, adapters = recipe.train.learning_rate, recipe.trains_adapters
     if not recipe.train.optimizer.startswith(("adamw", "paged_adamw")) or _is_small(recipe.model.name):
         return
     low, high = _TYPICAL_RATES[adapters]

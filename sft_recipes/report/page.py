@@ -11,10 +11,10 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined, UndefinedError
 from ruamel.yaml import YAML
 
-from sft_recipes import atomic_files, stopping
+from sft_recipes import atomic_files, run_dir, stopping
 from sft_recipes.errors import OutputError, RecipeError, SFTRecipeError, Stopped, one_line
-from sft_recipes.report import run_data, svg_chart
-from sft_recipes.report.learning_curve import learning_curve, learning_curves
+from sft_recipes.report import curves, run_data, svg_chart
+from sft_recipes.report.learning_curve import learning_curve
 from sft_recipes.report.run_data import Run
 
 COMPARISON = Path("comparison")  # default output directory for several runs
@@ -36,17 +36,14 @@ def report(folders: Sequence[Path], out: Path | None = None, *, table: bool = Fa
     metrics.csv; `live`: the page reloads itself. Raises OutputError if a run cannot be read or `out` cannot be written,
     RecipeError if a run is given twice.
     """
-    out = out or (folders[0] if len(folders) == 1 else COMPARISON)
+    out, runs = out or (folders[0] if len(folders) == 1 else COMPARISON), None
     try:
-        runs = _read(folders)
+        runs = [run_data.load_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
         html, rows = _html(runs, live), _csv(runs) if table else None
         out.mkdir(parents=True, exist_ok=True)
-        written = [out / "learning_curve.png", out / "report.html"]
+        written = [out / run_dir.CURVE, out / run_dir.REPORT]
         with atomic_files.atomic_file(written[0]) as partial:
-            if len(runs) == 1:
-                learning_curve(runs[0].metrics, partial, runs[0].name)
-            else:
-                learning_curves({run.name: run.metrics for run in runs}, partial)
+            learning_curve({run.name: run.metrics for run in runs}, partial)
         _write(written[1], html)
         if rows is not None:
             written.append(out / "metrics.csv")
@@ -55,24 +52,16 @@ def report(folders: Sequence[Path], out: Path | None = None, *, table: bool = Fa
     except SFTRecipeError:
         raise
     except OSError as error:
-        reason = f"cannot be written: {error.strerror}. Choose another directory with --out."
-        raise OutputError(f"{error.filename or out}: {reason}") from None
+        reason = (
+            "written: {}. Choose another directory with --out" if runs else "read: {}. Make it readable for this user"
+        )
+        raise OutputError(f"{error.filename or out}: cannot be {reason.format(error.strerror)}.") from None
     except (LookupError, TypeError, ArithmeticError, ValueError, AttributeError, UndefinedError) as error:
         reason = f"{type(error).__name__}: {error}"
         names = ", ".join(map(str, folders))
         raise OutputError(
             f"{names}: unexpected content in the files of the run ({reason}). Restore them as the run wrote them."
         ) from None
-
-
-def _read(folders: Sequence[Path]) -> list[Run]:
-    try:
-        return [run_data.load_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
-    except SFTRecipeError:
-        raise
-    except OSError as error:
-        reason = f"cannot be read: {error.strerror}. Make it readable for this user."
-        raise OutputError(f"{error.filename}: {reason}") from None
 
 
 def follow(
@@ -86,7 +75,7 @@ def follow(
     with suppress(Stopped), stopping.on_request(None, None):
         while any(folder.is_dir() and atomic_files.is_held(folder) for folder in folders):
             start, modified = time.monotonic(), _modified(folders)
-            if modified != seen and all((folder / "metrics.jsonl").is_file() for folder in folders):
+            if modified != seen and all((folder / run_dir.METRICS).is_file() for folder in folders):
                 written, seen = report(folders, out, table=table, live=True), modified
                 if not reported:
                     on_first(written)
@@ -99,7 +88,7 @@ def follow(
 
 def _modified(folders: Sequence[Path]) -> list[int]:
     """Return the modification times of the runs' logs in nanoseconds."""
-    logs = [folder / name for folder in folders for name in ("metrics.jsonl", "samples.jsonl")]
+    logs = [folder / name for folder in folders for name in run_dir.LOGS]
     return [log.stat().st_mtime_ns for log in logs if log.is_file()]
 
 
@@ -116,14 +105,16 @@ def _html(runs: Sequence[Run], live: bool) -> str:
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters |= {"clipped": _clipped, "yaml": _yaml}
     template = resources.files("sft_recipes.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
-    charts, prompts = run_data.charts(runs), run_data.answers(runs)
+    charts, prompts = curves.charts({run.name: run.metrics for run in runs}), run_data.answers(runs)
     return environment.from_string(template).render(
         title=", ".join(run.name for run in runs),
         runs=runs,
         one=runs[0] if len(runs) == 1 else None,
         axes=svg_chart.AXES,
+        colors=curves.COLORS,
         charts=charts,
-        values=[each.values() for each in charts],
+        frames=svg_chart.frames,
+        values=[svg_chart.tooltips(chart) for chart in charts],
         prompts=prompts[:_PROMPTS],
         not_shown=max(0, len(prompts) - _PROMPTS),
         run_data=run_data,

@@ -6,37 +6,14 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sft_recipes import atomic_files
-from sft_recipes.errors import OutputError
+from sft_recipes import atomic_files, run_dir
 from sft_recipes.recipe.schema import Data, Lora, Model, Recipe
-from sft_recipes.report.learning_curve import (
-    SMOOTHED_FROM,
-    Metrics,
-    Position,
-    curve,
-    positions,
-    read_metrics,
-    smoothed,
-    thinned,
-    whole_lines,
-)  # fmt: skip
-from sft_recipes.report.svg_chart import Chart, Series
+from sft_recipes.report.curves import curve, positions, smoothed
 
 NONE = "–"
-# Title, key of training and of evaluation in metrics.jsonl, drawing options.
-_CHARTS: tuple[tuple[str, str | None, str | None, set[str]], ...] = (
-    ("Loss per token", "loss", "eval_loss", {"smooth"}),
-    ("Learning rate", "learning_rate", None, {"from_zero"}),
-    ("Gradient norm", "grad_norm", None, {"smooth", "from_zero"}),
-    ("Tokens/s", "tokens_per_second", None, {"smooth", "from_zero"}),
-    ("Peak memory (GiB)", "peak_memory_gib", None, {"from_zero"}),
-    ("Token accuracy", "token_accuracy", "eval_token_accuracy", {"smooth"}),
-    ("Exact match", None, "eval_exact_match", {"from_zero"}),
-)
 # Labels of the keys of data.json. Those in _LOST are shown even if they are 0.
 _ROWS = {
     "rows_read": "rows read",
@@ -65,39 +42,30 @@ class Run:
 
     name: str
     folder: Path
-    metrics: Metrics
-    samples: list[dict[str, Any]]
+    metrics: run_dir.Lines
+    samples: run_dir.Lines
     recipe: dict[str, Any]  # as resolved
     data: dict[str, Any]
     manifest: dict[str, Any]
     proof: dict[str, Any]  # merge.json or export.json, {} if there is none
 
-    @cached_property
-    def where(self) -> list[Position]:
-        return positions(self.metrics)
-
 
 def load_run(folder: Path, name: str) -> Run:
     """Load a run; files that are missing, e.g. because it was killed, are empty. Raises OutputError if it is no run."""
-    metrics, samples = read_metrics(folder), folder / "samples.jsonl"
-    reports = [file for name in ("merge.json", "export.json") if (file := folder / "model" / name).is_file()]
+
+    def read(*files: Path) -> dict[str, Any]:
+        return next((run_dir.read_json(file) for file in files if file.is_file()), {})
+
     return Run(
         name,
         folder,
-        metrics,
-        samples=whole_lines(samples) if samples.is_file() else [],
-        recipe=_json(folder / "recipe.resolved.json"),
-        data=_json(folder / "data.json"),
-        manifest=_json(folder / "manifest.json"),
-        proof=_json(reports[0]) if reports else {},
+        run_dir.read_metrics(folder),
+        run_dir.read_lines(folder / run_dir.SAMPLES),
+        recipe=read(folder / run_dir.RECIPE),
+        data=read(folder / run_dir.DATA),
+        manifest=read(folder / run_dir.MANIFEST),
+        proof=read(*(folder / run_dir.MODEL / proof for proof in run_dir.PROOFS)),
     )
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
-    except (ValueError, TypeError) as error:
-        raise OutputError(f"{file}: not a JSON object: {error}. Restore the file as the run wrote it.") from None
 
 
 def state(run: Run) -> str:
@@ -106,7 +74,7 @@ def state(run: Run) -> str:
     if "finished" in run.manifest:
         return f"finished {run.manifest['finished'].replace('T', ' ').replace('+00:00', ' UTC')}"
     merges = run.recipe.get("lora") is None or run.recipe.get("export", {}).get("merge", True)
-    if step == steps and (run.folder / ("model" if merges else "adapter")).is_dir():
+    if step == steps and (run.folder / (run_dir.MODEL if merges else run_dir.ADAPTER)).is_dir():
         return "trained and exported"
     at = f"step {step:,} of {steps:,}" if steps else f"step {step:,}"
     if atomic_files.is_held(run.folder):
@@ -116,14 +84,14 @@ def state(run: Run) -> str:
 
 def figures(run: Run) -> dict[str, str]:
     """Return the key figures of a run by label."""
-    recipe, (_, tokens, seconds) = run.recipe, run.where[-1] if run.where else Position(0, 0.0, 0.0)
-    parameters = run.manifest.get("parameters")
-    memory = [point.value for point in curve(run.metrics, run.where, "peak_memory_gib")]
+    recipe, parameters = run.recipe, run.manifest.get("parameters")
+    step, tokens, seconds = positions(run.metrics)[-1] if run.metrics else (None, 0.0, 0.0)
+    memory = [point.value for point in curve(run.metrics, "peak_memory_gib")]
     values = {
         "Model": recipe.get("model", {}).get("name"),
         "Method": _method(recipe),
         "Trainable parameters": f"{parameters['trainable']:,} of {parameters['total']:,}" if parameters else None,
-        "Steps": f"{run.metrics[-1]['step']:,}" if run.metrics else None,
+        "Steps": f"{step:,}" if step is not None else None,
         "Tokens": f"{tokens:,.0f}" if tokens else None,
         "Training loss": _last(run, "loss"),
         "Eval loss": _before_and_after(run, "eval_loss", "{:.4f}", best=min),
@@ -145,12 +113,12 @@ def _method(recipe: Mapping[str, Any]) -> str:
 
 
 def _last(run: Run, name: str) -> str | None:
-    points = smoothed(curve(run.metrics, run.where, name))
+    points = smoothed(curve(run.metrics, name))
     return f"{points[-1].value:.4f}" if points else None
 
 
 def _before_and_after(run: Run, name: str, form: str, *, best: Any = None) -> str | None:
-    points = curve(run.metrics, run.where, name)
+    points = curve(run.metrics, name)
     if not points:
         return None
     text = f"{form.format(points[0].value)} → {form.format(points[-1].value)}"
@@ -171,37 +139,6 @@ def final(runs: Sequence[Run]) -> list["TableRow"]:
     return [TableRow(name, [column.get(name, NONE) for column in columns]) for name in names]
 
 
-# --- Curves ----------------------------------------------------------------------------------------------------------
-
-
-def charts(runs: Sequence[Run]) -> list[Chart]:
-    """Return all charts that have data; several runs share a chart, one color per run."""
-    return [chart for options in _CHARTS if (chart := _chart(runs, *options)).series]
-
-
-def _chart(runs: Sequence[Run], title: str, trained: str | None, evaluated: str | None, options: set[str]) -> Chart:
-    series, notes = list[Series](), list[str]()
-    for number, run in enumerate(runs):
-        alone = len(runs) == 1
-        points = curve(run.metrics, run.where, trained) if trained else []
-        if points and "smooth" in options and len(points) >= SMOOTHED_FROM:
-            if alone:
-                series.append(Series("as logged", "faint", number, thinned(points)))
-            name = "training, smoothed" if evaluated else "smoothed"
-            series.append(Series(name if alone else run.name, "solid", number, thinned(smoothed(points))))
-        elif points:
-            series.append(Series("training" if alone else run.name, "solid", number, thinned(points)))
-        if evaluated and (eval_points := curve(run.metrics, run.where, evaluated)):
-            name = "eval" if alone else f"{run.name}, eval"
-            series.append(Series(name, "dots", number + alone, thinned(eval_points)))
-            points = [*points, *eval_points]
-        if steps := sorted(point.step for point in points if not math.isfinite(point.value)):
-            prefix = "" if alone else f"{run.name}: "
-            values = "1 value is" if len(steps) == 1 else f"{len(steps):,} values are"
-            notes.append(f"{prefix}{values} NaN or Inf, first at step {steps[0]:,}")
-    return Chart(title, series, "from_zero" in options, "; ".join(notes))
-
-
 # --- Recipes ---------------------------------------------------------------------------------------------------------
 
 
@@ -212,14 +149,9 @@ class TableRow(NamedTuple):
     values: Sequence[str]
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def _formatted(values: Mapping[str, Any]) -> dict[str, str]:
     """Flatten nested sections to dotted keys, with formatted values."""
-    flattened: dict[str, str] = {}
-    for key, value in values.items():
-        flattened |= (
-            flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: _value(value)}
-        )
-    return flattened
+    return {key: _value(value) for key, value in run_dir.flatten(values).items()}
 
 
 def _value(value: Any) -> str:
@@ -234,16 +166,16 @@ def from_defaults(run: Run) -> list[TableRow]:
     """Return the recipe keys that differ from their defaults: key, value, default."""
     lora = Lora() if run.recipe.get("lora") else None
     bare = Recipe(model=Model(name=NONE), data=Data(train=NONE), lora=lora, output_dir=NONE)
-    defaults, own = flat(bare.resolved()), flat(run.recipe)
+    defaults, own = _formatted(bare.resolved()), _formatted(run.recipe)
     return [TableRow(key, (value, defaults.get(key, NONE))) for key, value in own.items() if value != defaults.get(key)]
 
 
 def differing(runs: Sequence[Run]) -> list[TableRow]:
     """Return recipe keys, data hashes, devices and versions that differ between the runs."""
     columns = [
-        flat(run.recipe)
+        _formatted(run.recipe)
         | {f"SHA-256 of {path}": sha256[:12] for path, sha256 in fingerprints(run).items()}
-        | flat({"device": run.manifest.get("device", {}), "versions": run.manifest.get("versions", {})})
+        | _formatted({"device": run.manifest.get("device", {}), "versions": run.manifest.get("versions", {})})
         for run in runs
     ]
     keys = dict.fromkeys(key for column in columns for key in column)
@@ -254,7 +186,7 @@ def differing(runs: Sequence[Run]) -> list[TableRow]:
 def commands(run: Run) -> list[str]:
     """Return the original command, if it was one, and one that repeats the run with its resolved recipe."""
     given = run.manifest.get("command", [])[1:]
-    again = ["run", str(run.folder / "recipe.resolved.json"), "--set", f"output_dir={run.folder}-again"]
+    again = ["run", str(run.folder / run_dir.RECIPE), "--set", f"output_dir={run.folder}-again"]
     return [f"sft-recipe {shlex.join(words)}" for words in (given, again) if words[:1] == ["run"]]
 
 
@@ -377,8 +309,8 @@ def preflight(run: Run) -> dict[str, str]:
 
 def verification(run: Run) -> dict[str, str]:
     """Return the results of verifying the exported model."""
-    figures = run.proof.get("figures", {})
-    return _readable({key: value for key, value in run.proof.items() if key not in ("files", "figures")} | figures)
+    figures = run.proof.get("verification", {})
+    return _readable({key: value for key, value in run.proof.items() if key not in ("files", "verification")} | figures)
 
 
 def made_with(run: Run) -> dict[str, str]:
@@ -399,5 +331,5 @@ def fingerprints(run: Run) -> dict[str, str]:
 
 
 def _readable(values: Mapping[str, Any]) -> dict[str, str]:
-    flattened = flat({key: value for key, value in values.items() if value is not None})
+    flattened = _formatted({key: value for key, value in values.items() if value is not None})
     return {key.replace(".", ": ").replace("_", " ").replace(" gib", " GiB"): value for key, value in flattened.items()}

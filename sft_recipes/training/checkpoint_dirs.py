@@ -1,13 +1,14 @@
 """Find, rotate and roll back checkpoint directories."""
 
 import json
-import math
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from sft_recipes import atomic_files
+from sft_recipes.run_dir import ADAPTER, CHECKPOINTS, LOGS, MODEL
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _PARTIAL = re.compile(r"\.(checkpoint-\d+)\.partial")
@@ -15,7 +16,7 @@ _PARTIAL = re.compile(r"\.(checkpoint-\d+)\.partial")
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
     """Return the directory of the checkpoint after `step`."""
-    return run_dir / "checkpoints" / f"checkpoint-{step}"
+    return run_dir / CHECKPOINTS / f"checkpoint-{step}"
 
 
 def step_of(checkpoint: Path) -> int:
@@ -25,7 +26,7 @@ def step_of(checkpoint: Path) -> int:
 
 def latest_complete(run_dir: Path) -> tuple[Path | None, list[str]]:
     """Return the latest intact checkpoint (or None), and a line with the reason for each later one that is skipped."""
-    folder = run_dir / "checkpoints"
+    folder = run_dir / CHECKPOINTS
     names = [child.name for child in folder.iterdir()] if folder.is_dir() else []
     skipped = [
         f"Skipping {folder / match[1]}: incomplete (the run ended while writing it)"
@@ -51,26 +52,30 @@ def rotate(newest: Path, keep: int, best: Path | None) -> None:
 
 def discard_after(run_dir: Path, checkpoint: Path | None) -> None:
     """Remove partial files, and metrics and samples logged after the checkpoint, because those steps run again."""
-    for pattern in ("checkpoints/.checkpoint-*", ".model.*", ".adapter.*"):
+    for pattern in (f"{CHECKPOINTS}/.checkpoint-*", f".{MODEL}.*", f".{ADAPTER}.*"):
         for partial in run_dir.glob(pattern):
             shutil.rmtree(partial, ignore_errors=True)
     for file in run_dir.glob(".*.json*.partial"):  # no others: `report` may be writing them in another process
         file.unlink()
     last = -1 if checkpoint is None else step_of(checkpoint)
-    for name in ("metrics.jsonl", "samples.jsonl"):
+    for name in LOGS:
         file = run_dir / name
         if file.is_file():
-            kept = (line for line in atomic_files.lines(file) if _step(line) <= last)
+            kept = (line for line, values in intact_lines(file) if values["step"] <= last)
             atomic_files.write_text(file, "".join(f"{line}\n" for line in kept))
 
 
-def _step(line: str) -> float:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # a power loss can leave any content
-        return math.inf
+def intact_lines(log: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the lines of a log and their values, without what a power loss has damaged."""
+    for line in atomic_files.lines(log):
+        try:
+            values = json.loads(line)
+            values["step"] = int(values["step"])
+        except (ValueError, KeyError, TypeError):
+            continue
+        yield line, values
 
 
 def _latest_first(run_dir: Path) -> list[Path]:
-    found: Iterator[Path] = (run_dir / "checkpoints").glob("checkpoint-*")
+    found: Iterator[Path] = (run_dir / CHECKPOINTS).glob("checkpoint-*")
     return sorted((folder for folder in found if _NAME.fullmatch(folder.name)), key=step_of, reverse=True)

@@ -10,9 +10,10 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from sft_recipes import atomic_files
-from sft_recipes.errors import RunError
-from sft_recipes.models.model import count_parameters, reason_of, tokenizer_bytes
+from sft_recipes import atomic_files, upstream
+from sft_recipes.errors import RunError, reason_of
+from sft_recipes.models.model import count_parameters
+from sft_recipes.models.tokenizer import tokenizer_bytes
 from sft_recipes.planning import disk
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.training import checkpoint_dirs
@@ -20,7 +21,7 @@ from sft_recipes.training import checkpoint_dirs
 _WRITING_FAILED = (OSError, RuntimeError, SafetensorError)  # torch raises RuntimeError on a full disk
 
 
-class CheckpointMixin(transformers.Trainer):
+class CheckpointMixin(upstream.SaveHook, transformers.Trainer):
     """Trainer mixin with atomic checkpoints. transformers writes to the final directory, so a crash leaves a broken one."""
 
     recipe: Recipe
@@ -34,7 +35,7 @@ class CheckpointMixin(transformers.Trainer):
     saved: Path | None = None  # the last complete checkpoint
     best: tuple[float | None, int | None] = (None, None)  # eval loss and step of the best one
 
-    def _save_checkpoint(self, model: Any = None, trial: Any = None) -> None:
+    def save_checkpoint(self) -> None:
         """Save everything that an exact resume needs, atomically."""
         folder, state = checkpoint_dirs.checkpoint_path(self.run_dir, self.state.global_step), self.state
         state.num_input_tokens_seen = int(self.tokens)
@@ -64,10 +65,7 @@ class CheckpointMixin(transformers.Trainer):
                 directory.enter_context(atomic_files.atomic_dir(folder))
 
         def write() -> None:
-            self.save_model(str(partial_folder), _internal_call=True)
-            self._save_optimizer_and_scheduler(str(partial_folder))
-            self._save_scaler(str(partial_folder))
-            self._save_rng_state(str(partial_folder))
+            upstream.save_training_state(self, partial_folder)
             atomic_files.write_json(partial_folder / self._averages_file, self._averages())
 
         def end() -> None:
@@ -94,7 +92,7 @@ class CheckpointMixin(transformers.Trainer):
     def _report_failure(self, folder: Path, error: Exception) -> None:
         trained, tokenizer = count_parameters(self.model)[1], tokenizer_bytes(self.processing_class)
         lacking = disk.lacking(self.run_dir, disk.of_checkpoint(self.recipe, trained, tokenizer))
-        line = f"{folder}: checkpoint not saved: {reason_of(error).rstrip('.')}{lacking}. {self.describe_last_checkpoint()}"
+        line = f"{folder}: checkpoint not saved: {reason_of(error)}{lacking}. {self.describe_last_checkpoint()}"
         if self.recipe.checkpoint.on_failure == "stop":
             raise RunError(
                 f"{line} {'Free disk space and continue' if lacking else 'Continue'} with --resume."
@@ -110,33 +108,19 @@ class CheckpointMixin(transformers.Trainer):
 
     def _averages(self) -> dict[str, Any]:
         """Return the running averages since the last log, which transformers and TRL do not save."""
+        now = upstream.averages(self)
         return {
-            "loss": self._tr_loss.item(),
-            "steps": self.state.global_step - self._globalstep_last_logged,
-            "averages": dict(self._metrics["train"]),
-            "tokens": self._total_train_tokens,
+            "loss": float(now.loss),
+            "steps": now.steps,
+            "averages": now.values["train"],
+            "tokens": now.tokens,
             "skipped_steps": self.skipped_steps,
             "processes": self.args.world_size,
             "trained_tokens": int(self.trained_tokens),
         }
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Restore random states and the running averages: the last hook before the first step."""
-        super()._load_rng_state(checkpoint)
-        if checkpoint is None:
-            return
-        file = Path(checkpoint) / self._averages_file
-        if file.is_file():  # not if there are more processes now
-            saved = json.loads(file.read_text(encoding="utf-8"))
-            if saved["processes"] != self.args.world_size:
-                return  # averages over a different number of processes cannot continue
-            self._tr_loss.fill_(saved["loss"])
-            self._globalstep_last_logged = self.state.global_step - saved["steps"]
-            self._metrics["train"].update(saved["averages"])
-            self._total_train_tokens, self.skipped_steps = saved["tokens"], saved["skipped_steps"]
-
-    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        trained = super()._init_training_state(*args, **kwargs)
+    def resume_counts(self) -> None:
+        """Continue counts and the best checkpoint of a resumed run. Call it when training begins."""
         if self.state.best_global_step:  # not by its saved path: the run directory may have been moved
             best = checkpoint_dirs.checkpoint_path(self.run_dir, self.state.best_global_step)
             corruption = atomic_files.find_corruption(best) if best.is_dir() else "missing"
@@ -149,24 +133,23 @@ class CheckpointMixin(transformers.Trainer):
                 )
         self.best = (self.state.best_metric, self.state.best_global_step)
         self.tokens = self.state.num_input_tokens_seen
-        if self.saved is not None and (file := self.saved / self._averages_file).is_file():
-            self.trained_tokens = json.loads(file.read_text(encoding="utf-8"))["trained_tokens"]
-        return trained
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Skip the epoch if no step is left: resumed after its last step, transformers 5.23 would run one more."""
-        if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(*args, **kwargs)
-        else:
-            self.control.should_training_stop = True
-
-    def _load_best_model(self) -> None:
-        if self.stopped:
+    def resume_averages(self) -> None:
+        """Continue the running averages of a resumed run. Call it after the preflight."""
+        if self.saved is None or not (file := self.saved / self._averages_file).is_file():  # more processes now
             return
-        best = Path(self.state.best_model_checkpoint)
-        if corruption := atomic_files.find_corruption(best):
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        self.trained_tokens = saved["trained_tokens"]
+        if saved["processes"] == self.args.world_size:  # averages over a different number of processes cannot continue
+            train = {"train": saved["averages"]}
+            upstream.set_averages(self, upstream.Averages(saved["loss"], saved["steps"], train, saved["tokens"]))
+            self.skipped_steps = saved["skipped_steps"]
+
+    def check_best(self) -> None:
+        """Check at the end of training that the best checkpoint can be exported. Raises RunError."""
+        best = self.state.best_model_checkpoint
+        if best and (corruption := atomic_files.find_corruption(Path(best))):
             raise RunError(
                 f"{best}: the best checkpoint cannot be exported: {corruption}. "
                 "Pass --resume to export the last step instead."
             )
-        super()._load_best_model()

@@ -26,26 +26,20 @@ def deterministic(enabled: bool) -> Iterator[None]:
     if not enabled:
         yield
         return
-    before = {name: os.environ.get(name) for name in _VARIABLES}
-    was_on, warned_only = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
-    fills = torch.utils.deterministic.fill_uninitialized_memory
+    variables = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+    was_on = torch.are_deterministic_algorithms_enabled()
+    warned_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn, memory = torch.backends.cudnn, torch.utils.deterministic
+    before = cudnn.deterministic, cudnn.benchmark, memory.fill_uninitialized_memory
     os.environ.update(_VARIABLES)
     torch.use_deterministic_algorithms(True)
     # Writing to new memory would cost a kernel per tensor, and host memory that FSDP2's other ranks never use.
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    cudnn.deterministic, cudnn.benchmark, memory.fill_uninitialized_memory = True, False, False
     try:
         yield
     finally:
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
+        cudnn.deterministic, cudnn.benchmark, memory.fill_uninitialized_memory = before
         torch.use_deterministic_algorithms(was_on, warn_only=warned_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fills
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        for name in _VARIABLES:
+            os.environ.pop(name, None)
+        os.environ.update(variables)

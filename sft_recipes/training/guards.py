@@ -1,12 +1,14 @@
 """Callbacks that check each step for NaN and Inf and stop the run on request."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from sft_recipes.errors import RunError
-from sft_recipes.stopping import Stop
+from sft_recipes.training.trainer import Trainer
+from sft_recipes.upstream import averages, set_averages
 
 _IN_A_ROW = 20  # consecutive bad steps after which the run stops
 
@@ -18,23 +20,17 @@ class NonFiniteGuard(TrainerCallback):
     the loss scaler skips the step and lowers its scale, so these steps are only counted.
     """
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.skips = trainer.recipe.train.on_nonfinite == "skip"
         self.in_a_row = 0
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         trainer = self.trainer
         trainer.losses.clear()
-        # Kept to remove a skipped step from the averages.
-        self.loss_before = trainer._tr_loss.clone()
-        self.counts = {name: len(values) for name, values in trainer._metrics["train"].items()}
+        self.before = averages(trainer)
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         trainer = self.trainer
         scaler = trainer.accelerator.scaler is not None
         losses, gradient = torch.stack(trainer.losses).float(), torch.as_tensor(trainer.grad_norm)
@@ -44,9 +40,7 @@ class NonFiniteGuard(TrainerCallback):
         elif not scaler:
             self.in_a_row = 0
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.trainer.accelerator.optimizer_step_was_skipped:
             self._count(self._message("gradient norm is NaN or Inf", None))
         elif self.trainer.accelerator.scaler is not None:
@@ -64,10 +58,7 @@ class NonFiniteGuard(TrainerCallback):
             raise RunError(message)
         self._count(message)
         trainer.optimizer.zero_grad(set_to_none=True)  # so that the optimizer skips every weight
-        trainer._tr_loss.copy_(self.loss_before)
-        trainer._globalstep_last_logged += 1  # the average covers only applied steps
-        for name, values in trainer._metrics["train"].items():
-            del values[self.counts.get(name, 0) :]
+        set_averages(trainer, replace(self.before, steps=self.before.steps - 1))  # they cover only applied steps
 
     def _count(self, message: str) -> None:
         self.trainer.skipped_steps += 1
@@ -93,22 +84,20 @@ class NonFiniteGuard(TrainerCallback):
 class StopOnRequest(TrainerCallback):
     """Callback that stops the run after the current step and saves a checkpoint. All ranks stop at the same step."""
 
-    def __init__(self, trainer: Any, stop: Stop) -> None:
-        self.trainer, self.stop = trainer, stop
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.stop = trainer, trainer.stop
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.stop.waits = "finishing this step and saving a checkpoint"
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._stop_if_requested(control, save=True)
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.stop.waits:  # not before the first step
             self._stop_if_requested(control, save=True)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._stop_if_requested(control, save=False)
 
     def _stop_if_requested(self, control: TrainerControl, *, save: bool) -> None:

@@ -1,6 +1,5 @@
 """Record metrics.jsonl and display progress."""
 
-import json
 import resource
 import sys
 import time
@@ -13,24 +12,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sft_recipes import atomic_files
+from sft_recipes.errors import reason_of
 from sft_recipes.planning.flops import peak_rate
-from sft_recipes.training.trackers import shorten
+from sft_recipes.run_dir import append_lines
 
-# Keys in the Trainer's log: keys in metrics.jsonl.
-_NAMES = {
-    "loss": "loss",
-    "learning_rate": "learning_rate",
-    "grad_norm": "grad_norm",
-    "num_input_tokens_seen": "tokens",
-    "trained_tokens": "trained_tokens",
-    "mean_token_accuracy": "token_accuracy",
-    "entropy": "entropy",
-    "eval_loss": "eval_loss",
-    "eval_perplexity": "eval_perplexity",
-    "eval_mean_token_accuracy": "eval_token_accuracy",
-    "eval_exact_match": "eval_exact_match",
-    "skipped_steps": "skipped_steps",
+# Keys of metrics.jsonl, in order, and those that have another name in the Trainer's log.
+_KEYS = ("loss", "learning_rate", "grad_norm", "tokens", "trained_tokens", "token_accuracy", "entropy", "eval_loss",
+         "eval_perplexity", "eval_token_accuracy", "eval_exact_match", "skipped_steps")  # fmt: skip
+_IN_LOG = {
+    "tokens": "num_input_tokens_seen",
+    "token_accuracy": "mean_token_accuracy",
+    "eval_token_accuracy": "eval_mean_token_accuracy",
 }
 # Computed here and added to the log for the trackers.
 _COMPUTED = ("tokens_per_second", "trained_tokens_per_second", "tflops", "mfu", "peak_memory_gib")
@@ -45,12 +37,12 @@ def peak_memory() -> float:
 
 
 class Metrics(TrainerCallback):
-    """Callback that appends records to metrics.jsonl and passes them to `shows`. Failures are warnings."""
+    """Callback that appends records to metrics.jsonl and passes them to `show`. Failures are warnings."""
 
-    def __init__(self, file: Path, warn: Callable[[str], None], *shows: Callable[[dict[str, Any]], None]) -> None:
-        self.file = file
-        self.warn = warn
-        self.shows = shows
+    def __init__(
+        self, file: Path, warn: Callable[[str], None], show: Callable[[dict[str, Any]], object] = lambda _: None
+    ) -> None:
+        self.file, self.warn, self.show = file, warn, show
         self.seconds = 0.0  # since the last record: data loading and training steps, without evaluation and saving
         self.before: dict[str, Any] = {}  # the last record
         self.began = 0.0
@@ -61,7 +53,7 @@ class Metrics(TrainerCallback):
         self.began = time.monotonic()
         self.before = self.before or {"tokens": int(tokens), "trained_tokens": int(trained_tokens)}
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
             control.should_log = True  # log the last step, regardless of log.every
         if control.should_log and torch.cuda.is_available():
@@ -74,18 +66,17 @@ class Metrics(TrainerCallback):
         if not state.is_world_process_zero or not ({"loss", "eval_loss", "eval_exact_match"} & logs.keys()):
             return
         line: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4)}
-        line |= {ours: logs[theirs] for theirs, ours in _NAMES.items() if theirs in logs}
+        line |= {key: logs[name] for key in _KEYS if (name := _IN_LOG.get(key, key)) in logs}
         if "loss" in logs:
             line |= self._speed(line, args.world_size)
         line["peak_memory_gib"] = round(peak_memory(), 3)
         if "loss" in logs:  # trackers receive the same dict next
             logs.update({name: line[name] for name in _COMPUTED if line.get(name) is not None})
         try:
-            atomic_files.append(self.file, json.dumps(line) + "\n")
-            for show in self.shows:
-                show(line)
+            append_lines(self.file, [line])
+            self.show(line)
         except Exception as error:
-            self.warn(shorten(f"{self.file}: cannot write metrics of step {state.global_step}: {error!r}"))
+            self.warn(f"{self.file}: cannot write metrics of step {state.global_step}: {reason_of(error)}")
 
     def _speed(self, line: dict[str, Any], devices: int) -> dict[str, float | None]:
         """Return tokens/s over all devices, and per device the model's TFLOP/s and their share of the GPU's peak (MFU)."""
@@ -120,9 +111,7 @@ class ProgressDisplay(TrainerCallback):
         self.started: float | None = None
         self.first_step = 0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.total, self.first_step, self.started = state.max_steps, state.global_step, None
         if self.show_bar:
             self.progress = Progress(
@@ -133,35 +122,26 @@ class ProgressDisplay(TrainerCallback):
             self.training = self.progress.add_task("", total=self.total)
             self._update(state.global_step)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.started = self.started or time.monotonic()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._update(state.global_step)
 
     def on_prediction_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        eval_dataloader: Any = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: TrainerControl, eval_dataloader: Any = None, **kwargs: Any
     ) -> None:
         if self.progress and self.validation is None:
             self.validation = self.progress.add_task("evaluation", total=len(eval_dataloader))
         if self.progress and self.validation is not None:
             self.progress.advance(self.validation)
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.progress and self.validation is not None:
             self.progress.remove_task(self.validation)
         self.validation = None
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.close()
 
     def close(self) -> None:

@@ -4,22 +4,23 @@ import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
+from sft_recipes import upstream
 from sft_recipes.data.prepare import Prepared
 from sft_recipes.data.sequences import IGNORED
 from sft_recipes.errors import ModelError, RunError, SFTRecipeError
 from sft_recipes.memory import autosize, memory_trace
 from sft_recipes.memory.prediction import GIB
-from sft_recipes.models import cpu_loss
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.training.metrics import peak_memory
+from sft_recipes.training.trainer import Preflight, Trainer
 
 # Relative difference between a document's logits packed and alone. The two are computed in different shapes, which moves
 # logits by a few percent in half precision; positions that do not restart at a document move them far more.
@@ -41,15 +42,7 @@ _STEP_IN_BACKWARD = ("lomo", "adalomo", "layerwise")
 _MAY_LACK_GRADIENT = ("lora_A", "lora_embedding_A", "trainable_tokens", "experts")
 
 
-@dataclass
-class Preflight:
-    """Results for the manifest, and warnings."""
-
-    results: dict[str, Any] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-
-
-def run_preflight(trainer: Any, *, packed: bool) -> Preflight:
+def run_preflight(trainer: Trainer, *, packed: bool) -> Preflight:
     """Run the model on the data as training does, and restore all state afterwards.
 
     Call it in `on_train_begin`: only then have transformers and accelerate set up what is trained (activation checkpointing,
@@ -81,7 +74,7 @@ def _predict(recipe: Recipe, document: float) -> dict[str, Any]:
         return {"predicted_peak_gib": None, "flops_per_token": None}
 
 
-def _raise_if(condition: bool, error: SFTRecipeError, trainer: Any) -> None:
+def _raise_if(condition: bool, error: SFTRecipeError, trainer: Trainer) -> None:
     """Raise the error in all ranks if the condition holds in one, so that none waits for another."""
     if trainer.any_rank(condition):
         raise type(error)(trainer.first_message(str(error) if condition else None))
@@ -91,37 +84,36 @@ def _raise_if(condition: bool, error: SFTRecipeError, trainer: Any) -> None:
 
 
 @contextmanager
-def _restore_state(trainer: Any) -> Iterator[None]:
+def _restore_state(trainer: Trainer) -> Iterator[None]:
     """Restore afterwards whatever a step changes: optimizer, random states, gradients, averages, counters.
 
     Weights need no copy: no step within updates them (`_harmless_steps`).
     """
-    accelerator, optimizer = trainer.accelerator, _base_optimizer(trainer)
     device = trainer.args.device
-    on_device = None if device.type == "cpu" else torch.get_device_module(device)
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    accelerator_state = on_device.get_rng_state() if on_device else None
-    training, sync_gradients = trainer.model.training, accelerator.sync_gradients
-    averages = {mode: {name: list(values) for name, values in each.items()} for mode, each in trainer._metrics.items()}
-    tokens, counters = trainer._total_train_tokens, _deepspeed_counters(trainer)
+    gpu = None if device.type == "cpu" else torch.get_device_module(device)
+    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    gpu_state = gpu.get_rng_state() if gpu else None
+    training, averages = trainer.model.training, upstream.averages(trainer)
+    counters = [
+        (owner, name, getattr(owner, name))
+        for owner, names in _counters(trainer).items()
+        for name in names
+        if hasattr(owner, name)
+    ]
     trial = trainer.recipe.train.optimizer.startswith(_TRIAL_STEPS)
-    with _harmless_steps(optimizer, create_states=trial):
+    with _harmless_steps(_base_optimizer(trainer), create_states=trial):
         try:
             yield
         finally:
             trainer.model.zero_grad(set_to_none=True)
             trainer.model.train(training)
-            random.setstate(python)
-            np.random.set_state(numpy)
-            torch.set_rng_state(cpu)
-            if on_device:
-                on_device.set_rng_state(accelerator_state)
-            for mode, each in averages.items():
-                trainer._metrics[mode].clear()
-                trainer._metrics[mode].update(each)
-            trainer._total_train_tokens = tokens
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+            torch.set_rng_state(torch_state)
+            if gpu:
+                gpu.set_rng_state(gpu_state)
+            upstream.set_averages(trainer, averages)
             trainer.losses.clear()
-            accelerator.sync_gradients = sync_gradients
             for owner, name, value in counters:
                 setattr(owner, name, value)
     if torch.cuda.is_available():
@@ -187,7 +179,7 @@ def _set(group: dict[str, Any], name: str, value: Any) -> None:
         group[name] = value
 
 
-def _base_optimizer(trainer: Any) -> torch.optim.Optimizer:
+def _base_optimizer(trainer: Trainer) -> torch.optim.Optimizer:
     """The optimizer inside the wrappers of accelerate and DeepSpeed."""
     optimizer = trainer.optimizer
     while hasattr(optimizer, "optimizer"):
@@ -196,23 +188,21 @@ def _base_optimizer(trainer: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
-def _deepspeed_counters(trainer: Any) -> list[tuple[Any, str, Any]]:
-    """What DeepSpeed counts in a step, as (owner, name, value)."""
-    if not trainer.is_deepspeed_enabled:
-        return []
-    engine = trainer.model_wrapped
-    names = {
-        engine: ("micro_steps", "global_steps", "global_samples", "skipped_steps"),
-        engine.optimizer: ("_hp_optimizer_states_linked",),  # ZeRO-2: links parameters to states only once
-        engine.optimizer.loss_scaler: tuple(vars(engine.optimizer.loss_scaler)),
-    }
-    return [(o, name, getattr(o, name)) for o, each in names.items() for name in each if hasattr(o, name)]
+def _counters(trainer: Trainer) -> dict[Any, tuple[str, ...]]:
+    """Return the names of the attributes that a step changes, by their owner."""
+    names: dict[Any, tuple[str, ...]] = {trainer.accelerator: ("sync_gradients",)}
+    if trainer.is_deepspeed_enabled:
+        engine = trainer.model_wrapped
+        names[engine] = ("micro_steps", "global_steps", "global_samples", "skipped_steps")
+        names[engine.optimizer] = (upstream.DEEPSPEED_LINKED,)  # ZeRO-2: links parameters to states only once
+        names[engine.optimizer.loss_scaler] = tuple(vars(engine.optimizer.loss_scaler))
+    return names
 
 
 # --- Are packed documents isolated? -----------------------------------------------------------------------------------
 
 
-def _check_isolation(trainer: Any) -> dict[str, Any] | None:
+def _check_isolation(trainer: Trainer) -> dict[str, Any] | None:
     """Check that two documents of the data, packed into one sequence, do not attend to each other.
 
     The gradient of the second one's logits with respect to the first one's embeddings has to be exactly zero, which also holds
@@ -232,20 +222,20 @@ def _check_isolation(trainer: Any) -> dict[str, Any] | None:
         alone = _logits(trainer, document, [second]).float()
     leak = (gradient[0, :first].float().norm() / gradient.float().norm()).item()
     shift = ((packed - alone).norm() / alone.norm()).item()
-    config = trainer.model.config
+    config, attention = trainer.model.config, upstream.attention_of(trainer.model.config)
     _raise_if(
         not (leak == 0 and shift < _MAX_LOGIT_SHIFT),
         ModelError(
             f"data.packing: packed documents attend to each other in a model of type {config.model_type} with attention "
-            f"{config._attn_implementation} ({leak:.1%} of the gradient of a document's logits goes to its neighbor, and they "
+            f"{attention} ({leak:.1%} of the gradient of a document's logits goes to its neighbor, and they "
             f"differ by {shift:.1%} from those of the document alone). Set data.packing: none."
         ),
         trainer,
     )
-    return {"attention": config._attn_implementation, "gradient_leak": leak, "logit_shift": round(shift, 6)}
+    return {"attention": attention, "gradient_leak": leak, "logit_shift": round(shift, 6)}
 
 
-def _two_documents(trainer: Any) -> tuple[list[int], list[int]] | None:
+def _two_documents(trainer: Trainer) -> tuple[list[int], list[int]] | None:
     """The beginnings of two documents that share a row of the model's input; None if no two documents do.
 
     These are documents of one sequence or of one micro-batch, which is laid out as a single row.
@@ -265,7 +255,7 @@ def _two_documents(trainer: Any) -> tuple[list[int], list[int]] | None:
     return None
 
 
-def _logits_and_embeddings(trainer: Any, ids: list[int], lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def _logits_and_embeddings(trainer: Trainer, ids: list[int], lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (tokens, vocabulary), and the embeddings (1, tokens, width) that they were computed from."""
     embeddings: list[torch.Tensor] = []
 
@@ -282,12 +272,12 @@ def _logits_and_embeddings(trainer: Any, ids: list[int], lengths: list[int]) -> 
     return logits, embeddings[0]
 
 
-def _logits(trainer: Any, ids: list[int], lengths: list[int]) -> torch.Tensor:
+def _logits(trainer: Trainer, ids: list[int], lengths: list[int]) -> torch.Tensor:
     logits: torch.Tensor = _run_eagerly(trainer, ids, lengths).logits[0]
     return logits
 
 
-def _run_eagerly(trainer: Any, ids: list[int], lengths: list[int], **more: Any) -> Any:
+def _run_eagerly(trainer: Trainer, ids: list[int], lengths: list[int], **more: Any) -> Any:
     """The model's outputs for documents that are laid out as in training; `more` are arguments of the model.
 
     Of the model that evaluation runs too: with DDP and DeepSpeed the one inside their wrappers, which expect a backward pass
@@ -298,13 +288,13 @@ def _run_eagerly(trainer: Any, ids: list[int], lengths: list[int], **more: Any) 
         del batch["labels"]
     trainer.model.eval()
     with trainer.accelerator.autocast(), torch.compiler.set_stance("force_eager"):
-        return trainer.model(**trainer._prepare_inputs(batch), use_cache=False, **more)
+        return trainer.model(**send_to_device(batch, trainer.args.device), use_cache=False, **more)
 
 
 # --- Does the base model know the language of the data? ---------------------------------------------------------------
 
 
-def _check_base_loss(trainer: Any, warnings: list[str]) -> dict[str, float]:
+def _check_base_loss(trainer: Trainer, warnings: list[str]) -> dict[str, float]:
     """Compare the loss per token on sequences with the loss on the same tokens in random order.
 
     A pretrained model predicts text far better than its shuffled tokens, whatever the format. A model with random weights,
@@ -337,8 +327,8 @@ def _check_base_loss(trainer: Any, warnings: list[str]) -> dict[str, float]:
     return {name: round(loss, 4) for name, loss in losses.items()}
 
 
-def _loss_per_token(trainer: Any, tokens: list[int]) -> float:
-    with torch.no_grad(), cpu_loss.in_place_of_trls() if trainer.own_head else nullcontext():
+def _loss_per_token(trainer: Trainer, tokens: list[int]) -> float:
+    with torch.no_grad():
         outputs = _run_eagerly(trainer, tokens, [len(tokens)], fused_lm_head=True)
     return -(outputs.log_probs.sum() / outputs.label_mask.sum().clamp(min=1)).item()
 
@@ -358,7 +348,7 @@ def eos_statistics(data: Prepared, tokenizer: PreTrainedTokenizerBase) -> dict[s
 # --- Does the largest micro-batch fit, and does everything that is trained get a gradient? ----------------------------
 
 
-def _check_largest_micro_batch(trainer: Any, warnings: list[str]) -> dict[str, Any]:
+def _check_largest_micro_batch(trainer: Trainer, warnings: list[str]) -> dict[str, Any]:
     """Train on the longest sequences as one micro-batch, then validate on the longest ones, to find a lack of memory now.
 
     First a step that creates the optimizer's states, then a step with them in memory. With accumulation, gradients are in
@@ -392,7 +382,7 @@ def _longest_rows(dataset: Any, number: int) -> list[dict[str, Any]]:
     return [dataset[int(row)] for row in np.argsort(-lengths, kind="stable")[:number]]
 
 
-def _train_micro_batch(trainer: Any, rows: list[dict[str, Any]], *, last: bool = True) -> int:
+def _train_micro_batch(trainer: Trainer, rows: list[dict[str, Any]], *, last: bool = True) -> int:
     """Run forward and backward as a training step does; returns the number of trained tokens.
 
     After the `last` micro-batch of a step DeepSpeed takes the step itself. DDP does not sum these gradients: after its first
@@ -415,7 +405,7 @@ def _train_micro_batch(trainer: Any, rows: list[dict[str, Any]], *, last: bool =
     return int(trained_tokens)
 
 
-def _step(trainer: Any, *, keep_gradients: bool) -> None:
+def _step(trainer: Trainer, *, keep_gradients: bool) -> None:
     """Create the optimizer's states. Not through fp16's loss scaler, which would skip the step if a gradient overflows."""
     if trainer.is_deepspeed_enabled:
         return
@@ -426,7 +416,7 @@ def _step(trainer: Any, *, keep_gradients: bool) -> None:
 
 
 @contextmanager
-def _watch_gradients(trainer: Any) -> Iterator[dict[str, torch.Tensor]]:
+def _watch_gradients(trainer: Trainer) -> Iterator[dict[str, torch.Tensor]]:
     """By name, whether a trained tensor gets a gradient other than zero, under DeepSpeed: it takes gradients as they come."""
     found: dict[str, torch.Tensor] = {}
 
@@ -441,7 +431,7 @@ def _watch_gradients(trainer: Any) -> Iterator[dict[str, torch.Tensor]]:
             hook.remove()
 
 
-def _check_gradients(trainer: Any, gradients: dict[str, torch.Tensor], warnings: list[str]) -> dict[str, Any]:
+def _check_gradients(trainer: Trainer, gradients: dict[str, torch.Tensor], warnings: list[str]) -> dict[str, Any]:
     """Check after a backward pass that trained weights have a gradient, and frozen ones neither a gradient nor an optimizer.
 
     DeepSpeed's optimizer holds flat copies in place of the weights, so that the latter cannot be checked there.
@@ -471,5 +461,5 @@ def _check_gradients(trainer: Any, gradients: dict[str, torch.Tensor], warnings:
     return {"trained_tensors": len(trained), "tensors_without_gradient": len(idle)}
 
 
-def _parameters(trainer: Any, *, trained: bool) -> Iterator[tuple[str, torch.nn.Parameter]]:
+def _parameters(trainer: Trainer, *, trained: bool) -> Iterator[tuple[str, torch.nn.Parameter]]:
     return ((name, weight) for name, weight in trainer.model.named_parameters() if weight.requires_grad == trained)

@@ -7,9 +7,11 @@ import torch
 from sft_recipes.models import attention
 from sft_recipes.models.model import count_parameters
 from sft_recipes.recipe.schema import Recipe
+from sft_recipes.training.trainer import Trainer
+from sft_recipes.upstream import attention_of
 
 
-def summary_lines(recipe: Recipe, trainer: Any) -> list[str]:
+def summary_lines(recipe: Recipe, trainer: Trainer) -> list[str]:
     """Return the `model:` and `schedule:` lines of the console."""
     total, trained = count_parameters(trainer.model)
     steps = trainer.args.max_steps
@@ -24,7 +26,7 @@ def summary_lines(recipe: Recipe, trainer: Any) -> list[str]:
     return [
         f"model: {recipe.model.name}; {recipe.method}; trainable parameters {trained:,} of {total:,} ({trained / total:.2%}); "
         f"weights {recipe.model.quantization or recipe.model.dtype}; "
-        f"attention {trainer.model.config._attn_implementation}{f' ({reason})' if reason else ''}; "
+        f"attention {attention_of(trainer.model.config)}{f' ({reason})' if reason else ''}; "
         f"{f'kernels {trainer.kernels}; ' if on_gpu else ''}device {device()['name']}",
         f"schedule: {steps:,} steps; {recipe.sequences_per_step} sequences per step (micro-batch {micro} x accumulation "
         f"{accumulation}{processes}); peak learning rate {recipe.train.learning_rate:g}, {recipe.train.lr_scheduler}, "
@@ -49,7 +51,7 @@ def preflight_line(results: dict[str, Any]) -> str:
     return f"preflight: {'; '.join(parts)}"
 
 
-def used(trainer: Any) -> dict[str, Any]:
+def settings_in_effect(trainer: Trainer) -> dict[str, Any]:
     """Return the settings in effect, with defaults and auto resolved, for the manifest."""
     (total, trained), recipe = count_parameters(trainer.model), trainer.recipe
     return {
@@ -62,7 +64,7 @@ def used(trainer: Any) -> dict[str, Any]:
         "micro_batch_size": recipe.train.micro_batch_size,
         "gradient_accumulation_steps": recipe.accumulation,
         "sequences_per_step": recipe.sequences_per_step,
-        "attention": trainer.model.config._attn_implementation,
+        "attention": attention_of(trainer.model.config),
         "kernels": trainer.kernels.name,
         "parameters": {"total": total, "trainable": trained},
     }

@@ -31,14 +31,11 @@ class SamplerMixin(transformers.Trainer):
 
     rows: Sequences
 
-    def _get_train_sampler(self, *args: Any) -> Any:
-        sampler = super()._get_train_sampler(*args)
-        return RandomSampler(range(len(self.rows))) if isinstance(sampler, RandomSampler) else sampler
-
     def get_train_dataloader(self) -> Any:
         loader = super().get_train_dataloader()
         inner = getattr(loader.batch_sampler, "batch_sampler", loader.batch_sampler)  # of all ranks, before sharding
-        if isinstance(inner.sampler, RandomSampler) and len(inner.sampler) < len(self.train_dataset):
+        if isinstance(inner.sampler, RandomSampler) and len(self.rows) < len(self.train_dataset):
+            inner.sampler.data_source = range(len(self.rows))
             loader.set_sampler(_PaddedSampler(inner.sampler, len(self.train_dataset)))
         return loader
 

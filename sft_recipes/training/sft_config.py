@@ -10,7 +10,8 @@ from sft_recipes.planning import disk
 from sft_recipes.planning.steps import Steps
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.recipe.validate import STOCHASTIC_ROUNDING
-from sft_recipes.training.trackers import PROJECT
+from sft_recipes.run_dir import CHECKPOINTS
+from sft_recipes.trackers.base import PROJECT
 from sft_recipes.upstream import CHECKPOINTING
 
 
@@ -22,7 +23,7 @@ def sft_config(recipe: Recipe, steps: Steps, run_dir: Path, *, validates: bool) 
     if train.optimizer == STOCHASTIC_ROUNDING:
         optimizer = {"optim": "adamw_torch_8bit", "optim_args": "bf16_stochastic_round=True"}
     config = {
-        "output_dir": str(run_dir / "checkpoints"),
+        "output_dir": str(run_dir / CHECKPOINTS),
         # data
         "dataset_kwargs": {"skip_prepare_dataset": True},
         "max_length": None,

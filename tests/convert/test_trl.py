@@ -9,11 +9,11 @@ import pytest
 from datasets import Dataset
 
 from sft_recipes.convert.rules import table
+from sft_recipes.data.chat import Chat
 from sft_recipes.data.encoder import Documents
-from sft_recipes.data.formats import to_example
+from sft_recipes.data.formats.registry import to_example
 from sft_recipes.data.sequences import SelectedRows, build_sequences
 from sft_recipes.data.stats import SourceStats
-from sft_recipes.data.templates import Chat
 from sft_recipes.recipe.library_names import sft_config_fields
 from sft_recipes.recipe.validate import validate
 from tests.convert.test_conversion import convert

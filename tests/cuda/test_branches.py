@@ -34,6 +34,7 @@ TESTS = {  # files below tests/
     "training/preflight.py": ["cuda/test_preflight.py", "cuda/test_memory.py"],
     "models/strategies.py": ["cuda/test_machine.py"],
     "memory/fake_kernels.py": ["cuda/test_memory.py", "memory/test_memory_trace.py"],
+    "training/build.py": ["cuda/test_training.py"],
     "training/trainer.py": ["cuda/test_training.py"],
 }
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from sft_recipes.models import model
+from sft_recipes.models.compiled_layers import compile_layers
 from tests.cuda import fake_gpu
 from tests.cuda.fake_gpu import GPU
 
@@ -57,8 +57,8 @@ def test_a_layer_is_one_graph_with_the_kernel_in_it(checkpointed: bool, monkeypa
         network = network.to("cuda").train()
         if checkpointed:
             network.gradient_checkpointing_enable({"use_reentrant": False})
-        told = {"warn": print} if "warn" in signature(model.compile_layers).parameters else {}
-        model.compile_layers(network, backend=backend, **told)
+        told = {"warn": print} if "warn" in signature(compile_layers).parameters else {}
+        compile_layers(network, backend=backend, **told)
         for documents in ([20, 28], [5, 12, 31], [7, 8, 9, 30]):
             network(**batch(documents), use_cache=False).logits.sum().backward()
     torch.compiler.reset()

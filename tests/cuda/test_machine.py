@@ -33,7 +33,7 @@ def test_the_device_is_named_with_its_memory() -> None:
 def test_a_run_says_what_it_runs_on(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     with built(write_recipe(**settings(lora={"rank": 4})), tmp_path / "run", GPU()) as found:
         said = " ".join(run_info.summary_lines(found.trainer.recipe, found.trainer))
-        used = run_info.used(found.trainer)
+        used = run_info.settings_in_effect(found.trainer)
 
     assert "attention varlen" in said
     assert "NVIDIA H100 80GB HBM3" in said
@@ -67,7 +67,7 @@ def test_chat_is_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generate, "answer", answer)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
     with pytest.raises(ModelError, match="Stop"):
-        generate.talk(model_dir.BUILTIN / "tiny", "Say it.", max_new_tokens=4, temperature=0.0)
+        generate.generate(model_dir.BUILTIN / "tiny", "Say it.", max_new_tokens=4, temperature=0.0)
     assert moved == [{"meta"}]
 
 
@@ -114,5 +114,5 @@ def test_other_ranks_wait_for_each_gathered_weight(monkeypatch: pytest.MonkeyPat
     waits: list[None] = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(None))
     weights = ((name, SimpleNamespace(is_cuda=True)) for name in "ab")
-    with save_model.written(None, {}, weights, tmp_path / "files", main=False, max_shard_size="1GB"):
+    with save_model.write_gathered(None, {}, weights, tmp_path / "files", main=False, max_shard_size="1GB"):
         assert len(waits) == 2

@@ -15,9 +15,11 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from sft_recipes import model_dir
 from sft_recipes.data import encoder, prepare
 from sft_recipes.models import model
+from sft_recipes.models.tokenizer import load_tokenizer
 from sft_recipes.recipe import parse
 from sft_recipes.recipe.schema import Recipe, Train
 from sft_recipes.training import trainer
+from sft_recipes.training.build import build_trainer
 from tests.conftest import ROWS, write_rows
 from tests.cuda import fake_gpu
 from tests.cuda.fake_gpu import GPU
@@ -72,12 +74,12 @@ def built(
         recipe = parse.load(file, overrides).recipe
         if rows is not None:
             write_rows((data or file.parent) / "train.jsonl", (ROWS * rows)[:rows])
-        tokenizer = model.load_tokenizer(recipe.model)
+        tokenizer = load_tokenizer(recipe.model)
         prepared = prepare.prepare(recipe, encoder.from_transformers(tokenizer))
         folder.mkdir(exist_ok=True)
         with fake_gpu.fake_tensors(gpu), patch.object(model.AutoModelForCausalLM, "from_pretrained", from_config):
             loaded = model.load_model(recipe, tokenizer)
-            yield Built(trainer.build(recipe, loaded, tokenizer, prepared, folder, Console(quiet=True)), options, gpu)
+            yield Built(build_trainer(recipe, loaded, tokenizer, prepared, folder, Console(quiet=True)), options, gpu)
 
 
 def _devices(device_map: Any) -> set[str]:

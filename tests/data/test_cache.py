@@ -19,8 +19,11 @@ def documents(*rows: list[int]) -> Documents:
         np.array([i for row in rows for i in row], dtype=np.int32),
         np.array([i % 2 == 0 for row in rows for i in row]),
         np.cumsum([0, *map(len, rows)]),
+        np.cumsum([0, *map(len, rows[:-1])]),
         np.array([row[-1] for row in rows], dtype=np.int32),
-        *(np.zeros(len(rows), dtype=bool) for _ in range(3)),
+        *(np.zeros(len(rows), dtype=bool) for _ in range(2)),
+        np.array(["" for _ in rows]),
+        np.ones(len(rows), dtype=bool),
         *(np.array([hash(tuple(row)) % 2**32 for row in rows], dtype=np.uint64) for _ in range(2)),
     )
 

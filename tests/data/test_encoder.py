@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, processors
 
 from sft_recipes.data import encoder, templates
-from sft_recipes.data.encoder import Documents, Encoder, LightTokenizer, _digests
-from sft_recipes.data.formats import Example, to_example
-from sft_recipes.data.templates import Alpaca, Chat, Rendered
+from sft_recipes.data.chat import Chat
+from sft_recipes.data.encoder import Documents, Encoder, LightTokenizer, _digests, range_sums
+from sft_recipes.data.formats.base import Example
+from sft_recipes.data.formats.registry import to_example
+from sft_recipes.data.templates import Alpaca, Rendered
 from sft_recipes.errors import DataError, ModelError
 from tests.data import tokenizers
 
@@ -167,22 +169,37 @@ def test_a_batch_keeps_its_order() -> None:
     assert [documents[n][1].tolist() for n in range(7)] == [document.trained.tolist() for document in one_by_one]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in tokenizers.KINDS if kind.startswith(("bytes", "chat"))])
-@given(rows=st.lists(st.tuples(texts, texts, st.booleans()), min_size=1, max_size=5))
+@pytest.mark.parametrize("kind", tokenizers.KINDS)
+@given(parts=st.lists(st.tuples(st.text("ab \n漢👍", max_size=8), st.booleans()), min_size=1, max_size=5))
 @settings(max_examples=60)
-def test_bytes_and_offsets_find_the_same_tokens(kind: str, rows: list[tuple[str, str, bool]]) -> None:
-    """The faster path for byte-level tokenizers agrees with the one by offsets for all spans."""
-    by_bytes, by_offsets = Encoder(tokenizers.make(kind)), Encoder(tokenizers.make(kind))
-    by_offsets._bytes = None
-    specials = kind == "chat"
-    batch = [
-        Rendered("", a + b + "!", [(len(a), len(a + b) + (1 if to_end else 0))], writes_specials=specials)
-        for a, b, to_end in rows
-    ]
-    one, other = by_bytes.encode(batch), by_offsets.encode(batch)
+def test_the_loss_mask_is_every_token_with_a_trained_character(kind: str, parts: list[tuple[str, bool]]) -> None:
+    text, trained = "", list[tuple[int, int]]()
+    for part, in_loss in parts:
+        trained += [(len(text), len(text) + len(part))] if in_loss and part else []
+        text += part
+    document = encode(kind, Rendered("", text + "!", trained, writes_specials=False))
 
-    assert one.ids.tolist() == other.ids.tolist()
-    assert one.trained.tolist() == other.trained.tolist()
+    backend = as_text(kind)
+    if backend.post_processor is not None:
+        state = backend.post_processor.__getstate__().replace(b'"trim_offsets":true', b'"trim_offsets":false')
+        backend.post_processor.__setstate__(state)
+    encoding = backend.encode(text + "!", add_special_tokens=False)
+    expected = [any(a < end and start < b for a, b in trained) for start, end in encoding.offsets]
+    bos = int("+bos" in kind)
+    expected = [bool(trained) and trained[0][0] == 0] * bos + expected  # BOS belongs to what begins the text
+    assert document.trained.tolist() == [*expected, False]
+
+
+@given(values=st.lists(st.integers(0, 2**64 - 1), max_size=30), data=st.data())
+def test_sums_over_ranges(values: list[int], data: st.DataObject) -> None:
+    """In any order, empty ones and those of the last value included; modulo 2**64."""
+    edge = st.integers(0, len(values))
+    ranges = [sorted(pair) for pair in data.draw(st.lists(st.tuples(edge, edge), max_size=8))]
+    start, end = (np.array([pair[side] for pair in ranges], dtype=np.int64) for side in (0, 1))
+
+    found = range_sums(np.array(values, dtype=np.uint64), start, end, np.uint64)
+
+    assert found.tolist() == [sum(values[a:b]) % 2**64 for a, b in ranges]
 
 
 def test_a_normalizer_that_changes_the_text() -> None:

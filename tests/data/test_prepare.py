@@ -14,7 +14,7 @@ from sft_recipes.data.eval_prompts import eval_prompts
 from sft_recipes.data.prepare import Prepared
 from sft_recipes.data.sequences import IGNORED
 from sft_recipes.data.templates import Rendered, alpaca_prompt
-from sft_recipes.errors import DataError
+from sft_recipes.errors import DataError, ModelError
 from sft_recipes.recipe import parse
 from sft_recipes.recipe.schema import Data, Model, Recipe, Train
 from tests.conftest import ROWS, WriteRecipe, write_rows
@@ -338,7 +338,8 @@ def test_too_few_rows_to_hold_some_out(write_recipe: WriteRecipe, tmp_path: Path
 
 
 def test_a_template_that_is_missing(write_recipe: WriteRecipe) -> None:
-    assert "the tokenizer has no chat template" in problem(write_recipe(), "data.template=chat")
+    with pytest.raises(ModelError, match=r"model\.name: builtin:tiny: the tokenizer has no chat template"):
+        prepared(write_recipe(), "data.template=chat")
     assert "cannot read the template file" in problem(write_recipe(), "data.template=none.jinja")
 
 
@@ -540,3 +541,17 @@ def test_at_most_so_many_rows_of_a_source(write_recipe: WriteRecipe, tmp_path: P
     assert whole.rows + whole.held_out == 24
     assert (sorted(set(rows.tolist())) == list(range(6))) == (not shuffle)
     assert len(set(rows.tolist())) == 6
+
+
+def test_columns_that_are_not_used_are_listed(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """Per source, with the number of rows in which they have content; from the cache, too."""
+    rows = [row | {"id": number, "note": "x" if number < 3 else ""} for number, row in enumerate(ROWS)]
+    write_rows(tmp_path / "train.jsonl", rows)
+    held_out = write_rows(tmp_path / "eval.jsonl", [ROWS[0] | {"instruction": "Say it.", "lang": "en"}])
+    recipe = write_recipe()
+    for _ in ("tokenized", "cached"):
+        data = prepared(recipe, f"data.eval={held_out}")
+        train, evaluation = (data.as_dict()[name]["sources"][0] for name in ("train", "eval"))
+        assert train["unused_columns"] == {"id": 24, "note": 3}
+        assert evaluation["unused_columns"] == {"lang": 1}
+        assert "; columns not used: id (24 rows), note (3 rows);" in data.lines()[0]

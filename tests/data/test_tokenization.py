@@ -1,11 +1,17 @@
+import copy
 import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sft_recipes.data import prepare, sources
-from sft_recipes.errors import DataError
+from sft_recipes.data import prepare, sources, tokenization
+from sft_recipes.errors import DataError, RecipeError
 from sft_recipes.recipe import parse
 from tests.conftest import ROWS, WriteRecipe, write_rows
 from tests.data import tokenizers
@@ -90,6 +96,82 @@ def test_no_valid_row_is_an_error_even_if_they_may_be_dropped(write_recipe: Writ
         [line] = lines_of_problem(write_recipe(), "data.format=alpaca", override)
         assert line.startswith("train.jsonl:1: column 'output' is missing")
         assert line.endswith("all 30 rows." if "drop" in override else "all of the first 20 rows.")
+
+
+MANY = [
+    {"messages": [{"role": "user", "content": f"the {number}?"}, {"role": "assistant", "content": f"fox {number}"}]}
+    for number in range(1700)
+]
+
+
+def prepared_chat(recipe: Path, *overrides: str) -> prepare.Prepared:
+    loaded = parse.load(recipe, ["data.max_length=200", "data.eval=null", *overrides]).recipe
+    return prepare.prepare(loaded, tokenizers.make("chat"), cached=False)
+
+
+@pytest.fixture
+def many(write_recipe: WriteRecipe, tmp_path: Path) -> Path:
+    """A recipe with several batches of conversations."""
+    assert len(MANY) > 3 * tokenization._BATCH
+    write_rows(tmp_path / "train.jsonl", MANY)
+    return write_recipe()
+
+
+def test_processes_render_what_one_would(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    by_processes = prepared_chat(many)
+    monkeypatch.setattr(tokenization.Work, "_rendered", rendered_here)
+
+    assert prepared_chat(many).train.table().equals(by_processes.train.table())
+
+
+def rendered_here(work: tokenization.Work) -> Iterator[Any]:
+    return (tokenization._render_all(batch, work.renderer.render) for batch in work._examples())
+
+
+def test_processes_say_what_is_wrong_with_each_row(many: Path) -> None:
+    rows = copy.deepcopy(MANY)
+    rows[600]["messages"][1]["content"] = "<|im_end|>"
+    rows[1600]["messages"][1]["content"] = "<|im_start|>"
+    write_rows(many.parent / "train.jsonl", rows)
+    with pytest.raises(DataError) as caught:
+        prepared_chat(many)
+
+    assert [line.partition(": ")[0].rpartition(":")[2] for line in caught.value.lines] == ["601", "1601"]
+
+
+def test_a_process_that_is_killed(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenization, "_in_child", killed)
+    with pytest.raises(
+        RecipeError, match=r"it takes more than .* for a row from .*train.jsonl:1 to .*train.jsonl:\d+\."
+    ):
+        prepared_chat(many)
+
+
+def killed(batch: object, render: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
+def test_processes_end_with_the_one_that_started_them(many: Path) -> None:
+    code = f"""
+import os, time
+from pathlib import Path
+from sft_recipes.data import tokenization
+from tests.data.test_tokenization import prepared_chat
+
+def wait(batch, render):
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+
+os.cpu_count, tokenization._in_child = lambda: 4, wait
+prepared_chat(Path({str(many)!r}))
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        assert len({parent.stdout.readline() for _ in range(2)}) == 2
+        parent.kill()
+        parent.communicate(timeout=60)  # returns because no process keeps the pipe open
 
 
 def test_long_rows_are_tokenized_a_few_at_a_time(write_recipe: WriteRecipe, tmp_path: Path) -> None:

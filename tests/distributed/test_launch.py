@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -50,7 +51,7 @@ def stop_launcher() -> None:
 
 
 def test_one_rank_prints_and_writes(write_recipe: WriteRecipe, tmp_path: Path, in_ranks: Callable[..., Any]) -> None:
-    done = in_ranks(str(write_recipe()), "--processes", "2")
+    done = in_ranks(str(write_recipe(launch={"processes": 2})))
 
     assert (done.returncode, done.stderr) == (0, ""), done
     output = (tmp_path / "out").read_text("utf-8")
@@ -136,7 +137,7 @@ def test_rank_0_exports_after_the_others_exited(
     """Errors are then reported, and a signal stops it, as with one process."""
 
     def fail() -> None:
-        raise RunError("it could not be verified: no more")
+        raise RunError("no more")
 
     def stop() -> None:
         stop_launcher()
@@ -144,7 +145,7 @@ def test_rank_0_exports_after_the_others_exited(
 
     recipe = write_recipe(train={"max_steps": 1}, export={"dtype": "float32"})
     failed = in_ranks(str(recipe), "--processes", "2", first=partial(export_alone, tmp_path, fail))
-    assert failed.stderr == f"rank 0: {tmp_path}/run/model: not kept: it could not be verified: no more\n"
+    assert failed.stderr == f"rank 0: {tmp_path}/run/model: verification failed: no more\n"
     assert failed.returncode == 1
 
     options = ("--processes", "2", "--resume")
@@ -219,6 +220,34 @@ def test_nodes_without_a_rendezvous(write_recipe: WriteRecipe, launch_needed: Ca
         launch_needed({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"})
 
 
+def test_two_nodes_train_one_model(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """The same command twice, as on two machines, with a rank each."""
+    recipe = str(write_recipe(launch={"machines": 2}, export={"merge": False}))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    folders = [tmp_path / name for name in ("first", "second")]
+    nodes = []
+    for number, folder in enumerate(folders):
+        folder.mkdir()
+        nodes.append(
+            commands.start(
+                "run", recipe,
+                out=folder / "launcher_out", err=folder / "launcher_err",
+                environment=os.environ | rendezvous | {"NODE_RANK": str(number)},
+                first=partial(fork_ranks, folder),
+            )
+        )  # fmt: skip
+    for node in nodes:
+        node.join(120)
+
+    assert [node.exitcode for node in nodes] == [0, 0], [(f / "err").read_text("utf-8") for f in folders]
+    outputs = [(folder / "out").read_text("utf-8") for folder in folders]
+    assert "(micro-batch 2 x accumulation 1 x 2 processes)" in outputs[0]
+    assert "schedule: " not in outputs[1]  # only rank 0 has the console
+    assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == [1, 3]
+
+
 def test_variables_that_are_not_numbers(write_recipe: WriteRecipe, launch_needed: Callable[..., bool]) -> None:
     recipe = parse.load(write_recipe(), ["launch.machines=2"]).recipe
     with pytest.raises(RecipeError, match=r"^RANK: not in the environment, but WORLD_SIZE is \(got 2\)"):
@@ -245,8 +274,6 @@ def test_more_processes_than_gpus(write_recipe: WriteRecipe, monkeypatch: pytest
 def test_a_port_in_use(
     write_recipe: WriteRecipe, launch_needed: Callable[..., bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import socket
-
     recipe = parse.load(write_recipe(), ["launch.machines=2"]).recipe
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))

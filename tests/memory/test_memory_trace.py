@@ -29,8 +29,10 @@ from sft_recipes.errors import ModelError
 from sft_recipes.memory import autosize, fake_kernels, memory_trace, prediction, remedies
 from sft_recipes.memory.prediction import Footprint
 from sft_recipes.models import model
+from sft_recipes.models.tokenizer import load_tokenizer
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.training import trainer
+from sft_recipes.training.build import build_trainer
 
 WITHIN = 0.05
 LEAST: dict[str, Any] = {"model": {"name": "x"}, "data": {"train": "x"}, "output_dir": "x"}
@@ -131,11 +133,11 @@ def random_model(folder: Path, config: PreTrainedConfig) -> None:
 
 
 def build(recipe: Recipe, folder: Path) -> trainer.Trainer:
-    tokenizer = model.load_tokenizer(recipe.model)
+    tokenizer = load_tokenizer(recipe.model)
     data = prepare.prepare(recipe, encoder.from_transformers(tokenizer), cached=False)
     (folder / "run").mkdir()
     loaded = model.load_model(recipe, tokenizer)
-    return trainer.build(recipe, loaded, tokenizer, data, folder / "run", Console(file=io.StringIO()))
+    return build_trainer(recipe, loaded, tokenizer, data, folder / "run", Console(file=io.StringIO()))
 
 
 def allocated(sft: trainer.Trainer) -> int:

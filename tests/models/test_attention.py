@@ -44,7 +44,8 @@ from transformers.masking_utils import create_bidirectional_sliding_window_mask,
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from sft_recipes.errors import ModelError
-from sft_recipes.models import attention, model
+from sft_recipes.models import attention
+from sft_recipes.models.compiled_layers import compile_layers
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.training import trainer
 from tests.conftest import WriteRecipe, build, metrics, run
@@ -248,7 +249,7 @@ def test_compiled_it_is_the_same_to_the_bit_without_a_graph_break(name: str) -> 
     runs: Counter[str] = Counter()
     compiled_graphs = []
 
-    model.compile_layers(network, pytest.fail, graphs.counting(runs))
+    compile_layers(network, pytest.fail, graphs.counting(runs))
     for lengths, (loss, gradients) in zip(rows, eager, strict=True):
         found, found_gradients = loss_and_gradients(network, batch_of(lengths))
         assert found == loss
@@ -289,7 +290,7 @@ def test_a_model_that_cannot_be_compiled_says_so(monkeypatch: pytest.MonkeyPatch
     )
     network, said = model_of(MODELS["llama"], "varlen"), []
     network.train().activation_checkpointing_enable({"use_reentrant": False})
-    model.compile_layers(network, said.append, graphs.counting(Counter()))
+    compile_layers(network, said.append, graphs.counting(Counter()))
     with torch.no_grad():
         network(**batch_of(LENGTHS), use_cache=False)
     assert said == []

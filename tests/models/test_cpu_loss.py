@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy, linear
+from transformers import AutoModelForCausalLM
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.trainer import utils as trl_utils
 
@@ -94,23 +95,47 @@ def test_without_gradients_none_is_taken() -> None:
     assert not log_probs.requires_grad
 
 
-def test_the_names_in_trl_that_are_taken_over_are_there() -> None:
-    assert trl_utils._ChunkedLogProbFunction is ChunkedLogProbFunction
-    assert trl_utils._use_triton(torch.device("cpu")) is False
-    before = trl_utils._use_triton
-    with cpu_loss.in_place_of_trls():
-        assert trl_utils._ChunkedLogProbFunction is cpu_loss.Head
-    assert (trl_utils._ChunkedLogProbFunction, trl_utils._use_triton) == (ChunkedLogProbFunction, before)
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"final_logit_softcapping": 5.0},
+        {"logit_scale": 0.5},
+        {"output_multiplier": 0.5},
+        {"lm_head_multiplier": 0.5},
+        {"logits_scaling": 4.0},
+        {"logits_scaling": 4.0, "model_type": "hyperclovax"},
+    ],
+)
+def test_a_model_has_the_outputs_of_trls_head(keys: dict[str, Any]) -> None:
+    """With each key of a config that changes the logits."""
+    model = AutoModelForCausalLM.from_pretrained("sft_recipes/builtin/tiny")
+    for key, value in keys.items():
+        setattr(model.config, key, value)
+    trl_utils.add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    labels = torch.randint(0, 500, (2, 30))
+    inputs = {"input_ids": labels, "labels": labels.masked_fill(labels % 3 == 0, -100), "fused_lm_head": True}
+    theirs = model(**inputs)
+    cpu_loss.replace_fused_lm_head(model)
+    ours = model(**inputs, num_items_in_batch=torch.tensor(7))
+
+    assert torch.allclose(ours.log_probs, theirs.log_probs, rtol=1e-5, atol=1e-5)
+    assert torch.equal(ours.is_top1, theirs.is_top1)
+    assert torch.equal(ours.label_mask, theirs.label_mask)
+    assert ours.loss.item() == pytest.approx(theirs.loss.item() * theirs.label_mask.sum().item() / 7, rel=1e-5)
+    assert torch.isfinite(model(input_ids=labels).logits).all()
 
 
 @pytest.mark.parametrize("packing", ["bfd", "none"])
-def test_training_gives_the_losses_of_trls_head(write_recipe: WriteRecipe, tmp_path: Path, packing: str) -> None:
+def test_training_gives_the_losses_of_trls_head(
+    write_recipe: WriteRecipe, tmp_path: Path, packing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Full fine-tuning of tied embeddings, in which the head's gradient meets that of the embeddings."""
     recipe, logged = write_recipe(log={"every": 1}, data={"packing": packing}), []
     for name in ("ours", "theirs"):
-        sft = build(recipe, tmp_path / name)
-        sft.own_head = sft.own_head and name == "ours"
-        sft.train()
+        if name == "theirs":
+            monkeypatch.setattr(cpu_loss, "applies", lambda *_: False)
+        build(recipe, tmp_path / name).train()
         logged.append([line for line in metrics(tmp_path / name) if "loss" in line])
 
     ours, theirs = logged

@@ -18,6 +18,11 @@ def test_prompts_in_the_template_or_as_they_stand() -> None:
     tokenizer.chat_template = BOS + alpaca_chat_template()
     assert prompt_ids(tokenizer, message) == tokenizer(alpaca_prompt("Do it.", "This."))["input_ids"]
     assert prompt_ids(tokenizer, message, raw=True) == plain
+    [begin, *_] = plain
+    rendered = [{"role": "user", "content": "<|begin|>Do it.<|end|>"}]
+    assert prompt_ids(tokenizer, rendered, raw=True).count(begin) == 1
+    ids = prompt_ids(tokenizer, rendered, raw=True, parse=True)
+    assert (ids.count(begin), ids[0], ids[-1]) == (1, begin, tokenizer.eos_token_id)
     tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
     assert prompt_ids(tokenizer, message) == plain
 

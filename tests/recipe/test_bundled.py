@@ -21,7 +21,7 @@ each_recipe = pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.ste
 NUMBERS = {"one": 1, "two": 2, "four": 4, "eight": 8, "sixteen": 16}
 
 
-def header(file: Path) -> bundled.Shipped:
+def header(file: Path) -> bundled.BundledRecipe:
     return bundled.parse_header(file.stem, file.read_text("utf-8"))
 
 

@@ -33,7 +33,7 @@ each_recipe = pytest.mark.parametrize("said", bundled.recipes(), ids=lambda said
 
 
 @each_recipe
-def test_predictions_are_of_the_recipes_as_they_are(said: bundled.Shipped) -> None:
+def test_predictions_are_of_the_recipes_as_they_are(said: bundled.BundledRecipe) -> None:
     """Write them anew with `python docs/recipes.py`."""
     assert FOUND[said.name]["of"] == SCRIPT["fingerprint"](said.name)
     assert said.memory == SCRIPT["in_words"](FOUND[said.name])
@@ -50,7 +50,7 @@ def test_the_page_has_them() -> None:
 
 
 @each_recipe
-def test_headers_name_the_smallest_gpu_that_it_fits(said: bundled.Shipped) -> None:
+def test_headers_name_the_smallest_gpu_that_it_fits(said: bundled.BundledRecipe) -> None:
     fits = FOUND[said.name]["fits"]
 
     if gpu := re.match(r"\w+ (\d+) GB GPU", said.hardware):
@@ -60,7 +60,7 @@ def test_headers_name_the_smallest_gpu_that_it_fits(said: bundled.Shipped) -> No
 
 
 @each_recipe
-def test_auto_fits_the_card_of_the_header(said: bundled.Shipped) -> None:
+def test_auto_fits_the_card_of_the_header(said: bundled.BundledRecipe) -> None:
     recipe, settled = parse.load(SCRIPT["_file"](said.name)).recipe, FOUND[said.name]["auto"]
 
     assert (settled is not None) == (recipe.train.micro_batch_size == "auto")
@@ -71,7 +71,7 @@ def test_auto_fits_the_card_of_the_header(said: bundled.Shipped) -> None:
 
 
 @each_recipe
-def test_preflight_and_training_fit_the_gpu_of_the_header(said: bundled.Shipped) -> None:
+def test_preflight_and_training_fit_the_gpu_of_the_header(said: bundled.BundledRecipe) -> None:
     """The preflight makes training steps, so that its peak is theirs, and checks isolation, which is not checkpointed. That it
     runs as training does, tests/cuda shows: a run allocates no more than is predicted, preflight included."""
     found, gpu = FOUND[said.name], re.match(r"\w+ (\d+) GB GPU", said.hardware)
@@ -84,7 +84,7 @@ def test_preflight_and_training_fit_the_gpu_of_the_header(said: bundled.Shipped)
 
 
 @each_recipe
-def test_models_have_the_parameters_that_are_published(said: bundled.Shipped) -> None:
+def test_models_have_the_parameters_that_are_published(said: bundled.BundledRecipe) -> None:
     found = FOUND[said.name]
     of_model = found["parameters"] - (found["trained"] if parse.load(SCRIPT["_file"](said.name)).recipe.lora else 0)
 

@@ -50,7 +50,7 @@ def test_a_good_recipe_has_neither_problems_nor_warnings(write_recipe: WriteReci
         (["train.lr_scheduler=cosin"], "Did you mean 'cosine'?"),
         (["train.optimizer=adamw"], "unknown name 'adamw'"),
         (["trl.learning_rate=1"], "trl.learning_rate: set by the recipe. Use train.learning_rate instead."),
-        (["log.group=mine"], "log.group: used only by wandb, trackio and mlflow, and none of them is in log.to"),
+        (["log.group=mine"], "log.group: used only by mlflow, trackio, wandb, and none of them is in log.to"),
         (["log.to=[trackio, trackio]"], "log.to: trackio is listed 2 times"),
         (["trl.adam_beta3=1"], "Did you mean 'trl.adam_beta2'?"),
         (

@@ -26,7 +26,7 @@ MANIFEST = {
 }
 PROOF = {
     "merged_into": "original",
-    "figures": {"original": {"largest_difference": 0.03125}},
+    "verification": {"original": {"max_logit_diff": 0.03125}},
     "files": {"a": {"bytes": 1}},
 }
 

@@ -35,7 +35,7 @@ def test_one_file_with_what_happened(finished: Path) -> None:
 
     for text in (
         "3.0000 → 2.0000", "full fine-tuning", "0.70 GiB", "early", "late", "50,000 tokens",
-        "20 (overlong)", "gradient leak", "original: largest difference", "1.16.0", "0123456789abcdef",
+        "20 (overlong)", "gradient leak", "original: max logit diff", "1.16.0", "0123456789abcdef",
         "sft-recipe run &#39;a b.yaml&#39; --set train.seed=1", "train.seed",
     ):  # fmt: skip
         assert text in html
@@ -82,7 +82,7 @@ def hostile(folder: Path) -> Path:
         folder, runs.metrics(3), runs.samples(text, text + "!", expected=text, message=message),
         recipe={"model": {"name": text}, text: {text: text}}, data={"train": account, "steps": 3},
         manifest={**runs.MANIFEST, "platform": text, "command": ["x", "run", text], "versions": {text: text}},
-        proof={"merged_by": text, "figures": {text: {text: 1.0}}},
+        proof={"merged_by": text, "verification": {text: {text: 1.0}}},
     )  # fmt: skip
 
 

@@ -1,4 +1,3 @@
-import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -103,47 +102,7 @@ def test_nothing_but_a_log(tmp_path: Path) -> None:
     run = read(tmp_path, [], recipe=None, data=None, manifest=None, proof=None)
 
     assert run_data.figures(run) == {"Method": "full fine-tuning"}
-    assert run_data.charts([run]) == []
     assert run_data.state(run).startswith("not finished: ended after step 0 ")
-
-
-# --- Curves ----------------------------------------------------------------------------------------------------------
-
-
-def test_curves_of_one_run(tmp_path: Path) -> None:
-    charts = run_data.charts([read(tmp_path, runs.metrics(30))])
-
-    assert [chart.title for chart in charts] == [
-        "Loss per token", "Learning rate", "Gradient norm", "Tokens/s", "Peak memory (GiB)",
-    ]  # fmt: skip
-    assert [(series.name, series.style) for series in charts[0].series] == [
-        ("as logged", "faint"), ("training, smoothed", "solid"), ("eval", "dots"),
-    ]  # fmt: skip
-    assert charts[0].series[0].color != charts[0].series[2].color
-
-
-def test_curves_of_two_runs_lie_over_each_other(tmp_path: Path) -> None:
-    pair = [read(tmp_path / name, runs.metrics(30)) for name in "ab"]
-    loss = run_data.charts(pair)[0]
-
-    assert [series.name for series in loss.series] == ["a", "a, eval", "b", "b, eval"]
-    assert [series.color for series in loss.series] == [0, 0, 1, 1]
-
-
-def test_what_is_not_finite_is_said(tmp_path: Path) -> None:
-    lines = runs.metrics(5)
-    lines[2]["loss"], lines[3]["loss"] = math.nan, math.inf
-    [loss, *others] = run_data.charts([read(tmp_path, lines)])
-
-    assert loss.note == "2 values are NaN or Inf, first at step 2"
-    assert not any(chart.note for chart in others)
-
-
-def test_many_lines_become_few_points(tmp_path: Path) -> None:
-    charts = run_data.charts([read(tmp_path, runs.metrics(20_000))])
-
-    assert all(len(series.points) <= 1000 for chart in charts for series in chart.series)
-    assert {series.points[-1].step for chart in charts for series in chart.series} == {20_000}
 
 
 # --- Recipes ---------------------------------------------------------------------------------------------------------
@@ -224,7 +183,7 @@ def test_proofs(tmp_path: Path) -> None:
     run = read(tmp_path, [])
 
     assert run_data.preflight(run) == {"base: loss": "3.25", "isolation: gradient leak": "0"}
-    assert run_data.verification(run) == {"merged into": "original", "original: largest difference": "0.03125"}
+    assert run_data.verification(run) == {"merged into": "original", "original: max logit diff": "0.03125"}
 
 
 def test_no_proofs(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from sft_recipes import atomic_files
 from sft_recipes.errors import RunError
 from sft_recipes.models import model
+from sft_recipes.models.tokenizer import tokenizer_bytes
 from sft_recipes.planning import disk
 from sft_recipes.training import checkpoint_dirs, trainer
 from tests.conftest import WriteRecipe, build, metrics, run
@@ -32,7 +33,7 @@ def names(run_dir: Path) -> list[str]:
     return sorted(child.name for child in (run_dir / "checkpoints").iterdir())
 
 
-def test_the_newest_complete_one_and_why_others_are_passed_over(tmp_path: Path) -> None:
+def test_latest_complete_and_why_others_are_skipped(tmp_path: Path) -> None:
     assert checkpoint_dirs.latest_complete(tmp_path) == (None, [])
     made(tmp_path, 2, 10, 9, 30, 40, 50)
     folder = tmp_path / "checkpoints"
@@ -54,7 +55,7 @@ def test_the_newest_complete_one_and_why_others_are_passed_over(tmp_path: Path) 
     )
 
 
-def test_what_was_being_written_is_tidied_away(tmp_path: Path) -> None:
+def test_partial_files_are_removed(tmp_path: Path) -> None:
     for name in ("checkpoints/.checkpoint-6.partial", "checkpoints/.checkpoint-1.removed", ".model.partial", ".mine"):
         (tmp_path / name).mkdir(parents=True)
     made(tmp_path, 2)
@@ -64,7 +65,7 @@ def test_what_was_being_written_is_tidied_away(tmp_path: Path) -> None:
     assert (tmp_path / ".mine").is_dir()
 
 
-def test_lines_after_the_checkpoint_are_taken_back(tmp_path: Path) -> None:
+def test_lines_after_the_checkpoint_are_discarded(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in (0, 1, 2, 3)) + '{"st')
     checkpoint_dirs.discard_after(tmp_path, checkpoint_dirs.checkpoint_path(tmp_path, 2))
     assert [line["step"] for line in metrics(tmp_path)] == [0, 1, 2]
@@ -117,7 +118,7 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(write_recipe: WriteRecipe, tmp
     assert names(tmp_path / "run") == ["checkpoint-6"]
 
 
-def test_a_full_disk_where_the_run_is_to_go_on(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+def test_a_full_disk_with_on_failure_continue(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     import io
 
     said = io.StringIO()
@@ -132,7 +133,7 @@ def test_a_full_disk_where_the_run_is_to_go_on(write_recipe: WriteRecipe, tmp_pa
     assert metrics(tmp_path / "run")[-1]["step"] == 6
 
 
-def test_the_best_is_one_that_is_on_the_disk(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+def test_the_best_checkpoint_is_one_that_was_written(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     """The lowest loss of all was at a step whose checkpoint could not be written: then the best of the others counts."""
     sections = {"every": None, "export_best": True, "keep": 1, "on_failure": "continue"}
     recipe = write_recipe(train={"max_steps": 10}, eval={"every": 2}, checkpoint=sections)
@@ -158,13 +159,11 @@ def test_the_best_is_one_that_is_on_the_disk(write_recipe: WriteRecipe, tmp_path
     "overrides",
     [[], ["lora={'rank': 8}"], ["train.optimizer=adamw_8bit_sr", "model.dtype=bfloat16", "train.mixed_precision=bf16"]],
 )
-def test_the_room_that_is_looked_for_is_that_of_a_checkpoint(
-    write_recipe: WriteRecipe, tmp_path: Path, overrides: list[str]
-) -> None:
+def test_the_size_of_a_checkpoint_is_predicted(write_recipe: WriteRecipe, tmp_path: Path, overrides: list[str]) -> None:
     sft = build(write_recipe(checkpoint={"every": 3}, data={"eval": None}), tmp_path / "run", *overrides)
     trainer.train(sft, None)
     there = sum(file.stat().st_size for file in checkpoint_dirs.checkpoint_path(tmp_path / "run", 3).iterdir())
-    trained, tokenizer = model.count_parameters(sft.model)[1], model.tokenizer_bytes(sft.processing_class)
+    trained, tokenizer = model.count_parameters(sft.model)[1], tokenizer_bytes(sft.processing_class)
 
     assert 0.9 * there < disk.of_checkpoint(sft.recipe, trained, tokenizer) < 1.2 * there + disk._CONFIGS
 
@@ -176,7 +175,7 @@ def spoil_best(run_dir: Path) -> None:
 @pytest.mark.parametrize(
     "spoil", [spoil_best, lambda run_dir: atomic_files.remove(checkpoint_dirs.checkpoint_path(run_dir, 2))]
 )
-def test_the_best_is_damaged(write_recipe: WriteRecipe, tmp_path: Path, spoil: Callable[[Path], None]) -> None:
+def test_a_damaged_best_checkpoint(write_recipe: WriteRecipe, tmp_path: Path, spoil: Callable[[Path], None]) -> None:
     """A later one takes its place, and that is said."""
     recipe = write_recipe(
         train={"max_steps": 6, "learning_rate": 0.1}, eval={"every": 2}, checkpoint={"every": 4, "export_best": True}
@@ -193,7 +192,7 @@ def test_the_best_is_damaged(write_recipe: WriteRecipe, tmp_path: Path, spoil: C
     assert (folder / "model").is_dir()
 
 
-def test_the_best_is_gone_at_the_end(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+def test_a_best_checkpoint_that_is_missing_at_the_end(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     """It is not replaced by another without a word."""
     sections = {"every": 2, "export_best": True}
     recipe = write_recipe(train={"max_steps": 6, "learning_rate": 0.1}, eval={"every": 2}, checkpoint=sections)
@@ -212,7 +211,7 @@ def test_the_best_is_gone_at_the_end(write_recipe: WriteRecipe, tmp_path: Path) 
         trainer.train(sft, None)
 
 
-def test_a_run_that_was_moved(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+def test_resuming_in_a_moved_run_directory(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     """Another path to the same run directory: the best checkpoint is found by its step."""
     recipe = write_recipe(
         train={"max_steps": 6, "learning_rate": 0.1}, eval={"every": 2}, checkpoint={"every": 4, "export_best": True}
@@ -229,7 +228,7 @@ def test_a_run_that_was_moved(write_recipe: WriteRecipe, tmp_path: Path) -> None
     assert (tmp_path / "elsewhere" / "model" / "model.safetensors").read_bytes() == expected
 
 
-def test_nothing_but_tensors_and_numbers_is_stored(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+def test_checkpoints_contain_only_tensors_and_numbers(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     import torch
 
     sft = build(write_recipe(checkpoint={"every": 3}), tmp_path / "run")

@@ -27,7 +27,7 @@ def during(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, bool, str | None
     return seen
 
 
-def test_deterministic_algorithms_for_the_length_of_a_run(write_recipe: WriteRecipe, during: list[object]) -> None:
+def test_deterministic_algorithms_during_a_run(write_recipe: WriteRecipe, during: list[object]) -> None:
     folder, said = run(
         write_recipe(lora={}, export={"merge": False}), "train.deterministic=true", "train.preflight=true"
     )
@@ -40,7 +40,7 @@ def test_deterministic_algorithms_for_the_length_of_a_run(write_recipe: WriteRec
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
 
 
-def test_without_the_key_torch_is_left_alone(write_recipe: WriteRecipe, during: list[object]) -> None:
+def test_without_the_key_torch_is_unchanged(write_recipe: WriteRecipe, during: list[object]) -> None:
     _, said = run(write_recipe(lora={}, export={"merge": False}))
 
     assert set(during) == {(False, False, None, None)}

@@ -54,7 +54,7 @@ def rows_of(sft: trainer.Trainer, inputs: dict[str, Any]) -> set[str]:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_names_the_rows_of_its_micro_batch(
+def test_a_nonfinite_loss_names_the_rows_of_its_micro_batch(
     write_recipe: WriteRecipe, tmp_path: Path, value: float
 ) -> None:
     recipe = write_recipe(train={"micro_batch_size": 1, "max_steps": 6}, checkpoint={"every": 2})
@@ -81,7 +81,7 @@ def test_a_loss_that_is_not_finite_names_the_rows_of_its_micro_batch(
 
 
 @pytest.mark.parametrize("max_grad_norm", [0, 1])
-def test_a_gradient_that_is_not_finite_names_the_rows_of_its_step(
+def test_a_nonfinite_gradient_names_the_rows_of_its_step(
     write_recipe: WriteRecipe, tmp_path: Path, max_grad_norm: float
 ) -> None:
     recipe = write_recipe(train={"micro_batch_size": 1, "max_steps": 6, "max_grad_norm": max_grad_norm})
@@ -96,7 +96,7 @@ def test_a_gradient_that_is_not_finite_names_the_rows_of_its_step(
 
 
 @pytest.mark.parametrize("spoil", ["loss", "gradient"])
-def test_a_step_with_a_loss_that_is_not_finite_is_skipped_and_counted(
+def test_a_step_with_a_nonfinite_loss_is_skipped_and_counted(
     write_recipe: WriteRecipe, tmp_path: Path, spoil: str
 ) -> None:
     """Nothing of it is in the weights, the optimizer or the averages."""
@@ -125,7 +125,7 @@ def test_a_step_with_a_loss_that_is_not_finite_is_skipped_and_counted(
     assert {state["step"].item() for state in sft.optimizer.state.values()} == {5}
 
 
-def test_skipping_comes_to_an_end(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+def test_too_many_skipped_steps_stop_the_run(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     sft = build(write_recipe(train={"max_steps": 60}), tmp_path / "run", "train.on_nonfinite=skip")
     spoil_losses(sft, lambda sft, micro: sft.state.global_step >= 3)
     with pytest.raises(RunError, match=f"loss is nan, after {guards._IN_A_ROW - 1} skipped steps in a row. "):
@@ -134,7 +134,7 @@ def test_skipping_comes_to_an_end(write_recipe: WriteRecipe, tmp_path: Path) -> 
     assert sft.state.global_step == 3 + guards._IN_A_ROW - 1
 
 
-def test_the_count_of_skipped_steps_survives(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+def test_skipped_steps_are_counted_across_resume(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     recipe = write_recipe(train={"max_steps": 4}, checkpoint={"every": 2})
     sft = build(recipe, tmp_path / "run", "train.on_nonfinite=skip")
     spoil_losses(sft, lambda sft, micro: sft.state.global_step == 0)
@@ -145,7 +145,7 @@ def test_the_count_of_skipped_steps_survives(write_recipe: WriteRecipe, tmp_path
     assert metrics(tmp_path / "run")[-2]["skipped_steps"] == 1
 
 
-def test_a_validation_loss_that_is_not_finite(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+def test_a_nonfinite_eval_loss(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     sft = build(write_recipe(eval={"every": 1}), tmp_path / "run")
     compute = sft.compute_loss
 

@@ -46,7 +46,7 @@ def test_a_model_that_leaks_between_packed_documents_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_documents_of_one_micro_batch_share_a_row_too(write_recipe: WriteRecipe, opt: str, tmp_path: Path) -> None:
+def test_isolation_of_documents_in_one_micro_batch(write_recipe: WriteRecipe, opt: str, tmp_path: Path) -> None:
     """One document a sequence, which packing does not change: the micro-batch is one row all the same."""
     rows = [{"instruction": f"Say {n} times: {'fox ' * 9}", "output": "fox " * 9} for n in range(12)]
     write_rows(tmp_path / "train.jsonl", rows)
@@ -62,7 +62,9 @@ def test_documents_of_one_micro_batch_share_a_row_too(write_recipe: WriteRecipe,
 @pytest.mark.parametrize(
     "overrides", [["data.packing=none"], ["data.packing=wrapped", "data.cross_document_attention=true"]]
 )
-def test_it_trains_where_that_does_no_harm(write_recipe: WriteRecipe, opt: str, overrides: list[str]) -> None:
+def test_a_leaking_model_trains_where_documents_share_no_row(
+    write_recipe: WriteRecipe, opt: str, overrides: list[str]
+) -> None:
     folder, _ = run(write_recipe(model={"name": opt}, train=ON), *overrides)
 
     assert (folder / "model" / "model.safetensors").is_file()
@@ -92,7 +94,7 @@ WAYS: dict[str, list[str]] = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_it_leaves_everything_as_it_was(write_recipe: WriteRecipe, tmp_path: Path, way: str) -> None:
+def test_the_preflight_restores_all_state(write_recipe: WriteRecipe, tmp_path: Path, way: str) -> None:
     """With it and without it: the same training, to the bit."""
     weights, lines = [], []
     for name in ("true", "false"):
@@ -106,7 +108,7 @@ def test_it_leaves_everything_as_it_was(write_recipe: WriteRecipe, tmp_path: Pat
     assert lines[0] == lines[1]
 
 
-def test_what_it_looked_at_is_written_down(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+def test_results_are_in_the_manifest(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     folder, said = run(write_recipe(lora={"rank": 2}, train=ON))
     found = json.loads((folder / "manifest.json").read_text("utf-8"))["preflight"]
 
@@ -122,7 +124,7 @@ def test_what_it_looked_at_is_written_down(write_recipe: WriteRecipe, tmp_path: 
     assert json.loads((other / "manifest.json").read_text("utf-8"))["preflight"] == "skipped"
 
 
-def test_memory_that_is_lacking_is_found_before_the_first_step(
+def test_out_of_memory_is_found_before_the_first_step(
     write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the longest rows, wherever they are in the data, of the training or of the validation."""
@@ -145,7 +147,7 @@ def test_memory_that_is_lacking_is_found_before_the_first_step(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_model_that_knows_nothing_of_the_language(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+def test_random_weights_are_a_warning(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(TINY, folder)
     torch.manual_seed(0)
@@ -161,7 +163,7 @@ def test_a_model_that_knows_nothing_of_the_language(write_recipe: WriteRecipe, t
     assert "in random order" not in said
 
 
-def test_weights_that_are_not_numbers(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+def test_nonfinite_weights(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(TINY, folder)
     weights = load_file(folder / "model.safetensors")
@@ -171,7 +173,7 @@ def test_weights_that_are_not_numbers(write_recipe: WriteRecipe, tmp_path: Path)
         run(write_recipe(model={"name": str(folder)}, train=ON))
 
 
-def test_what_gets_no_gradient_is_said(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+def test_weights_without_gradient_are_named(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     class Idle(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -204,7 +206,9 @@ def test_what_gets_no_gradient_is_said(write_recipe: WriteRecipe, tmp_path: Path
 
 
 @pytest.mark.parametrize("way", ["plain", "checkpointed", "noise", "every second layer in bf16"])
-def test_it_tries_what_is_trained(write_recipe: WriteRecipe, tmp_path: Path, way: str, monkeypatch: Any) -> None:
+def test_the_preflight_runs_the_model_that_is_trained(
+    write_recipe: WriteRecipe, tmp_path: Path, way: str, monkeypatch: Any
+) -> None:
     """What transformers and accelerate set up within Trainer.train() is set up: each pass over the largest micro-batch is
     one of training's."""
     overrides = {
@@ -260,7 +264,7 @@ class _Live(StorageTracker):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("method", ["full", "LoRA"])
-def test_its_peak_is_that_of_training(
+def test_its_peak_memory_is_that_of_training(
     write_recipe: WriteRecipe, tmp_path: Path, method: str, accumulation: int, monkeypatch: Any
 ) -> None:
     """What is predicted for a training step holds for the preflight too. Nearly all micro-batches are equally long here."""
@@ -307,7 +311,7 @@ def _optimizer(name: str, parameters: list[torch.nn.Parameter]) -> torch.optim.O
 
 
 @pytest.mark.parametrize("name", [*sorted(optimizers()), "adamw_8bit_sr", "adagrad of torch 2.11"])
-def test_its_steps_leave_no_trace_in_any_optimizer(name: str) -> None:
+def test_trial_steps_leave_every_optimizer_unchanged(name: str) -> None:
     """Two trial steps and then one step are that one step, with and without states from before."""
 
     def parameters() -> list[torch.nn.Parameter]:
@@ -339,7 +343,7 @@ def test_its_steps_leave_no_trace_in_any_optimizer(name: str) -> None:
             assert all(map(torch.equal, trained, twins))
 
 
-def test_a_loss_scaler_is_left_alone(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+def test_a_loss_scaler_is_unchanged(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     """As fp16 has one: gradients that overflow neither keep states from being created nor lower the scale."""
     found = []
     for name in ("true", "false"):
@@ -353,7 +357,7 @@ def test_a_loss_scaler_is_left_alone(write_recipe: WriteRecipe, tmp_path: Path) 
     assert all(torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][1])
 
 
-def test_states_of_the_constructor_survive(
+def test_optimizer_states_of_the_constructor_are_kept(
     write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.optim, "Adagrad", _Eager)
@@ -362,17 +366,17 @@ def test_states_of_the_constructor_survive(
     assert (folder / "model").is_dir()
 
 
-def test_it_comes_before_trackers_and_the_progress_bar(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+def test_the_preflight_precedes_trackers_and_progress_bar(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     sft = build(write_recipe(), tmp_path / "run", "log.to=[tensorboard]")
     kinds = [type(callback).__name__ for callback in sft.callback_handler.callbacks]
 
-    assert kinds[:2] == ["DefaultFlowCallback", "_BeforeAll"]  # the first has nothing to do when training begins
+    assert kinds[:2] == ["DefaultFlowCallback", "_BeforeTraining"]  # the first has nothing to do when training begins
 
 
 # --- What is left behind ----------------------------------------------------------------------------------------------
 
 
-def test_a_refused_resume_takes_nothing_back(
+def test_a_rejected_resume_discards_nothing(
     write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Manifest and metrics of a run stay as they are if the preflight refuses to resume it."""

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from sft_recipes.errors import Stopped
 from sft_recipes.models import model
+from sft_recipes.models.tokenizer import load_tokenizer
 from sft_recipes.recipe import parse
 from sft_recipes.stopping import Stop, on_request
 from sft_recipes.training import checkpoint_dirs, trainer
@@ -66,7 +67,7 @@ def train(
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_stopped_again_and_again(write_recipe: WriteRecipe, tmp_path: Path, name: str) -> None:
+def test_stopped_repeatedly_and_resumed(write_recipe: WriteRecipe, tmp_path: Path, name: str) -> None:
     """Stopped in an epoch and at the end of one; once also after the first step and before the last of 9."""
     recipe = write_recipe(log={"every": 4}, eval={"every": 3}, lora=None)
     overrides = [
@@ -92,7 +93,7 @@ def without_times(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key not in TIMES} for line in metrics(folder)]
 
 
-def test_less_at_once_is_the_same_run(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+def test_resuming_with_smaller_micro_batches(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     """After memory ran out, smaller micro-batches and recomputed layers change a run by rounding."""
     recipe = write_recipe(
         data={"packing": "none"}, log={"every": 1}, checkpoint={"every": 2}, lora=None,
@@ -120,7 +121,7 @@ def test_a_run_that_ended_is_not_trained_further(write_recipe: WriteRecipe, tmp_
     assert [line["step"] for line in metrics(tmp_path / "run")][-1] == 2
 
 
-def test_the_best_is_not_fetched_where_the_run_is_stopped(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+def test_a_stopped_run_does_not_load_the_best_checkpoint(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     """Whoever stops it may not wait long."""
     recipe = write_recipe(
         eval={"every": 1}, checkpoint={"every": 1, "export_best": True}, train={"max_steps": 9, "learning_rate": 5}
@@ -147,17 +148,17 @@ def test_the_best_is_not_fetched_where_the_run_is_stopped(write_recipe: WriteRec
     assert all(torch.equal(sft.model.state_dict()[name], value) for name, value in last.items())
 
 
-def test_the_recipe_is_as_it_was_when_the_trainer_is_made(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+def test_loading_the_model_leaves_the_recipe_unchanged(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     """PEFT changes the lists that it is given."""
     for layers in (["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]):
         recipe = write_recipe(lora={"rank": 2, "modules_to_save": layers, "target_modules": ["q_proj"]})
         wanted = parse.load(recipe, []).recipe
         before = json.dumps(wanted.resolved())
-        model.load_model(wanted, model.load_tokenizer(wanted.model))
+        model.load_model(wanted, load_tokenizer(wanted.model))
         assert json.dumps(wanted.resolved()) == before
 
 
-def test_prompts_without_validation_are_answered_once_a_step(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+def test_prompts_without_evaluation_data_are_answered_once_per_step(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     asked = {"generate": ["first line\u2028second line"], "every": 3, "max_new_tokens": 2}
     recipe = write_recipe(eval=asked, data={"eval": None}, train={"max_steps": 5}, checkpoint={"every": 2})
     train(recipe, tmp_path / "whole", [])
@@ -190,7 +191,7 @@ def test_a_signal_after_the_last_step_is_saved(write_recipe: WriteRecipe, tmp_pa
         stopped()
 
 
-def test_after_a_time(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+def test_stop_after_a_time(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     recipe = write_recipe()
     sft = build(recipe, tmp_path, stop=Stop(after=0))
     with pytest.raises(Stopped, match=r"stopped after 0s after step 1 of 3\. Last checkpoint: .*checkpoint-1\.$"):

@@ -12,7 +12,7 @@ from sft_recipes.errors import RecipeError, RunError
 from sft_recipes.planning.steps import Steps, count
 from sft_recipes.recipe import parse
 from sft_recipes.recipe.library_names import OWNED
-from sft_recipes.training import trainer
+from sft_recipes.training import build
 from sft_recipes.training.sft_config import CHECKPOINTING, sft_config
 from tests.conftest import WriteRecipe
 
@@ -27,7 +27,7 @@ def config(recipe: Path, *overrides: str, validates: bool = True) -> SFTConfig:
     return SFTConfig(**sft_config(loaded, count(loaded, SEQUENCES), recipe.parent / "run", validates=validates))
 
 
-def test_the_names_we_send_are_fields_of_sft_config_and_owned(write_recipe: WriteRecipe) -> None:
+def test_the_arguments_are_fields_of_sft_config_with_an_owner(write_recipe: WriteRecipe) -> None:
     recipe = parse.load(write_recipe(), ["train.optimizer=adamw_8bit_sr"]).recipe
     sent = set(sft_config(recipe, Steps(1, 1, 1), Path("run"), validates=True))
 
@@ -73,7 +73,7 @@ def test_the_names_we_send_are_fields_of_sft_config_and_owned(write_recipe: Writ
         ("log.name=mine", {"run_name": "mine"}),
     ],
 )
-def test_a_field_moves_what_it_means(write_recipe: WriteRecipe, override: str, moved: dict[str, Any]) -> None:
+def test_a_recipe_key_changes_its_argument(write_recipe: WriteRecipe, override: str, moved: dict[str, Any]) -> None:
     recipe = write_recipe(train={"max_steps": None})
     before, after = config(recipe), config(recipe, override)
 
@@ -108,10 +108,10 @@ def test_without_validation(write_recipe: WriteRecipe) -> None:
     assert not made.eval_on_start
 
 
-def test_too_little_memory_is_no_fault_of_the_recipe(write_recipe: WriteRecipe) -> None:
+def test_out_of_memory_is_not_a_recipe_error(write_recipe: WriteRecipe) -> None:
     recipe = parse.load(write_recipe(), []).recipe
     said = r"out of memory before the first step \(predicted peak .*, device memory .*\)\. This should fit: "
-    with pytest.raises(RunError, match=said), trainer._as_recipe_error(recipe, "trl"):
+    with pytest.raises(RunError, match=said), build._as_recipe_error(recipe, "trl"):
         torch.empty(2**60, dtype=torch.uint8)
-    with pytest.raises(RecipeError, match="trl: no"), trainer._as_recipe_error(recipe, "trl"):
+    with pytest.raises(RecipeError, match="trl: no"), build._as_recipe_error(recipe, "trl"):
         raise RuntimeError("no")

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from sft_recipes.errors import RecipeError, RunError
-from sft_recipes.models import model
+from sft_recipes.models.compiled_layers import compile_layers
 from sft_recipes.report import page
 from sft_recipes.training import trainer
 from tests import conftest
@@ -93,7 +93,9 @@ def test_accumulation_equals_the_large_batch(
         ("constant_with_warmup", lambda _: 1.0),
     ],
 )
-def test_the_rate_of_every_step_is_that_of_the_formula(write_recipe: WriteRecipe, scheduler: str, formula: Any) -> None:
+def test_the_learning_rate_of_every_step_follows_the_formula(
+    write_recipe: WriteRecipe, scheduler: str, formula: Any
+) -> None:
     steps, warmup = 10, 3
     folder, _ = run(
         write_recipe(log={"every": 1}, data={"eval": None}, checkpoint={"every": None}),
@@ -139,7 +141,9 @@ def test_compiled_layers_train_the_same_and_are_compiled_once(
         log={"every": 1}, eval={"generate": ["Say it."], "max_new_tokens": 3},
     )  # fmt: skip
     runs: Counter[str] = Counter()
-    monkeypatch.setattr(trainer, "compile_layers", partial(model.compile_layers, backend=graphs.counting(runs)))
+    monkeypatch.setattr(
+        "sft_recipes.training.build.compile_layers", partial(compile_layers, backend=graphs.counting(runs))
+    )
     logged: list[list[dict[str, Any]]] = []
     steps: list[dict[str, int]] = []
     compiled_graphs: list[int] = []
@@ -184,14 +188,14 @@ def test_bf16_on_a_cpu_without_it_is_a_warning(
     assert "train.mixed_precision: bf16 is emulated on this CPU" in said.file.getvalue()
 
 
-def test_answers_are_given_in_the_types_of_the_training(write_recipe: WriteRecipe) -> None:
+def test_answers_use_the_precision_of_training(write_recipe: WriteRecipe) -> None:
     recipe = write_recipe(lora={}, model={"dtype": "bfloat16"}, eval={"generate": ["Say it."], "max_new_tokens": 3})
     sft = build(recipe, "train.mixed_precision=bf16")
     assert sft.generate_samples() == {}
     assert (sft.run_dir / "samples.jsonl").read_text("utf-8")
 
 
-def test_the_validation_loss_does_not_depend_on_the_micro_batch(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+def test_the_eval_loss_does_not_depend_on_the_micro_batch(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     """It is the mean over tokens: rows of unequal lengths in batches of 1, 2 and 5 give the same."""
     write_rows(tmp_path / "train.jsonl", UNEQUAL)
     recipe = write_recipe(data={"packing": "none"})
@@ -204,7 +208,7 @@ def test_the_validation_loss_does_not_depend_on_the_micro_batch(write_recipe: Wr
     assert losses[0]["eval_perplexity"] == pytest.approx(math.exp(losses[0]["eval_loss"]))
 
 
-def test_the_validation_loss_is_that_of_the_definition(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+def test_the_eval_loss_is_the_mean_over_tokens(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     write_rows(tmp_path / "train.jsonl", UNEQUAL)
     sft = build(write_recipe())
     total, count = 0.0, 0
@@ -223,7 +227,7 @@ def test_the_validation_loss_is_that_of_the_definition(write_recipe: WriteRecipe
 
 
 @pytest.mark.parametrize("packing", ["bfd", "wrapped"])
-def test_packed_documents_do_not_see_each_other(write_recipe: WriteRecipe, packing: str) -> None:
+def test_packed_documents_do_not_attend_to_each_other(write_recipe: WriteRecipe, packing: str) -> None:
     """Changing one document of a packed batch leaves the loss of the others as it is."""
     sft = build(write_recipe(data={"packing": packing, "shuffle": False, "eval": None}))
     batch = next(iter(sft.get_train_dataloader()))
@@ -238,7 +242,7 @@ def test_packed_documents_do_not_see_each_other(write_recipe: WriteRecipe, packi
     assert not torch.equal(before[0, : starts[1]], after[0, : starts[1]])
 
 
-def test_with_cross_document_attention_they_do(write_recipe: WriteRecipe) -> None:
+def test_with_cross_document_attention_they_attend(write_recipe: WriteRecipe) -> None:
     sft = build(
         write_recipe(data={"packing": "wrapped", "cross_document_attention": True, "shuffle": False, "eval": None})
     )
@@ -276,13 +280,13 @@ def test_validation_before_the_first_step_and_at_the_end(write_recipe: WriteReci
     assert "eval loss:" in said
 
 
-def test_checkpoints_are_kept_as_many_as_asked(write_recipe: WriteRecipe) -> None:
+def test_the_number_of_checkpoints_kept(write_recipe: WriteRecipe) -> None:
     folder, _ = run(write_recipe(checkpoint={"every": 1, "keep": 2}, data={"eval": None}), "train.max_steps=5")
 
     assert sorted(child.name for child in (folder / "checkpoints").iterdir()) == ["checkpoint-4", "checkpoint-5"]
 
 
-def test_a_training_that_fails_is_one_line(write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_training_is_one_line(write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object, **kwargs: object) -> None:
         raise RuntimeError("CUDA error:\nout of luck")
 
@@ -319,7 +323,7 @@ def test_stochastic_rounding_moves_weights_that_rounding_leaves(write_recipe: Wr
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_bnb_8bit", "lion_8bit", "adafactor", "sgd", "rmsprop"])
-def test_optimizers_by_their_names(write_recipe: WriteRecipe, optimizer: str) -> None:
+def test_optimizers(write_recipe: WriteRecipe, optimizer: str) -> None:
     sft = build(write_recipe(), f"train.optimizer={optimizer}", "train.max_steps=8")
     before = sft.evaluate()["eval_loss"]
     sft.train()
@@ -329,7 +333,7 @@ def test_optimizers_by_their_names(write_recipe: WriteRecipe, optimizer: str) ->
 
 def test_one_process_takes_one_device(write_recipe: WriteRecipe) -> None:
     """With several GPUs in sight the Trainer would wrap the model in nn.DataParallel."""
-    assert vars(build(write_recipe()).args)["_n_gpu"] <= 1
+    assert build(write_recipe()).args.n_gpu <= 1
 
 
 def test_checkpointing_changes_nothing_but_memory(write_recipe: WriteRecipe) -> None:
@@ -343,7 +347,7 @@ def test_checkpointing_changes_nothing_but_memory(write_recipe: WriteRecipe) -> 
     assert losses[2] == pytest.approx(losses[0], rel=1e-6)
 
 
-def test_half_a_line_is_no_obstacle(write_recipe: WriteRecipe) -> None:
+def test_an_incomplete_line_of_metrics(write_recipe: WriteRecipe) -> None:
     """As a run leaves it that is killed while it writes."""
     recipe = write_recipe(checkpoint={"every": 1})
     folder, _ = run(recipe)
@@ -370,7 +374,7 @@ def test_a_merge_that_fails_keeps_the_adapter(
         base.rename(tmp_path / "elsewhere")
 
     monkeypatch.setattr(trainer, "train", train_and_lose_the_base)
-    with pytest.raises(RunError, match=r"trained, but not merged: .* sft-recipe merge .*/run --out DIR"):
+    with pytest.raises(RunError, match=r"not merged: .* After a fix: sft-recipe merge .*/run --out DIR"):
         run(write_recipe(model={"name": str(base)}, lora={"rank": 2}))
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
 
@@ -387,7 +391,7 @@ def test_adapters_on_quantized_weights_are_trained_in_float32(write_recipe: Writ
     sft.train()
 
 
-def test_the_validation_loss_of_a_mixture_is_that_of_its_tokens(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+def test_the_eval_loss_of_a_mixture_of_experts_is_that_of_its_tokens(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     """Without the loss on its routing, which the training has; and the exported config is the base's."""
     torch.manual_seed(0)
     config = MixtralConfig(
@@ -410,7 +414,7 @@ def test_the_validation_loss_of_a_mixture_is_that_of_its_tokens(write_recipe: Wr
     sft.train()
 
 
-def test_answers_beyond_the_models_positions(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+def test_answers_beyond_the_context_length(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     with pytest.raises(
         RecipeError,
         match=r"eval.max_new_tokens: with a prompt of \d+ tokens exceeds the context length of .*, 1024 \(got 1000\)\. ",
@@ -419,7 +423,7 @@ def test_answers_beyond_the_models_positions(write_recipe: WriteRecipe, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_seeds_decide(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+def test_the_seed_decides(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     recipe = write_recipe(lora={"rank": 2}, data={"eval": None}, export={"merge": False})
     weights = [
         (
@@ -434,7 +438,7 @@ def test_seeds_decide(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     assert weights[0] != weights[2]
 
 
-def test_rows_are_those_of_the_recipe(write_recipe: WriteRecipe) -> None:
+def test_sequences_are_those_of_the_recipe(write_recipe: WriteRecipe) -> None:
     assert len(ROWS) == 24
     sft = build(write_recipe(data={"packing": "none"}))
 

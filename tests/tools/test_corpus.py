@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from sft_recipes.builtin import corpus
+from sft_recipes.model_dir import BUILTIN
+from tools.builtin_model import corpus, make
 
-TASKS = Path(corpus.__file__).parent / "tasks"
+TASKS = BUILTIN / "tasks"
 
 
 def rows(name: str) -> list[dict[str, str]]:
@@ -28,8 +29,6 @@ def content(row: dict[str, str]) -> tuple[str, str]:
 
 
 def test_the_files_are_those_of_the_generator(tmp_path: Path) -> None:
-    from sft_recipes.builtin import make
-
     make.write_rows(tmp_path)
 
     for name in ("train", "heldout"):

@@ -5,10 +5,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sft_recipes.builtin import make
+from sft_recipes.model_dir import BUILTIN
 from tests.conftest import metrics, run, write_rows
-
-BUILTIN = Path(make.__file__).parent
+from tools.builtin_model import make
 
 
 def test_the_tokenizer_is_that_of_the_script() -> None:

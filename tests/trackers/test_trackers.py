@@ -4,18 +4,23 @@ import json
 import os
 import sqlite3
 import struct
+import subprocess
+import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sft_recipes.training import trackers
+from sft_recipes.trackers.base import COLUMNS, Tracker, kinds
+from sft_recipes.trackers.tensorboard import TensorBoard, markdown_table
+from sft_recipes.training import nonfatal_trackers
 from tests.commands import sft_recipe
 from tests.conftest import WriteRecipe, metrics, minimal, write_rows
 from tests.conftest import run as run_here
 
-ALL = ["wandb", "tensorboard", "trackio", "mlflow"]
+ALL = [*kinds()]
 ODD = "What *is* <b>a|b</b>,\nand `c`?"
 ASKED = [{"prompt": "Say the word number 1.", "expected": "word 1"}, ODD]
 
@@ -88,7 +93,7 @@ def history(folder: Path, tracker: str, key: str) -> list[tuple[int, float]]:
         "eval_exact_match",
     ],
 )
-def test_each_step_is_told_once(followed: tuple[Path, str], tracker: str, key: str) -> None:
+def test_each_step_is_logged_once(followed: tuple[Path, str], tracker: str, key: str) -> None:
     """Though it failed and was resumed. Of times, those of steps that were trained twice are the first."""
     folder, _ = followed
     kind = key if key.startswith("eval") else "loss"
@@ -111,20 +116,20 @@ def test_the_answers_are_a_table(followed: tuple[Path, str], tracker: str) -> No
     tables = {"wandb": tables_of_wandb, "trackio": tables_of_trackio, "mlflow": tables_of_mlflow}
     if tracker == "tensorboard":
         assert tables_of_tensorboard(folder) == [
-            trackers.markdown_table([as_row(r) for r in rows[i : i + 2]]) for i in range(0, 12, 2)
+            markdown_table([as_row(r) for r in rows[i : i + 2]]) for i in range(0, 12, 2)
         ]
     else:
         assert tables[tracker](folder) == rows
 
 
 def as_row(values: list[Any]) -> dict[str, Any]:
-    return dict(zip(trackers.COLUMNS, values, strict=True))
+    return dict(zip(COLUMNS, values, strict=True))
 
 
-def test_a_text_stays_what_it_is_in_a_table_of_tensorboard() -> None:
+def test_tensorboard_tables_escape_text() -> None:
     from tensorboard.plugin_util import markdown_to_safe_html
 
-    page = markdown_to_safe_html(trackers.markdown_table([as_row([0, ODD, "_a_ [b](c) # d", None])]))
+    page = markdown_to_safe_html(markdown_table([as_row([0, ODD, "_a_ [b](c) # d", None])]))
 
     assert page.count("<td>") == 4
     assert "<td>What *is* &lt;b&gt;a|b&lt;/b&gt;,<br>and `c`?</td>" in page
@@ -132,7 +137,7 @@ def test_a_text_stays_what_it_is_in_a_table_of_tensorboard() -> None:
 
 
 @pytest.mark.parametrize("tracker", ALL)
-def test_the_recipe_is_there(followed: tuple[Path, str], tracker: str) -> None:
+def test_the_recipe_is_logged(followed: tuple[Path, str], tracker: str) -> None:
     folder, _ = followed
     resolved = json.loads((folder / "recipe.resolved.json").read_text("utf-8"))
     found = {
@@ -159,7 +164,7 @@ def test_names_and_groups(followed: tuple[Path, str]) -> None:
     assert (run.info.run_name, run.data.tags["group"], run.info.status) == ("first try", "tiny", "FINISHED")
 
 
-def test_the_run_goes_on_as_one(followed: tuple[Path, str]) -> None:
+def test_resume_continues_the_run_of_each_tracker(followed: tuple[Path, str]) -> None:
     folder, _ = followed
     kept = json.loads((folder / "trackers.json").read_text("utf-8"))
 
@@ -169,7 +174,7 @@ def test_the_run_goes_on_as_one(followed: tuple[Path, str]) -> None:
     assert kept["trackio"] == "first try"
 
 
-def test_without_a_login_all_stays_here_and_it_is_said_how_to_look(followed: tuple[Path, str]) -> None:
+def test_without_a_login_everything_is_in_the_run_directory(followed: tuple[Path, str]) -> None:
     folder, said = followed
     run = json.loads((folder / "trackers.json").read_text("utf-8"))["wandb"]
 
@@ -186,7 +191,7 @@ def test_without_a_login_all_stays_here_and_it_is_said_how_to_look(followed: tup
     assert here <= {"run", "recipe.json", "train.jsonl", ".cache", ".config", ".local", "wandb"}
 
 
-def test_the_users_own_places(tmp_path: Path, write_recipe: WriteRecipe) -> None:
+def test_environment_variables_of_the_trackers(tmp_path: Path, write_recipe: WriteRecipe) -> None:
     """What the tracker's own variables say holds where the recipe says nothing."""
     own = {"WANDB_MODE": "offline", "WANDB_PROJECT": "mine", "WANDB_RUN_GROUP": "ours", "WANDB_NAME": "it"}
     own |= {"MLFLOW_EXPERIMENT_NAME": "mine", "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/all.db"}
@@ -206,7 +211,7 @@ def test_the_users_own_places(tmp_path: Path, write_recipe: WriteRecipe) -> None
     assert not {"wandb", "tensorboard", "trackio", "mlflow"} & {file.name for file in (tmp_path / "run").iterdir()}
 
 
-def test_one_that_fails_never_stops_a_run(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+def test_a_tracker_that_fails_does_not_stop_the_run(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     """With a key that cannot be one, wandb refuses to start."""
     environment = without_settings(tmp_path) | {"WANDB_MODE": "online", "WANDB_API_KEY": "too-short"}
     done = sft_recipe("run", str(write_recipe(log={"to": ["wandb"]})), environment=environment)
@@ -218,16 +223,16 @@ def test_one_that_fails_never_stops_a_run(write_recipe: WriteRecipe, tmp_path: P
     assert (tmp_path / "run" / "model").is_dir()
 
 
-def test_one_that_cannot_be_made_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_that_cannot_start_is_disabled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from sft_recipes.recipe.schema import Recipe
 
     def cannot(*_: object) -> None:
         raise OSError("no such library\n")
 
-    monkeypatch.setattr(trackers, "KINDS", {"wandb": cannot, "tensorboard": trackers.TensorBoard})
+    monkeypatch.setattr(nonfatal_trackers, "kinds", lambda: {"wandb": cannot, "tensorboard": TensorBoard})
     recipe = Recipe.model_validate(minimal(tmp_path) | {"log": {"to": ["wandb", "tensorboard"]}})
     warnings: list[str] = []
-    [made] = trackers.trackers(recipe, tmp_path, print, warnings.append)
+    [made] = nonfatal_trackers.start_trackers(recipe, tmp_path, print, warnings.append)
 
     assert warnings == ["log.to: wandb failed to start and is disabled: OSError('no such library\\n')"]
     assert callable(made.on_save)
@@ -235,25 +240,101 @@ def test_one_that_cannot_be_made_is_left_out(tmp_path: Path, monkeypatch: pytest
         made.nothing()
 
 
-def test_nothing_is_told_to_one_that_failed(tmp_path: Path) -> None:
+def test_a_failed_tracker_receives_nothing_more(tmp_path: Path) -> None:
     from sft_recipes.recipe.schema import Recipe
 
-    class Broken(trackers.Tracker):
-        name = "broken"
+    class Broken(Tracker):
+        name = package = "broken"
         calls = 0
+
+        def connect(self) -> None:
+            pass
 
         def table(self, step: int, rows: list[dict[str, Any]]) -> None:
             self.calls += 1
             raise OSError("no\nnetwork")
 
     warnings: list[str] = []
-    broken = Broken(Recipe.model_validate(minimal(tmp_path)), tmp_path)
-    guarded = trackers.NonFatalTracker(broken, print, warnings.append)
+    broken = Broken(Recipe.model_validate(minimal(tmp_path)).resolved(), tmp_path)
+    guarded = nonfatal_trackers.NonFatalTracker(broken, print, warnings.append)
     guarded.table(1, [])
     guarded.table(2, [])
 
     assert warnings == ["log.to: broken failed and is disabled for the rest of the run: OSError('no\\nnetwork')"]
     assert broken.calls == 1
+
+
+ADDED = '''
+"""A tracker that nobody else has."""
+
+from sft_recipes.trackers.base import Tracker
+
+
+class Lines(Tracker):
+    """Steps and answers are lines of `lines.txt`."""
+
+    name = "lines"
+    package = "json"
+
+    def connect(self):
+        from transformers import TrainerCallback
+
+        class Callback(TrainerCallback):
+            def on_log(_, args, state, control, logs, **kwargs):
+                self.write(f"step {state.global_step}")
+
+        return Callback()
+
+    def write(self, line):
+        with (self.run_dir / "lines.txt").open("a") as file:
+            file.write(f"{self.title}: {line}\\n")
+
+    def table(self, step, rows):
+        self.write(f"{len(rows)} answers")
+
+    def where(self):
+        return "cat lines.txt"
+'''
+WITH_ADDED = """
+import sys
+
+from sft_recipes import trackers
+
+trackers.__path__.append(sys.argv.pop(1))  # instead of a file in the package
+
+from sft_recipes.cli import main
+
+main()
+"""
+
+
+def test_a_tracker_is_added_by_one_file(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """The schema, `check`, `run` and the advice to install it know a tracker that is only a file among the others."""
+    (tmp_path / "added").mkdir()
+    (tmp_path / "added" / "lines.py").write_text(ADDED)
+    recipe = str(write_recipe(log={"to": ["lines"], "name": "first", "every": 1}, eval={"generate": ["Say one."]}))
+
+    def added(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", WITH_ADDED, str(tmp_path / "added"), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    names = json.loads(added("schema").stdout)["$defs"]["Log"]["properties"]["to"]["items"]["enum"]
+    assert names == ["lines", *kinds()]
+    checked = added("check", recipe)
+    assert (checked.returncode, checked.stderr) == (0, "")
+    done = added("run", recipe)
+    assert done.returncode == 0, done.stderr
+    assert "lines: cat lines.txt" in done.stdout
+    lines = (tmp_path / "run" / "lines.txt").read_text("utf-8").splitlines()
+    assert lines[:3] == ["first: 1 answers", "first: step 0", "first: step 1"]
+    (tmp_path / "added" / "lines.py").write_text(ADDED.replace('"json"', '"no_such_package"'))
+    assert "log.to: lines is not installed. Run pip install 'no_such_package'." in added("check", recipe).stderr
+
+
+def test_every_extra_of_a_tracker_is_one(request: pytest.FixtureRequest) -> None:
+    project = tomllib.loads((request.config.rootpath / "pyproject.toml").read_text("utf-8"))["project"]
+
+    assert {kind.extra for kind in kinds().values()} - {None} <= set(project["optional-dependencies"])
 
 
 def test_two_runs_of_one_process(tmp_path: Path) -> None:
@@ -271,10 +352,11 @@ def test_two_runs_of_one_process(tmp_path: Path) -> None:
         raise OSError("no network")
 
     def first() -> None:
-        table = trackers.MLflow.table
-        setattr(trackers.MLflow, "table", fail)  # noqa: B010
+        mlflow = kinds()["mlflow"]
+        table = mlflow.table
+        setattr(mlflow, "table", fail)  # noqa: B010
         run_here(recipes[0])
-        setattr(trackers.MLflow, "table", table)  # noqa: B010
+        setattr(mlflow, "table", table)  # noqa: B010
 
     done = sft_recipe("run", str(recipes[1]), environment=without_settings(tmp_path), cwd=tmp_path, first=first)
 
@@ -351,7 +433,7 @@ def tables_of_wandb(folder: Path) -> list[list[Any]]:
         if entry.get("samples/_type") == "table-file":
             [file] = (folder / "wandb").glob(f"offline-run-*/files/{entry['samples/path']}")
             table = json.loads(file.read_text("utf-8"))
-            assert table["columns"] == list(trackers.COLUMNS)
+            assert table["columns"] == list(COLUMNS)
             rows += table["data"]
     return rows
 
@@ -398,7 +480,7 @@ def of_trackio(folder: Path, key: str) -> list[tuple[int, float]]:
 
 def tables_of_trackio(folder: Path) -> list[list[Any]]:
     tables = [line["samples"] for line in told_to_trackio(folder) if "samples" in line]
-    return [[row[name] for name in trackers.COLUMNS] for table in tables for row in table["_value"]]
+    return [[row[name] for name in COLUMNS] for table in tables for row in table["_value"]]
 
 
 def recipe_of_trackio(folder: Path) -> Callable[[str], Any]:
@@ -435,7 +517,7 @@ def of_mlflow(folder: Path, key: str) -> list[tuple[int, float]]:
 def tables_of_mlflow(folder: Path) -> list[list[Any]]:
     [file] = (folder / "mlflow" / "artifacts").rglob("samples.json")
     table = json.loads(file.read_text("utf-8"))
-    assert table["columns"] == list(trackers.COLUMNS)
+    assert table["columns"] == list(COLUMNS)
     return list(table["data"])
 
 

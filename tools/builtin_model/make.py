@@ -1,8 +1,8 @@
-"""Rebuild `builtin:tiny` and its data from scratch: `python -m sft_recipes.builtin.make`.
+"""Rebuild `builtin:tiny` and its data from scratch: `python -m tools.builtin_model.make`.
 
-Writes `tiny/` (tokenizer and model) and `tasks/` (training and held-out rows) into the directory of this file. The data
-files are identical on every machine; the weights differ in the last bits. 60 million tokens take about 40 minutes on two
-cores.
+Writes `tiny/` (tokenizer and model) and `tasks/` (training and held-out rows) into sft_recipes/builtin, which the wheel
+contains; this code stays in the checkout. The data files are identical on every machine; the weights differ in the last
+bits. 60 million tokens take about 40 minutes on two cores.
 """
 
 import argparse
@@ -18,11 +18,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sft_recipes.builtin import corpus
-from sft_recipes.data import formats, templates
+from sft_recipes.data import templates
+from sft_recipes.data.formats import registry as formats
 from sft_recipes.export.save_model import save_tokenizer
+from sft_recipes.model_dir import BUILTIN
+from tools.builtin_model import corpus
 
-HERE = Path(__file__).parent
 BEGIN, END, PAD = "<|begin|>", "<|end|>", "<|pad|>"
 LENGTH, BATCH, PEAK_RATE = 256, 32, 3e-3
 
@@ -105,7 +106,7 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, tokens: int) -> LlamaForCausalL
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=60_000_000, help="number of pretraining tokens")
-    parser.add_argument("--out", type=Path, default=HERE, help="output directory of tiny/ and tasks/")
+    parser.add_argument("--out", type=Path, default=BUILTIN, help="output directory of tiny/ and tasks/")
     args = parser.parse_args()
     write_rows(args.out / "tasks")
     tokenizer = make_tokenizer()
