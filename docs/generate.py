@@ -109,7 +109,7 @@ def _formats() -> list[str]:
 def _yaml(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else repr(value) if "\n" in str(value) else str(value)
 
 
 def commands_page() -> str:

@@ -81,13 +81,16 @@ class WeightedSource(Source):
 
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
     """Repetitions of the rows per epoch: 2 repeats each row twice, 0.5 samples a random half."""
+    max_samples: Positive | None = None
+    """Maximum number of rows of this source, before rows are held out for evaluation or repeated. Default: all."""
 
 
 class Data(_Section):
     """Training and evaluation data."""
 
     train: Name | Annotated[list[Name | WeightedSource], Field(min_length=1)]
-    """Path, glob, `builtin:` name, Hub id or URL, or a list of these or of {path, weight, name, split, format, columns}."""
+    """Path, glob, `builtin:` name, Hub id or URL, or a list of these or of {path, weight, max_samples, name, split,
+    format, columns}."""
     eval: Annotated[float, Field(gt=0, lt=1)] | Name | Source | None = 0.02
     """Evaluation rows: a fraction of the training rows to hold out, a path, a Hub id, {path, name, split, format, columns}, or
     null for none."""
@@ -95,6 +98,9 @@ class Data(_Section):
     """Row format. Default: detected from the columns."""
     columns: dict[str, str] = {}
     """Maps the format's columns to the data's, e.g. {prompt: question, completion: answer}."""
+    input_separator: str | None = None
+    """Text that joins instruction and input of Alpaca rows to one text. Default: the template decides (alpaca: a block of its
+    own, chat: a blank line)."""
     on_bad_row: Literal["error", "drop"] = "error"
     """How to handle rows that cannot be read or rendered. drop: leave them out, and report how many and the first ones."""
     template: Name | None = None
@@ -138,6 +144,8 @@ class Lora(_Section):
     """Dropout on the input of the adapters."""
     target_modules: Name | Annotated[list[Name], Field(min_length=1)] = "all-linear"
     """Layers to adapt: a list of names, a regular expression, or all-linear (every linear layer except the LM head)."""
+    target_parameters: list[Name] = []
+    """Parameters to adapt that are not weights of layers, e.g. [mlp.experts.gate_up_proj, mlp.experts.down_proj]."""
     modules_to_save: list[Name] = []
     """Layers to train and save in full, e.g. embed_tokens and lm_head."""
     use_dora: bool = False
