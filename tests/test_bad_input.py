@@ -798,7 +798,7 @@ TALKED_TO: dict[str, tuple[Change, list[str], str]] = {
         "model: the chat template rejects these messages: no"),
     "a broken template": (template("{% for"), [], "model: its chat template: invalid Jinja template: "),
     "a broken generation config": (written("generation_config.json", "{"), [],
-        "model: its generation_config.json cannot be read: "),
+        "model: invalid generation_config.json: "),
     "code of its own": (changed(CONFIG, model_type="mine", auto_map={"AutoConfig": "a.B"}), [],
         "model requires custom Python code. Review the code, then pass --trust-remote-code."),
     "a broken account of a run": (written("data.json", "{"), [],
@@ -887,7 +887,7 @@ MERGES = {
     "--out merged --base recipe.yaml": "--base: recipe.yaml is a file. Use the directory of a model, or a Hub id.",
     "--out merged --base builtin:huge": "--base: builtin:huge: unknown built-in model. Use builtin:tiny.",
     "--out merged --base dequantized":
-        "--base dequantized: model is not known to have been trained on a quantized base; merge",
+        "--base dequantized: model has no record of a quantized base. Merge",
 }  # fmt: skip
 
 

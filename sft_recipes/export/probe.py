@@ -13,7 +13,7 @@ from sft_recipes.run_dir import PROBE
 
 QUANTIZATION = "quantization.json"  # in the directory of an adapter that was trained on a quantized base
 _ROWS, _TOKENS = 16, 512  # maximum number of rows, and of tokens per row
-TEXTS = ["Name three colours.", "  The cat's 12 hats\n\ncost $3.50 – naïve? 日本 🙂", "def f(x):\n\treturn x</s>"]
+TEXTS = ["Name three colors.", "  The cat's 12 hats\n\ncost $3.50 – naïve? 日本 🙂", "def f(x):\n\treturn x</s>"]
 
 
 @dataclass

@@ -213,7 +213,7 @@ def write(tensors: Mapping[str, LazyTensor], folder: Path, dtype: torch.dtype, m
     threads = torch.get_num_threads()
     initializer = {"initializer": torch.set_num_threads, "initargs": (-(-threads // _THREADS),)}
     try:
-        with ThreadPoolExecutor(_THREADS, **initializer) as pool:  # type: ignore[arg-type]
+        with ThreadPoolExecutor(_THREADS, **initializer) as pool:
             for done in [pool.submit(write_one, name) for name in tensors]:
                 try:
                     done.result()
