@@ -48,7 +48,8 @@ def generate(
             )
     message: dict[str, Any] = {"role": "user", "content": prompt, **({"input": input} if input else {})}
     with _as_answer_error(path):
-        ids = prompt_ids(tokenizer, [message], **_plain_text(path))
+        raw, parse = _plain_text(path)
+        ids = prompt_ids(tokenizer, [message], raw=raw, parse=parse)
     limit = model_dir.positions(model.config.to_dict())
     if limit is not None and len(ids) >= limit:
         raise ModelError(f"{path}: the prompt is longer than the context length {limit} (got {len(ids)}). Shorten it.")
@@ -84,15 +85,15 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _plain_text(path: Path) -> dict[str, bool]:
-    """Return the options of a prompt that continues plain text, if `path` is (in) a run that was trained on it."""
+def _plain_text(path: Path) -> tuple[bool, bool]:
+    """Return whether `path` is (in) a run trained on plain text, which is continued without a template, and parsed."""
     file = next((folder / DATA for folder in (path, path.parent) if (folder / DATA).is_file()), None)
     if file is None:
-        return {}
+        return False, False
     try:
         sources = json.loads(file.read_text("utf-8"))["train"]["sources"]
         recipe = json.loads(file.with_name(RECIPE).read_text("utf-8")) if file.with_name(RECIPE).is_file() else {}
         parse = recipe.get("data", {}).get("special_tokens") == "parse"
-        return {"raw": all(source["format"] == "text" for source in sources), "parse": parse}
+        return all(source["format"] == "text" for source in sources), parse
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ModelError(f"{file}: cannot be read: {error}. Remove it to use the model's chat template.") from None

@@ -17,6 +17,7 @@ class EvalPrompt:
 
     messages: list[dict[str, Any]]
     expected: str | None
+    tools: list[Any] | None = None  # functions that the answer may call
 
     @property
     def text(self) -> str:
@@ -62,20 +63,26 @@ def _of_prompt(prompt: Prompt) -> EvalPrompt:
 def _of_row(row: SourceRow | DataError, data: Data) -> Iterator[EvalPrompt]:
     if isinstance(row, DataError):
         raise row
-    format = formats.find_format(row.values, data.columns) or data.format
+    try:
+        format = formats.find_format(row.values, data.columns, row.place) or data.format
+    except DataError:  # columns of several formats
+        if data.format is None:
+            raise
+        format = data.format
     if "prompt" in row.values and format != "prompt_completion":
         yield _of_prompt(_prompt(row))
         return
     if format is None:
         raise DataError(formats.unknown(row.values, data.columns, row.place))
-    messages = formats.to_example(row.values, format, data.columns, row.place).messages
+    example = formats.to_example(row.values, format, data.columns, row.place)
+    messages = example.messages
     if not messages:
         raise DataError(f"{row.place}: eval.generate needs prompts (got plain text). Add a column 'prompt'.")
     answered = messages[-1]["role"] == "assistant"
     prompt, answer = (messages[:-1], messages[-1]["content"]) if answered else (messages, "")
     if not prompt:
         raise DataError(f"{row.place}: eval.generate needs a prompt before the answer. Add a user message.")
-    yield EvalPrompt(prompt, answer if answer.strip() else None)
+    yield EvalPrompt(prompt, answer if answer.strip() else None, example.tools)
 
 
 def _prompt(row: SourceRow) -> Prompt:

@@ -15,7 +15,12 @@ _BATCH = 16
 
 
 def prompt_ids(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], *, raw: bool = False, parse: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    tools: list[Any] | None = None,
+    *,
+    raw: bool = False,
+    parse: bool = False,
 ) -> list[int]:
     """Return the token ids of messages up to the answer: in the chat template, or as plain text (`raw` or no template).
 
@@ -32,7 +37,7 @@ def prompt_ids(
         messages = as_chat(messages)
     specials = from_transformers(tokenizer).specials
     chat = Chat(template, "all", specials, (), name=f"{tokenizer.name_or_path}: its chat template")
-    text = sandbox.limited(chat.name, chat.prompt, messages, str(tokenizer.name_or_path))
+    text = sandbox.limited(chat.name, chat.prompt, messages, str(tokenizer.name_or_path), tools)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

@@ -46,6 +46,17 @@ def test_rows_of_a_file(tmp_path: Path, row: dict[str, Any], text: str, expected
     assert question.messages[-1]["role"] == "user"
 
 
+def test_system_prompt_tools_and_the_format_that_the_recipe_chooses(tmp_path: Path) -> None:
+    row = {"prompt": "a", "completion": "b", "system": "s", "tools": [{"name": "f"}], "messages": [USER]}
+    file = str(write_rows(tmp_path / "asked.jsonl", [row]))
+    [question] = asked(tmp_path, file, format="prompt_completion")
+
+    assert question.messages == [{"role": "system", "content": "s"}, USER]
+    assert question.tools == [{"name": "f"}]
+    with pytest.raises(DataError, match="the columns are those of 2 formats"):
+        asked(tmp_path, file)
+
+
 def test_columns_of_the_recipe(tmp_path: Path) -> None:
     file = str(write_rows(tmp_path / "asked.jsonl", [{"q": "a", "a": "b"}]))
     [question] = asked(tmp_path, file, columns={"prompt": "q", "completion": "a"})

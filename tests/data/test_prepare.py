@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sft_recipes.commands import check
 from sft_recipes.data import prepare, tokenization
 from sft_recipes.data.encoder import Encoder
 from sft_recipes.data.eval_prompts import eval_prompts
@@ -555,3 +556,38 @@ def test_columns_that_are_not_used_are_listed(write_recipe: WriteRecipe, tmp_pat
         assert train["unused_columns"] == {"id": 24, "note": 3}
         assert evaluation["unused_columns"] == {"lang": 1}
         assert "; columns not used: id (24 rows), note (3 rows);" in data.lines()[0]
+
+
+NOT_THIS = {"role": "assistant", "content": "not this"}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        NOT_THIS | {"weight": 0},
+        NOT_THIS | {"train": False},
+        NOT_THIS | {"training": False},
+        NOT_THIS | {"loss": False},
+        NOT_THIS | {"masked": True},
+        NOT_THIS | {"train_detail": [{"begin_offset": 0, "end_offset": 7, "train": False}]},
+    ],
+)
+@pytest.mark.parametrize("template", ["chatml", "llama3", "alpaca"])
+def test_what_a_message_says_is_not_trained(
+    answer: dict[str, Any], template: str, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    turns = [{"role": "user", "content": "Say b."}, answer, {"role": "user", "content": "Say b."}]
+    write_rows(tmp_path / "train.jsonl", [{"messages": [*turns, {"role": "assistant", "content": "b"}]}])
+    recipe = parse.load(
+        write_recipe(data={"eval": None}), [f"data.template={template}", "data.train_on=assistant"]
+    ).recipe
+    tokenizer, _ = check.tokenizer_of(recipe.model)
+    assert tokenizer is not None
+    row = prepare.prepare(recipe, tokenizer).train[0]
+    trained = [label for label in row["labels"] if label != IGNORED]
+    text = tokenizer.backend.decode(trained, skip_special_tokens=False)
+
+    assert "not" not in text
+    assert "this" not in text
+    assert text.count("b") == 1
+    assert "not this" in tokenizer.backend.decode(row["input_ids"])

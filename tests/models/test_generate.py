@@ -25,6 +25,11 @@ def test_prompts_in_the_template_or_as_they_stand() -> None:
     assert (ids.count(begin), ids[0], ids[-1]) == (1, begin, tokenizer.eos_token_id)
     tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
     assert prompt_ids(tokenizer, message) == plain
+    tokenizer.chat_template = "{{ tools[0].name }}"
+    assert (
+        prompt_ids(tokenizer, message, [{"name": "Do it."}])
+        == tokenizer("Do it.", add_special_tokens=False)["input_ids"]
+    )
 
 
 def test_a_batch_answers_as_each_prompt_alone() -> None:
