@@ -27,8 +27,8 @@ class StorageTracker(TorchDispatchMode):
         """`block`: the allocator rounds sizes up to a multiple of so many bytes (CUDA: 512)."""
         super().__init__()
         self.block = block
-        self.live: Counter[str] = Counter()
-        self.peaks: dict[str, Counter[str]] = {}
+        self.live: Counter[Any] = Counter()
+        self.peaks: dict[Any, Counter[Any]] = {}
         self.phase = self.part = ""
         self._storages: dict[int, tuple[weakref.ref[Any], int, str]] = {}
 
