@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Write the reference pages from the code: docs/recipe.md, commands.md and convert.md. A test holds them against it."""
+"""Write the reference pages from the code: PAGES. A test holds them against it."""
 
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,16 @@ def _notes(tool: Table, kind: str) -> list[str]:
     return [f"| {', '.join(those)} | {note} |".replace("(0|1)", "(0\\|1)") for note, those in keys.items()]
 
 
-PAGES = {"recipe.md": recipe_page, "commands.md": commands_page, "convert.md": convert_page}
+def templates_page() -> str:
+    """Replace the table, which is last, in the page about chat templates."""
+    page = (DOCS / "chat-templates.md").read_text(encoding="utf-8").partition("| template |")[0]
+    return page + "\n".join([*_matrix["table"](), ""])
+
+
+_matrix = runpy.run_path(str(DOCS / "chat_templates.py"))
+PAGES = {
+    "recipe.md": recipe_page, "commands.md": commands_page, "convert.md": convert_page, "chat-templates.md": templates_page,
+}  # fmt: skip
 
 if __name__ == "__main__":
     for name, page in PAGES.items():

@@ -27,6 +27,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from sft_recipes.data import sandbox
+from sft_recipes.data.chat import Chat
+from sft_recipes.data.encoder import from_transformers
 from sft_recipes.errors import RunError
 from sft_recipes.export import load_adapter, reference
 from sft_recipes.export.dequantize import held_in
@@ -390,7 +393,11 @@ def _around_the_weights(request: Request, folder: Path) -> Iterator[str]:
     if different := next((text for text in texts if own(text)["input_ids"] != trained(text)["input_ids"]), None):
         yield f"the tokenizer gives other ids than that of the training, for {different[:60]!r}"
     if request.prompt is not None:
+        chat = Chat(
+            own.chat_template or "", "all", from_transformers(own).specials, (), name=f"{folder}: its chat template"
+        )
         try:
+            sandbox.limited(chat.name, chat.prompt, request.prompt["messages"], str(folder))  # it may be anyone's
             ids = own.apply_chat_template(request.prompt["messages"], add_generation_prompt=True, return_dict=False)
         except Exception as error:  # there is none, or whatever a program can do
             yield f"the chat template does not give the prompt of the training: {str(error)[:100]}"

@@ -11,7 +11,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sft_recipes.data import encoder, prepare
 from sft_recipes.export import artifacts, reference
-from sft_recipes.models.model import set_chat_template
 from sft_recipes.recipe import parse
 from tests.conftest import WriteRecipe
 
@@ -77,7 +76,7 @@ def test_a_right_export_is_not_refused(
     recipe = parse.load(write_recipe(**sections, **({"lora": {"rank": 2}} if lora else {}))).recipe
     tokenizer = AutoTokenizer.from_pretrained(base)
     data = prepare.prepare(recipe, encoder.from_transformers(tokenizer))
-    set_chat_template(tokenizer, data)
+    tokenizer.chat_template = data.chat_template
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=held)
     if lora:
         settings = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear", init_lora_weights=False)
