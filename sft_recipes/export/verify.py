@@ -28,6 +28,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from sft_recipes.data import sandbox
+from sft_recipes.data.chat import Chat
+from sft_recipes.data.encoder import from_transformers
 from sft_recipes.errors import RunError
 from sft_recipes.export import load_adapter, reference
 from sft_recipes.export.dequantize import merge_dtype
@@ -383,7 +386,11 @@ def _compare_configs(request: Request, folder: Path) -> Iterator[str]:
     if different := next((text for text in texts if own(text)["input_ids"] != trained(text)["input_ids"]), None):
         yield f"tokenizer: the token ids differ from those of training, for {different[:60]!r}"
     if request.prompt is not None:
+        chat = Chat(
+            own.chat_template or "", "all", from_transformers(own).specials, (), name=f"{folder}: its chat template"
+        )
         try:
+            sandbox.limited(chat.name, chat.prompt, request.prompt["messages"], str(folder))  # it may be anyone's
             ids = own.apply_chat_template(request.prompt["messages"], add_generation_prompt=True, return_dict=False)
         except Exception as error:  # a template is a program
             yield f"chat template: it does not render the prompt of training: {str(error)[:100]}"
