@@ -186,7 +186,7 @@ def differing(base: Path, adapter: Path, out: Path) -> str:
 
     from sft_recipes.export import safetensors_io
 
-    before, after = safetensors_io.in_model(base), safetensors_io.in_model(out)
+    before, after = safetensors_io.read_model(base), safetensors_io.read_model(out)
     wrong = total = 0
     with safe_open(adapter / "adapter_model.safetensors", "pt") as given:
         for key in given.keys():  # noqa: SIM118  # no mapping

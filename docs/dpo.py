@@ -16,7 +16,7 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 
-from sft_recipes.export.load_adapter import stops
+from sft_recipes.export.load_adapter import stop_tokens
 from sft_recipes.export.save_model import save_adapter, save_model
 
 
@@ -58,10 +58,12 @@ def save(trainer: DPOTrainer, start: Path, out: Path) -> None:
     if trainer.ref_model is None:
         if "ref" in model.peft_config:
             model.delete_adapter("ref")
-        save_adapter(model, tokenizer, out / "adapter", stops=stops(start, tokenizer))
+        save_adapter(model, tokenizer, out / "adapter", stops=stop_tokens(start, tokenizer))
     else:
         dtype = json.loads((start / "config.json").read_text("utf-8"))["dtype"]
-        save_model(model, tokenizer, out / "model", dtype=dtype, max_shard_size="5GB", stops=stops(start, tokenizer))
+        save_model(
+            model, tokenizer, out / "model", dtype=dtype, max_shard_size="5GB", stops=stop_tokens(start, tokenizer)
+        )
 
 
 if __name__ == "__main__":

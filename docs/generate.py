@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Write the reference pages from the code: recipe.md, commands.md, convert.md, the end of trackers.md. A test compares."""
+"""Write the reference pages from the code: PAGES. A test holds them against it."""
 
 import inspect
 import re
+import runpy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ def _formats() -> list[str]:
 def _yaml(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else repr(value) if "\n" in str(value) else str(value)
 
 
 def commands_page() -> str:
@@ -212,11 +213,19 @@ def trackers_page() -> str:
     return written + mark + "".join(sections)
 
 
+def templates_page() -> str:
+    """Replace the table, which is last, in the page about chat templates."""
+    page = (DOCS / "chat-templates.md").read_text(encoding="utf-8").partition("| template |")[0]
+    return page + "\n".join([*_matrix["table"](), ""])
+
+
+_matrix = runpy.run_path(str(DOCS / "chat_templates.py"))
 PAGES = {
     "recipe.md": recipe_page,
     "commands.md": commands_page,
     "convert.md": convert_page,
     "trackers.md": trackers_page,
+    "chat-templates.md": templates_page,
 }
 
 if __name__ == "__main__":

@@ -360,7 +360,7 @@ def doctor(
     findings = diagnose(hub=hub)
     ok = not any(finding.blocks_runs for finding in findings)
     if as_json:
-        print(json.dumps({"ok": ok, "findings": [finding.as_dict() for finding in findings]}, indent=2))
+        print(json.dumps({"ok": ok, "findings": [vars(finding) for finding in findings]}, indent=2))
     else:
         print(*(finding.line() for finding in findings), sep="\n")
     raise typer.Exit(0 if ok else 1)

@@ -104,7 +104,7 @@ def run(
         # On all ranks: record the trained model's outputs, which the export is compared with, and gather its weights
         recorded = reference.record(sft, recipe, data)
         trained = strategies.gather_for_export(sft, recipe)
-        with artifacts.written(
+        with artifacts.write_gathered(
             recipe, trained.model, trained.shapes, trained.weights, folder, ranks.is_main()
         ) as weights:
             ranks.leave()

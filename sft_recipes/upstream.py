@@ -18,6 +18,10 @@ __all__ = ["FakeTensorMode", "TorchDispatchMode"]
 CAST = torch.ops.aten._to_copy.default
 ITEM = torch.ops.aten._local_scalar_dense.default  # tensor.item()
 
+# The function below torch.nn.functional.grouped_mm, which calls it and cannot be intercepted itself. torch has fake tensors of
+# it for bfloat16 only, so memory prediction replaces it: without it, mixtures of experts in float32 cannot be predicted.
+GROUPED_MM = torch._grouped_mm
+
 # transformers before 5.23 has only the older name.
 CHECKPOINTING = (
     "activation_checkpointing" if Version(version("transformers")) >= Version("5.23") else "gradient_checkpointing"

@@ -259,7 +259,7 @@ def test_run_generate_report_merge(write_recipe: WriteRecipe, tmp_path: Path) ->
 
     again = sft_recipe("merge", str(run), "--out", str(tmp_path / "merged"))
     assert again.returncode == 2
-    assert "in use; choose another --out" in again.stderr
+    assert "already exists. Choose another --out" in again.stderr
 
 
 def test_errors_go_to_stderr_without_a_traceback_unless_asked(write_recipe: WriteRecipe) -> None:

@@ -232,13 +232,6 @@ def test_disks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert "1.0 GiB free" in cache.detail
 
 
-@pytest.mark.parametrize(("content", "limit"), [("max\n", None), ("1073741824\n", 2**30)])
-def test_the_memory_of_a_container(monkeypatch: pytest.MonkeyPatch, content: str, limit: int | None) -> None:
-    monkeypatch.setattr(Path, "read_text", lambda self, encoding: content)
-
-    assert doctor._memory_limit() == limit
-
-
 def test_a_missing_package_leaves_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     def lacking() -> Any:
         raise ModuleNotFoundError("No module named 'psutil'", name="psutil")

@@ -273,8 +273,8 @@ def test_qlora(tmp_path: Path, quantization: str) -> None:
     report = json.loads((folder / "model" / "merge.json").read_text("utf-8"))
     figures = report["verification"]
     assert report["merged_into"] == min(figures, key=lambda name: figures[name]["loss"])
-    assert "merged into the original base: held-out loss" in said
-    assert "merged into the dequantized base: held-out loss" in said
+    assert "merged into original base: loss" in said
+    assert "merged into dequantized base: loss" in said
     exact = torch.equal(merged, original + 32 / 4 * (b @ a))
     assert exact == (report["merged_into"] == "original")
     losses = [json.loads(line).get("eval_loss") for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]

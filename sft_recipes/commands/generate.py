@@ -35,7 +35,8 @@ def generate(
     folder = model_dir.find_model(path)
     trust = {"trust_remote_code": trust_remote_code}  # always passed: without it transformers prompts on the terminal
     if model_dir.is_adapter(folder):
-        model, tokenizer = load_adapter.adapted(folder, "auto", trust_remote_code=trust_remote_code)
+        adapter = load_adapter.find(folder, trust_remote_code=trust_remote_code)
+        model, tokenizer = load_adapter.load(adapter, "auto"), adapter.load_tokenizer()
     else:
         with as_model_error(str(folder), "tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
@@ -52,7 +53,7 @@ def generate(
     limit = model_dir.positions(model.config.to_dict())
     if limit is not None and len(ids) >= limit:
         raise ModelError(f"{path}: the prompt is longer than the context length {limit} (got {len(ids)}). Shorten it.")
-    stops = load_adapter.stops(folder, tokenizer)
+    stops = load_adapter.stop_tokens(folder, tokenizer)
     with _as_answer_error(path):
         [text] = answer(
             model.to(torch.accelerator.current_accelerator() or "cpu"),

@@ -22,8 +22,8 @@ from sft_recipes.recipe.library_names import OWNED, sft_config_fields
 from sft_recipes.recipe.parse import field_names
 
 _MOST = 10_000  # keys of a config
-_TOOLS = [table(name) for name in names()]
-_KNOWN = f"a config of {', '.join(tool.name for tool in _TOOLS[:-1])} or {_TOOLS[-1].name}"
+_MOST_FILLED = 100_000  # characters that references stand for
+_REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 HEADINGS: dict[Kind, str] = {
     "becomes": "in the recipe",
     "default": "default of a recipe",
@@ -70,8 +70,8 @@ def convert(file: str | Path, source: str | None = None) -> Converted:
     """
     config = _read(Path(file))
     tool = table(source) if source else _recognize(config, file)
-    if tool.prepare:
-        config = tool.function(tool.prepare)(config, file)
+    if tool.references:
+        config = resolve_references(config, file)
     draft = Draft(tool.name, config)
     converter = Converter(draft, tool)
     if reason := converter.refusal():
@@ -94,7 +94,7 @@ def _read(file: Path) -> dict[Any, Any]:
         with warnings.catch_warnings(action="ignore"):  # 2e-5 is not a number to the letter of YAML 1.1
             config = yaml.load(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise RecipeError(f"{file}: cannot be read ({error.strerror}). Pass {_KNOWN}.") from None
+        raise RecipeError(f"{file}: cannot be read ({error.strerror}). Pass {_known()}.") from None
     except MarkedYAMLError as error:
         mark, what = error.problem_mark or error.context_mark, str(error.problem or error.context)
         raise RecipeError(
@@ -103,7 +103,7 @@ def _read(file: Path) -> dict[Any, Any]:
     except (YAMLError, ValueError, RecursionError, OverflowError) as error:
         raise RecipeError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(config, dict) or not config:
-        raise RecipeError(f"{file}: contains no keys. Pass {_KNOWN}.")
+        raise RecipeError(f"{file}: contains no keys. Pass {_known()}.")
     try:
         if sum(1 for _ in islice(leaves(config), _MOST + 1)) > _MOST:
             raise RecipeError(f"{file}: more than {_MOST:,} keys, including those of aliases (*). Write them out.")
@@ -112,17 +112,55 @@ def _read(file: Path) -> dict[Any, Any]:
     return config
 
 
+def _tools() -> list[Table]:
+    return [table(name) for name in names()]
+
+
+def _known() -> str:
+    *others, last = (tool.name for tool in _tools())
+    return f"a config of {', '.join(others)} or {last}"
+
+
 def _recognize(config: Mapping[Any, Any], file: str | Path) -> Table:
-    for tool in _TOOLS:
+    for tool in _tools():
         if tool.marker and any(isinstance(section, Mapping) and tool.marker in section for section in config.values()):
             return tool
-    if isinstance(config.get("model"), Mapping) and isinstance(config.get("data"), Mapping):
+    model = config.get("model")
+    if isinstance(model, Mapping) and "name" in model and isinstance(config.get("data"), Mapping):
         raise RecipeError(f"{file}: is already a recipe. Run `sft-recipe check {file}`.")
-    signs = [sum(sign in config for sign in tool.signs.split()) for tool in _TOOLS]
-    if max(signs) < 2:
+    signs = {tool: sum(sign in config for sign in tool.signs.split()) for tool in _tools()}
+    best = max(signs, key=lambda tool: signs[tool])
+    if signs[best] < 2:
         some = ", ".join(str(key) for key in list(config)[:5])
-        raise RecipeError(f"{file}: is not recognized as {_KNOWN} (got keys {some}). Set the tool with --from.")
-    return _TOOLS[signs.index(max(signs))]
+        raise RecipeError(f"{file}: is not recognized as {_known()} (got keys {some}). Set the tool with --from.")
+    return best
+
+
+def resolve_references(config: Mapping[Any, Any], file: str | Path) -> dict[Any, Any]:
+    """Replace ${key} and ${section.key} by their values, unless these are sections. Raises RecipeError if that is endless."""
+    known = {key: value for key, value in leaves(config) if value is not None and not isinstance(value, list)}
+    left = _MOST_FILLED
+
+    def value(at: Any) -> Any:
+        nonlocal left
+        if isinstance(at, Mapping):
+            return {key: value(inner) for key, inner in at.items()}
+        if isinstance(at, list):
+            return [value(inner) for inner in at]
+        for _ in range(10):  # a reference to itself is left as it is
+            if not isinstance(at, str) or "${" not in at:
+                break
+            whole = _REFERENCE.fullmatch(at)
+            filled = _REFERENCE.sub(lambda hit: str(known.get(hit[1]) or hit[0]), at)
+            at = known.get(whole[1], at) if whole else filled
+            left -= len(str(at))
+            if left < 0:
+                raise RecipeError(
+                    f"{file}: the values of ${{...}} are longer than {_MOST_FILLED:,} characters. Write them out."
+                )
+        return at
+
+    return {key: value(inner) for key, inner in config.items()}
 
 
 def _pass_on(draft: Draft) -> None:

@@ -3,20 +3,22 @@
 `rules` maps a key to a rule, or to a list of rules of which the first that applies is taken. A rule that is just a word
 is the recipe's key; `Rule` has the fields of the others. Several keys have spaces between them, `section.*` is a section
 with all that is in it, and the most specific key wins. Rules run in the order of the table; `include` inserts groups of
-the shared training_arguments.yaml. If rules do not suffice, `call` names a function of tables/NAME.py, or of
-training_arguments.py.
+the shared training_arguments.yaml. `if`, `value` and `catalog` are Jinja expressions for what the other fields cannot say:
+with the config's keys, the key's `value` and the functions of `Converter.evaluate`.
 """
 
-import importlib
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from string import Template
 from typing import Any
 
+from jinja2 import TemplateError
+from jinja2.sandbox import SandboxedEnvironment
 from ruamel.yaml import YAML
 
 from sft_recipes.convert.draft import Draft, Entry
@@ -27,7 +29,8 @@ FOLDER = Path(__file__).parent / "tables"
 SHARED = Path(__file__).parent / "training_arguments.yaml"
 _EMPTY: tuple[Any, ...] = (None, "", [], {})
 _OFF = (False, 0, "none", "None", "no")
-_SOURCE = ("path", "name", "split", "weight", "format", "columns")
+_SOURCE = ("path", "name", "split", "weight", "format", "columns", "max_samples")
+_EXPRESSIONS = SandboxedEnvironment()
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,9 @@ class Rule:
     when: Any = None  # a test of the value, or {key: test}; see `Converter.holds`
     empty: bool = False  # applies to an empty value, and only to one
     off: list[Any] | None = None  # values that ask for nothing
+    if_: str = ""  # an expression; the rule applies if it is true
     convert: str = ""  # name in CONVERTERS
+    value: str = ""  # an expression for the value; None: the value cannot be converted
     values: Any = None  # {theirs: ours}, a list of values that are ours too, or the name of one in `_known`
     to: Any = None  # the recipe's key, or {key: value}; `.key` is of the source of data that is being read
     note: str = ""  # added to what is reported
@@ -49,9 +54,10 @@ class Rule:
     comment: str = ""  # beside what is assumed
     about: str = ""  # note about the recipe as a whole
     each: str = ""  # the section of `parts` with the rules for each source in a list, of which `to` is made
+    catalog: str = ""  # an expression for the file that describes the sources that a list names
+    add: Mapping[str, Any] = field(default_factory=dict)  # keys of each source
     only: str = ""  # names of the leaves that report `to`
     agree: Mapping[str, Any] = field(default_factory=dict)  # recipe keys on which the sources must agree
-    call: str = ""  # function(converter, key, value, rule); the next rule is tried if it returns False
 
     def targets(self) -> list[str]:
         """Return the keys that the rule, or one applied with it, may set."""
@@ -64,16 +70,15 @@ class Rule:
 Rules = Mapping[str, Sequence[Rule]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Table:
     """A tool: how its configs are recognized, and what happens to their keys."""
 
     name: str
     rules: Rules
-    modules: Sequence[Any] = ()
     signs: str = ""  # keys, of which a config has at least two
     marker: str = ""  # or a key in any section
-    prepare: str = ""  # function(config, file) that resolves what stands for something else
+    references: bool = False  # ${section.key} stands for the value of another key
     refuse: Sequence[Rule] = ()
     guards: Sequence[Rule] = ()  # come before all rules
     parts: Mapping[str, Rules] = field(default_factory=dict)
@@ -81,10 +86,6 @@ class Table:
     required: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     words: Mapping[str, str] = field(default_factory=dict)  # what $name stands for in notes
-
-    def function(self, name: str) -> Any:
-        """Return a function of the table's Python module, or of the shared one."""
-        return next(getattr(module, name) for module in self.modules if hasattr(module, name))
 
 
 def names() -> list[str]:
@@ -100,18 +101,11 @@ def _load(file: Path) -> Mapping[str, Any]:
 @cache
 def table(name: str) -> Table:
     """Load the table of a tool."""
-    stem = name.replace("-", "_")
-    read = {**_load(FOLDER / f"{stem}.yaml")}
-    modules = ("sft_recipes.convert.training_arguments", f"sft_recipes.convert.tables.{stem}")
-    return Table(
-        rules=rules_of(read.pop("rules")),
-        modules=[importlib.import_module(module) for module in modules if find_spec(module)],
-        parts={part: rules_of(found) for part, found in read.pop("parts", {}).items()},
-        refuse=[_rule(each) for each in read.pop("refuse", [])],
-        guards=[_rule(each) for each in read.pop("guards", [])],
-        notes=[_rule(each) for each in read.pop("notes", [])],
-        **read,
-    )
+    read = {**_load(FOLDER / f"{name.replace('-', '_')}.yaml")}
+    for section in ("refuse", "guards", "notes"):
+        read[section] = [_rule(each) for each in read.get(section, [])]
+    read["parts"] = {part: rules_of(found) for part, found in read.get("parts", {}).items()}
+    return Table(**read | {"rules": rules_of(read["rules"])})
 
 
 def rules_of(section: Mapping[str, Any]) -> dict[str, list[Rule]]:
@@ -129,7 +123,8 @@ def rules_of(section: Mapping[str, Any]) -> dict[str, list[Rule]]:
 def _rule(said: Any) -> Rule:
     if isinstance(said, str):
         return Rule(to=said)
-    return Rule(**said | {"also": [_rule(each) for each in items(said.get("also", []))]})
+    also = [_rule(each) for each in items(said.get("also", []))]
+    return Rule(**{"if_" if name == "if" else name: value for name, value in said.items()} | {"also": also})
 
 
 class Converter:
@@ -188,7 +183,15 @@ class Converter:
         """Apply a rule, unless its conditions do not hold and another can."""
         if rule.empty != (value in _EMPTY) or not self.holds(value, rule.when):
             return False
+        if rule.if_ and not self.evaluate(rule.if_, value):
+            return False
         ours = CONVERTERS[rule.convert](value) if rule.convert else value
+        if (
+            rule.value
+            and (ours := self.evaluate(rule.value, value)) is None
+            and (rule.to is None or not rule.unsupported)
+        ):
+            return False
         usual = _OFF if rule.unsupported and rule.to is None and rule.when is None else ()
         if value in (usual if rule.off is None else rule.off):
             self.draft.not_needed(key, "off")
@@ -197,20 +200,20 @@ class Converter:
                 return False
             note = rule.unsupported or f"{rule.to} keeps its default. Set it."
             self.draft.unsupported(key, self.fill(note, key, value, known=", ".join(map(str, known))))
-        elif rule.call:
-            if self.table.function(rule.call)(self, key, value, rule) is False:
-                return False
+        elif rule.value and ours is None:
+            self.draft.unsupported(key, self.fill(rule.unsupported, key, value))
         elif rule.each:
-            self._each(key, value, rule)
+            self._each(key, ours, rule)
         else:
-            ours = rule.values[ours] if isinstance(rule.values, Mapping) else ours
+            if isinstance(rule.values, Mapping):
+                ours = [rule.values[item] for item in ours] if isinstance(ours, list) else rule.values[ours]
             said = ours if rule.to is None and rule.values else rule.to
             for to, constant in (said if isinstance(said, Mapping) else {said: "$value"} if said else {}).items():
                 self.carry(key, to, self.fill(constant, key, ours), self.fill(rule.note, key, value))
             if rule.not_needed:
                 self.draft.not_needed(key, self.fill(rule.not_needed, key, value))
-            if rule.unsupported and rule.values is None:
-                self.draft.unsupported(key, self.fill(rule.unsupported, key, value))
+            if rule.unsupported and rule.values is None and not (rule.value and rule.to):
+                self.draft.unsupported(key, self.fill(rule.unsupported, key, ours))
         for to, assumed in rule.assume.items():
             entry = Entry(assumed, self.fill(rule.comment, key, value) or f"{self.table.name}'s default")
             self.draft.entries.setdefault(to, entry)
@@ -224,8 +227,10 @@ class Converter:
         """Set a key of the recipe, or, for `.key`, of the source that is being read."""
         if to.endswith("+"):
             before = self.draft.entries.pop(to := to[:-1], Entry([], ""))
-            self.draft.carry(key, to, [*before.value, value])
-            self.draft.entries[to] = Entry([*before.value, value], ", ".join(filter(None, (before.comment, key))))
+            joined = list(dict.fromkeys([*before.value, *items(value)]))
+            self.draft.carry(key, to, joined, note)
+            if to in self.draft.entries:
+                self.draft.entries[to] = Entry(joined, ", ".join(filter(None, (before.comment, key))))
         elif to.startswith("."):
             self.source[to[1:]] = Entry(value, key)
             self.draft.not_needed(key, f"in {self.into}")
@@ -233,30 +238,45 @@ class Converter:
             self.draft.carry(key, to, value, note)
 
     def _each(self, key: str, value: Any, rule: Rule) -> None:
-        """Read the sources of data in a section or list."""
-        sources: dict[str, dict[str, Any]] = {}
+        """Read the sources of data in a section or list, or those that a list names."""
+        found: list[tuple[str, Any]] = []  # sources, each with the config's key
         read: list[dict[str, Entry]] = []
+        unknown: list[str] = []
+        catalog = self.evaluate(rule.catalog, value) if rule.catalog else None
         for number, item in enumerate(items(value)):
-            here = f"{key}[{number}]" if isinstance(value, list) else key
-            if rule.to == "data.eval" and sources:
+            here = f"{key}[{number}]" if isinstance(value, list) and not rule.catalog else key
+            if rule.to == "data.eval" and found:
                 self.draft.unsupported(here, "data.eval is a single source. Merge the rows into one file.")
+            elif rule.catalog:
+                source = self._described(str(item), catalog, rule)
+                unknown += [str(item)] if source is None else []
+                found.append((here, source or str(item)))
             elif isinstance(item, Mapping):
                 self.source, self.item, self.into = {}, item, rule.to
                 self.apply(self.table.parts[rule.each], f"{here}.")
                 read.append(self.source)
                 if source := source_of(self.source):
-                    sources[here] = source
+                    found.append((here, source))
         self.source, self.item, self.into = {}, None, ""
-        if sources and rule.to == "data.eval":
-            self.draft.carry(*next((here, rule.to, source) for here, source in sources.items()), only=rule.only)
-        elif sources:
-            self.draft.carry(key, rule.to, list(sources.values()), only=rule.only)
+        if unknown and catalog:
+            self.draft.notes.append(f"{rule.to}: {', '.join(unknown)}: not found in {catalog}. Set path or hub id.")
+        if added := self.fill(rule.add, key, value):
+            found = [(here, {**({"path": it} if isinstance(it, str) else it), **added}) for here, it in found]
+        if found and rule.to == "data.eval":
+            self.draft.carry(found[0][0], rule.to, found[0][1], only=rule.only)
+        elif found:
+            sources = [
+                {**source, "path": path} if isinstance(source, dict) else path
+                for _, source in found
+                for path in items(source["path"] if isinstance(source, dict) else source)
+            ]
+            self.draft.carry(key, rule.to, sources, only=rule.only)
         for to, policy in rule.agree.items():
             said = [entries[to] for entries in read if to in entries]
             if not said or to in self.draft.entries or not self.holds(None, policy.get("when")):
                 continue
             one = all(entry.value == said[0].value for entry in said)
-            if one and (len(said) == len(sources) or not policy.get("all")):
+            if one and (len(said) == len(found) or not policy.get("all")):
                 if policy.get("carry"):
                     self.draft.carry(said[0].comment, to, said[0].value)
                 else:
@@ -265,6 +285,20 @@ class Converter:
                 self.draft.assume(to, policy["otherwise"])
             else:
                 self.draft.notes.append(policy["about"])
+
+    def _described(self, name: str, catalog: Any, rule: Rule) -> Any:
+        """Return the source that a catalog, a JSON file, describes, or None."""
+        said = None
+        with suppress(OSError, ValueError, AttributeError):
+            said = json.loads(Path(str(catalog)).read_text(encoding="utf-8")).get(name)
+        if not isinstance(said, Mapping):
+            return None
+        reader = Converter(Draft(name, said), self.table)
+        reader.item, reader.into = {**said, "folder": Path(str(catalog)).parent}, rule.to
+        reader.apply(self.table.parts[rule.each])
+        if ignored := ", ".join(sorted(reader.draft.left())):
+            self.draft.notes.append(f"{rule.to}: {name}: ignored in {catalog}: {ignored}. Check with preview.")
+        return source_of(reader.source) or None
 
     # --- Conditions and texts ------------------------------------------------------------------------------------------
 
@@ -284,6 +318,33 @@ class Converter:
         if isinstance(when, Mapping) and not when.keys() & {"not", "matches"}:
             return all(_passes(self.look(key), test) for key, test in when.items())
         return when is None or _passes(value, when)
+
+    def evaluate(self, expression: str, value: Any) -> Any:
+        """Return the value of a Jinja expression, or None if it has none."""
+
+        def per_epoch(times: Any) -> float | None:
+            """Convert a number of times per epoch, or `epoch`, to a fraction of the run."""
+            runs = (1 if times == "epoch" else number(times)) * (self.look("=train.epochs") or 1)
+            return None if self.look("=train.max_steps") or runs < 1 else float(f"{1 / runs:.6g}")
+
+        def prefixed(values: Any, prefix: str) -> list[str]:
+            return [f"{prefix}/{item}" for item in items(values)]
+
+        def matching(values: Any, pattern: str) -> str | None:
+            return ", ".join(str(item) for item in items(as_list(values)) if re.search(pattern, str(item))) or None
+
+        names = {str(key): inner for key, inner in (self.item or self.draft.config).items()}
+        names |= {
+            "value": value,
+            "number": number,
+            "part_of": part_of,
+            "per_epoch": per_epoch,
+            "prefixed": prefixed,
+            "matching": matching,
+        }
+        with suppress(TemplateError, TypeError, ArithmeticError, ValueError):
+            return _EXPRESSIONS.compile_expression(expression)(names)
+        return None
 
     def fill(self, text: Any, key: str, value: Any, **words: str) -> Any:
         """Fill in $value, its items $0 and $1, $key, $into, the table's words, and $name for a value of the config."""

@@ -33,13 +33,21 @@ def eval_prompts(recipe: Recipe) -> list[EvalPrompt]:
     recipe: `prompt`, optionally `input` and `expected`. Raises DataError with one line for each of the first invalid rows.
     """
     generate = recipe.eval.generate
-    if not isinstance(generate, str):
-        return [_of_prompt(Prompt(prompt=prompt) if isinstance(prompt, str) else prompt) for prompt in generate]
+    if isinstance(generate, str):
+        loaded = _of_file(generate, recipe.data)
+    else:
+        loaded = [_of_prompt(Prompt(prompt=prompt) if isinstance(prompt, str) else prompt) for prompt in generate]
+    for prompt in loaded:
+        readers.join_input(prompt.messages, recipe.data.input_separator)
+    return loaded
+
+
+def _of_file(generate: str, data: Data) -> list[EvalPrompt]:
     loaded, problems = list[EvalPrompt](), readers.Problems()
     for row in sources.iter_rows(generate):
         problems.rows += 1
         try:
-            loaded += _of_row(row, recipe.data)
+            loaded += _of_row(row, data)
         except DataError as error:
             problems.add(error)
     readers.raise_all(problems.lines())

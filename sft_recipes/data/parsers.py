@@ -211,7 +211,7 @@ def _csv(file: File, report: ReadReport) -> Rows:
             header = text.readline()
             separator = "\t" if kind_of(file) == ".tsv" else _separator(header)
             if separator != ",":
-                report.note("separator: tab" if separator == "\t" else f"separator: {separator}")
+                report.note("separated by tabs" if separator == "\t" else "separated by semicolons")
             reader = csv.reader(_chained(header, text), strict=True, delimiter=separator)
             names = next(reader, [])
             _check_header(file, names)

@@ -81,9 +81,9 @@ def prepare(
         tokenized = tokenize_all(opened, data, renderers, encoder, tokenizer, cached=cached, seconds=seconds)
 
     # Train and eval split
-    weights = [source.weight for source in train_sources(data)]
-    train, evaluation = tokenized[: len(weights)], tokenized[len(weights) :]
-    split = selection.select_rows(_sizes(train), weights, _sizes(evaluation), data, rng)
+    listed = train_sources(data)
+    train, evaluation = tokenized[: len(listed)], tokenized[len(listed) :]
+    split = selection.select_rows(_sizes(train), listed, _sizes(evaluation), data, rng)
 
     # Sequences
     train_rows = _chosen(train, split.train, _sizes(train), split.held_out)

@@ -4,6 +4,7 @@ import re
 import time
 from collections.abc import Collection, Iterator, Sequence
 from itertools import chain, islice
+from typing import Any
 
 from sft_recipes.data import sources
 from sft_recipes.data.formats import registry as formats
@@ -84,6 +85,7 @@ class RowReader:
         self.source, self.splits = source, splits
         self.columns = {**data.columns, **source.columns}
         self.format: str | None = source.format or data.format  # None until the first row is read
+        self.separator = data.input_separator
         self.drops = data.on_bad_row == "drop"
         self.problems, self.report = Problems(), ReadReport()
 
@@ -99,6 +101,7 @@ class RowReader:
                 if self.format is None:
                     raise DataError(formats.unknown(row.values, self.columns, row.place))
                 example = formats.to_example(row.values, self.format, self.columns, row.place)
+                join_input(example.messages, self.separator)
             except DataError as error:
                 self.reject(error)
                 if not any_valid and not self.drops and len(self.problems) >= _HOPELESS:
@@ -145,6 +148,13 @@ class RowReader:
                 self.format = self.format or formats.find_format(row.values, self.columns, row.place)
                 break
         yield from formats.combined(chain(head, rows), self.format, self.columns)
+
+
+def join_input(messages: list[dict[str, Any]], separator: str | None) -> None:
+    """Join instruction and input of Alpaca rows, unless that is left to the template."""
+    for message in messages if separator is not None else ():
+        if given := message.pop("input", ""):
+            message["content"] += separator + given
 
 
 def open_all(data: Data) -> list[tuple[RowReader, Example]]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from sft_recipes.data.packing import Ints
 from sft_recipes.errors import DataError
-from sft_recipes.recipe.schema import Data
+from sft_recipes.recipe.schema import Data, WeightedSource
 
 
 @dataclass(frozen=True)
@@ -24,18 +24,26 @@ class Selection:
 
 
 def select_rows(
-    sizes: Sequence[int], weights: Sequence[float], eval_sizes: Sequence[int], data: Data, rng: np.random.Generator
+    sizes: Sequence[int],
+    sources: Sequence[WeightedSource],
+    eval_sizes: Sequence[int],
+    data: Data,
+    rng: np.random.Generator,
 ) -> Selection:
     """Select the training and evaluation rows. Raises DataError if no training rows are left."""
-    rows = [np.arange(size) for size in sizes]
+    sampling = rng if data.shuffle else None
+    rows = [
+        limited([np.arange(size)], source.max_samples, sampling)[0] for size, source in zip(sizes, sources, strict=True)
+    ]
     eval_rows = [np.arange(size) for size in eval_sizes]
     held_out = [0] * len(sizes)
     if isinstance(data.eval, float):
-        eval_rows = hold_out(sizes, data.eval, rng)
+        chosen = hold_out([len(source_rows) for source_rows in rows], data.eval, rng)
+        eval_rows = [source_rows[index] for source_rows, index in zip(rows, chosen, strict=True)]
         held_out = [len(evaluated) for evaluated in eval_rows]
         rows = [np.setdiff1d(all_rows, evaluated) for all_rows, evaluated in zip(rows, eval_rows, strict=True)]
-    rows = [weighted(source_rows, weight, rng) for source_rows, weight in zip(rows, weights, strict=True)]
-    rows = limited(rows, data.max_train_samples, rng if data.shuffle else None)
+    rows = [weighted(source_rows, source.weight, rng) for source_rows, source in zip(rows, sources, strict=True)]
+    rows = limited(rows, data.max_train_samples, sampling)
     if not sum(map(len, rows)):
         raise DataError("data.train: no training rows are left. Raise the weights of the sources.")
     return Selection(rows, limited(eval_rows, data.max_eval_samples, None), held_out)

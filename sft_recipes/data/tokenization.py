@@ -69,7 +69,7 @@ def tokenize_all(
                 content=sources.fingerprint(source.path, source.name, rows.splits), path=source.path, format=rows.format,
                 columns=rows.columns, renderer=renderer.name, template=template, train_on=data.train_on,
                 on_bad_row=data.on_bad_row, reasoning=data.train_on_reasoning, special_tokens=data.special_tokens,
-                tokenizer=tokenizer_hash, specials=dict(tokenizer.specials),
+                input_separator=data.input_separator, tokenizer=tokenizer_hash, specials=dict(tokenizer.specials),
             )  # fmt: skip
         parses = data.special_tokens == "parse" or isinstance(renderer.render, Chat)
         work = Work(rows, renderer, encoder, seconds, Finder(tokenizer.special_texts, parsed=parses))

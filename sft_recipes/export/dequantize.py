@@ -1,4 +1,4 @@
-"""A base as training held it: rounded to `model.dtype` when it was loaded, or taken to 4 or 8 bits and back."""
+"""Reproduce the base weights seen in training: rounded to `model.dtype` when loaded, or quantized and dequantized."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,31 +9,36 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from sft_recipes.export.safetensors_io import Stored
-from sft_recipes.export.save_model import DTYPES
+from sft_recipes.export.safetensors_io import StoredTensor, stored_name
 from sft_recipes.upstream import float32_modules
 
 
-def held_in(loaded: str, kind: str, *, quantized: bool, recorded: bool) -> torch.dtype:
-    """The dtype to which a base is rounded before an adapter is merged into it; float32: it is not rounded.
+def merge_dtype(loaded: str, base: str, *, quantized: bool, recorded: bool) -> torch.dtype:
+    """Return the dtype to which base weights are rounded before an adapter is merged; float32: they are not rounded.
 
-    Args: the dtype in which training loaded it; `original` or `dequantized`; whether training quantized it; whether what the
-    trained model computes was recorded. Without that, PEFT's sum of the files as they are is what a merge is compared with.
+    Args:
+        loaded: the dtype in which training loaded the base.
+        base: `original` or `dequantized`.
+        quantized: whether training quantized the base.
+        recorded: whether the outputs of the trained model were recorded. If not, the merge is compared with what PEFT
+            computes from the files as they are.
     """
-    as_trained = kind == "dequantized" or (recorded and not quantized)
-    return DTYPES[loaded] if as_trained else torch.float32
+    as_trained = base == "dequantized" or (recorded and not quantized)
+    return getattr(torch, loaded) if as_trained else torch.float32
 
 
 def is_rounded(model: PreTrainedModel, name: str, stored: torch.dtype, loaded: torch.dtype) -> bool:
-    """Return whether `from_pretrained(dtype=loaded)` rounds a tensor. transformers keeps some in float32, such as the biases
-    by which routers choose experts."""
+    """Return True if `from_pretrained(dtype=loaded)` rounds a tensor.
+
+    transformers keeps some in float32, such as the biases by which routers choose experts.
+    """
     rounds = stored.is_floating_point and loaded not in (torch.float32, stored)
     return rounds and not any(part in name for part in float32_modules(model, loaded))
 
 
 @dataclass
-class Rounded(Stored):
-    """A stored tensor of which training held a rounded one."""
+class RoundedTensor(StoredTensor):
+    """A stored tensor, rounded to the dtype in which training loaded it."""
 
     verbatim: ClassVar[bool] = False
     loaded: torch.dtype
@@ -42,69 +47,74 @@ class Rounded(Stored):
         return super().rows(first, last).to(self.loaded).float()
 
 
-def as_loaded(base: Mapping[str, Stored], model: PreTrainedModel, loaded: torch.dtype) -> dict[str, Stored]:
-    """The base as a model that is loaded in `loaded` holds it. `model` is the base on the meta device."""
+def as_loaded(base: Mapping[str, StoredTensor], model: PreTrainedModel, loaded: torch.dtype) -> dict[str, StoredTensor]:
+    """Return the base as a model loaded in `loaded` holds it. `model` is the base on the meta device."""
     return {
-        name: Rounded(own.file, own.dtype, own.shape, own.start, loaded)
-        if is_rounded(model, name, own.dtype, loaded)
-        else own
-        for name, own in base.items()
+        name: RoundedTensor(**vars(stored), loaded=loaded) if is_rounded(model, name, stored.dtype, loaded) else stored
+        for name, stored in base.items()
     }
 
 
 @dataclass
-class Dequantized(Stored):
-    """A stored tensor after its way to few bits and back. It is in memory from its first row to its last: the scales of
-    4-bit blocks are themselves quantized around their mean over the whole tensor."""
+class DequantizedTensor(StoredTensor):
+    """A stored weight, quantized as in training and dequantized.
+
+    It is in memory as a whole while its rows are read in order: the scales of 4-bit blocks are themselves quantized around
+    their mean over the whole tensor.
+    """
 
     verbatim: ClassVar[bool] = False
     config: BitsAndBytesConfig
     loaded: torch.dtype  # in which training held the weight
     transposed: bool
-    held: torch.Tensor | None = field(default=None, compare=False)
+    dequantized: torch.Tensor | None = field(default=None, compare=False)
 
     def rows(self, first: int, last: int) -> torch.Tensor:
-        if self.held is None:
-            self.held = self._there_and_back(super().rows(0, self.shape[0]))
-        rows = self.held[first:last]
+        if self.dequantized is None:
+            self.dequantized = self._dequantize(super().rows(0, self.shape[0]))
+        rows = self.dequantized[first:last]
         if last == self.shape[0]:
-            self.held = None
+            self.dequantized = None
         return rows
 
-    def _there_and_back(self, weight: torch.Tensor) -> torch.Tensor:
+    def _dequantize(self, weight: torch.Tensor) -> torch.Tensor:
         from bitsandbytes import functional
 
         weight = weight.to(self.loaded)
         weight = weight.T.contiguous() if self.transposed else weight
         if self.config.load_in_8bit:
-            few, scale, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))
-            weight = functional.int8_vectorwise_dequant(few, scale)
+            quantized, scale, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))
+            weight = functional.int8_vectorwise_dequant(quantized, scale)
         else:
-            few, state = functional.quantize_4bit(
+            quantized, state = functional.quantize_4bit(
                 weight,
                 compress_statistics=self.config.bnb_4bit_use_double_quant,
                 quant_type=self.config.bnb_4bit_quant_type,
             )
-            weight = functional.dequantize_4bit(few, state)  # in the type that it was held in
+            weight = functional.dequantize_4bit(quantized, state)  # in the dtype of `loaded`
         weight = weight.float()
         return weight.T.contiguous() if self.transposed else weight
 
 
-def dequantized(
-    base: Mapping[str, Stored], model: PreTrainedModel, config: Mapping[str, Any], loaded: torch.dtype
-) -> dict[str, Stored]:
-    """The base with those weights changed that `config`, a bitsandbytes one, has quantized in training.
+def dequantize(
+    base: Mapping[str, StoredTensor], model: PreTrainedModel, config: Mapping[str, Any], loaded: torch.dtype
+) -> dict[str, StoredTensor]:
+    """Return the base with the weights dequantized that training quantized.
 
-    `model` is the base on the meta device, `loaded` the type in which training held the other weights.
+    Args:
+        base: all weights as loaded (`as_loaded`).
+        model: the base on the meta device.
+        config: the quantization config of bitsandbytes.
+        loaded: the dtype in which training held weights before it quantized them.
     """
     settings = BitsAndBytesConfig.from_dict(dict(config))
-    changed = dict(base)
+    weights = dict(base)
     for name, module in model.named_modules():
-        file_name = f"{name}.weight"
-        if file_name not in base:
-            file_name = file_name.removeprefix(f"{model.base_model_prefix}.")
+        file_name = stored_name(f"{name}.weight", base, model.base_model_prefix)
         is_matrix = isinstance(module, (torch.nn.Linear, Conv1D))
         if is_matrix and file_name in base and should_convert_module(name, settings.llm_int8_skip_modules):
-            own, transposed = base[file_name], isinstance(module, Conv1D)
-            changed[file_name] = Dequantized(own.file, own.dtype, own.shape, own.start, settings, loaded, transposed)
-    return changed
+            stored, transposed = base[file_name], isinstance(module, Conv1D)
+            weights[file_name] = DequantizedTensor(
+                stored.file, stored.name, stored.dtype, stored.shape, settings, loaded, transposed
+            )
+    return weights

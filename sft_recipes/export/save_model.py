@@ -1,4 +1,4 @@
-"""A model directory that loads anywhere: weights, config, generation config, tokenizer, chat template."""
+"""Save a model directory that loads with plain transformers: weights, configs, tokenizer, chat template."""
 
 import json
 import re
@@ -19,9 +19,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sft_recipes.atomic_files import atomic_dir
 from sft_recipes.export.safetensors_io import Writer
-from sft_recipes.upstream import unsaved_buffers, unsaved_weights
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+from sft_recipes.upstream import unsaved_weights
 
 
 def save_model(
@@ -33,26 +31,26 @@ def save_model(
     max_shard_size: str,
     stops: Sequence[int],
 ) -> None:
-    """Write the model with its weights rounded to `dtype`. The model is changed: it has `dtype` afterwards."""
-    round_weights(model, DTYPES[dtype])
+    """Save a model with its weights rounded to `dtype`, which the model in memory then has, too."""
+    round_weights(model, getattr(torch, dtype))
     tie_if_equal(model)
-    set_generation_config(model, tokenizer, stops)  # else it cannot be saved
+    set_generation_config(model, tokenizer, stops)  # save_pretrained() rejects an invalid one
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     save_around(model, tokenizer, folder, dtype=dtype, stops=stops)
 
 
 @dataclass
-class Written:
-    """Weights that were written to a directory while they were gathered."""
+class GatheredWeights:
+    """A temporary directory of weights that were written while they were gathered."""
 
     folder: Path
     sha256: dict[str, str] = field(default_factory=dict)  # of each tensor's bytes, by its name in the files
-    error: Exception | None = None  # why they are not all there
+    error: Exception | None = None  # why they are incomplete
     note: str | None = None
 
 
 @contextmanager
-def written(
+def write_gathered(
     model: PreTrainedModel,
     shapes: Mapping[str, torch.Tensor] | None,
     weights: Iterable[tuple[str, torch.Tensor]],
@@ -60,35 +58,33 @@ def written(
     *,
     main: bool,
     max_shard_size: str,
-) -> Iterator[Written | None]:
-    """Write the weights of a sharded model to `folder` as they are gathered; on exit the folder is removed.
+) -> Iterator[GatheredWeights | None]:
+    """Write the weights of a sharded model to `folder` while they are gathered. The folder is removed on exit.
 
-    Every rank has to iterate over all of `weights`, so an error of the `main` one, which writes, is not raised but kept in
-    what is yielded. The model itself is only asked for names and config. Does nothing if `shapes` is None.
-
-    `shapes` are meta tensors of the final dtype, by their names in the model's state_dict; `weights` have the same names in
-    any order, with data. Files have up to `max_shard_size` ("5GB").
+    All ranks have to iterate over all of `weights`, so an error of rank 0 (`main`), which writes, is not raised but yielded.
+    `model` is used for names and config. `shapes` are meta tensors of the final dtype by their names in the state dict (None:
+    yield None), `weights` all-gathered tensors with the same names in any order.
     """
     if shapes is None:
         yield None
         return
-    found = Written(folder)
+    found = GatheredWeights(folder)
     try:
         files = None
         if main:
-            with _kept_in(found):
+            with _keep_error(found):
                 shutil.rmtree(folder, ignore_errors=True)  # left over from a killed run
                 folder.mkdir()
                 files = _Files(model, shapes, folder, max_shard_size)
         for name, weight in weights:
             if files is not None and found.error is None:
-                with _kept_in(found):
+                with _keep_error(found):
                     files.put(name, weight)
             if not main and weight.is_cuda:
                 torch.cuda.synchronize()  # NCCL's time-out starts when a collective is enqueued, and rank 0 writes in between
             del weight  # before the next one is gathered
         if files is not None and found.error is None:
-            with _kept_in(found):
+            with _keep_error(found):
                 files.close()
                 found.sha256, found.note = files.writer.sha256, files.note
         yield found
@@ -98,7 +94,7 @@ def written(
 
 
 @contextmanager
-def _kept_in(found: Written) -> Iterator[None]:
+def _keep_error(found: GatheredWeights) -> Iterator[None]:
     try:
         yield
     except Exception as error:
@@ -106,7 +102,7 @@ def _kept_in(found: Written) -> Iterator[None]:
 
 
 class _Files:
-    """The files that `save_pretrained` would write for a sharded model, made of one gathered tensor after the other."""
+    """The files that `save_pretrained` would write, written tensor by tensor in the order of gathering."""
 
     def __init__(
         self, model: PreTrainedModel, shapes: Mapping[str, torch.Tensor], folder: Path, max_shard_size: str
@@ -115,8 +111,8 @@ class _Files:
         ignored = unsaved_weights(model)
         saved = {name: shape for name, shape in shapes.items() if name not in ignored}
         saved = remove_tied_weights_from_state_dict(saved, model)
-        # Names and layouts in the files may differ from those in memory, such as experts that are one tensor there. Usually
-        # each tensor can be converted alone.
+        # Files can differ from memory in names and layout: the experts of a layer can be one tensor in memory. Usually each
+        # tensor can be converted alone.
         files = revert_weight_conversion(model, dict(saved))
         for self.note, self._group_of in _GROUPINGS:
             self._groups = defaultdict[str, dict[str, torch.Tensor]](dict)
@@ -137,14 +133,14 @@ class _Files:
         for group in self._groups.values():
             try:
                 found |= revert_weight_conversion(self._model, dict(group))
-            except (ValueError, RuntimeError, LookupError):  # a tensor that it needs is in another group
+            except (ValueError, RuntimeError, LookupError):  # it requires a tensor of another group
                 return False
         return {n: s.shape for n, s in found.items()} == {n: s.shape for n, s in files.items()}
 
     def put(self, name: str, weight: torch.Tensor) -> None:
         key = self._group_of(name)
         if name not in self._groups.get(key, ()):
-            return  # tied to one that is saved, or not saved at all
+            return  # not saved, or tied to one that is
         group = self._waiting[key]
         group[name] = weight if len(self._groups[key]) == 1 else weight.cpu()
         if len(group) == len(self._groups[key]):
@@ -162,38 +158,36 @@ class _Files:
 
 
 def _layer(name: str) -> str:
-    """A name up to its first number, which is that of a layer."""
+    """Return a name up to the layer's number."""
     found = re.match(r".*?\.\d+\.", name)
     return found[0] if found else name
 
 
 _GROUPINGS: list[tuple[str | None, Callable[[str], str]]] = [
     (None, lambda name: name),
-    ("weights gathered layer by layer: their files need several of them at once", _layer),
-    (
-        "weights gathered as a whole in host memory: they cannot be converted to those of their files one by one",
-        lambda _: "",
-    ),
+    ("weights gathered layer by layer: tensors of the files are made of several", _layer),
+    ("weights gathered as a whole in host memory: they cannot be converted layer by layer", lambda _: ""),
 ]
 
 
 def round_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Take to `dtype` what is saved. What a model computes when it is made, such as rotary frequencies and Gemma's scale of
-    embeddings, stays as a model that is loaded has it."""
-    computed = [(module, name, getattr(module, name)) for module in model.modules() for name in unsaved_buffers(module)]
+    """Round what is saved to `dtype`, but not the buffers that a model computes from its config when it is loaded, such as
+    rotary frequencies and Gemma's embedding scale."""
+    saved = model.state_dict().keys()
+    computed = {name: buffer for name, buffer in model.named_buffers() if name not in saved}
     model.to(dtype)
-    for module, name, buffer in computed:
-        setattr(module, name, buffer)
+    for name, buffer in model.named_buffers():
+        if name in computed:
+            buffer.data = computed[name]
 
 
 def save_around(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, dtype: str, stops: Sequence[int]
 ) -> None:
-    """Write what belongs to weights of `dtype`: config, generation config, tokenizer; `stops` are the tokens that end an
-    answer."""
+    """Write config, generation config and tokenizer for weights of `dtype`; `stops` are the EOS token ids."""
     model.config.use_cache = True
     model.config.architectures = [type(model).__name__]
-    model.config.dtype = DTYPES[dtype]
+    model.config.dtype = getattr(torch, dtype)
     set_generation_config(model, tokenizer, stops)
     model.config.save_pretrained(folder)
     write_rope_v4_keys(folder / "config.json")
@@ -209,37 +203,37 @@ def save_adapter(
     stops: Sequence[int],
     weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write the adapter, with the tokenizer and generation config that belong to it; `weights` in place of the model's own."""
+    """Write an adapter with tokenizer and generation config; `weights` replace those of the model."""
     set_generation_config(model, tokenizer, stops)
     with atomic_dir(out) as folder:
-        # Rows of new tokens are among the trained weights, so the embeddings need not be saved whole.
+        # New-token embeddings are trained weights of the adapter, so whole embeddings are not saved.
         model.save_pretrained(folder, save_embedding_layers=False, state_dict=weights)
         model.generation_config.save_pretrained(folder)
         save_tokenizer(tokenizer, folder)
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write the tokenizer under a class name that transformers 4, and servers built on it, know as well."""
+    """Write the tokenizer under a class name that transformers 4, and servers built on it, know too."""
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    for local in ("is_local", "local_files_only"):  # of this machine
+    for local in ("is_local", "local_files_only"):  # describe this machine
         config.pop(local, None)
     file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_rope_v4_keys(file: Path) -> None:
-    """Say the rotary embedding of a config.json in the keys of transformers 4 as well.
+    """Write the rotary embedding of a config.json also in the keys of transformers 4.
 
-    It passes over `rope_parameters` without a word and takes a base of 10,000: another model, that answers otherwise.
+    It ignores `rope_parameters` silently and uses a base of 10,000, with which the model computes other outputs.
     """
     config = json.loads(file.read_text(encoding="utf-8"))
     for part in (config, config.get("text_config") or {}):
         rope = part.get("rope_parameters") or {}
         if "rope_theta" not in rope:
-            continue  # none, or one for each kind of layer, which has no common keys in transformers 4
+            continue  # none, or one per type of layer, for which transformers 4 has no common keys
         part["rope_theta"] = rope["rope_theta"]
         if "partial_rotary_factor" in rope:
             part["partial_rotary_factor"] = rope["partial_rotary_factor"]
@@ -253,10 +247,10 @@ def write_rope_v4_keys(file: Path) -> None:
 def set_generation_config(
     model: PreTrainedModel | peft.PeftModel, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]
 ) -> None:
-    """Let `generate` stop where the trained documents end, besides where the base model did."""
+    """Let `generate` stop at the EOS tokens of training, and at those of the base."""
     config: GenerationConfig = model.generation_config
     own = config.eos_token_id if config.eos_token_id is not None else []
-    # Configs made without a tokenizer name ends that are ordinary words of it.
+    # A config made without a tokenizer can name EOS ids that are ordinary tokens in it.
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     own = [end for end in ([own] if isinstance(own, int) else own) if end in special]
     ends = list(dict.fromkeys([*stops, *own]))
@@ -268,13 +262,11 @@ def set_generation_config(
     try:
         config.validate(strict=True)
     except ValueError:
-        config.do_sample = (
-            True  # models ship sampling settings without saying that they sample, and then cannot be saved
-        )
+        config.do_sample = True  # some models have sampling settings without do_sample, and cannot be saved
 
 
 def untie(model: PreTrainedModel) -> None:
-    """Give the head weights of its own, where it shares those of the embeddings."""
+    """Give the LM head a weight of its own if it shares that of the embeddings."""
     config, head = model.config.get_text_config(), model.get_output_embeddings()
     if config.tie_word_embeddings and head is not None:
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
@@ -282,7 +274,7 @@ def untie(model: PreTrainedModel) -> None:
 
 
 def tie_if_equal(model: PreTrainedModel) -> None:
-    """Say in the config whether head and embeddings are one; a head that was trained apart is saved apart."""
+    """Set `tie_word_embeddings` to whether LM head and embeddings are equal; an LM head that differs is saved separately."""
     config, head = model.config.get_text_config(), model.get_output_embeddings()
     if config.tie_word_embeddings and head is not None:
         config.tie_word_embeddings = torch.equal(head.weight, model.get_input_embeddings().weight)

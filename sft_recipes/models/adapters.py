@@ -30,6 +30,7 @@ def with_adapters(
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
+        target_parameters=list(lora.target_parameters) or None,
         modules_to_save=list(lora.modules_to_save) or None,
         use_dora=lora.use_dora,
         use_rslora=lora.use_rslora,
@@ -60,6 +61,13 @@ def _check_layers(model: PreTrainedModel, lora: schema.Lora) -> None:
                 raise ModelError(
                     f"lora.{key}: no layer is named '{target}'. Layers of this model: {_linear_names(model)}."
                 )
+    parameters = [name for name, _ in model.named_parameters()]
+    for target in lora.target_parameters:
+        if not any(name == target or name.endswith(f".{target}") for name in parameters):
+            raise ModelError(
+                f"lora.target_parameters: no parameter is named '{target}'. Parameters of this model: "
+                f"{', '.join(dict.fromkeys(re.sub(r'^.*[.][0-9]+[.]', '', name) for name in parameters))}."
+            )
     head = _name_of(model, model.get_output_embeddings())
     if head and head in targets:
         raise ModelError(

@@ -97,7 +97,7 @@ class Head:
         softcap: float | None,
         scale: float,
         _outputs: tuple[str, ...],
-    ) -> tuple[torch.Tensor | None, ...]:
+    ) -> tuple[Any, ...]:
         assert temperature == 1.0, temperature  # SFTTrainer's
         log_probs, hits = LogProbs.apply(torch.is_grad_enabled(), hidden, weight, bias, targets, scale, softcap)
         return log_probs, torch.full_like(log_probs, math.nan), None, None, hits  # no entropy
@@ -131,11 +131,16 @@ def replace_fused_lm_head(model: PreTrainedModel) -> None:
         head = self.get_output_embeddings()
         weight, bias = (each.full_tensor() if isinstance(each, DTensor) else each for each in (head.weight, head.bias))
         with maybe_gather_lm_head_ctx(weight, bias):
-            trained = Head.apply(hidden[mask], weight, bias, targets[mask], 1.0, 0, softcap, scale, ())
-        # masked_scatter connects the output with the model even if no token is trained.
-        log_probs, entropy, _, _, hits = (
-            each if each is None else each.new_zeros(mask.shape).masked_scatter(mask, each) for each in trained
-        )
+            log_probs, entropy, _, _, hits = Head.apply(
+                hidden[mask], weight, bias, targets[mask], 1.0, 0, softcap, scale, ()
+            )
+
+        def at_their_place(
+            values: Any,
+        ) -> Any:  # masked_scatter connects the output with the model without a trained token
+            return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+        log_probs, entropy, hits = map(at_their_place, (log_probs, entropy, hits))
         return FusedCausalLMOutput(
             loss=-log_probs.sum() / (mask.sum().clamp(min=1) if count is None else count),
             log_probs=log_probs,

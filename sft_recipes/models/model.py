@@ -25,8 +25,6 @@ from sft_recipes.models.attention import select_here
 from sft_recipes.models.library_errors import as_model_error
 from sft_recipes.recipe.schema import Recipe
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
 
 def load_config(recipe: Recipe) -> PreTrainedConfig:
     """Load the model's config. Raises ModelError if it is unavailable or does not match the recipe."""
@@ -110,7 +108,7 @@ def _empty_for_broadcast(recipe: Recipe, config: PreTrainedConfig) -> PreTrained
 def _options(recipe: Recipe, config: PreTrainedConfig) -> dict[str, Any]:
     return {
         "trust_remote_code": recipe.model.trust_remote_code,
-        "dtype": DTYPES[recipe.model.dtype],
+        "dtype": getattr(torch, recipe.model.dtype),
         "attn_implementation": attention(recipe, config),
     }
 
@@ -149,9 +147,8 @@ def _quantization(recipe: Recipe, config: PreTrainedConfig) -> dict[str, Any]:
     if kind is None:
         return {}
     assert recipe.lora is not None
-    compute = torch.bfloat16 if recipe.train.mixed_precision == "bf16" else DTYPES[recipe.model.dtype]
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    fsdp_dtype = half.get(recipe.train.mixed_precision, DTYPES[recipe.model.dtype])  # as in strategies.configure_fsdp
+    compute = torch.bfloat16 if recipe.train.mixed_precision == "bf16" else getattr(torch, recipe.model.dtype)
+    fsdp_dtype = getattr(torch, recipe.compute_dtype)  # as in strategies.configure_fsdp
     keep = ["lm_head", *recipe.lora.modules_to_save]  # modules trained in full cannot be quantized
     if kind == "int8":
         settings = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=keep)

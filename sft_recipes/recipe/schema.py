@@ -18,7 +18,8 @@ Positive = Annotated[int, Field(gt=0, lt=2**31)]
 Name = Annotated[str, Field(min_length=1)]
 # A float is a fraction of the run, an int a number of optimizer steps.
 Interval = Annotated[float, Field(gt=0, le=1)] | Positive | None
-DType = Literal["bfloat16", "float16", "float32"]
+DType = Literal["bfloat16", "float16", "float32"]  # names of torch's
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 if TYPE_CHECKING:
     Format = str
     Tracker = str
@@ -80,13 +81,16 @@ class WeightedSource(Source):
 
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
     """Repetitions of the rows per epoch: 2 repeats each row twice, 0.5 samples a random half."""
+    max_samples: Positive | None = None
+    """Maximum number of rows of this source, before rows are held out for evaluation or repeated. Default: all."""
 
 
 class Data(_Section):
     """Training and evaluation data."""
 
     train: Name | Annotated[list[Name | WeightedSource], Field(min_length=1)]
-    """Path, glob, `builtin:` name, Hub id or URL, or a list of these or of {path, weight, name, split, format, columns}."""
+    """Path, glob, `builtin:` name, Hub id or URL, or a list of these or of {path, weight, max_samples, name, split,
+    format, columns}."""
     eval: Annotated[float, Field(gt=0, lt=1)] | Name | Source | None = 0.02
     """Evaluation rows: a fraction of the training rows to hold out, a path, a Hub id, {path, name, split, format, columns}, or
     null for none."""
@@ -94,6 +98,9 @@ class Data(_Section):
     """Row format. Default: detected from the columns."""
     columns: dict[str, str] = {}
     """Maps the format's columns to the data's, e.g. {prompt: question, completion: answer}."""
+    input_separator: str | None = None
+    """Text that joins instruction and input of Alpaca rows to one text. Default: the template decides (alpaca: a block of its
+    own, chat: a blank line)."""
     on_bad_row: Literal["error", "drop"] = "error"
     """How to handle rows that cannot be read or rendered. drop: leave them out, and report how many and the first ones."""
     template: Name | None = None
@@ -137,6 +144,8 @@ class Lora(_Section):
     """Dropout on the input of the adapters."""
     target_modules: Name | Annotated[list[Name], Field(min_length=1)] = "all-linear"
     """Layers to adapt: a list of names, a regular expression, or all-linear (every linear layer except the LM head)."""
+    target_parameters: list[Name] = []
+    """Parameters to adapt that are not weights of layers, e.g. [mlp.experts.gate_up_proj, mlp.experts.down_proj]."""
     modules_to_save: list[Name] = []
     """Layers to train and save in full, e.g. embed_tokens and lm_head."""
     use_dora: bool = False
@@ -199,6 +208,11 @@ class Train(_Section):
     @property
     def warmup_ratio_or_default(self) -> float:
         return DEFAULT_WARMUP_RATIO if self.warmup_ratio is None else self.warmup_ratio
+
+    @property
+    def autocast_dtype(self) -> DType | None:
+        """Data type of mixed precision, None without."""
+        return {"bf16": "bfloat16", "fp16": "float16", "no": None}[self.mixed_precision]
 
     @property
     def recomputed(self) -> int:
@@ -346,6 +360,11 @@ class Recipe(_Section):
         if self.lora is None:
             return "full fine-tuning"
         return "QLoRA" if self.model.quantization else "DoRA" if self.lora.use_dora else "LoRA"
+
+    @property
+    def compute_dtype(self) -> DType:
+        """Data type of matrix multiplications."""
+        return self.train.autocast_dtype or self.model.dtype
 
     @property
     def padding_free(self) -> bool:

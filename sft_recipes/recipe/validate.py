@@ -90,6 +90,8 @@ def _conflicts(recipe: Recipe) -> Iterator[str]:
             "train.gradient_accumulation_steps: cannot be combined with train.global_batch_size, from which it follows. "
             "Remove one of the two."
         )
+    if recipe.lora and recipe.lora.target_parameters and (recipe.lora.dropout or recipe.lora.use_dora):
+        yield "lora.target_parameters: cannot be combined with lora.dropout or lora.use_dora. Remove these keys."
     if train.warmup_ratio is not None and train.warmup_steps is not None:
         yield "train.warmup_steps: cannot be combined with train.warmup_ratio. Remove one of the two."
     if train.mixed_precision == "fp16" and model.dtype == "bfloat16":

@@ -123,6 +123,24 @@ def test_local_files_and_several_sources(tmp_path: Path) -> None:
     assert any("a recipe has one template" in note for note in converted.notes)
 
 
+@pytest.mark.parametrize(
+    ("source", "paths"),
+    [
+        ("{path: org/b, data_files: x.jsonl, type: alpaca}", ["hf://datasets/org/b/x.jsonl"]),
+        ("{path: org/b, data_files: [x.jsonl, y/z.csv], type: alpaca}",
+         ["hf://datasets/org/b/x.jsonl", "hf://datasets/org/b/y/z.csv"]),
+        ("{path: ./rows, data_files: x.jsonl, type: alpaca}", ["./rows/x.jsonl"]),
+        ("{path: csv, data_files: [x.csv, y.csv], type: alpaca}", ["x.csv", "y.csv"]),
+    ],
+)  # fmt: skip
+def test_files_of_a_dataset(tmp_path: Path, source: str, paths: list[str]) -> None:
+    recipe = convert(tmp_path, BASE + f"datasets:\n  - {source}\n")[1]
+
+    assert [each.path for each in recipe.data.train] == paths  # type: ignore[union-attr]
+    assert {each.format for each in recipe.data.train} == {"alpaca"}  # type: ignore[union-attr]
+    assert recipe.data.template == "alpaca"
+
+
 def test_training_on_everything(tmp_path: Path) -> None:
     assert convert(tmp_path, BASE + ROWS + "train_on_inputs: true\n")[1].data.train_on == "all"
 
@@ -156,9 +174,15 @@ def test_batch_size_of_a_whole_step(tmp_path: Path) -> None:
     assert convert(tmp_path, BASE + ROWS + "batch_size: 16\n")[1].sequences_per_step == 16
 
 
-def test_warmup_is_a_share_where_the_steps_are_known(tmp_path: Path) -> None:
-    assert convert(tmp_path, BASE + ROWS + "warmup_steps: 10\nmax_steps: 200\n")[1].train.warmup_ratio == 0.05
-    assert said(tmp_path, BASE + ROWS + "warmup_steps: 10\n", "warmup_steps")[0] == "unsupported"
+def test_warmup_in_steps_or_as_a_share(tmp_path: Path) -> None:
+    for more in ("", "max_steps: 200\n"):
+        train = convert(tmp_path, BASE + ROWS + f"warmup_steps: 10\n{more}")[1].train
+        assert (train.warmup_steps, train.warmup_ratio) == (10, None)
+    assert convert(tmp_path, BASE + ROWS + "warmup_steps: 0.1\n")[1].train.warmup_ratio == 0.1
+
+
+def test_times_per_epoch_need_an_epoch(tmp_path: Path) -> None:
+    assert convert(tmp_path, BASE + ROWS + "saves_per_epoch: 5\n")[1].checkpoint.every == 0.2
     assert said(tmp_path, BASE + ROWS + "saves_per_epoch: 2\nmax_steps: 200\n", "saves_per_epoch")[0] == "unsupported"
 
 
@@ -295,3 +319,13 @@ def test_liger_is_carried_and_other_plugins_for_speed_are_not_missed(
 
     assert converted.outcomes[key].kind == kind
     assert recipe.train.kernels == kernels
+
+
+def test_adapters_on_parameters(tmp_path: Path) -> None:
+    keys = "adapter: lora\nlora_target_modules: [q_proj]\nlora_target_parameters: [mlp.experts.down_proj]\n"
+    lora = convert(tmp_path, BASE + ROWS + keys)[1].lora
+
+    assert lora is not None
+    assert lora.target_parameters == ["mlp.experts.down_proj"]
+    dft = convert(tmp_path, BASE + ROWS + "use_dynamic_finetuning: true\n")[1]
+    assert dft.trl == {"loss_type": "dft"}

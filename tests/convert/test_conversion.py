@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
-from sft_recipes.convert import conversion
+from sft_recipes.convert import conversion, rules
 from sft_recipes.convert.draft import Draft, Entry, Outcome
 from sft_recipes.convert.rules import (
+    _EXPRESSIONS,
     CONVERTERS,
     TESTS,
     Converter,
@@ -21,6 +23,7 @@ from sft_recipes.convert.rules import (
     Table,
     as_list,
     interval,
+    items,
     names,
     number,
     rules_of,
@@ -225,11 +228,10 @@ def test_tables_use_words_that_there_are(tool: Table) -> None:
     """And each rule says what happens to its key: a key without an outcome would be called unknown."""
     for key, rule in every_rule(tool):
         assert rule.convert == "" or rule.convert in CONVERTERS, key
-        assert rule.call == "" or callable(tool.function(rule.call)), key
+        for expression in filter(None, (rule.if_, rule.value, rule.catalog)):
+            _EXPRESSIONS.compile_expression(expression)
         assert rule.each == "" or rule.each in tool.parts, key
-        assert (
-            rule.to or rule.values or rule.not_needed or rule.unsupported or rule.assume or rule.about or rule.call
-        ), key
+        assert rule.to or rule.values or rule.not_needed or rule.unsupported or rule.assume or rule.about, key
         for test in rule.when.values() if isinstance(rule.when, dict) else [rule.when]:
             assert not isinstance(test, str) or test in TESTS or " " not in test, key
 
@@ -253,8 +255,43 @@ def test_constants_and_defaults_are_taken_by_recipes(tool: Table) -> None:
     for to, value in [*constants, *defaults]:
         if not to.startswith(".") and "$" not in str(value):
             draft = Draft("Tool", {"key": 1})
-            draft.carry("key", to.removesuffix("+"), [value] if to.endswith("+") else value)
+            draft.carry("key", to.removesuffix("+"), items(value) if to.endswith("+") else value)
             assert draft.entries, (to, value, draft.outcomes)
+
+
+OUMI = """
+name: Oumi
+signs: model training
+required: {model.name: model.model_name, data.train: data.train.datasets, output_dir: training.output_dir}
+defaults: {data.eval: null}
+rules:
+  model.model_name: model.name
+  training.output_dir: output_dir
+  data.train.datasets: {each: dataset, to: data.train}
+  training.max_steps: {to: train.max_steps, value: number(value) * (training.epochs or 1), unsupported: set train.max_steps}
+  include: [schedule]
+parts:
+  dataset: {dataset_name: .path, sample_count: .max_samples}
+"""
+
+
+def test_a_tool_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(rules.FOLDER, tmp_path / "tables")
+    (tmp_path / "tables" / "oumi.yaml").write_text(OUMI, encoding="utf-8")
+    monkeypatch.setattr(rules, "FOLDER", tmp_path / "tables")
+    config = {
+        "model": {"model_name": "org/model"},
+        "data": {"train": {"datasets": [{"dataset_name": "org/rows", "sample_count": 9}]}},
+        "training": {"output_dir": "out", "max_steps": 5, "epochs": 2, "strange": 1},
+    }
+    converted, recipe = convert(tmp_path, json.dumps(config))
+    rules.table.cache_clear()
+
+    assert "oumi" in names()
+    assert converted.tool == "Oumi"
+    assert (recipe.model.name, recipe.output_dir, recipe.train.max_steps) == ("org/model", "out", 10)
+    assert recipe.data.train[0].model_dump(exclude_defaults=True) == {"path": "org/rows", "max_samples": 9}  # type: ignore[union-attr]
+    assert converted.outcomes["training.strange"].kind == "unknown"
 
 
 # --- Which tool --------------------------------------------------------------------------------------------------------
@@ -276,6 +313,7 @@ def test_constants_and_defaults_are_taken_by_recipes(tool: Table) -> None:
         ),
         ("compute_environment: LOCAL_MACHINE\nnum_processes: 8", r"got keys compute_environment, num_processes\)"),
         ("model: {name: x}\ndata: {train: x}\noutput_dir: x", "is already a recipe"),
+        ("model: {model_name: x}\ndata: {train: {datasets: []}}\ntraining: {}", r"got keys model, data, training\)"),
         ("base_model: x\nsequence_len: 1\nrl: dpo", "rl: dpo is preference training"),
         ("base_model: x\nsequence_len: 1\npretraining_dataset: x", "pretraining_dataset"),
         ("model_name_or_path: x\nstage: dpo\nfinetuning_type: lora", "stage: dpo is not sft"),

@@ -63,8 +63,9 @@ def test_a_whole_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         "nf4",
     )
     assert recipe.data.model_dump(exclude_defaults=True) == {
-        "train": ["identity", "talks"], "eval": 0.1, "template": "chat", "train_on": "assistant", "max_length": 2048,
-        "overlong": "truncate", "packing": "none", "max_train_samples": 2000,
+        "train": [{"path": "identity", "max_samples": 1000}, {"path": "talks", "max_samples": 1000}], "eval": 0.1,
+        "template": "chat", "train_on": "assistant", "max_length": 2048, "overlong": "truncate", "packing": "none",
+        "input_separator": "\n",
     }  # fmt: skip
     assert recipe.lora is not None
     assert (recipe.lora.rank, recipe.lora.alpha, recipe.lora.target_modules) == (8, 16, "all-linear")
@@ -99,6 +100,22 @@ def test_dataset_info_says_where_the_rows_are(tmp_path: Path, monkeypatch: pytes
     ]
     assert [note.partition(":")[2].split(":")[0].strip() for note in converted.notes[:2]] == ["other", "unknown"]
     assert "history" in converted.notes[0]
+
+
+def test_the_limit_of_each_dataset(tmp_path: Path) -> None:
+    keys = "dataset_dir: ONLINE\nmax_samples: 5\n"
+    converted, recipe = convert(tmp_path, BASE.replace("one", "a,org/b") + keys + "eval_dataset: c\n")
+
+    assert [source.model_dump(exclude_defaults=True) for source in recipe.data.train] == [  # type: ignore[union-attr]
+        {"path": "a", "max_samples": 5}, {"path": "org/b", "max_samples": 5},
+    ]  # fmt: skip
+    assert (recipe.data.eval, recipe.data.max_eval_samples, recipe.data.max_train_samples) == ("c", 5, None)
+    assert converted.notes == []
+
+
+@pytest.mark.parametrize(("keys", "trl"), [("use_dft_loss: true", {"loss_type": "dft"}), ("use_dft_loss: false", {})])
+def test_the_loss(tmp_path: Path, keys: str, trl: dict[str, str]) -> None:
+    assert convert(tmp_path, BASE + keys)[1].trl == trl
 
 
 @pytest.mark.parametrize(

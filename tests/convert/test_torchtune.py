@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from sft_recipes.convert.tables import torchtune
+from sft_recipes.convert.conversion import resolve_references
 from sft_recipes.recipe.validate import validate
 from tests.convert.test_conversion import convert
 
@@ -96,7 +96,7 @@ def test_a_whole_config(tmp_path: Path) -> None:
     assert (recipe.lora.rank, recipe.lora.alpha) == (64, 128)
     assert recipe.lora.target_modules == ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"]
     assert (recipe.train.micro_batch_size, recipe.accumulation, recipe.train.max_steps) == (4, 8, 1000)
-    assert (recipe.train.lr_scheduler, recipe.train.warmup_ratio) == ("cosine", 0.1)
+    assert (recipe.train.lr_scheduler, recipe.train.warmup_ratio, recipe.train.warmup_steps) == ("cosine", None, 100)
     assert (recipe.train.weight_decay, recipe.train.max_grad_norm) == (0.01, 0)
     assert (recipe.train.mixed_precision, recipe.train.gradient_checkpointing) == ("no", False)
     assert (recipe.log.to, recipe.output_dir) == (["wandb"], "/tmp/torchtune/one")
@@ -109,7 +109,7 @@ def test_a_whole_config(tmp_path: Path) -> None:
 def test_references_are_resolved() -> None:
     config = {"a": "${b.c}/x", "b": {"c": "${d}", "n": "${e}"}, "d": "deep", "e": 3, "self": "${self}", "none": "${z}"}
 
-    resolved = torchtune.resolve(config, "config.yaml")
+    resolved = resolve_references(config, "config.yaml")
 
     assert (resolved["a"], resolved["b"]) == ("deep/x", {"c": "deep", "n": 3})
     assert (resolved["self"], resolved["none"]) == ("${self}", "${z}")

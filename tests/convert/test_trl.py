@@ -196,6 +196,7 @@ model_name_or_path: org/model
 datasets:
   - {path: org/one, name: en, split: train, columns: [messages]}
   - {path: json, data_files: two.jsonl}
+  - {path: org/four, data_files: [a.jsonl, b.jsonl]}
   - {path: org/three, split: 'train[:50%]', fraction: 0.1}
 test_split_size: 0.1
 eval_strategy: epoch
@@ -206,11 +207,13 @@ num_train_epochs: 4
     assert [source.model_dump(exclude_defaults=True) for source in recipe.data.train] == [  # type: ignore[union-attr]
         {"path": "org/one", "name": "en"},
         {"path": "two.jsonl"},
+        {"path": "hf://datasets/org/four/a.jsonl"},
+        {"path": "hf://datasets/org/four/b.jsonl"},
         {"path": "org/three", "weight": 0.5},
     ]
     assert (recipe.data.eval, recipe.eval.every) == (0.1, 0.25)
     assert {key for key, outcome in converted.outcomes.items() if outcome.kind == "unsupported"} == {
-        "datasets[2].fraction"
+        "datasets[3].fraction"
     }
 
 

@@ -114,5 +114,5 @@ def test_other_ranks_wait_for_each_gathered_weight(monkeypatch: pytest.MonkeyPat
     waits: list[None] = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(None))
     weights = ((name, SimpleNamespace(is_cuda=True)) for name in "ab")
-    with save_model.written(None, {}, weights, tmp_path / "files", main=False, max_shard_size="1GB"):
+    with save_model.write_gathered(None, {}, weights, tmp_path / "files", main=False, max_shard_size="1GB"):
         assert len(waits) == 2

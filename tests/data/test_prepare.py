@@ -3,6 +3,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from sft_recipes.commands import check
 from sft_recipes.data import prepare, tokenization
 from sft_recipes.data.encoder import Encoder
+from sft_recipes.data.eval_prompts import eval_prompts
 from sft_recipes.data.prepare import Prepared
 from sft_recipes.data.sequences import IGNORED
 from sft_recipes.data.templates import Rendered, alpaca_prompt
@@ -502,6 +504,44 @@ def test_every_token_of_every_kept_row_once(lengths: list[int], packing: str, se
 
     counted = Counter(token for row in packed.table().to_pylist() for token in row["input_ids"])
     assert counted == Counter(token for ids in alone for token in ids)
+
+
+def test_instruction_and_input_joined(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    (tmp_path / "chat.jinja").write_text("{% for m in messages %}[{{ m.content }}]</s>{% endfor %}")
+    joined = [{"instruction": "a\nb", "output": "c"}, {"instruction": "d", "output": "e"}]
+    apart = [{"instruction": "a", "input": "b", "output": "c"}, {"instruction": "d", "input": "", "output": "e"}]
+    for template in ("alpaca", str(tmp_path / "chat.jinja")):
+        tables = []
+        for rows, separator in ((joined, None), (apart, "\n")):
+            write_rows(tmp_path / "train.jsonl", rows)
+            recipe = write_recipe(data={"template": template, "input_separator": separator})
+            tables.append(prepared(recipe, "data.eval=null").train.table())
+        assert tables[0].equals(tables[1])
+    prompts = eval_prompts(parse.load(recipe, [f"eval.generate={tmp_path / 'train.jsonl'}"]).recipe)
+    assert [prompt.messages for prompt in prompts] == [[{"role": "user", "content": text}] for text in ("a\nb", "d")]
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_at_most_so_many_rows_of_a_source(write_recipe: WriteRecipe, tmp_path: Path, shuffle: bool) -> None:
+    other = write_rows(tmp_path / "other.jsonl", ROWS)
+    sources = f"[{{path: {other}, max_samples: 6, weight: 2}}, {tmp_path / 'train.jsonl'}]"
+    data = prepared(
+        write_recipe(),
+        f"data.train={sources}",
+        "data.eval=0.5",
+        f"data.shuffle={str(shuffle).lower()}",
+        "data.packing=none",
+    )
+    limited, whole = data.train.stats.sources
+    assert data.eval is not None
+    evaluated = data.eval.stats.sources[0].rows
+    rows = np.concatenate([each.chosen[0].rows for each in (data.train, data.eval)])
+
+    assert (limited.rows_read, limited.held_out, limited.not_sampled) == (24, evaluated, 18)
+    assert limited.rows == 2 * (6 - evaluated)
+    assert whole.rows + whole.held_out == 24
+    assert (sorted(set(rows.tolist())) == list(range(6))) == (not shuffle)
+    assert len(set(rows.tolist())) == 6
 
 
 def test_columns_that_are_not_used_are_listed(write_recipe: WriteRecipe, tmp_path: Path) -> None:

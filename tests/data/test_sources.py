@@ -227,9 +227,9 @@ def test_names_in_capitals_and_other_suffixes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "note"),
     [
-        ("a.csv", 'prompt;completion\n"x; y",z\n', "separator: ;"),
-        ("a.csv", "prompt\tcompletion\nx; y\tz\n", "separator: tab"),
-        ("a.tsv", "prompt\tcompletion\nx; y\tz\n", "separator: tab"),
+        ("a.csv", 'prompt;completion\n"x; y",z\n', "separated by semicolons"),
+        ("a.csv", "prompt\tcompletion\nx; y\tz\n", "separated by tabs"),
+        ("a.tsv", "prompt\tcompletion\nx; y\tz\n", "separated by tabs"),
         ("a.csv", 'prompt,"completion; long"\nx; y,z\n', None),
     ],
 )

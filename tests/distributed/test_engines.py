@@ -162,7 +162,7 @@ def test_weights_are_written_one_by_one_as_they_are_gathered(
             (tmp_path / "whole" / name).read_text("utf-8")
         )
     assert len(list(folder.glob("*.safetensors"))) > 2
-    found, wanted = (safetensors_io.in_model(each) for each in (folder, tmp_path / "whole"))
+    found, wanted = (safetensors_io.read_model(each) for each in (folder, tmp_path / "whole"))
     assert found.keys() == wanted.keys()
     exact = 0
     for name, stored in found.items():
@@ -191,7 +191,7 @@ def test_a_full_disk_during_the_gather_fails_no_other_rank(tmp_path: Path, capfd
 
     assert second == "done"
     assert first == (
-        f"RunError: {run}: export failed: [Errno 28] No space left on device; when that is mended, continue with --resume"
+        f"RunError: {run}: export failed: [Errno 28] No space left on device. After a fix, continue with --resume."
     )
     assert not (run / "model").exists()
     assert not list(run.glob(".*"))

@@ -137,7 +137,7 @@ def test_rank_0_exports_after_the_others_exited(
     """Errors are then reported, and a signal stops it, as with one process."""
 
     def fail() -> None:
-        raise RunError("it could not be verified: no more")
+        raise RunError("no more")
 
     def stop() -> None:
         stop_launcher()
@@ -145,7 +145,7 @@ def test_rank_0_exports_after_the_others_exited(
 
     recipe = write_recipe(train={"max_steps": 1}, export={"dtype": "float32"})
     failed = in_ranks(str(recipe), "--processes", "2", first=partial(export_alone, tmp_path, fail))
-    assert failed.stderr == f"rank 0: {tmp_path}/run/model: not kept: it could not be verified: no more\n"
+    assert failed.stderr == f"rank 0: {tmp_path}/run/model: verification failed: no more\n"
     assert failed.returncode == 1
 
     options = ("--processes", "2", "--resume")

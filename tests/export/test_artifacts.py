@@ -9,8 +9,8 @@ import torch
 
 from sft_recipes.distributed import ranks
 from sft_recipes.errors import RunError
-from sft_recipes.export import artifacts, reference, safetensors_io, verify
-from sft_recipes.export.save_model import Written
+from sft_recipes.export import artifacts, reference, safetensors_io, save_model, verify
+from sft_recipes.export.save_model import GatheredWeights
 from sft_recipes.training import trainer
 from tests.conftest import WriteRecipe, run
 
@@ -51,14 +51,14 @@ def another_model(trainer: Any, *args: Any) -> Any:
     return recorded
 
 
-_SAVE, _RECORD = artifacts.save_model, reference.record
+_SAVE, _RECORD = save_model.save_model, reference.record
 
 
 @pytest.mark.parametrize(
     ("where", "what", "said"),
     [
-        ((artifacts, "save_model"), broken_files, "is not in the file as it is in memory"),
-        ((reference, "record"), another_model, "this is not the model that was trained"),
+        ((save_model, "save_model"), broken_files, "in the file is not the weight in memory"),
+        ((reference, "record"), another_model, "the exported model is not the trained model"),
     ],
     ids=["a damaged file", "another model"],
 )
@@ -67,7 +67,7 @@ def test_what_is_not_the_trained_model_is_not_kept(
 ) -> None:
     monkeypatch.setattr(*where, what)
     recipe = write_recipe(export={"dtype": "float32"})
-    with pytest.raises(RunError, match=rf"run/model: not kept: .*{said}"):
+    with pytest.raises(RunError, match=rf"run/model: verification failed: .*{said}"):
         run(recipe)
 
     folder = recipe.parent / "run"
@@ -101,13 +101,13 @@ def test_a_gathered_weight_that_is_damaged_on_its_way_to_the_disk(tmp_path: Path
     for name, weight in weights.items():
         writer.put(name, weight)
     writer.close({})
-    written = Written(tmp_path, writer.sha256)
+    written = GatheredWeights(tmp_path, writer.sha256)
     artifacts._check_hashes(written, tmp_path, tmp_path)
 
     content = bytearray((tmp_path / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(RunError, match=r"not kept: b is not in the file as it was gathered"):
+    with pytest.raises(RunError, match=r"verification failed: b in the file is not the weight that was gathered"):
         artifacts._check_hashes(written, tmp_path, tmp_path)
 
 

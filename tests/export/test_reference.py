@@ -84,9 +84,9 @@ def test_a_model_in_half_precision_computes_in_float32() -> None:
     before = {name: weight.clone() for name, weight in half.state_dict().items()}
     found, expected = run_model(half, ROWS), run_model(whole, ROWS)
 
-    assert float(found.off(expected).max()) < 1e-5
+    assert float(found.logit_diff(expected).max()) < 1e-5
     assert [len(losses) for losses in found.losses] == [6, 27, 14]
-    assert float(run_model(half, ROWS, compute=None).off(expected).max()) > 0.01
+    assert float(run_model(half, ROWS, compute=None).logit_diff(expected).max()) > 0.01
     after = half.state_dict()
     assert all(
         torch.equal(weight, after[name]) and after[name].dtype == torch.bfloat16 for name, weight in before.items()
@@ -128,7 +128,7 @@ def test_weights_stay_in_the_files(tmp_path: Path) -> None:
     size = (tmp_path / "model.safetensors").stat().st_size
     rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}]
     before = _anonymous()
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=verify._held(tmp_path))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=verify._widest_dtype(tmp_path))
     run_model(model, rows)
 
     assert _anonymous() - before < size / 2
@@ -199,7 +199,9 @@ def test_a_base_that_changed_while_the_run_trained_is_refused(write_recipe: Writ
     weights = load_file(base / "model.safetensors")
     save_file({name: weight * 1.5 for name, weight in weights.items()}, base / "model.safetensors", {"format": "pt"})
 
-    with pytest.raises(RunError, match="out: not kept: original: this is not the model that was trained"):
+    with pytest.raises(
+        RunError, match="out: verification failed: original: the exported model is not the trained model"
+    ):
         merge.merge(folder / "adapter", tmp_path / "out")
     (folder / REFERENCE).unlink()
     merge.merge(folder / "adapter", tmp_path / "out")  # nothing tells
@@ -216,7 +218,7 @@ def test_what_peft_merges_wrongly_is_refused(tmp_path: Path) -> None:
     peft.get_peft_model(model, settings).save_pretrained(str(tmp_path / "adapter"))
     AutoTokenizer.from_pretrained(TINY).save_pretrained(tmp_path / "adapter")
 
-    with pytest.raises(RunError, match="not the model that was trained: its logits are up to"):
+    with pytest.raises(RunError, match="not the trained model: max logit difference"):
         merge.merge(tmp_path / "adapter", tmp_path / "out", dtype="float32")
 
 
@@ -225,7 +227,7 @@ def test_an_adapter_that_is_not_the_recorded_one_is_refused(write_recipe: WriteR
     file = folder / "adapter" / "adapter_model.safetensors"
     save_file({name: weight * 1.01 for name, weight in load_file(file).items()}, file, {"format": "pt"})
 
-    with pytest.raises(RunError, match="not the model that was trained"):
+    with pytest.raises(RunError, match="not the trained model"):
         merge.merge(folder / "adapter", tmp_path / "out")
 
 
@@ -239,7 +241,9 @@ def test_a_record_that_cannot_be_used(write_recipe: WriteRecipe, tmp_path: Path,
         assert known is not None
         known.of_rows([0]).save(folder / REFERENCE)
 
-    with pytest.raises((ModelError, RunError), match=r"reference.safetensors: (cannot be read|is not of the rows)"):
+    with pytest.raises(
+        (ModelError, RunError), match=r"reference.safetensors: (cannot be read|does not match the rows)"
+    ):
         merge.merge(folder / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -293,7 +297,7 @@ def test_a_fault_in_the_weights_is_refused(
         save_model.save_around(model, tokenizer, folder, **options)
 
     monkeypatch.setattr(merge, "save_around", wrong)
-    with pytest.raises(RunError, match="not kept: original: "):
+    with pytest.raises(RunError, match="verification failed: original: "):
         merge.merge(adapter, adapter.parent / "out")
     assert not (adapter.parent / "out").exists()
 
@@ -312,7 +316,7 @@ def test_a_fault_in_the_config_is_refused(adapter: Path, key: str, monkeypatch: 
         (folder / "config.json").write_text(json.dumps(config), "utf-8")
 
     monkeypatch.setattr(merge, "save_around", wrong)
-    with pytest.raises(RunError, match="original: this is not the model that was trained"):
+    with pytest.raises(RunError, match="original: the exported model is not the trained model"):
         merge.merge(adapter, adapter.parent / "out")
 
 
@@ -325,12 +329,13 @@ def test_a_gpu_is_used_if_it_has_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: tuple[int, int], placed: Any
 ) -> None:
     """A model of 9 GiB, whose files hold nothing."""
-    from sft_recipes.export.safetensors_io import Stored
+    from sft_recipes.export.safetensors_io import StoredTensor
 
     files = {
-        f"model.layers.{layer}.up.weight": Stored(tmp_path, torch.bfloat16, (1 << 24, 4), 0) for layer in range(72)
+        f"model.layers.{layer}.up.weight": StoredTensor(tmp_path, "", torch.bfloat16, (1 << 24, 4))
+        for layer in range(72)
     }
-    monkeypatch.setattr(verify, "in_model", lambda folder: files)
+    monkeypatch.setattr(verify, "read_model", lambda folder: files)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (free[number] * 2**30, 80 * 2**30))
@@ -339,12 +344,13 @@ def test_a_gpu_is_used_if_it_has_room(
 
 
 def test_large_models_run_few_rows_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sft_recipes.export.safetensors_io import Stored
+    from sft_recipes.export.safetensors_io import StoredTensor
 
     request = verify.Request({"x": str(tmp_path)}, "bfloat16", "", [], "", rows=ROWS)
-    monkeypatch.setattr(verify, "in_model", lambda folder: {"w": Stored(tmp_path, torch.bfloat16, (8_000_000_000,), 0)})
+    weight = StoredTensor(tmp_path, "", torch.bfloat16, (8_000_000_000,))
+    monkeypatch.setattr(verify, "read_model", lambda folder: {"w": weight})
 
-    assert verify._chosen(request, on_cpu=True) == [0]
-    assert verify._chosen(request, on_cpu=False) == [0, 1, 2]
+    assert verify._select_rows(request, on_cpu=True) == [0]
+    assert verify._select_rows(request, on_cpu=False) == [0, 1, 2]
     request.models["y"] = request.models["x"]
-    assert verify._chosen(request, on_cpu=True) == [0, 1, 2]  # a loss of few rows would not decide
+    assert verify._select_rows(request, on_cpu=True) == [0, 1, 2]  # a loss of few rows would not decide

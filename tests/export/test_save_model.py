@@ -146,19 +146,21 @@ def test_gathered_weights_are_written_as_save_pretrained_writes_them(
 ) -> None:
     model = made(kind, tmp_path / "base")
     shapes, weights = gathered(model, torch.bfloat16)
-    with save_model.written(model, shapes, weights, tmp_path / "mine", main=True, max_shard_size="20KB") as written:
+    with save_model.write_gathered(
+        model, shapes, weights, tmp_path / "mine", main=True, max_shard_size="20KB"
+    ) as written:
         assert written is not None
         assert written.error is None
         assert note in (written.note or "") if note else written.note is None
         save_model.round_weights(model, torch.bfloat16)
         model.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
 
-        mine, theirs = (safetensors_io.in_model(tmp_path / name) for name in ("mine", "theirs"))
+        mine, theirs = (safetensors_io.read_model(tmp_path / name) for name in ("mine", "theirs"))
         assert mine.keys() == theirs.keys() == written.sha256.keys()
         for name, stored in mine.items():
             assert stored.dtype == theirs[name].dtype
             assert torch.equal(stored.whole(), theirs[name].whole()), name
-            assert safetensors_io.sha256(stored) == written.sha256[name]
+            assert stored.sha256() == written.sha256[name]
         indices = [
             json.loads((tmp_path / name / safetensors_io.INDEX).read_text("utf-8")) for name in ("mine", "theirs")
         ]
@@ -179,11 +181,13 @@ def test_weights_that_can_only_be_converted_together_are(tmp_path: Path, monkeyp
     monkeypatch.setattr(save_model, "revert_weight_conversion", together)
     model = tiny()
     shapes, weights = gathered(model, torch.float32)
-    with save_model.written(model, shapes, weights, tmp_path / "mine", main=True, max_shard_size="5GB") as written:
+    with save_model.write_gathered(
+        model, shapes, weights, tmp_path / "mine", main=True, max_shard_size="5GB"
+    ) as written:
         assert written is not None
         assert written.error is None
         assert "as a whole in host memory" in (written.note or "")
-        stored = safetensors_io.in_model(tmp_path / "mine")
+        stored = safetensors_io.read_model(tmp_path / "mine")
         assert torch.equal(stored["norms"].whole(), together(model, dict(weights))["norms"])
 
 
@@ -193,16 +197,16 @@ def test_all_is_gathered_even_if_it_cannot_be_written(tmp_path: Path) -> None:
     shapes, weights = gathered(model, torch.float32)
     weights[3][1][0] = float("nan")
     for folder, said in (
-        (tmp_path / "mine", f"{weights[3][0]} is not finite in float32"),
+        (tmp_path / "mine", f"{weights[3][0]} has NaN or Inf in float32"),
         (tmp_path / "no" / "where", ""),
     ):
         left = iter(weights)
-        with save_model.written(model, shapes, left, folder, main=True, max_shard_size="5GB") as written:
+        with save_model.write_gathered(model, shapes, left, folder, main=True, max_shard_size="5GB") as written:
             assert written is not None
             assert said in str(written.error) if said else isinstance(written.error, FileNotFoundError)
             assert next(left, None) is None
         left = iter(weights)
-        with save_model.written(model, shapes, left, folder, main=False, max_shard_size="5GB") as written:
+        with save_model.write_gathered(model, shapes, left, folder, main=False, max_shard_size="5GB") as written:
             assert not folder.exists()
             assert next(left, None) is None
 

@@ -1,12 +1,17 @@
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from sft_recipes.errors import ModelError
 from sft_recipes.models import model
 from sft_recipes.models.adapters import keep_trainable_in_float32, settle_types
 from sft_recipes.recipe import parse
 from tests.conftest import WriteRecipe
-from tests.models.test_model import loaded
+from tests.models.test_model import TINY, loaded
 
 
 def test_adapters_are_those_of_the_recipe(write_recipe: WriteRecipe) -> None:
@@ -30,6 +35,23 @@ def test_all_linear_is_every_linear_layer_but_the_head(write_recipe: WriteRecipe
     with_adapter = {name.split(".")[-1] for name, module in adapted.named_modules() if hasattr(module, "lora_A")}
 
     assert with_adapter == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_parameters_of_experts_have_adapters(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    shutil.copytree(TINY, tmp_path / "moe", ignore=shutil.ignore_patterns("config.json", "model.safetensors"))
+    sizes = {"hidden_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Qwen3MoeConfig(vocab_size=1024, num_experts=4, num_experts_per_tok=2, num_key_value_heads=1, **sizes)
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "moe")
+    recipe = write_recipe(model={"name": str(tmp_path / "moe")})
+    wanted = "lora={rank: 2, target_modules: [q_proj], target_parameters: [mlp.experts.down_proj]}"
+    trained = {name for name, p in loaded(recipe, wanted).named_parameters() if p.requires_grad}
+
+    assert {name.partition(".layers.0.")[2].removesuffix(".default.weight") for name in trained} == {
+        f"{name}.lora_{part}" for name in ("self_attn.q_proj", "mlp.experts") for part in "AB"
+    }
+    missing = r"lora.target_parameters: no parameter is named 'up_proj'. .*mlp.experts.down_proj"
+    with pytest.raises(ModelError, match=missing):
+        loaded(recipe, wanted.replace("mlp.experts.down_proj", "up_proj"))
 
 
 def test_layers_trained_in_full_next_to_adapters(write_recipe: WriteRecipe) -> None:

@@ -28,6 +28,10 @@ def test_a_good_recipe_has_neither_problems_nor_warnings(write_recipe: WriteReci
     [
         (["model.quantization=nf4"], "model.quantization: quantized weights cannot be trained directly (got nf4)."),
         (["train.gradient_accumulation_steps=2"], "Remove one of the two."),
+        (
+            ["lora={target_parameters: [x], dropout: 0.1}"],
+            "lora.target_parameters: cannot be combined with lora.dropout",
+        ),
         (["train.warmup_ratio=0.1", "train.warmup_steps=5"], "train.warmup_steps: cannot be combined with"),
         (
             ["train.mixed_precision=fp16", "model.dtype=bfloat16"],

@@ -184,8 +184,8 @@ def test_metrics_that_cannot_be_written_are_a_warning(write_recipe: WriteRecipe,
         folder, said = run(recipe)
 
     assert [line["step"] for line in metrics(folder)] == [1, 4, 5]
-    assert "metrics.jsonl: cannot write metrics of step 2: [Errno 27] File too large" in said
-    assert "metrics.jsonl: cannot write metrics of step 3: [Errno 27] File too large" in said
+    assert "metrics.jsonl: cannot write metrics of step 2: " in said
+    assert "metrics.jsonl: cannot write metrics of step 3: " in said
     assert (folder / "model").is_dir()
 
 

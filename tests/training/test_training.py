@@ -374,7 +374,7 @@ def test_a_merge_that_fails_keeps_the_adapter(
         base.rename(tmp_path / "elsewhere")
 
     monkeypatch.setattr(trainer, "train", train_and_lose_the_base)
-    with pytest.raises(RunError, match=r"trained, but not merged: .* sft-recipe merge .*/run --out DIR"):
+    with pytest.raises(RunError, match=r"not merged: .* After a fix: sft-recipe merge .*/run --out DIR"):
         run(write_recipe(model={"name": str(base)}, lora={"rank": 2}))
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
 
