@@ -78,7 +78,7 @@ def test_lines_after_the_checkpoint_are_discarded(tmp_path: Path) -> None:
     [(1, None, [8]), (2, None, [6, 8]), (2, 2, [2, 6, 8]), (1, 8, [8]), (9, None, [2, 6, 8, 12])],
 )
 def test_rotation(tmp_path: Path, keep: int, best: int | None, left: list[int]) -> None:
-    """Whatever is not complete goes, and does not count; what is later than the new one is from before it was resumed."""
+    """Incomplete checkpoints are removed and not counted; later ones, from before a resume, are kept."""
     made(tmp_path, 2, 4, 6, 8, 12)
     (checkpoint_dirs.checkpoint_path(tmp_path, 4) / "weights").unlink()
     checkpoint_dirs.rotate(

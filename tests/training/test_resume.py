@@ -122,7 +122,7 @@ def test_a_run_that_ended_is_not_trained_further(write_recipe: WriteRecipe, tmp_
 
 
 def test_a_stopped_run_does_not_load_the_best_checkpoint(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    """Whoever stops it may not wait long."""
+    """Loading it would delay the stop."""
     recipe = write_recipe(
         eval={"every": 1}, checkpoint={"every": 1, "export_best": True}, train={"max_steps": 9, "learning_rate": 5}
     )
