@@ -291,7 +291,7 @@ def train(
     sequences = slice(warm * used.sequences_per_step, (warm + timed) * used.sequences_per_step)
     lengths = np.concatenate(table["seq_lengths"].to_pylist()[sequences])
     rate = float(lengths.sum()) / clock.seconds
-    flops = autosize.model_flops_per_token(used, float((lengths**2).sum() / lengths.sum()))
+    flops = autosize.model_flops_per_token(used, predicted.size, float((lengths**2).sum() / lengths.sum()))
     row = {
         "tokens_per_second": rate,
         "tflops": rate * flops / 1e12,
@@ -452,7 +452,7 @@ def model_directory(given: argparse.Namespace, size: str) -> Path:
 def build_model(recipe: Recipe, device: str, *, adapters: bool) -> Any:
     """A model with random weights, created on the device in the recipe's dtype, quantized and with adapters."""
     config = model.load_config(recipe)
-    options = {"dtype": model.DTYPES[recipe.model.dtype], "attn_implementation": model.attention(recipe, config)}
+    options = {"dtype": getattr(torch, recipe.model.dtype), "attn_implementation": model.attention(recipe, config)}
     torch.manual_seed(recipe.train.seed)
     with torch.device(device):
         network = AutoModelForCausalLM.from_config(config, **options)

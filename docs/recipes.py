@@ -83,8 +83,8 @@ def predict(name: str) -> dict[str, Any]:
             }
     return {
         "of": fingerprint(name),
-        "parameters": rank.parameters,
-        "trained": rank.trained,
+        "parameters": rank.size.parameters,
+        "trained": rank.size.trained,
         "peak": round(rank.peak_bytes),
         "loading": round(loading),
         "preflight": round(sum(rank.phases.get("preflight", {}).values())),
@@ -142,10 +142,10 @@ def sizes() -> Iterator[str]:
 
 
 def parts() -> Iterator[str]:
-    yield f"| recipe | parameters | trainable | {' | '.join(prediction.PARTS)} |"
-    yield "|---|---|---|" + "---|" * len(prediction.PARTS)
+    yield f"| recipe | parameters | trainable | {' | '.join(prediction.Part)} |"
+    yield "|---|---|---|" + "---|" * len(prediction.Part)
     for name, of in known().items():
-        gib = " | ".join(f"{of['parts'][part] / prediction.GIB:.2f}" for part in prediction.PARTS)
+        gib = " | ".join(f"{of['parts'][part] / prediction.GIB:.2f}" for part in prediction.Part)
         yield f"| {name} | {of['parameters']:,} | {of['trained']:,} | {gib} |"
 
 

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-from sft_recipes.memory.prediction import Footprint
 from sft_recipes.planning import flops
+from sft_recipes.planning.model_size import ModelSize
 from sft_recipes.recipe import bundled, parse
 from sft_recipes.recipe.schema import Recipe
 
@@ -39,14 +39,14 @@ class Model:
         inner = self.intermediate_size
         return [(wide, wide), (wide, narrow), (wide, narrow), (wide, wide), (wide, inner), (wide, inner), (inner, wide)]
 
-    def footprint(self, rank: int | None) -> Footprint:
+    def size(self, rank: int | None) -> ModelSize:
         """Parameters alone, with adapters of a rank or without."""
         adapters = sum(rank * (inputs + outputs) for inputs, outputs in self.linear) if rank else 0
         layer = sum(inputs * outputs for inputs, outputs in self.linear) + 2 * self.hidden_size + adapters
         ends = 2 * self.vocab_size * self.hidden_size + self.hidden_size
         layers, total = self.num_hidden_layers, self.num_hidden_layers * layer + ends
-        return Footprint(
-            phases={}, parameters=total, trained=layers * adapters if rank else total, layers=layers, layer=layer, rest=ends,
+        return ModelSize(
+            parameters=total, trained=layers * adapters if rank else total, layers=layers, layer=layer, rest=ends,
             trained_layer=adapters if rank else layer, trained_rest=0 if rank else ends,
         )  # fmt: skip
 
@@ -69,8 +69,8 @@ class Work:
     model: Model
 
     @property
-    def found(self) -> Footprint:
-        return self.model.footprint(self.recipe.lora.rank if self.recipe.lora else None)
+    def found(self) -> ModelSize:
+        return self.model.size(self.recipe.lora.rank if self.recipe.lora else None)
 
     @property
     def tokens(self) -> int:
@@ -160,9 +160,9 @@ def strategy_table() -> Iterator[str]:
     """GB that a GPU sends (and receives) of Llama 3.1 8B, where there are many."""
     yield "| strategy | per micro-batch | per step | 8B full | 8B LoRA |"
     yield "|---|---|---|---|---|"
-    full, lora = LLAMA_8B.footprint(None), LLAMA_8B.footprint(16)
+    full, lora = LLAMA_8B.size(None), LLAMA_8B.size(16)
 
-    def row(name: str, often: str, once: str, size: Callable[[Footprint], tuple[float, float]]) -> str:
+    def row(name: str, often: str, once: str, size: Callable[[ModelSize], tuple[float, float]]) -> str:
         cells = [f"{a / 1e9:,.1f} and {b / 1e9:,.1f}" for a, b in (size(full), size(lora))]
         return f"| {name} | {often} | {once} | {' | '.join(cells)} |"
 

@@ -23,6 +23,10 @@ CHECKPOINTING = (
     "activation_checkpointing" if Version(version("transformers")) >= Version("5.23") else "gradient_checkpointing"
 )
 
+# torch.nn.functional.grouped_mm calls it and cannot be intercepted itself. torch has fake tensors of it for bfloat16 only, so
+# memory prediction replaces it: without it, mixtures of experts in float32 cannot be predicted.
+GROUPED_MM = torch._grouped_mm
+
 
 # --- Models ----------------------------------------------------------------------------------------------------------
 
@@ -33,9 +37,9 @@ def attention_of(config: Any) -> str | None:
     return name
 
 
-def supports(architecture: Any, feature: str) -> bool:
-    """Return True if a model class declares sdpa, flash_attn or attention_backend, as transformers' guide tells it to."""
-    return bool(getattr(architecture, f"_supports_{feature}", False))
+def supports(architecture: Any, feature: str, default: bool = False) -> bool:
+    """Return whether a model class declares sdpa, flash_attn or attention_backend, as transformers' guide tells it to."""
+    return bool(getattr(architecture, f"_supports_{feature}", default))
 
 
 def float32_modules(model: Any, dtype: torch.dtype) -> list[str]:

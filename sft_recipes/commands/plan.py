@@ -75,8 +75,8 @@ class Plan:
         train, launch = self.recipe.train, self.recipe.launch
         return {
             "model": self.recipe.model.name,
-            "parameters": self.footprint.parameters,
-            "trainable_parameters": self.footprint.trained,
+            "parameters": self.footprint.size.parameters,
+            "trainable_parameters": self.footprint.size.trained,
             "device": self.device,
             "processes": self.ranks,
             "strategy": launch.strategy,
@@ -115,8 +115,8 @@ class Plan:
         unit = "GPU" if self.device == "cuda" else "process"
         ranks = f"; {self.ranks} ranks, {recipe.launch.strategy}" if self.ranks > 1 else ""
         lines = [
-            f"model: {recipe.model.name}; {recipe.method}; trainable parameters {footprint.trained:,} of "
-            f"{footprint.parameters:,}; weights {recipe.model.quantization or recipe.model.dtype}; attention "
+            f"model: {recipe.model.name}; {recipe.method}; trainable parameters {footprint.size.trained:,} of "
+            f"{footprint.size.parameters:,}; weights {recipe.model.quantization or recipe.model.dtype}; attention "
             f"{self.attention}; kernels {self.kernels}{ranks}",
             f"step: {recipe.sequences_per_step} sequences of {recipe.data.max_length:,} tokens (micro-batch "
             f"{recipe.train.micro_batch_size} x accumulation {recipe.accumulation}); gradient checkpointing "
@@ -183,9 +183,9 @@ def plan(
         from sft_recipes.models import kernels
         from sft_recipes.models.attention import AMPERE
 
-        config = memory_trace.config_of(recipe)
+        config = memory_trace.load_traceable_config(recipe)
         capability = card.capability if card else None  # if no GPU is named, Ampere or later is assumed
-        predict = autosize.predictor(config, device, capability)
+        predict = memory_trace.Predictor(config, device, capability)
         if capacity is not None or cpu:
             recipe = autosize.resolve_auto(
                 recipe, predict, capacity or autosize.available_memory(recipe, device), device
@@ -202,8 +202,7 @@ def plan(
             )
         fused = kernels.select_kernels(recipe, config, device)
         masked = fake_kernels.masks_all_pairs(recipe, config, device, capability)
-        whole = predict(recipe)
-        rank = per_rank_memory.on_rank(whole, recipe, device)
+        rank = per_rank_memory.on_rank(predict(recipe), recipe, device)
         found = list[Remedy]()
         if capacity is not None and not prediction.fits(rank, capacity, device):
             leaner = fake_kernels.lower_memory_attention(recipe, config, device, capability)
@@ -218,10 +217,8 @@ def plan(
             amount.notes.append(
                 f"attention varlen: a GPU of compute capability 8.0 or later is assumed; --gpu {earlier[0]} is an earlier one"
             )
-        per_token = flops.flops_per_token(recipe, whole, config.get_text_config(), amount.document, dense=masked)
-        text = config.get_text_config()
-        model = host_memory.of_footprint(whole, text.vocab_size * text.hidden_size)
-        host = host_memory.predict(recipe, model, device)
+        per_token = flops.flops_per_token(recipe, rank.size, config.get_text_config(), amount.document, dense=masked)
+        host = host_memory.predict(recipe, rank.size, device)
     return Plan(recipe, device, card, capacity, attention, fused.name, rank, host, amount, per_token, found)
 
 

@@ -3,21 +3,21 @@
 import json
 from bisect import bisect_left
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 
 import psutil
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from transformers import PreTrainedConfig
 
 from sft_recipes.errors import ModelError, RecipeError
-from sft_recipes.memory import fake_kernels, memory_trace, per_rank_memory, prediction, remedies
+from sft_recipes.memory import fake_kernels, per_rank_memory, prediction, remedies
+from sft_recipes.memory.memory_trace import MOST_TOKENS, Predictor, load_traceable_config
 from sft_recipes.memory.prediction import Footprint
 from sft_recipes.memory.remedies import Predict
-from sft_recipes.models.attention import Capability, capability_here
+from sft_recipes.models.attention import capability_here
 from sft_recipes.planning import flops
+from sft_recipes.planning.model_size import ModelSize
 from sft_recipes.recipe.schema import Recipe
 
 # Share of host memory that tensors may use: oneDNN allocates buffers outside torch's allocator (SmolLM2 in bfloat16, 4,096
@@ -25,70 +25,6 @@ from sft_recipes.recipe.schema import Recipe
 _SHARE_OF_HOST = 0.4
 # Micro-batches of more tokens gain less than the activation checkpointing they require costs (not measured on a GPU).
 _ENOUGH = 4096
-# Sections that do not affect a footprint, so that a change reuses the trace.
-_IRRELEVANT = {"eval", "checkpoint", "log", "export", "output_dir", "launch"}
-_PREDICTORS: dict[tuple[str, str, Capability | None], Predict] = {}  # by config, device, and its compute capability
-
-
-def predictor(config: PreTrainedConfig, device: str, capability: Capability | None = None) -> Predict:
-    """Return a cached function that predicts one model's footprint. `capability`: the GPU's, None if unknown."""
-    key = config.to_json_string(use_diff=False), device, capability
-    if key not in _PREDICTORS:
-        _PREDICTORS[key] = _predictor(config, device, capability)
-    return _PREDICTORS[key]
-
-
-def _predictor(config: PreTrainedConfig, device: str, capability: Capability | None) -> Predict:
-    @cache
-    def predicted(relevant: str, accumulates: bool) -> Footprint:
-        recipe = Recipe.model_validate(json.loads(relevant) | {"output_dir": "x"})
-        # Only whether there is more than one micro-batch matters.
-        steps = {"global_batch_size": None, "gradient_accumulation_steps": 2 if accumulates else 1}
-        train = recipe.train.model_copy(update=steps)
-        return memory_trace.predict(recipe.model_copy(update={"train": train}), config, device, capability)
-
-    def predict(recipe: Recipe) -> Footprint:
-        return predicted(recipe.model_dump_json(exclude=_IRRELEVANT), recipe.accumulation > 1)
-
-    return predict
-
-
-def largest_micro_batch(recipe: Recipe, predict: Predict, capacity: float, device: str) -> Recipe:
-    """Set the largest micro_batch_size that fits in `capacity` bytes: a power of two that keeps global_batch_size.
-
-    Raises RecipeError if a single sequence does not fit.
-    """
-    most = memory_trace.MOST_TOKENS // recipe.data.max_length
-    sizes = [size for size in remedies.micro_batch_sizes(recipe) if size <= max(1, most)]
-    if not sizes:
-        world = recipe.launch.world_size
-        raise RecipeError(
-            f"train.global_batch_size: {recipe.sequences_per_step} is not divisible by {world} processes. "
-            f"Set it to a multiple of {world}."
-        )
-
-    def with_size(size: int) -> Recipe:
-        return remedies.applied(recipe, {"train.micro_batch_size": size})
-
-    def peak(size: int) -> Footprint:
-        sized = with_size(size)
-        return per_rank_memory.on_rank(predict(sized), sized, device)
-
-    low, high = 0, len(sizes)  # sizes[:low] fit, sizes[high:] do not
-    while low < high:
-        middle = (low + high) // 2
-        if prediction.fits(peak(sizes[middle]), capacity, device):
-            low = middle + 1
-        else:
-            high = middle
-    if low == 0:
-        needed, available = (prediction.format_bytes(size) for size in (peak(1).peak_bytes, capacity))
-        raise RecipeError(
-            f"train.micro_batch_size: auto: a single sequence does not fit (predicted {needed}, available {available}). "
-            "`sft-recipe plan RECIPE --set train.micro_batch_size=1 "
-            f"--gpu-memory {capacity / 2**20:.0f}MiB` lists changes that fit."
-        )
-    return with_size(sizes[low - 1])
 
 
 def resolve_auto(recipe: Recipe, predict: Predict, capacity: float, device: str) -> Recipe:
@@ -112,22 +48,48 @@ def resolve_auto(recipe: Recipe, predict: Predict, capacity: float, device: str)
     if sizes:
         with suppress(RecipeError):  # no sequence fits without checkpointing
             without = largest_micro_batch(with_layers(False), predict, capacity, device)
-            assert isinstance(without.train.micro_batch_size, int)
-            if without.train.micro_batch_size * recipe.data.max_length >= _ENOUGH:
+            if without.train.micro_batch_size_or_1 * recipe.data.max_length >= _ENOUGH:
                 return without
         recipe = largest_micro_batch(with_layers(True), predict, capacity, device)
-        assert isinstance(recipe.train.micro_batch_size, int)
         enough = [size for size in remedies.micro_batch_sizes(recipe) if size * recipe.data.max_length >= _ENOUGH]
-        if enough and enough[0] < recipe.train.micro_batch_size:  # use the memory to checkpoint fewer layers
+        if enough and enough[0] < recipe.train.micro_batch_size_or_1:  # use the memory to checkpoint fewer layers
             smaller = remedies.applied(with_layers(2), {"train.micro_batch_size": enough[0]})
             recipe = smaller if fits(smaller) else recipe
 
     # If checkpointing all layers does not fit either, the preflight reports what would.
-    return with_layers(
-        False
-        if fits(with_layers(False))
-        else remedies.RECOMPUTED[bisect_left(remedies.RECOMPUTED[:-1], True, key=lambda n: fits(with_layers(n)))]
-    )
+    options = (False, *remedies.RECOMPUTED)
+    return with_layers(options[bisect_left(options[:-1], True, key=lambda layers: fits(with_layers(layers)))])
+
+
+def largest_micro_batch(recipe: Recipe, predict: Predict, capacity: float, device: str) -> Recipe:
+    """Set the largest micro_batch_size that fits in `capacity` bytes: a power of two that keeps global_batch_size.
+
+    Raises RecipeError if a single sequence does not fit.
+    """
+    most = MOST_TOKENS // recipe.data.max_length
+    sizes = [size for size in remedies.micro_batch_sizes(recipe) if size <= max(1, most)]
+    if not sizes:
+        world = recipe.launch.world_size
+        raise RecipeError(
+            f"train.global_batch_size: {recipe.sequences_per_step} is not divisible by {world} processes. "
+            f"Set it to a multiple of {world}."
+        )
+    sized = [remedies.applied(recipe, {"train.micro_batch_size": size}) for size in sizes]
+
+    def does_not_fit(changed: Recipe) -> bool:
+        rank = per_rank_memory.on_rank(predict(changed), changed, device)
+        return not prediction.fits(rank, capacity, device)
+
+    fitting = bisect_left(sized, True, key=does_not_fit)
+    if fitting == 0:
+        needed = per_rank_memory.on_rank(predict(sized[0]), sized[0], device).peak_bytes
+        raise RecipeError(
+            "train.micro_batch_size: auto: a single sequence does not fit (predicted "
+            f"{prediction.format_bytes(needed)}, available {prediction.format_bytes(capacity)}). "
+            "`sft-recipe plan RECIPE --set train.micro_batch_size=1 "
+            f"--gpu-memory {capacity / 2**20:.0f}MiB` lists changes that fit."
+        )
+    return sized[fitting - 1]
 
 
 def resolve_for_run(recipe: Recipe, run_dir: Path) -> Recipe:
@@ -139,10 +101,8 @@ def resolve_for_run(recipe: Recipe, run_dir: Path) -> Recipe:
     if "auto" not in (recipe.train.micro_batch_size, recipe.train.gradient_checkpointing):
         return recipe
     try:
-        config, device = memory_trace.config_of(recipe), _device()
-        return resolve_auto(
-            recipe, predictor(config, device, capability_here()), available_memory(recipe, device), device
-        )
+        predict = _predictor_here(recipe)
+        return resolve_auto(recipe, predict, available_memory(recipe, predict.device), predict.device)
     except ModelError:
         if recipe.train.micro_batch_size == "auto":
             raise
@@ -163,15 +123,14 @@ def _as_resolved_before(recipe: Recipe, run_dir: Path) -> Recipe:
 
 def predict_here(recipe: Recipe) -> Footprint:
     """Predict the memory of one rank on this node. Raises ModelError if it cannot be predicted."""
-    config, device = memory_trace.config_of(recipe), _device()
-    return per_rank_memory.on_rank(predictor(config, device, capability_here())(recipe), recipe, device)
+    predict = _predictor_here(recipe)
+    return per_rank_memory.on_rank(predict(recipe), recipe, predict.device)
 
 
-def model_flops_per_token(recipe: Recipe, document: float) -> float:
-    """Return the model's FLOPs per trained token, for documents of that mean length. Raises ModelError."""
-    config, device = memory_trace.config_of(recipe), _device()
-    whole = predictor(config, device, capability_here())(recipe)
-    return flops.flops_per_token(recipe, whole, config.get_text_config(), document, model_only=True)
+def model_flops_per_token(recipe: Recipe, size: ModelSize, document: float) -> float:
+    """Return the model's FLOPs per trained token, for documents of that mean length."""
+    text_config = load_traceable_config(recipe).get_text_config()
+    return flops.flops_per_token(recipe, size, text_config, document, model_only=True)
 
 
 def memory_advice(recipe: Recipe) -> str:
@@ -179,24 +138,25 @@ def memory_advice(recipe: Recipe) -> str:
 
     Raises ModelError if memory cannot be predicted.
     """
-    config, device = memory_trace.config_of(recipe), _device()
+    predict = _predictor_here(recipe)
+    device = predict.device
     total = torch.cuda.mem_get_info()[1] if device == "cuda" else psutil.virtual_memory().total
     capacity = total if device == "cuda" else _SHARE_OF_HOST * total
-    predict = predictor(config, device, capability_here())
     rank = per_rank_memory.on_rank(predict(recipe), recipe, device)
     memory_used = (
         f"(predicted peak {prediction.format_bytes(rank.peak_bytes)}, device memory {prediction.format_bytes(total)})"
     )
     if prediction.fits(rank, capacity, device):
         return f"{memory_used}. This should fit: stop other processes on the device; otherwise its free memory is fragmented."
-    leaner = fake_kernels.lower_memory_attention(recipe, config, device, capability_here())
+    leaner = fake_kernels.lower_memory_attention(recipe, predict.config, device, predict.capability)
     found = remedies.find_remedies(recipe, predict, capacity, device, leaner)
     fitting = "; ".join(str(remedy) for remedy in found if remedy.fits)
     return f"{memory_used}. {f'Any one of these fits: {fitting}' if fitting else 'No single change fits'}."
 
 
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def _predictor_here(recipe: Recipe) -> Predictor:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Predictor(load_traceable_config(recipe), device, capability_here())
 
 
 def available_memory(recipe: Recipe, device: str) -> float:

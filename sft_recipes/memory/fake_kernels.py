@@ -2,29 +2,28 @@
 
 import math
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, PreTrainedConfig, masking_utils
-from transformers.integrations import moe
-from transformers.masking_utils import AttentionMaskInterface
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import PreTrainedModel
-from trl.kernels import chunked_logprob
-from trl.trainer import utils as trl_utils
 
-from sft_recipes.memory.storage_tracker import StorageTracker
 from sft_recipes.models import attention as varlen
-from sft_recipes.models import cpu_loss
 from sft_recipes.models.attention import Capability
+from sft_recipes.models.kernels import Kernels
 from sft_recipes.recipe.schema import Recipe
-from sft_recipes.upstream import supports
+from sft_recipes.upstream import GROUPED_MM, supports
 
-VARIABLE = "traced_varlen"  # attention that isolates documents by cu_seqlens, without a mask
+# --- Attention -------------------------------------------------------------------------------------------------------
+
+VARIABLE = "traced_varlen"  # isolates documents by cu_seqlens, without a mask
 BY_DOCUMENT = "traced_by_document"  # the same on a CPU: one sdpa call per document
+FULL_ROWS = "traced_full_rows"  # sdpa on rows without padding, which need no mask
 
 
 def attention(
@@ -33,7 +32,11 @@ def attention(
     """Return the implementation that is traced in place of the run's. Arguments as `named`'s."""
     name = named(recipe, config, device, capability)
     if name == varlen.NAME and not recipe.padding_free:
-        return "sdpa"
+        name = "sdpa"
+    if name == "sdpa" and not recipe.padding_free and not _pads(recipe):
+        # transformers masks all rows while tracing, because it cannot read whether they are padded.
+        exchangeable = supports(_architecture(config), "attention_backend")
+        return FULL_ROWS if exchangeable else name
     if name == varlen.NAME and device == "cpu":
         return BY_DOCUMENT
     return name if name in ("sdpa", "eager", None) else VARIABLE
@@ -47,34 +50,38 @@ def named(recipe: Recipe, config: PreTrainedConfig, device: str, capability: Cap
     Raises: ModelError if model or GPU does not support it.
     """
     selected, _ = varlen.select_implementation(recipe, config, device, capability)
-    architecture = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if selected is None and (architecture is None or supports(architecture, "sdpa")):
-        return "sdpa"
-    return selected
+    return "sdpa" if selected is None and supports(_architecture(config), "sdpa", default=True) else selected
 
 
 def lower_memory_attention(
     recipe: Recipe, config: PreTrainedConfig, device: str, capability: Capability | None = None
 ) -> str | None:
     """Return an implementation that needs less memory than the recipe's, None if there is none."""
-    used = attention(recipe, config, device, capability)
-    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    used, model = named(recipe, config, device, capability), _architecture(config)
     if used in ("eager", None):
         return "sdpa" if supports(model, "sdpa") else None
     packed = masks_all_pairs(recipe, config, device, capability)
     if packed and varlen.problem(recipe, config, device, capability) is None:
         return varlen.NAME
-    masks = packed or recipe.train.micro_batch_size != 1
     recent = capability is None or capability >= varlen.AMPERE
     able = device == "cuda" and recent and supports(model, "flash_attn")
-    return "flash_attention_2" if used == "sdpa" and masks and able else None
+    return "flash_attention_2" if used in ("sdpa", varlen.NAME) and (packed or _pads(recipe)) and able else None
 
 
 def masks_all_pairs(
     recipe: Recipe, config: PreTrainedConfig, device: str, capability: Capability | None = None
 ) -> bool:
     """Return True if packed documents are isolated by a mask of all token pairs of the micro-batch."""
-    return attention(recipe, config, device, capability) == "sdpa" and recipe.padding_free
+    return recipe.padding_free and named(recipe, config, device, capability) == "sdpa"
+
+
+def _pads(recipe: Recipe) -> bool:
+    """Return True if rows of a micro-batch are padded to one length."""
+    return recipe.data.packing == "none" and recipe.train.micro_batch_size != 1
+
+
+def _architecture(config: PreTrainedConfig) -> Any:
+    return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
 
 
 class _Attention(torch.autograd.Function):
@@ -103,10 +110,6 @@ class _Attention(torch.autograd.Function):
         return gradients
 
 
-def _nothing(*_args: Any, **_kwargs: Any) -> None:
-    """Return no mask; or replace an operation that Triton does in place."""
-
-
 def _variable(_module: Any, query: Any, key: Any, value: Any, _mask: Any = None, **_: Any) -> tuple[torch.Tensor, None]:
     return _Attention.apply(query, key, value, None).transpose(1, 2).contiguous(), None
 
@@ -120,74 +123,100 @@ def _by_document(
     return varlen.by_document(query, key, value, lengths, window=others.get("sliding_window")), None
 
 
-for _name, _traced in ((VARIABLE, _variable), (BY_DOCUMENT, _by_document)):
-    AttentionInterface.register(_name, _traced)
-    AttentionMaskInterface.register(_name, _nothing)
+def _no_mask(**_: Any) -> None:
+    return None
+
+
+def _mask_of_window(*, kv_length: int, local_size: int | None = None, **others: Any) -> Any:
+    """Mask what is outside of a window that is shorter than the row; causal attention alone needs no mask."""
+    if local_size is None or local_size > kv_length:
+        return None
+    return sdpa_mask(kv_length=kv_length, local_size=local_size, **others)
+
+
+for _name, _attend, _mask in (
+    (VARIABLE, _variable, _no_mask),
+    (BY_DOCUMENT, _by_document, _no_mask),
+    (FULL_ROWS, sdpa_attention_forward, _mask_of_window),
+):
+    AttentionInterface.register(_name, _attend)
+    AttentionMaskInterface.register(_name, _mask)
+
+
+# --- Functions of torch ----------------------------------------------------------------------------------------------
+
+
+class FakeKernels(TorchFunctionMode):
+    """Replace calls of torch's functions by the allocations of the device's kernels while it is active.
+
+    A backward pass runs without it, so checkpointed layers have to enter it to be recomputed.
+    """
+
+    def __init__(self, device: str, *, autocast: bool) -> None:
+        super().__init__()
+        self.substitutes: dict[Any, Any] = {GROUPED_MM: _grouped_mm}
+        if device == "cuda":
+            self.substitutes |= {functional.scaled_dot_product_attention: _sdpa, functional.dropout: _dropout}
+        if device == "cuda" and autocast:
+            self.substitutes[functional.layer_norm] = _layer_norm
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.substitutes.get(func, func)(*args, **(kwargs or {}))
+
+
+def _grouped_mm(x: torch.Tensor, weight: torch.Tensor, **_: Any) -> torch.Tensor:
+    """Multiply all tokens by one expert's weight, which allocates the same. Autocast does not cover the grouped kernel."""
+    with torch.autocast("cpu", enabled=False):
+        return x @ weight[0]
 
 
 def _sdpa(query: Any, key: Any, value: Any, attn_mask: Any = None, **_: Any) -> Any:
-    """Replace sdpa by its GPU kernels; with a mask, the memory-efficient one, which keeps a number per token pair."""
+    """With a mask, sdpa uses its memory-efficient kernel, which keeps a number per token pair."""
     bias = None
     if attn_mask is not None:
         bias = attn_mask.to(query.dtype) if attn_mask.dtype == torch.bool else attn_mask
     return _Attention.apply(query, key, value, bias)
 
 
-class _Head:
-    """The LM-head loss, with its phases marked.
-
-    On a GPU, and with `cpu_loss`, the hidden states of trained tokens (here all) are copied first.
-    """
-
-    def __init__(self, tracker: StorageTracker, device: str, loss_type: str) -> None:
-        self.tracker = tracker
-        on_cpu = cpu_loss.applies(device, loss_type)
-        self.copies = on_cpu or device == "cuda"
-        self.loss: Any = cpu_loss.Head if on_cpu else chunked_logprob.ChunkedLogProbFunction
-
-    def apply(self, hidden: torch.Tensor, *args: Any) -> Any:
-        if hidden.requires_grad:  # called when the loss's own backward pass is done
-            hidden.register_hook(lambda _: self.tracker.enter("backward, upper layers", "activations"))
-        with self.tracker.during("loss, forward", "head"):
-            return self.loss.apply(hidden.clone() if self.copies else hidden, *args)
+def _dropout(x: Any, p: float = 0.5, training: bool = True, *_: Any, **__: Any) -> Any:
+    """CUDA keeps one byte per value; the CPU a mask in the input's dtype."""
+    return torch.native_dropout(x, p, True)[0] if training and p else x
 
 
-@contextmanager
-def gpu_kernels(device: str, tracker: StorageTracker, *, half: bool, loss_type: str) -> Iterator[None]:
-    """Mark the phases of the loss, and substitute kernels if the device is a GPU."""
-    on_gpu = device == "cuda"
-    layer_norm = torch.nn.functional.layer_norm
-
-    def dropout(x: Any, p: float = 0.5, training: bool = True, *_: Any, **__: Any) -> Any:
-        """CUDA keeps one byte per value; the CPU a mask in the input's dtype."""
-        return torch.native_dropout(x, p, True)[0] if training and p else x
-
-    def in_float32(x: Any, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Any:
-        """CUDA's autocast computes layer norms in float32, the CPU's does not."""
-        return layer_norm(x.float(), shape, *(None if p is None else p.float() for p in (weight, bias)), eps)
-
-    with (
-        patch.object(trl_utils, "_ChunkedLogProbFunction", _Head(tracker, device, loss_type)),
-        # If traced, transformers always builds a mask, because there are no values; StorageTracker supplies them.
-        patch.object(masking_utils, "is_tracing", lambda *_: False),
-        # torch has fake tensors of the grouped expert kernel for bfloat16 only; the loop over experts allocates the same.
-        patch.object(moe, "_can_use_grouped_mm", lambda _, weight, __: weight.dtype == torch.bfloat16),
-    ):
-        if not on_gpu:
-            yield
-            return
-        with (
-            patch.object(chunked_logprob, "_forward_tile", _nothing),
-            patch.object(chunked_logprob, "_backward_tile", _nothing),
-            patch.object(chunked_logprob, "_addmm_fp32", _nothing),
-            patch.object(torch.nn.functional, "scaled_dot_product_attention", _sdpa),
-            patch.object(torch.nn.functional, "dropout", dropout),
-            patch.object(torch.nn.functional, "layer_norm", in_float32 if half else layer_norm),
-        ):
-            yield
+def _layer_norm(x: Any, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Any:
+    """CUDA's autocast computes layer norms in float32, the CPU's does not."""
+    return functional.layer_norm(x.float(), shape, *(None if p is None else p.float() for p in (weight, bias)), eps)
 
 
-# --- Liger's kernels ---
+class Loss(torch.autograd.Function):
+    """The allocations of TRL's loss on a GPU: a tile of logits, numbers per token, gradients in float32."""
+
+    TOKENS, VOCABULARY = 4096, 32768  # of a tile: trl/kernels/chunked_logprob.py, trl/trainer/utils.py
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(hidden, weight)
+        ctx.dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden.dtype
+        _tile = Loss.tile(ctx.dtype, hidden, weight)
+        return torch.empty(6, len(hidden))
+
+    @staticmethod
+    def backward(ctx: Any, *_gradients: Any) -> Any:
+        needed = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=True)
+        gradients = [torch.empty(tensor.shape) if need else None for tensor, need in needed]
+        _tile = Loss.tile(ctx.dtype, *ctx.saved_tensors)
+        return tuple(
+            None if each is None else each.to(tensor.dtype)
+            for each, tensor in zip(gradients, ctx.saved_tensors, strict=True)
+        )
+
+    @staticmethod
+    def tile(dtype: torch.dtype, hidden: torch.Tensor, weight: torch.Tensor) -> Any:
+        logits = torch.empty(min(len(hidden), Loss.TOKENS), Loss.VOCABULARY, dtype=dtype)
+        return logits, hidden[: Loss.TOKENS].to(dtype), weight[: Loss.VOCABULARY].to(dtype)
+
+
+# --- Liger's kernels -------------------------------------------------------------------------------------------------
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -230,20 +259,18 @@ def _rotated(q: torch.Tensor, k: torch.Tensor, *_: Any, **__: Any) -> tuple[torc
     return q, k
 
 
-@contextmanager
-def liger(model: PreTrainedModel) -> Iterator[None]:
-    """Substitute Liger's norms, MLPs and rotation, by their names in transformers; experts of a mixture stay."""
+def apply_liger(model: PreTrainedModel) -> Kernels:
+    """Substitute Liger's norms, MLPs and (while the result is active) rotation; experts of a mixture stay."""
     module, rotate = sys.modules[type(model).__module__], "apply_rotary_pos_emb"
     for part in model.modules():
         if type(part).__name__.endswith("RMSNorm"):
             part.forward = partial(lambda norm, x: _RMSNorm.apply(x, norm.weight), part)
         elif isinstance(getattr(part, "down_proj", None), torch.nn.Module):
             part.forward = partial(_gated, part)
-    with patch.object(module, rotate, _rotated) if hasattr(module, rotate) else nullcontext():
-        yield
+    return Kernels("liger", module=module, functions={rotate: _rotated} if hasattr(module, rotate) else {})
 
 
-# --- Quantized weights ---
+# --- Quantized weights -----------------------------------------------------------------------------------------------
 
 
 class _FourBits(torch.autograd.Function):
@@ -252,7 +279,7 @@ class _FourBits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, out: int, _device: str) -> torch.Tensor:
         ctx.shape = out, x.shape[-1]
-        return torch.nn.functional.linear(x, torch.empty(ctx.shape, dtype=x.dtype))
+        return functional.linear(x, torch.empty(ctx.shape, dtype=x.dtype))
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
@@ -272,9 +299,7 @@ class _EightBits(torch.autograd.Function):
             return (product * torch.empty(product.shape, dtype=torch.float32)).to(x.dtype)
         return product.to(x.dtype)
 
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        return gradient @ torch.empty(ctx.shape, dtype=gradient.dtype), None, None
+    backward = _FourBits.backward
 
 
 class QuantizedLinear(torch.nn.Linear):
@@ -283,8 +308,6 @@ class QuantizedLinear(torch.nn.Linear):
     4 bits: half a byte per value; a scale per 64 values, itself in 8 bits, and a float32 scale per 256 of those (double
     quantization). 8 bits: a byte per value, and a float32 scale per output.
     """
-
-    quantized = True
 
     def __init__(self, like: torch.nn.Linear, kind: str, compute: torch.dtype, device: str) -> None:
         torch.nn.Module.__init__(self)

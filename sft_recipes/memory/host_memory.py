@@ -6,25 +6,15 @@ from pathlib import Path
 import psutil
 
 from sft_recipes import model_dir
-from sft_recipes.memory.prediction import GIB, Footprint, format_bytes
-from sft_recipes.recipe.schema import Recipe
+from sft_recipes.memory.prediction import GIB, format_bytes
+from sft_recipes.planning.model_size import ModelSize
+from sft_recipes.recipe.schema import DTYPE_BYTES, Recipe
 
-_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _QUANTIZED = {"nf4": 0.57, "fp4": 0.57, "int8": 1.01}  # bytes per value, including scales
 PROCESS = GIB  # a process with the libraries imported
 _MERGING = GIB // 4  # rows of two tensors and their adapters
 _LOGITS = GIB // 2  # of the probe rows
 _CGROUP = "/sys/fs/cgroup/memory.max"
-
-
-@dataclass(frozen=True)
-class Model:
-    """Numbers of parameters: all, of the largest layer, of the embeddings (or the LM head), trainable."""
-
-    parameters: float
-    layer: float
-    embeddings: float
-    trained: float
 
 
 @dataclass(frozen=True)
@@ -48,16 +38,16 @@ class HostMemory:
         return ", ".join(f"{format_bytes(size)} to {name}" for name, size in self.stages.items())
 
 
-def predict(recipe: Recipe, model: Model, device: str) -> HostMemory:
+def predict(recipe: Recipe, size: ModelSize, device: str) -> HostMemory:
     """Predict the host memory of the node of rank 0. `device` is "cuda" or "cpu"."""
     launch, quantized = recipe.launch, recipe.model.quantization
     ranks, sharded = launch.processes, launch.strategy in ("fsdp2", "zero3")
-    largest = max(model.layer, model.embeddings)
+    largest = max(size.layer, size.embeddings)
     processes = ranks * PROCESS
-    weights = model.parameters * _BYTES[recipe.model.dtype]
+    weights = size.parameters * DTYPE_BYTES[recipe.model.dtype]
     if quantized:
-        ends = min(2 * model.embeddings, model.parameters)
-        weights = (model.parameters - ends) * _QUANTIZED[quantized] + ends * _BYTES[recipe.model.dtype]
+        ends = min(2 * size.embeddings, size.parameters)
+        weights = (size.parameters - ends) * _QUANTIZED[quantized] + ends * DTYPE_BYTES[recipe.model.dtype]
     wrapped = recipe.lora is not None and bool(recipe.lora.modules_to_save or recipe.model.new_tokens)
     if device == "cpu":
         held = weights / (ranks if launch.strategy == "zero3" else 1) * ranks
@@ -65,12 +55,12 @@ def predict(recipe: Recipe, model: Model, device: str) -> HostMemory:
     elif sharded and not quantized:  # by rank 0, which broadcasts them
         load = weights * (ranks if launch.strategy == "fsdp2" and wrapped else 1)
     else:  # each tensor on its way to the GPU
-        load = ranks * largest * _BYTES[recipe.model.dtype]
+        load = ranks * largest * DTYPE_BYTES[recipe.model.dtype]
     resident = processes + (weights if device == "cpu" and not sharded else 0)
-    export = _BYTES[recipe.export.dtype]
+    export = DTYPE_BYTES[recipe.export.dtype]
     gather = None
     if sharded:
-        gather = resident + (model.trained * 4 if recipe.lora else largest * (4 + export))
+        gather = resident + (size.trained * 4 if recipe.lora else largest * (4 + export))
     merge = verify = None
     if recipe.lora is None or recipe.export.merge:
         if recipe.lora is None:
@@ -79,17 +69,13 @@ def predict(recipe: Recipe, model: Model, device: str) -> HostMemory:
             merge = resident + _MERGING + (2 * largest * 10 if quantized else 0)
         verify = resident + PROCESS + _LOGITS + 4 * largest
         if quantized == "int8":
-            verify += 5 * model.parameters  # in 8 bits, and dequantized
+            verify += 5 * size.parameters  # in 8 bits, and dequantized
         elif quantized:
             verify += weights
     return HostMemory(processes + load, gather, merge, verify)
 
 
-def of_footprint(footprint: Footprint, embeddings: float) -> Model:
-    return Model(footprint.parameters, footprint.layer, embeddings, footprint.trained)
-
-
-def of_files(recipe: Recipe) -> Model | None:
+def of_files(recipe: Recipe) -> ModelSize | None:
     """Read a local model's sizes without torch; None if its files do not contain them, or it is on the Hub."""
     parameters = model_dir.parameters(recipe.model.name)
     folder = model_dir.directory(recipe.model.name)
@@ -98,11 +84,12 @@ def of_files(recipe: Recipe) -> Model | None:
     config = model_dir.config(folder)
     names = (("vocab_size",), ("hidden_size", "n_embd"), ("num_hidden_layers", "n_layer"))
     values = [next((config[name] for name in keys if type(config.get(name)) is int), 0) for keys in names]
-    vocab_size, width, layers = values
     if not all(values):
         return None
-    layer = (parameters - vocab_size * width) / layers
-    return Model(parameters, layer, vocab_size * width, 0 if recipe.lora else parameters)
+    vocab_size, width, layers = values
+    embeddings = vocab_size * width
+    trained, layer = 0 if recipe.lora else parameters, (parameters - embeddings) // layers
+    return ModelSize(parameters, trained, layers, layer, rest=embeddings, embeddings=embeddings)
 
 
 def lacking(needed: HostMemory, *, adapters: bool) -> str | None:

@@ -1,27 +1,28 @@
 """Trace the memory of a training step on fake tensors, which have shapes but no memory.
 
-The model's own code, PEFT's, TRL's loss and the optimizer run as in training under FakeTensorMode, and a StorageTracker counts
-their storages. Workspaces inside kernels are not counted; `fake_kernels` replaces operations that differ on a GPU.
+The model's own code, PEFT's and the optimizer run as in training under FakeTensorMode, and a StorageTracker counts their
+storages. Workspaces inside kernels are not counted; `fake_kernels` replaces operations that differ on a GPU.
 """
 
 import copy
 import logging
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from trl.trainer import utils as trl_utils
 
 from sft_recipes.errors import ModelError
 from sft_recipes.memory import fake_kernels, optimizer_states
-from sft_recipes.memory.prediction import Footprint, extrapolate
+from sft_recipes.memory.prediction import Footprint, Part, Phase, extrapolate
 from sft_recipes.memory.storage_tracker import StorageTracker
+from sft_recipes.models import cpu_loss
 from sft_recipes.models.attention import Capability
-from sft_recipes.models.kernels import select_kernels
-from sft_recipes.models.model import DTYPES, layers_of, load_config, settle_types, with_adapters
+from sft_recipes.models.kernels import Kernels, select_kernels
+from sft_recipes.models.model import layers_of, load_config, settle_types, with_adapters
+from sft_recipes.planning.model_size import ModelSize
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.upstream import CHECKPOINTING, FakeTensorMode
 
@@ -31,55 +32,9 @@ MOST_TOKENS = 2**22  # per micro-batch: the time of a trace grows with them
 # layer). Logits are built as well: 20 MB in float32 for a vocabulary of 150,000, about four times that with their gradient. A
 # training step needs more, for gradients, optimizer states and a whole layer's activations.
 ISOLATION_TOKENS = 16
-_KINDS: dict[str, list[Any]] = {}  # kinds of layers, by config
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def predict(
-    recipe: Recipe,
-    config: PreTrainedConfig,
-    device: str,
-    capability: Capability | None = None,
-    *,
-    whole: bool = False,
-) -> Footprint:
-    """Predict the memory of one process that trains the whole model on `device`, cuda or cpu.
-
-    `capability` is the GPU's, None if unknown. Repeated layers are traced in part and extrapolated, unless `whole`. Raises
-    ModelError for a model that cannot be traced without values.
-    """
-    tokens = recipe.data.max_length * int(recipe.train.micro_batch_size)
-    if tokens > MOST_TOKENS:
-        raise ModelError(
-            f"train.micro_batch_size: memory can be predicted for at most {MOST_TOKENS:,} tokens per micro-batch (got "
-            f"{tokens:,}). Reduce train.micro_batch_size or data.max_length."
-        )
-    logger = logging.getLogger(FakeTensorMode.__module__)  # logs tracebacks of errors reported below
-    was_disabled, logger.disabled = logger.disabled, True
-    try:
-        layers = config.get_text_config().num_hidden_layers
-        repeats = None if whole else _repeats(config, recipe)
-        if repeats is None:
-            return _trace(recipe, config, device, capability)
-        first, period = repeats
-        least = first + (layers - first) % period
-        few, more = (
-            _trace(recipe, _with_layers(config, least + n * period), device, capability, period) for n in (2, 4)
-        )
-        return extrapolate(few, more, layers)
-    except (ModelError, MemoryError):
-        raise
-    except Exception as error:  # any type, from the model's code
-        reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
-        raise ModelError(
-            f"model.name: {recipe.model.name}: the memory of a model of type {config.model_type} cannot be predicted: "
-            f"{reason}. Set train.micro_batch_size to a number; the run measures memory before its first step."
-        ) from error
-    finally:
-        logger.disabled = was_disabled
-
-
-def config_of(recipe: Recipe) -> PreTrainedConfig:
+def load_traceable_config(recipe: Recipe) -> PreTrainedConfig:
     """Load the model's config. Raises ModelError for a model whose memory cannot be predicted."""
     config = load_config(recipe)
     if getattr(config, "quantization_config", None):
@@ -90,35 +45,125 @@ def config_of(recipe: Recipe) -> PreTrainedConfig:
     return config
 
 
-def _repeats(config: PreTrainedConfig, recipe: Recipe) -> tuple[int, int] | None:
-    """Return the index from which kinds of layers repeat, and their period; None if too few layers repeat."""
-    kinds = _kinds(config, recipe)
-    for period in range(1, len(kinds) // 5 + 1):
-        first = len(kinds) - period
-        while first and kinds[first - 1] == kinds[first - 1 + period]:
-            first -= 1
-        together = math.lcm(period, max(recipe.train.recomputed, 1))
-        if len(kinds) - first > 5 * together:
-            return first, together
-    return None
+class Predictor:
+    """Predicts the memory of one process that trains the whole of one model on one device; each recipe is traced once.
+
+    `device` is cuda or cpu, `capability` the GPU's, None if unknown. Repeated layers are traced in part and extrapolated,
+    unless `whole`.
+    """
+
+    def __init__(
+        self, config: PreTrainedConfig, device: str, capability: Capability | None = None, *, whole: bool = False
+    ) -> None:
+        self.config, self.device, self.capability, self.whole = config, device, capability, whole
+        self._known: list[tuple[Any, Footprint]] = []
+        self._kinds: list[Any] | None = None
+
+    def __call__(self, recipe: Recipe) -> Footprint:
+        """Predict the memory of a recipe. Raises ModelError for a model that cannot be traced without values."""
+        data, train = recipe.data, recipe.train
+        # All that a footprint depends on. Compared, not hashed: parts of a recipe are lists.
+        key = (
+            recipe.model, recipe.lora, data.max_length, data.packing, data.cross_document_attention, recipe.launch.strategy,
+            recipe.accumulation > 1, train.micro_batch_size, train.mixed_precision, train.optimizer, train.recomputed,
+            train.kernels, train.preflight, train.compile,
+        )  # fmt: skip
+        for known, footprint in self._known:
+            if known == key:
+                return footprint
+        footprint = self._predict(recipe)
+        self._known.append((key, footprint))
+        return footprint
+
+    def _predict(self, recipe: Recipe) -> Footprint:
+        tokens = recipe.data.max_length * int(recipe.train.micro_batch_size)
+        if tokens > MOST_TOKENS:
+            raise ModelError(
+                f"train.micro_batch_size: memory can be predicted for at most {MOST_TOKENS:,} tokens per micro-batch (got "
+                f"{tokens:,}). Reduce train.micro_batch_size or data.max_length."
+            )
+        logger = logging.getLogger(FakeTensorMode.__module__)  # logs tracebacks of errors reported below
+        was_disabled, logger.disabled = logger.disabled, True
+        try:
+            layers = self.config.get_text_config().num_hidden_layers
+            repeats = None if self.whole else self.repeats(recipe)
+            if repeats is None:
+                return self._trace(recipe, self.config)
+            first, period = repeats
+            least = first + (layers - first) % period
+            few, more = (self._trace(recipe, with_layers(self.config, least + n * period), period) for n in (2, 4))
+            return extrapolate(few, more, layers)
+        except (ModelError, MemoryError):
+            raise
+        except Exception as error:  # any type, from the model's code
+            reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+            raise ModelError(
+                f"model.name: {recipe.model.name}: the memory of a model of type {self.config.model_type} cannot be "
+                f"predicted: {reason}. Set train.micro_batch_size to a number; the run measures memory before its first step."
+            ) from error
+        finally:
+            logger.disabled = was_disabled
+
+    def repeats(self, recipe: Recipe) -> tuple[int, int] | None:
+        """Return the index from which kinds of layers repeat, and their period; None if too few layers repeat."""
+        if self._kinds is None:
+            self._kinds = _layer_kinds(self.config, recipe.model.trust_remote_code)
+        kinds = self._kinds
+        for period in range(1, len(kinds) // 5 + 1):
+            first = len(kinds) - period
+            while first and kinds[first - 1] == kinds[first - 1 + period]:
+                first -= 1
+            together = math.lcm(period, max(recipe.train.recomputed, 1))
+            if len(kinds) - first > 5 * together:
+                return first, together
+        return None
+
+    def _trace(self, recipe: Recipe, config: PreTrainedConfig, period: int = 1) -> Footprint:
+        tracker = StorageTracker(block=512 if self.device == "cuda" else 1)
+        with torch.device("meta"):
+            model = self._build_model(recipe, copy.deepcopy(config))
+        # `tracker` has to be entered last, to receive tensors before FakeTensorMode replaces its results.
+        with FakeTensorMode(allow_non_fake_inputs=True), tracker:
+            return _Step(recipe, model, tracker, self.device, period).run()
+
+    def _build_model(self, recipe: Recipe, config: PreTrainedConfig) -> Any:
+        """Build the model as it is trained."""
+        model = AutoModelForCausalLM.from_config(
+            config,
+            dtype=getattr(torch, recipe.model.dtype),
+            attn_implementation=fake_kernels.attention(recipe, config, self.device, self.capability),
+            trust_remote_code=recipe.model.trust_remote_code,
+        )
+        if recipe.model.quantization:
+            assert recipe.lora is not None
+            keep = ["lm_head", *recipe.lora.modules_to_save]
+            compute = getattr(torch, recipe.compute_dtype)
+            fake_kernels.quantize(model, recipe.model.quantization, keep, compute, self.device)
+        known = model.get_input_embeddings().weight.shape[0]
+        if recipe.model.new_tokens:
+            model.resize_token_embeddings(known + len(recipe.model.new_tokens), mean_resizing=False)
+        if recipe.lora is not None:
+            new_rows = list(range(known, known + len(recipe.model.new_tokens)))
+            model = with_adapters(model, recipe.lora, recipe.model, new_rows)
+            settle_types(model, recipe)
+        return model
 
 
-def _kinds(config: PreTrainedConfig, recipe: Recipe) -> list[Any]:
+def _layer_kinds(config: PreTrainedConfig, trust_remote_code: bool) -> list[Any]:
     """Return each layer's kind: type of attention, and names and shapes of parameters."""
-    text, key = config.get_text_config(), config.to_json_string(use_diff=False)
+    text = config.get_text_config()
     if isinstance(getattr(type(text), "layer_types", None), property):  # such a model cannot be built with fewer layers
         return []
-    if key not in _KINDS:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.model.trust_remote_code)
-            layers = layers_of(model)
-            attention = getattr(text, "layer_types", None) or [None] * len(layers)
-            shapes = [[(name, part.shape) for name, part in layer.named_parameters()] for layer in layers]
-            _KINDS[key] = list(zip(attention, shapes, strict=True))
-    return _KINDS[key]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+    layers = layers_of(model)
+    attention = getattr(text, "layer_types", None) or [None] * len(layers)
+    shapes = [[(name, part.shape) for name, part in layer.named_parameters()] for layer in layers]
+    return list(zip(attention, shapes, strict=True))
 
 
-def _with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+def with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    """Return the config of the same model with fewer layers."""
     smaller = copy.deepcopy(config)
     text = smaller.get_text_config()
     for key in ("layer_types", "mlp_layer_types"):
@@ -126,44 +171,6 @@ def _with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
             setattr(text, key, getattr(text, key)[:layers])
     text.num_hidden_layers = layers
     return smaller
-
-
-def _trace(
-    recipe: Recipe, config: PreTrainedConfig, device: str, capability: Capability | None, period: int = 1
-) -> Footprint:
-    # The answer to a model that checks whether attention needs no mask. Packed documents and padded rows need one.
-    rows_are_full = recipe.data.cross_document_attention or recipe.train.micro_batch_size == 1
-    causal = rows_are_full and not recipe.padding_free
-    tracker = StorageTracker(block=512 if device == "cuda" else 1, truth=causal)
-    with torch.device("meta"):
-        model = _model(recipe, config, device, capability)
-    # `tracker` has to be entered last, to receive tensors before FakeTensorMode replaces its results.
-    with FakeTensorMode(allow_non_fake_inputs=True), tracker:
-        return _Step(recipe, model, tracker, device, period).run()
-
-
-def _model(recipe: Recipe, config: PreTrainedConfig, device: str, capability: Capability | None) -> Any:
-    """Build the model as it is trained, with parameters on the meta device."""
-    config = copy.deepcopy(config)
-    model = AutoModelForCausalLM.from_config(
-        config,
-        dtype=DTYPES[recipe.model.dtype],
-        attn_implementation=fake_kernels.attention(recipe, config, device, capability),
-        trust_remote_code=recipe.model.trust_remote_code,
-    )
-    if recipe.model.quantization:
-        assert recipe.lora is not None
-        keep = ["lm_head", *recipe.lora.modules_to_save]
-        compute = _AUTOCAST.get(recipe.train.mixed_precision, DTYPES[recipe.model.dtype])
-        fake_kernels.quantize(model, recipe.model.quantization, keep, compute, device)
-    known = model.get_input_embeddings().weight.shape[0]
-    if recipe.model.new_tokens:
-        model.resize_token_embeddings(known + len(recipe.model.new_tokens), mean_resizing=False)
-    if recipe.lora is not None:
-        new_rows = list(range(known, known + len(recipe.model.new_tokens)))
-        model = with_adapters(model, recipe.lora, recipe.model, new_rows)
-        settle_types(model, recipe)
-    return model
 
 
 @dataclass
@@ -175,64 +182,62 @@ class _Step:
     tracker: StorageTracker
     device: str
     period: int  # number of layers after which kinds of layers repeat
-    held: list[torch.Tensor] = field(default_factory=list)  # optimizer states, kept for the whole run
 
     def run(self) -> Footprint:
+        train, tracker = self.recipe.train, self.tracker
         base: PreTrainedModel = self.model.get_base_model() if self.recipe.lora else self.model
+        layers = layers_of(base)
+        kernels = fake_kernels.FakeKernels(self.device, autocast=train.autocast_dtype is not None)
         self._replace_tensors()
-        trl_utils.add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
-        train = self.recipe.train
         if train.recomputed:
             enable = getattr(base, f"{CHECKPOINTING}_enable")
-            enable({"use_reentrant": False}, every_n_layers=train.recomputed)
-        self.model.train()
-        layers = layers_of(base)
-        self._mark_phases(base, layers)
+            options = {
+                "use_reentrant": False,
+                "context_fn": lambda: (nullcontext(), kernels),
+            }  # to forward, to recompute
+            enable(options, every_n_layers=train.recomputed)
+        self._mark_phases(layers)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         for parameter in trained:
             parameter.register_post_accumulate_grad_hook(
-                lambda parameter: self.tracker.assign(parameter.grad, "gradients")
+                lambda parameter: tracker.assign(parameter.grad, Part.GRADIENTS)
             )
         step = self._optimizer(trained)
-        half, loss_type = train.mixed_precision != "no", self.recipe.trl.get("loss_type", "nll")
         fused = select_kernels(self.recipe, base.config, self.device).name == "liger"
-        with (
-            fake_kernels.gpu_kernels(self.device, self.tracker, half=half, loss_type=loss_type),
-            fake_kernels.liger(base) if fused else nullcontext(),
-        ):
+        with kernels, (fake_kernels.apply_liger(base) if fused else Kernels()).active():
             if train.preflight and self.recipe.padding_free:
                 self._isolation_check()
+            self.model.train()
             # The first step creates the optimizer's states; its gradients need no backward pass.
             for parameter in trained:
                 parameter.grad = torch.empty_like(parameter)
-                self.tracker.assign(parameter.grad, "gradients")
-            with self.tracker.during("optimizer", "optimizer"):
+                tracker.assign(parameter.grad, Part.GRADIENTS)
+            with tracker.during(Phase.OPTIMIZER, Part.OPTIMIZER):
                 step()
             if self.recipe.accumulation == 1:  # else gradients of earlier micro-batches exist
                 for parameter in trained:
                     parameter.grad = None
-            self._micro_batch()
-            with self.tracker.during("clip", "activations"):
+            self._micro_batch(base)
+            with tracker.during(Phase.CLIP, Part.ACTIVATIONS):
                 norm = torch.nn.utils.clip_grad_norm_(trained, train.max_grad_norm or math.inf)
-            with self.tracker.during("optimizer", "optimizer"):
+            with tracker.during(Phase.OPTIMIZER, Part.OPTIMIZER):
                 step()
             del norm
-        return self._footprint(base, layers, trained)
+        return Footprint(tracker.peaks, self._size(base, layers))
 
-    def _footprint(self, base: PreTrainedModel, layers: list[torch.nn.Module], trained: list[Any]) -> Footprint:
-        largest = max(layers, key=lambda layer: _count(layer)[0])
-        in_layers = [sum(counts) for counts in zip(*map(_count, layers), strict=True)]
-        total, trainable = _count(self.model)
-        in_one, of_one = _count(largest)
-        return Footprint(
-            phases=self.tracker.peaks,
+    def _size(self, base: PreTrainedModel, layers: list[torch.nn.Module]) -> ModelSize:
+        counts = [_count(layer) for layer in layers]
+        total, trained = _count(self.model)
+        layer, trained_layer = max(counts)
+        return ModelSize(
             parameters=total,
-            trained=trainable,
+            trained=trained,
             layers=len(layers),
-            layer=in_one,
-            rest=total - in_layers[0],
-            trained_layer=of_one,
-            trained_rest=trainable - in_layers[1],
+            layer=layer,
+            rest=total - sum(count for count, _ in counts),
+            trained_layer=trained_layer,
+            trained_rest=trained - sum(count for _, count in counts),
+            embeddings=base.get_input_embeddings().weight.numel(),
             experts=sum(part.numel() for part in base.parameters() if part.dim() == 3),
         )
 
@@ -246,73 +251,87 @@ class _Step:
                         torch.empty(parameter.shape, dtype=parameter.dtype), requires_grad=parameter.requires_grad
                     )
                     of_lora = self.recipe.lora is not None and parameter.requires_grad
-                    self.tracker.assign(new, "adapters" if of_lora else "weights")
+                    self.tracker.assign(new, Part.ADAPTERS if of_lora else Part.WEIGHTS)
                     given[id(parameter)] = new
                 setattr(module, name, given[id(parameter)])
             for name, tensor in [*module.named_buffers(recurse=False, remove_duplicate=False), *vars(module).items()]:
                 if isinstance(tensor, torch.Tensor):
                     new = given.setdefault(id(tensor), torch.empty(tensor.shape, dtype=tensor.dtype))
-                    self.tracker.assign(new, "weights" if hasattr(module, "quantized") else "buffers")
+                    quantized = isinstance(module, fake_kernels.QuantizedLinear)
+                    self.tracker.assign(new, Part.WEIGHTS if quantized else Part.BUFFERS)
                     setattr(module, name, new)
 
-    def _mark_phases(self, base: PreTrainedModel, layers: list[torch.nn.Module]) -> None:
-        """Mark where phases begin: "forward" before the first layer; in the backward pass "lower layers" at the middle, and
-        "embeddings" after the first layer."""
+    def _mark_phases(self, layers: list[torch.nn.Module]) -> None:
+        """Enter the phases that begin at a layer: at the first the forward pass, and on the way back at the middle the lower
+        layers' backward pass, after the first that of the embeddings."""
         tracker = self.tracker
 
-        def at_gradient(before: str, phase: str) -> Any:
+        def at_gradient(before: Phase, phase: Phase) -> Any:
             def hook(_module: torch.nn.Module, args: Any, kwargs: Any) -> None:
                 hidden = args[0] if args else kwargs["hidden_states"]
                 if tracker.phase == before:
-                    tracker.enter("forward", "activations")
+                    tracker.enter(Phase.FORWARD, Part.ACTIVATIONS)
                     if hidden.requires_grad:
-                        hidden.register_hook(lambda _: tracker.enter(phase, "activations"))
+                        hidden.register_hook(lambda _: tracker.enter(phase, Part.ACTIVATIONS))
 
             return hook
 
-        layers[0].register_forward_pre_hook(at_gradient("before the layers", "backward, embeddings"), with_kwargs=True)
+        first = at_gradient(Phase.BEFORE_LAYERS, Phase.BACKWARD_EMBEDDINGS)
+        layers[0].register_forward_pre_hook(first, with_kwargs=True)
         if middle := len(layers) // self.period // 2 * self.period:
-            layers[middle].register_forward_pre_hook(at_gradient("forward", "backward, lower layers"), with_kwargs=True)
+            lower = at_gradient(Phase.FORWARD, Phase.BACKWARD_LOWER)
+            layers[middle].register_forward_pre_hook(lower, with_kwargs=True)
 
     def _isolation_check(self) -> None:
         """Trace the preflight's one pass with other activations than a training step's: it is not checkpointed, because the
-        model is in evaluation mode, and builds logits. The rest of the preflight is a training step, or less."""
+        model is in evaluation mode, and builds logits."""
         embeddings: list[torch.Tensor] = []
 
         def keep(_module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
             embeddings.append(output.detach().requires_grad_())
             return embeddings[0]
 
-        inputs = self._inputs(sequences=2, length=ISOLATION_TOKENS)
-        del inputs["labels"]
-        half = _AUTOCAST.get(self.recipe.train.mixed_precision)
         hook = self.model.get_input_embeddings().register_forward_hook(keep)
         self.model.eval()
-        with self.tracker.during("preflight", "activations"):
-            with torch.autocast("cpu", dtype=half) if half else nullcontext():
+        with self.tracker.during(Phase.PREFLIGHT, Part.ACTIVATIONS):
+            with self._autocast():
+                inputs = self._inputs(sequences=2, length=ISOLATION_TOKENS)
                 logits = self.model(**inputs, use_cache=False).logits[0]
             torch.autograd.grad((logits[ISOLATION_TOKENS:].float() ** 2).sum(), embeddings)
         hook.remove()
-        self.model.train()
 
-    def _micro_batch(self) -> None:
-        train, tracker = self.recipe.train, self.tracker
-        half = _AUTOCAST.get(train.mixed_precision)
-        with tracker.during("before the layers", "activations"):
-            inputs = self._inputs(int(train.micro_batch_size), self.recipe.data.max_length)
-            number = torch.ones((), dtype=torch.int64)
-            with torch.autocast("cpu", dtype=half) if half else nullcontext():
-                outputs = self.model(**inputs, use_cache=False, fused_lm_head=True)
-            loss = (-outputs.log_probs).sum() / number.clamp(min=1)
-            outputs.label_mask.sum(), outputs.entropy.detach().sum(), outputs.is_top1.sum()
-        with tracker.during("loss, backward", "head"):
+    def _micro_batch(self, base: PreTrainedModel) -> None:
+        with self.tracker.during(Phase.BEFORE_LAYERS, Part.ACTIVATIONS):
+            inputs = self._inputs(int(self.recipe.train.micro_batch_size), self.recipe.data.max_length)
+            labels = torch.ones_like(inputs["input_ids"])
+            with self._autocast():
+                loss = self._loss(base, inputs, labels[:, 1:].flatten())
+        with self.tracker.during(Phase.LOSS_BACKWARD, Part.HEAD):
             loss.backward()
-        del outputs, loss, inputs
+
+    def _loss(self, base: PreTrainedModel, inputs: dict[str, Any], labels: torch.Tensor) -> torch.Tensor:
+        """Return the loss of all tokens, as if all were trained. Their hidden states are copied first."""
+        hidden = base.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1]
+        if hidden.requires_grad:  # called when the loss's own backward pass is done
+            hidden.register_hook(lambda _: self.tracker.enter(Phase.BACKWARD_UPPER, Part.ACTIVATIONS))
+        head: Any = base.get_output_embeddings()
+        with self.tracker.during(Phase.LOSS_FORWARD, Part.HEAD):
+            rows = hidden.clone(memory_format=torch.contiguous_format).flatten(0, 1)
+            if self.device == "cuda":
+                log_probs = fake_kernels.Loss.apply(rows, head.weight)
+            else:
+                softcap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)
+                log_probs, _ = cpu_loss.LogProbs.apply(True, rows, head.weight, head.bias, labels, 1.0, softcap)
+            return -log_probs.sum() / len(rows)
+
+    def _autocast(self) -> Any:
+        dtype = self.recipe.train.autocast_dtype
+        return torch.autocast("cpu", getattr(torch, dtype)) if dtype else nullcontext()
 
     def _inputs(self, sequences: int, length: int) -> dict[str, Any]:
         """Build a micro-batch of full sequences in the layout of TRL's collator."""
         shape = (1, sequences * length) if self.recipe.padding_free else (sequences, length)
-        inputs: dict[str, Any] = {name: torch.ones(shape, dtype=torch.int64) for name in ("input_ids", "labels")}
+        inputs: dict[str, Any] = {"input_ids": torch.ones(shape, dtype=torch.int64)}
         if not self.recipe.padding_free:
             return inputs | {"attention_mask": torch.ones(shape, dtype=torch.int64)}
         inputs["position_ids"] = torch.ones(shape, dtype=torch.int64)
@@ -332,22 +351,19 @@ class _Step:
             "adagrad": lambda: torch.optim.Adagrad(trained, foreach=on_gpu, **rate),
         }.get(name)
         if optimizer is not None:
-            with self.tracker.during("optimizer", "optimizer"):
+            with self.tracker.during(Phase.OPTIMIZER, Part.OPTIMIZER):
                 return optimizer().step
 
         embeddings = {id(module.weight) for module in self.model.modules() if isinstance(module, torch.nn.Embedding)}
+        states: list[torch.Tensor] = []
 
         def step() -> None:
-            if not self.held:
-                for parameter in trained:
-                    size = optimizer_states.state_bytes(
-                        name,
-                        tuple(parameter.shape),
-                        parameter.element_size(),
-                        self.device,
-                        embedding=id(parameter) in embeddings,
-                    )
-                    self.held.append(torch.empty(round(size), dtype=torch.uint8))
+            for parameter in [] if states else trained:
+                shape, itemsize = tuple(parameter.shape), parameter.element_size()
+                size = optimizer_states.state_bytes(
+                    name, shape, itemsize, self.device, embedding=id(parameter) in embeddings
+                )
+                states.append(torch.empty(round(size), dtype=torch.uint8))
             largest = max(parameter.numel() for parameter in trained)
             torch.empty(optimizer_states.temporary_bytes(name, largest, self.device), dtype=torch.uint8)
 
@@ -360,5 +376,9 @@ def _count(module: torch.nn.Module) -> tuple[int, int]:
     for parameter in module.parameters():
         total += parameter.numel()
         trained += parameter.numel() if parameter.requires_grad else 0
-    total += sum(part.in_features * part.out_features for part in module.modules() if hasattr(part, "quantized"))
+    total += sum(
+        part.in_features * part.out_features
+        for part in module.modules()
+        if isinstance(part, fake_kernels.QuantizedLinear)
+    )
     return total, trained

@@ -2,37 +2,59 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from enum import StrEnum
 
-PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "head", "buffers")
+from sft_recipes.planning.model_size import ModelSize
+
 GIB = 2**30
-Phases = Mapping[str, Mapping[str, float]]
+
+
+class Part(StrEnum):
+    """What memory is used for."""
+
+    WEIGHTS = "weights"  # of the model, as loaded
+    ADAPTERS = "adapters"  # trainable parameters of LoRA
+    GRADIENTS = "gradients"
+    OPTIMIZER = "optimizer"  # states of the optimizer
+    ACTIVATIONS = "activations"  # kept for the backward pass, and temporary tensors of layers
+    HEAD = "head"  # LM head and loss
+    BUFFERS = "buffers"  # the model's own, and copies of weights in the compute dtype
+
+
+class Phase(StrEnum):
+    """Consecutive sections of a training step, each with a peak of its own."""
+
+    PREFLIGHT = "preflight"  # its check of isolation; the rest of it is a training step, or less
+    BEFORE_LAYERS = "before the layers"
+    FORWARD = "forward"
+    LOSS_FORWARD = "loss, forward"
+    LOSS_BACKWARD = "loss, backward"
+    BACKWARD_UPPER = "backward, upper layers"
+    BACKWARD_LOWER = "backward, lower layers"
+    BACKWARD_EMBEDDINGS = "backward, embeddings"
+    CLIP = "clip"
+    OPTIMIZER = "optimizer"
+
+    @property
+    def is_backward(self) -> bool:
+        return "backward" in self.value
+
+
+Phases = Mapping[Phase, Mapping[Part, float]]
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of each part at the peak of each phase of a step, and the numbers of parameters.
-
-    weights: of the model, as loaded. adapters: the trainable parameters of LoRA. gradients, optimizer: of trainable
-    parameters. activations: tensors kept for the backward pass, and temporary ones of layers. head: of LM head and loss.
-    buffers: the model's own, and copies of weights in the compute dtype. `layer` and `rest` are the parameters of the largest
-    layer and of everything outside of layers; `trained_layer` and `trained_rest` the trainable ones of these.
-    """
+    """Bytes of each part at the peak of each phase of a step, and the size of the model."""
 
     phases: Phases
-    parameters: int
-    trained: int
-    layers: int
-    layer: int
-    rest: int
-    trained_layer: int
-    trained_rest: int
-    experts: int = 0  # parameters of mixture-of-experts layers, of which each token uses a part
+    size: ModelSize
 
     @property
-    def peak(self) -> dict[str, float]:
+    def peak(self) -> dict[Part, float]:
         """The parts in the phase with the largest peak."""
         largest = max(self.phases.values(), key=lambda parts: sum(parts.values()))
-        return {part: largest.get(part, 0) for part in PARTS}
+        return {part: largest.get(part, 0) for part in Part}
 
     @property
     def peak_bytes(self) -> float:
@@ -45,23 +67,18 @@ def extrapolate(few: Footprint, more: Footprint, layers: int) -> Footprint:
     At any fixed point of a step (the loss, the first or middle or last layer's backward pass, the optimizer) memory is linear
     in the number of layers, and so is the peak of each phase, which begins and ends at such a point.
     """
-    share = (layers - few.layers) / (more.layers - few.layers)
+    share = (layers - few.size.layers) / (more.size.layers - few.size.layers)
 
     def at(low: float, high: float) -> float:
         return low + share * (high - low)
 
-    def parts(phase: str) -> dict[str, float]:
-        low, high = few.phases[phase], more.phases[phase]
-        return {part: at(low.get(part, 0), high.get(part, 0)) for part in PARTS}
-
-    return replace(
-        more,
-        phases={phase: parts(phase) for phase in more.phases},
-        parameters=round(at(few.parameters, more.parameters)),
-        trained=round(at(few.trained, more.trained)),
-        experts=round(at(few.experts, more.experts)),
-        layers=layers,
-    )
+    phases = {
+        phase: {part: at(few.phases[phase].get(part, 0), parts.get(part, 0)) for part in Part}
+        for phase, parts in more.phases.items()
+    }
+    linear = ("parameters", "trained", "experts")
+    counts = {name: round(at(getattr(few.size, name), getattr(more.size, name))) for name in linear}
+    return Footprint(phases, replace(more.size, layers=layers, **counts))
 
 
 # Memory of the CUDA libraries. Counted by torch's allocator: a cuBLAS workspace for each of the two computing threads
@@ -76,7 +93,8 @@ def on_device(footprint: Footprint, device: str) -> Footprint:
     if device != "cuda":
         return footprint
     phases = {
-        name: {**parts, "buffers": parts.get("buffers", 0) + WORKSPACES} for name, parts in footprint.phases.items()
+        phase: {**parts, Part.BUFFERS: parts.get(Part.BUFFERS, 0) + WORKSPACES}
+        for phase, parts in footprint.phases.items()
     }
     return replace(footprint, phases=phases)
 

@@ -148,10 +148,7 @@ def _trial(recipe: Recipe, config: PreTrainedConfig, capability: Capability | No
     text = config.get_text_config(decoder=True)
     heads = text.num_attention_heads
     groups = heads // (getattr(text, "num_key_value_heads", None) or heads)
-    # The kernel runs in autocast's type, else in the weights'.
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
-        recipe.train.mixed_precision, getattr(torch, recipe.model.dtype)
-    )
+    half = getattr(torch, recipe.compute_dtype)
     correct = all(_kernel_is_correct(*widths, max(groups, 1), half) for widths in head_widths(config))
     return None if correct else "this GPU, on which torch's varlen kernel differs from sdpa"
 

@@ -136,8 +136,8 @@ def compare_layer(recipe: Recipe, config: PreTrainedConfig, device: str) -> str 
     Both run in the run's precision and are compared with float32: Liger's error may be up to twice that of the model's own
     code. Returns what differs, or None.
     """
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.train.mixed_precision)
-    dtype = getattr(torch, recipe.model.dtype)
+    autocast = recipe.train.autocast_dtype
+    half, dtype = autocast and getattr(torch, autocast), getattr(torch, recipe.model.dtype)
     devices = [torch.cuda.current_device()] if device == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.device(device):
         torch.manual_seed(0)

@@ -38,7 +38,6 @@ from sft_recipes.recipe import schema
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.upstream import compiled_graphs
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 NEW_PAD = "<|pad|>"
 
 
@@ -186,7 +185,7 @@ def _empty_for_broadcast(recipe: Recipe, config: PreTrainedConfig) -> PreTrained
 def _options(recipe: Recipe, config: PreTrainedConfig) -> dict[str, Any]:
     return {
         "trust_remote_code": recipe.model.trust_remote_code,
-        "dtype": DTYPES[recipe.model.dtype],
+        "dtype": getattr(torch, recipe.model.dtype),
         "attn_implementation": attention(recipe, config),
     }
 
@@ -225,9 +224,8 @@ def _quantization(recipe: Recipe, config: PreTrainedConfig) -> dict[str, Any]:
     if kind is None:
         return {}
     assert recipe.lora is not None
-    compute = torch.bfloat16 if recipe.train.mixed_precision == "bf16" else DTYPES[recipe.model.dtype]
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    fsdp_dtype = half.get(recipe.train.mixed_precision, DTYPES[recipe.model.dtype])  # as in strategies.configure_fsdp
+    compute = torch.bfloat16 if recipe.train.mixed_precision == "bf16" else getattr(torch, recipe.model.dtype)
+    fsdp_dtype = getattr(torch, recipe.compute_dtype)  # as in strategies.configure_fsdp
     keep = ["lm_head", *recipe.lora.modules_to_save]  # modules trained in full cannot be quantized
     if kind == "int8":
         settings = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=keep)

@@ -82,7 +82,7 @@ def configure_fsdp(settings: Any, recipe: Recipe, model: Any) -> None:
     if recipe.train.mixed_precision != "no":
         from torch.distributed.fsdp import MixedPrecisionPolicy
 
-        half = torch.bfloat16 if recipe.train.mixed_precision == "bf16" else torch.float16
+        half = getattr(torch, recipe.compute_dtype)
         # No output_dtype: outputs include the loss per token, which accelerate's default policy would round.
         policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
         settings.fsdp_plugin_args["mixed_precision_policy"] = policy

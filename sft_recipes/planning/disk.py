@@ -4,17 +4,16 @@ import shutil
 from pathlib import Path
 
 from sft_recipes.errors import OutputError
-from sft_recipes.recipe.schema import Recipe
+from sft_recipes.recipe.schema import DTYPE_BYTES, Recipe
 from sft_recipes.recipe.validate import STOCHASTIC_ROUNDING
 
 _WRITTEN = ("checkpoints", "adapter", "model")
 _CONFIGS = 100_000  # bytes of files other than weights and tokenizer
-BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 def of_checkpoint(recipe: Recipe, trained: int, tokenizer: int) -> int:
     """Return the bytes of a checkpoint: trained weights, optimizer states (weights' dtype or 8 bits), tokenizer."""
-    weights, optimizer = 4 if recipe.lora else BYTES[recipe.model.dtype], recipe.train.optimizer
+    weights, optimizer = 4 if recipe.lora else DTYPE_BYTES[recipe.model.dtype], recipe.train.optimizer
     # bitsandbytes keeps moments in float32 for any weights; its 8-bit optimizers do so for those of the embeddings.
     bitsandbytes = any(name in optimizer for name in ("bnb", "paged", "ademamix", "lion_", "adamw_8bit"))
     bitsandbytes = bitsandbytes and optimizer != STOCHASTIC_ROUNDING
@@ -34,7 +33,7 @@ def needed(recipe: Recipe, parameters: int, trained: int, tokenizer: int) -> int
     if recipe.lora is None or recipe.export.merge:
         # For a quantized base, two candidates are written before one is chosen.
         models = 2 if recipe.model.quantization else 1
-        exported += models * (parameters * BYTES[recipe.export.dtype] + files)
+        exported += models * (parameters * DTYPE_BYTES[recipe.export.dtype] + files)
     return kept * of_checkpoint(recipe, trained, tokenizer) + exported
 
 

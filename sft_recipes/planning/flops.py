@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from sft_recipes.memory.prediction import Footprint
+from sft_recipes.planning.model_size import ModelSize
 from sft_recipes.recipe.schema import Recipe
 
 # Estimated model FLOPs utilization during training, low and high. Published runs of 7B and 8B models on H100s reach 33 to 46%
@@ -43,7 +43,7 @@ GPUS = (
 
 def flops_per_token(
     recipe: Recipe,
-    footprint: Footprint,
+    size: ModelSize,
     text_config: Any,
     document: float,
     *,
@@ -65,14 +65,14 @@ def flops_per_token(
     hidden, heads = int(text_config.hidden_size), int(text_config.num_attention_heads)
     width: int = heads * (getattr(text_config, "head_dim", None) or hidden // heads)
     head = int(text_config.vocab_size) * hidden
-    adapters = footprint.trained if recipe.lora is not None else 0
-    layers = footprint.parameters - footprint.rest - (adapters - footprint.trained_rest if adapters else 0)
+    adapters = size.trained if recipe.lora is not None else 0
+    layers = size.parameters - size.rest - (adapters - size.trained_rest if adapters else 0)
     experts, chosen = (getattr(text_config, name, None) for name in ("num_experts", "num_experts_per_tok"))
     experts = (
         experts or getattr(text_config, "num_local_experts", None) or getattr(text_config, "n_routed_experts", None)
     )
     if experts and chosen:
-        layers -= footprint.experts * (1 - chosen / experts)
+        layers -= size.experts * (1 - chosen / experts)
     frozen = recipe.lora is not None
     work = layers * ((4 if frozen else 6) + 2 * recomputed) + head * ((4 if frozen else 6) + 2 * (not model_only))
     work += adapters * (6 + 2 * recomputed)
@@ -80,7 +80,7 @@ def flops_per_token(
     if dense:
         assert isinstance(train.micro_batch_size, int)
         attended = 2 * train.micro_batch_size * recipe.data.max_length
-    return work + 6 * footprint.layers * width * attended * (1 + recomputed / 3)
+    return work + 6 * size.layers * width * attended * (1 + recomputed / 3)
 
 
 def hours(flops: float, gpu: GPU, number: int) -> tuple[float, float]:

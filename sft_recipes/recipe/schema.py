@@ -13,7 +13,8 @@ Positive = Annotated[int, Field(gt=0, lt=2**31)]
 Name = Annotated[str, Field(min_length=1)]
 # A float is a fraction of the run, an int a number of optimizer steps.
 Interval = Annotated[float, Field(gt=0, le=1)] | Positive | None
-DType = Literal["bfloat16", "float16", "float32"]
+DType = Literal["bfloat16", "float16", "float32"]  # names of torch's
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 Format = Literal["alpaca", "prompt_completion", "messages", "text"]
 
 
@@ -173,6 +174,11 @@ class Train(_Section):
         return 1 if self.micro_batch_size == "auto" else self.micro_batch_size
 
     @property
+    def autocast_dtype(self) -> DType | None:
+        """Data type of mixed precision, None without."""
+        return {"bf16": "bfloat16", "fp16": "float16", "no": None}[self.mixed_precision]  # type: ignore[return-value]
+
+    @property
     def recomputed(self) -> int:
         """N if activations of every Nth layer are recomputed, 0 if none; an unresolved auto counts as every layer."""
         return 1 if self.gradient_checkpointing == "auto" else int(self.gradient_checkpointing)
@@ -298,6 +304,11 @@ class Recipe(_Section):
         if self.lora is None:
             return "full fine-tuning"
         return "QLoRA" if self.model.quantization else "DoRA" if self.lora.use_dora else "LoRA"
+
+    @property
+    def compute_dtype(self) -> DType:
+        """Data type of matrix multiplications."""
+        return self.train.autocast_dtype or self.model.dtype
 
     @property
     def padding_free(self) -> bool:

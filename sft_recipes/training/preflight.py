@@ -76,8 +76,9 @@ def run_preflight(trainer: Any, *, packed: bool) -> Preflight:
 def _predict(recipe: Recipe, document: float) -> dict[str, Any]:
     """Peak memory of full sequences in GiB, and FLOPs per token; None for a model that cannot be predicted."""
     try:
-        peak, flops = autosize.predict_here(recipe).peak_bytes, autosize.model_flops_per_token(recipe, document)
-        return {"predicted_peak_gib": round(peak / GIB, 3), "flops_per_token": flops}
+        found = autosize.predict_here(recipe)
+        flops = autosize.model_flops_per_token(recipe, found.size, document)
+        return {"predicted_peak_gib": round(found.peak_bytes / GIB, 3), "flops_per_token": flops}
     except ModelError:
         return {"predicted_peak_gib": None, "flops_per_token": None}
 

@@ -278,8 +278,8 @@ class _Watch(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and _on_gpu(tensor):
                 self.gpu.allocated._count(tensor.untyped_storage(), "all")
-        if self.gpu.allocated.live.total() > self.gpu.memory:
-            raise torch.OutOfMemoryError(f"CUDA out of memory. {where()}")
+                if self.gpu.allocated.live.total() > self.gpu.memory:
+                    raise torch.OutOfMemoryError(f"CUDA out of memory. {where()}")
         return out
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:

@@ -41,7 +41,7 @@ def test_a_run_allocates_what_is_predicted(case: str, write_recipe: WriteRecipe,
     with built(write_recipe(**sections), tmp_path / "run", gpu, rows=400) as found:
         recipe = found.trainer.recipe
         found.train()
-    predicted = memory_trace.predict(recipe, memory_trace.config_of(recipe), "cuda", whole=True)
+    predicted = memory_trace.Predictor(memory_trace.load_traceable_config(recipe), "cuda", whole=True)(recipe)
 
     print(f"{case}: predicted {predicted.peak_bytes / 2**20:.1f} MiB, allocated {gpu.peak / 2**20:.1f} MiB")
     assert predicted.peak_bytes == pytest.approx(gpu.peak, rel=0.05)
@@ -56,7 +56,7 @@ def test_a_shipped_recipe_allocates_what_is_predicted(name: str, write_recipe: W
     size = min(SCRIPT["known"]()[name]["fits"]) * GB
     gpu = GPU(capability=fake_gpu.AMPERE, memory=prediction.SHARE * size - prediction.CONTEXT)
     whole = AutoConfig.from_pretrained(SCRIPT["directory"](SCRIPT["_recipe"](name).model.name))
-    config = memory_trace._with_layers(whole, LAYERS)
+    config = memory_trace.with_layers(whole, LAYERS)
     micro = SCRIPT["_recipe"](name).train.micro_batch_size
     overrides = [
         f"model.name={write_model(tmp_path / 'model', config)}", f"data.train={tmp_path / 'train.jsonl'}", "data.eval=null",
@@ -68,7 +68,7 @@ def test_a_shipped_recipe_allocates_what_is_predicted(name: str, write_recipe: W
     with built(bundled.folder() / f"{name}.yaml", tmp_path / "run", gpu, *overrides, rows=900, data=tmp_path) as found:
         recipe = found.trainer.recipe
         found.train()
-    predicted = memory_trace.predict(recipe, memory_trace.config_of(recipe), "cuda", whole=True)
+    predicted = memory_trace.Predictor(memory_trace.load_traceable_config(recipe), "cuda", whole=True)(recipe)
 
     print(f"{name}: predicted {predicted.peak_bytes / 2**30:.2f} GiB, allocated {gpu.peak / 2**30:.2f} GiB")
     assert predicted.peak_bytes == pytest.approx(gpu.peak, rel=0.05)

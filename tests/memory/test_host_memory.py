@@ -5,14 +5,15 @@ import pytest
 
 from sft_recipes.commands.check import check
 from sft_recipes.memory import host_memory
-from sft_recipes.memory.host_memory import PROCESS, Model
+from sft_recipes.memory.host_memory import PROCESS
 from sft_recipes.memory.prediction import GIB
+from sft_recipes.planning.model_size import ModelSize
 from sft_recipes.recipe.schema import Recipe
 from tests.conftest import WriteRecipe
 
 TINY = Path(__file__).parents[2] / "sft_recipes" / "builtin" / "tiny"
-LLAMA_8B = Model(8_030_261_248, 218_112_000, 525_336_576, 8_030_261_248)
-LLAMA_70B = Model(70_553_706_496, 855_654_400, 1_050_673_152, 70_553_706_496)
+LLAMA_8B = ModelSize(8_030_261_248, 8_030_261_248, 32, 218_112_000, 1_050_677_248, embeddings=525_336_576)
+LLAMA_70B = ModelSize(70_553_706_496, 70_553_706_496, 80, 855_654_400, 2_101_354_496, embeddings=1_050_673_152)
 LORA: dict[str, Any] = {"lora": {}}
 
 

@@ -27,7 +27,7 @@ from sft_recipes import model_dir
 from sft_recipes.data import encoder, prepare
 from sft_recipes.errors import ModelError
 from sft_recipes.memory import autosize, fake_kernels, memory_trace, prediction, remedies
-from sft_recipes.memory.prediction import Footprint
+from sft_recipes.memory.prediction import Footprint, Part, Phase
 from sft_recipes.models import model
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.training import trainer
@@ -175,7 +175,7 @@ def test_prediction_is_what_the_allocator_counts(case: str, tmp_path: Path) -> N
     random_model(tmp_path, CONFIGS[name])
     recipe = recipe_of(tmp_path, sections)
 
-    predicted = memory_trace.predict(recipe, memory_trace.config_of(recipe), "cpu", whole=True)
+    predicted = memory_trace.Predictor(memory_trace.load_traceable_config(recipe), "cpu", whole=True)(recipe)
     counted = allocated(build(recipe, tmp_path))
 
     print(f"{case}: predicted {predicted.peak_bytes / 2**20:.1f} MiB, counted {counted / 2**20:.1f} MiB")
@@ -195,7 +195,7 @@ def of(config: PreTrainedConfig, device: str = "cpu", *, whole: bool = False, **
             for key, section in {**values, **sections}.items()
         }
     )  # type: ignore[dict-item]
-    return memory_trace.predict(recipe, config, device, whole=whole)
+    return memory_trace.Predictor(config, device, whole=whole)(recipe)
 
 
 @pytest.mark.parametrize(
@@ -212,14 +212,18 @@ def test_extrapolation_is_the_whole_model(layers: int, device: str, sections: di
     few, whole = of(config, device, **sections), of(config, device, whole=True, **sections)
 
     assert few.peak == pytest.approx(whole.peak, abs=1)
-    assert whole.layers > 5  # else it is the same trace
-    assert (few.parameters, few.trained, few.layers) == (whole.parameters, whole.trained, layers)
+    assert whole.size.layers > 5  # else it is the same trace
+    assert (few.size.parameters, few.size.trained, few.size.layers) == (
+        whole.size.parameters,
+        whole.size.trained,
+        layers,
+    )
 
 
 def test_layers_of_several_kinds_are_extrapolated_by_their_pattern() -> None:
     def repeats(config: PreTrainedConfig, every: bool | int = True) -> tuple[int, int] | None:
         train = {"gradient_checkpointing": every}
-        return memory_trace._repeats(config, Recipe.model_validate({**LEAST, "train": train}))
+        return memory_trace.Predictor(config, "cpu").repeats(Recipe.model_validate({**LEAST, "train": train}))
 
     def kinds(*names: str) -> PreTrainedConfig:
         layers = [f"{name}_attention" for name in names]
@@ -243,7 +247,7 @@ def test_experts_behind_dense_layers() -> None:
 
     few, whole = of(config), of(config, whole=True)
 
-    assert (few.parameters, few.peak) == (whole.parameters, pytest.approx(whole.peak, abs=1))
+    assert (few.size.parameters, few.peak) == (whole.size.parameters, pytest.approx(whole.peak, abs=1))
 
 
 def test_parts() -> None:
@@ -253,12 +257,12 @@ def test_parts() -> None:
 
     full, lora = of(config), of(config, lora={})
 
-    assert full.parameters == full.trained == number
-    assert full.peak["weights"] == full.peak["gradients"] == 2 * number
-    assert full.phases["clip"]["optimizer"] == pytest.approx(4 * number, rel=1e-3)  # and the count of steps
-    assert lora.peak["weights"] == 2 * number
-    assert lora.peak["adapters"] == lora.peak["gradients"] == 4 * lora.trained
-    assert lora.parameters == number + lora.trained
+    assert full.size.parameters == full.size.trained == number
+    assert full.peak[Part.WEIGHTS] == full.peak[Part.GRADIENTS] == 2 * number
+    assert full.phases[Phase.CLIP][Part.OPTIMIZER] == pytest.approx(4 * number, rel=1e-3)  # and the count of steps
+    assert lora.peak[Part.WEIGHTS] == 2 * number
+    assert lora.peak[Part.ADAPTERS] == lora.peak[Part.GRADIENTS] == 4 * lora.size.trained
+    assert lora.size.parameters == number + lora.size.trained
 
 
 def test_the_check_of_isolation_is_not_checkpointed_and_builds_logits() -> None:
@@ -266,16 +270,18 @@ def test_the_check_of_isolation_is_not_checkpointed_and_builds_logits() -> None:
     config = LlamaConfig(**SHAPE | {"vocab_size": 65536})
     tokens, step = 2 * memory_trace.ISOLATION_TOKENS, {"gradient_checkpointing": True}
 
-    found = of(config, train=step).phases["preflight"]
-    deeper = of(LlamaConfig(**SHAPE | {"vocab_size": 65536, "num_hidden_layers": 8}), train=step).phases["preflight"]
+    found = of(config, train=step).phases[Phase.PREFLIGHT]
+    deeper = of(LlamaConfig(**SHAPE | {"vocab_size": 65536, "num_hidden_layers": 8}), train=step).phases[
+        Phase.PREFLIGHT
+    ]
 
     assert (
-        found["activations"] > 2 * tokens * 65536 + 4 * tokens / 2 * 65536
+        found[Part.ACTIVATIONS] > 2 * tokens * 65536 + 4 * tokens / 2 * 65536
     )  # in bfloat16, and those of one in float32
-    per_layer = (deeper["activations"] - found["activations"]) / 4
+    per_layer = (deeper[Part.ACTIVATIONS] - found[Part.ACTIVATIONS]) / 4
     assert per_layer > 10 * 2 * tokens * config.hidden_size  # more than what checkpointing keeps, one value in bfloat16
     for without in ({"data": {"packing": "none"}}, {"train": {"preflight": False}}):
-        assert "preflight" not in of(config, **without).phases
+        assert Phase.PREFLIGHT not in of(config, **without).phases
 
 
 def test_on_a_gpu_packed_rows_cost_a_mask_of_all_pairs_and_flash_attention_none() -> None:
@@ -292,7 +298,9 @@ def test_on_a_gpu_packed_rows_cost_a_mask_of_all_pairs_and_flash_attention_none(
 def test_dropout_costs_a_byte_a_value_on_a_gpu() -> None:
     config, off = LlamaConfig(**SHAPE | {"intermediate_size": 4096}), {"gradient_checkpointing": False}
     peak = {
-        (device, dropout): of(config, device, lora={"dropout": dropout}, train=off).phases["forward"]["activations"]
+        (device, dropout): of(config, device, lora={"dropout": dropout}, train=off).phases[Phase.FORWARD][
+            Part.ACTIVATIONS
+        ]
         for device in ("cpu", "cuda")
         for dropout in (0.0, 0.1)
     }
@@ -305,7 +313,7 @@ def test_experts_in_float32_too() -> None:
 
     found = of(config, model={"dtype": "float32"})
 
-    assert found.experts == 4 * config.num_hidden_layers * 3 * 64 * 256
+    assert found.size.experts == 4 * config.num_hidden_layers * 3 * 64 * 256
 
 
 def test_leaner_attention() -> None:
@@ -329,7 +337,7 @@ def test_weights_that_are_already_quantized(tmp_path: Path) -> None:
     )
 
     with pytest.raises(ModelError, match="its weights are already quantized"):
-        memory_trace.config_of(recipe_of(tmp_path, {}))
+        memory_trace.load_traceable_config(recipe_of(tmp_path, {}))
 
 
 def test_more_tokens_than_can_be_gone_through() -> None:
@@ -350,14 +358,6 @@ def test_attention_that_the_run_would_take() -> None:
     assert fake_kernels.attention(flash, CONFIGS["llama"], "cuda") == fake_kernels.VARIABLE
 
 
-def test_patches_are_taken_back() -> None:
-    before = torch.nn.functional.scaled_dot_product_attention
-
-    of(CONFIGS["llama"], "cuda")
-
-    assert torch.nn.functional.scaled_dot_product_attention is before
-
-
 def test_a_model_that_cannot_be_traced_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_trace._Step, "run", lambda self: torch.ones(2).nonzero()[0].tolist()[5])
 
@@ -373,7 +373,7 @@ def test_auto_is_the_largest_that_fits() -> None:
         "output_dir": "x",
     }
     recipe = Recipe.model_validate(values)
-    predict = autosize.predictor(CONFIGS["llama"], "cpu")
+    predict = memory_trace.Predictor(CONFIGS["llama"], "cpu")
     peak = {size: predict(remedies.applied(recipe, {"train.micro_batch_size": size})).peak_bytes for size in (1, 4, 8)}
 
     for size in (1, 4, 8):  # 8 is the largest power of two in 24
@@ -387,7 +387,7 @@ def test_auto_is_the_largest_that_fits() -> None:
 
 def test_auto_checkpoints_as_few_layers_as_must_be() -> None:
     recipe = Recipe.model_validate(LEAST | {"train": {"micro_batch_size": 4}})
-    predict = autosize.predictor(CONFIGS["llama"], "cpu")
+    predict = memory_trace.Predictor(CONFIGS["llama"], "cpu")
     every = (False, 4, 3, True)  # of 4 layers none, one, two, all
     peak = {n: predict(remedies.applied(recipe, {"train.gradient_checkpointing": n})).peak_bytes for n in every}
     assert sorted(peak.values(), reverse=True) == list(peak.values())
@@ -404,7 +404,7 @@ def test_auto_of_both_prefers_no_checkpointing_once_a_micro_batch_is_large_enoug
     recipe = Recipe.model_validate(
         LEAST | {"data": {"train": "x", "max_length": 1024}, "train": {"micro_batch_size": "auto"}}
     )
-    predict = autosize.predictor(CONFIGS["llama"], "cpu")
+    predict = memory_trace.Predictor(CONFIGS["llama"], "cpu")
 
     def peak(size: int, layers: bool | int) -> float:
         sized = {"train.gradient_checkpointing": layers, "train.micro_batch_size": size}
@@ -430,7 +430,7 @@ def test_auto_of_both_prefers_no_checkpointing_once_a_micro_batch_is_large_enoug
 
 def test_auto_checkpoints_every_layer_of_weights_that_are_shared_out() -> None:
     shared = LEAST | {"launch": {"processes": 2, "strategy": "fsdp2"}}
-    predict = autosize.predictor(CONFIGS["llama"], "cpu")
+    predict = memory_trace.Predictor(CONFIGS["llama"], "cpu")
     settled = autosize.resolve_auto(Recipe.model_validate(shared), predict, 2**50, "cpu")
     assert settled.train.gradient_checkpointing is True
 
@@ -504,7 +504,7 @@ def test_prediction_is_what_a_gpu_counts(case: str, tmp_path: Path, monkeypatch:
     text = " ".join(f"word number {n}" for n in range(length))  # longer than a sequence, so that all are full
     rows.write_text((json.dumps({"text": text}) + "\n") * 40, encoding="utf-8")
 
-    predicted = prediction.on_device(memory_trace.predict(recipe, config, "cuda"), "cuda")
+    predicted = prediction.on_device(memory_trace.Predictor(config, "cuda")(recipe), "cuda")
     sft = build(recipe, tmp_path)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()

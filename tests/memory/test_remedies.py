@@ -2,7 +2,7 @@ from dataclasses import replace
 
 from sft_recipes.errors import ModelError
 from sft_recipes.memory import remedies
-from sft_recipes.memory.prediction import Footprint
+from sft_recipes.memory.prediction import Footprint, Part, Phase
 from sft_recipes.recipe.schema import Recipe
 from tests.memory.toys import WHOLE, recipe
 
@@ -66,7 +66,7 @@ def predicted(of: Recipe) -> Footprint:
         raise ModelError("model.name: x: no such layers")
     layers = of.train.gradient_checkpointing
     share = 0.5 + 0.1 * (layers - 1) if layers else 1.0
-    return replace(WHOLE, phases={"forward": {"activations": 4000 * of.train.micro_batch_size * share}})
+    return replace(WHOLE, phases={Phase.FORWARD: {Part.ACTIVATIONS: 4000 * of.train.micro_batch_size * share}})
 
 
 def test_remedies_are_the_mildest_that_fit() -> None:

@@ -24,7 +24,7 @@ from transformers import (
 
 from sft_recipes.errors import ModelError
 from sft_recipes.memory import memory_trace
-from sft_recipes.memory.prediction import Footprint
+from sft_recipes.memory.prediction import Footprint, Part
 from sft_recipes.models import kernels
 from sft_recipes.models.kernels import Kernels
 from sft_recipes.recipe import library_names
@@ -222,7 +222,7 @@ def test_norms_and_mlps_of_the_model_change_and_its_module_stays(model_type: str
 @pytest.fixture
 def predicted(liger_is_installed: None) -> Callable[..., Footprint]:
     def predict(wanted: str, config: PreTrainedConfig, **model: Any) -> Footprint:
-        return memory_trace.predict(recipe_of(wanted, **model), config, "cuda")
+        return memory_trace.Predictor(config, "cuda")(recipe_of(wanted, **model))
 
     return predict
 
@@ -233,7 +233,7 @@ def test_the_prediction_is_of_the_kernels(predicted: Callable[..., Footprint]) -
     none, fused = (predicted(kind, wide, dtype="bfloat16") for kind in ("none", "liger"))
 
     saved = sum(none.peak.values()) - sum(fused.peak.values())
-    assert none.peak["weights"] == fused.peak["weights"]
+    assert none.peak[Part.WEIGHTS] == fused.peak[Part.WEIGHTS]
     assert saved > 8 * 512 * 1024 * 2  # the activation of each layer
 
 

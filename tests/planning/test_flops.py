@@ -2,8 +2,8 @@ from dataclasses import replace
 
 import pytest
 
-from sft_recipes.memory.prediction import Footprint
 from sft_recipes.planning import flops
+from sft_recipes.planning.model_size import ModelSize
 from tests.memory.toys import recipe
 
 
@@ -13,7 +13,7 @@ class Llama8B:
 
 HEAD = 4096 * 128256
 LAYERS = 6_979_321_856
-EIGHT = Footprint({"x": {}}, LAYERS + 2 * HEAD, LAYERS + 2 * HEAD, 32, LAYERS // 32, 2 * HEAD, LAYERS // 32, 2 * HEAD)
+EIGHT = ModelSize(LAYERS + 2 * HEAD, LAYERS + 2 * HEAD, 32, LAYERS // 32, 2 * HEAD, LAYERS // 32, 2 * HEAD)
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_operations(checkpointing: bool, length: int, expected: float) -> None:
 
 def test_operations_of_adapters() -> None:
     adapters = 41_943_040
-    with_lora = Footprint({"x": {}}, EIGHT.parameters + adapters, adapters, 32, 0, 2 * HEAD, 0, 0)
+    with_lora = ModelSize(EIGHT.parameters + adapters, adapters, 32, 0, 2 * HEAD, 0, 0)
 
     found = flops.flops_per_token(
         recipe(lora={}, train={"gradient_checkpointing": False}), with_lora, Llama8B, 0, dense=False
