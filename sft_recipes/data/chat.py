@@ -128,7 +128,8 @@ class Chat:
                 failure = failure or error
                 continue
             objects = [call["arguments"] for call in _functions(changed) if isinstance(call.get("arguments"), dict)]
-            taken = not any(arguments and str(arguments) in text for arguments in objects)  # not as Python writes them
+            parts = [message["content"] for message in changed if isinstance(message["content"], list)]
+            taken = not any(inner and str(inner) in text for inner in (*objects, *parts))  # not as Python writes them
             if taken and any(message["content"].strip() in text for message in messages if message["content"].strip()):
                 return changed, text, marks
         if failure and text is None:

@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from sft_recipes.convert.rules import table
 from sft_recipes.data.chat import Chat
-from sft_recipes.data.encoder import Documents
+from sft_recipes.data.encoder import PER_DOCUMENT, Documents
 from sft_recipes.data.formats.registry import to_example
 from sft_recipes.data.sequences import SelectedRows, build_sequences
 from sft_recipes.data.stats import SourceStats
@@ -161,7 +161,8 @@ def test_wrapped_texts_lose_no_token_as_in_trl(tmp_path: Path) -> None:
     theirs = pack_dataset(Dataset.from_dict({"input_ids": texts}), data.max_length, "wrapped")
     ends, one_each = np.cumsum([0, *map(len, texts)]), np.zeros(len(texts), dtype=np.int64)
     ids = np.concatenate(texts).astype(np.int32)
-    documents = Documents(ids, ids > 0, ends, *[one_each] * 4, np.arange(len(texts)), one_each)
+    columns = dict.fromkeys(PER_DOCUMENT, one_each) | {"digests": np.arange(3), "lossy": np.array([""] * 3)}
+    documents = Documents(ids, ids > 0, ends, ends[:-1], **columns)
     rows = SelectedRows(documents, np.arange(len(texts)), SourceStats("rows", "text", ""), lambda _: {})
     ours = build_sequences([rows], data, None)
 
