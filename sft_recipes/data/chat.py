@@ -164,15 +164,9 @@ class Chat:
             raise RecipeError(
                 f"{self.name}: invalid Jinja template: {error} (line {error.lineno}). Fix it, or use another."
             ) from None
-        except (
-            SecurityError,
-            OverflowError,
-            MemoryError,
-            RecursionError,
-        ) as error:  # the template's fault, not the row's
-            raise RecipeError(
-                f"{self.name}: the template violates the sandbox: {str(error).rstrip('.') or 'it exhausts memory'}. Use another template."
-            ) from None
+        except (SecurityError, OverflowError, MemoryError, RecursionError) as error:  # not the row's fault
+            reason = str(error).rstrip(".") or "it exhausts memory"
+            raise RecipeError(f"{self.name}: the template violates the sandbox: {reason}. Use another template.") from None
         except Exception as error:  # a template can raise anything, such as ZeroDivisionError
             raise DataError(
                 f"{example.place}: the chat template rejects these messages: {str(error).rstrip('.')}."
