@@ -44,7 +44,7 @@ def predict(recipe: Recipe, size: ModelSize, device: str) -> HostMemory:
     ranks, sharded = launch.processes, launch.strategy in ("fsdp2", "zero3")
     largest = max(size.layer, size.embeddings)
     processes = ranks * PROCESS
-    weights = size.parameters * DTYPE_BYTES[recipe.model.dtype]
+    weights: float = size.parameters * DTYPE_BYTES[recipe.model.dtype]
     if quantized:
         ends = min(2 * size.embeddings, size.parameters)
         weights = (size.parameters - ends) * _QUANTIZED[quantized] + ends * DTYPE_BYTES[recipe.model.dtype]

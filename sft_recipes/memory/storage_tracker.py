@@ -31,7 +31,7 @@ class StorageTracker(TorchDispatchMode):
         super().__init__()
         self.block = block
         self.live: Counter[str] = Counter()
-        self.peaks: dict[str, Counter[str]] = {}
+        self.peaks: dict[Any, Counter[Any]] = {}
         self.phase = self.part = ""
         self._storages: dict[int, tuple[weakref.ref[Any], int, str]] = {}
 

@@ -176,7 +176,7 @@ class Train(_Section):
     @property
     def autocast_dtype(self) -> DType | None:
         """Data type of mixed precision, None without."""
-        return {"bf16": "bfloat16", "fp16": "float16", "no": None}[self.mixed_precision]  # type: ignore[return-value]
+        return {"bf16": "bfloat16", "fp16": "float16", "no": None}[self.mixed_precision]
 
     @property
     def recomputed(self) -> int:
