@@ -8,7 +8,7 @@ from typing import Any
 from sft_recipes import model_dir
 from sft_recipes.data import encoder, prepare, readers
 from sft_recipes.errors import DataError, RecipeError, one_line
-from sft_recipes.memory import host_memory, per_rank_memory, prediction, remedies
+from sft_recipes.memory import host_memory, prediction, remedies
 from sft_recipes.memory.prediction import GIB, Footprint
 from sft_recipes.memory.remedies import Remedy
 from sft_recipes.planning import flops
@@ -187,9 +187,7 @@ def plan(
         capability = card.capability if card else None  # if no GPU is named, Ampere or later is assumed
         predict = memory_trace.Predictor(config, device, capability)
         if capacity is not None or cpu:
-            recipe = autosize.resolve_auto(
-                recipe, predict, capacity or autosize.available_memory(recipe, device), device
-            )
+            recipe = autosize.resolve_auto(recipe, predict, capacity or autosize.available_memory(recipe, device))
         elif recipe.train.gradient_checkpointing == "auto":
             recipe = remedies.applied(recipe, {"train.gradient_checkpointing": True})
             amount.notes.append(
@@ -202,7 +200,7 @@ def plan(
             )
         fused = kernels.select_kernels(recipe, config, device)
         masked = fake_kernels.masks_all_pairs(recipe, config, device, capability)
-        rank = per_rank_memory.on_rank(predict(recipe), recipe, device)
+        rank = predict.on_rank(recipe)
         found = list[Remedy]()
         if capacity is not None and not prediction.fits(rank, capacity, device):
             leaner = fake_kernels.lower_memory_attention(recipe, config, device, capability)

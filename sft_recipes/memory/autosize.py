@@ -11,10 +11,9 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from sft_recipes.errors import ModelError, RecipeError
-from sft_recipes.memory import fake_kernels, per_rank_memory, prediction, remedies
+from sft_recipes.memory import fake_kernels, prediction, remedies
 from sft_recipes.memory.memory_trace import MOST_TOKENS, Predictor, load_traceable_config
 from sft_recipes.memory.prediction import Footprint
-from sft_recipes.memory.remedies import Predict
 from sft_recipes.models.attention import capability_here
 from sft_recipes.planning import flops
 from sft_recipes.planning.model_size import ModelSize
@@ -28,7 +27,7 @@ _SHARE_OF_HOST = 0.4
 _ENOUGH = 4096
 
 
-def resolve_auto(recipe: Recipe, predict: Predict, capacity: float, device: str) -> Recipe:
+def resolve_auto(recipe: Recipe, predict: Predictor, capacity: float) -> Recipe:
     """Resolve auto for `capacity` bytes: the largest micro-batch, and checkpointing of as few layers as necessary.
 
     Raises RecipeError if a single sequence does not fit, ModelError if memory cannot be predicted.
@@ -38,31 +37,29 @@ def resolve_auto(recipe: Recipe, predict: Predict, capacity: float, device: str)
         # Memory per rank is computed by formulas that have not been compared with a GPU.
         recipe = remedies.applied(recipe, {"train.gradient_checkpointing": True})
     if recipe.train.gradient_checkpointing != "auto":
-        return largest_micro_batch(recipe, predict, capacity, device) if sizes else recipe
+        return largest_micro_batch(recipe, predict, capacity) if sizes else recipe
 
     def with_layers(layers: bool | int) -> Recipe:
         return remedies.applied(recipe, {"train.gradient_checkpointing": layers})
 
-    def fits(changed: Recipe) -> bool:
-        return prediction.fits(per_rank_memory.on_rank(predict(changed), changed, device), capacity, device)
-
     if sizes:
         with suppress(RecipeError):  # no sequence fits without checkpointing
-            without = largest_micro_batch(with_layers(False), predict, capacity, device)
+            without = largest_micro_batch(with_layers(False), predict, capacity)
             if without.train.micro_batch_size_or_1 * recipe.data.max_length >= _ENOUGH:
                 return without
-        recipe = largest_micro_batch(with_layers(True), predict, capacity, device)
+        recipe = largest_micro_batch(with_layers(True), predict, capacity)
         enough = [size for size in remedies.micro_batch_sizes(recipe) if size * recipe.data.max_length >= _ENOUGH]
         if enough and enough[0] < recipe.train.micro_batch_size_or_1:  # use the memory to checkpoint fewer layers
             smaller = remedies.applied(with_layers(2), {"train.micro_batch_size": enough[0]})
-            recipe = smaller if fits(smaller) else recipe
+            recipe = smaller if predict.fits(smaller, capacity) else recipe
 
     # If checkpointing all layers does not fit either, the preflight reports what would.
     options = (False, *remedies.RECOMPUTED)
-    return with_layers(options[bisect_left(options[:-1], True, key=lambda layers: fits(with_layers(layers)))])
+    first = bisect_left(options[:-1], True, key=lambda layers: predict.fits(with_layers(layers), capacity))
+    return with_layers(options[first])
 
 
-def largest_micro_batch(recipe: Recipe, predict: Predict, capacity: float, device: str) -> Recipe:
+def largest_micro_batch(recipe: Recipe, predict: Predictor, capacity: float) -> Recipe:
     """Set the largest micro_batch_size that fits in `capacity` bytes: a power of two that keeps global_batch_size.
 
     Raises RecipeError if a single sequence does not fit.
@@ -76,14 +73,9 @@ def largest_micro_batch(recipe: Recipe, predict: Predict, capacity: float, devic
             f"Set it to a multiple of {world}."
         )
     sized = [remedies.applied(recipe, {"train.micro_batch_size": size}) for size in sizes]
-
-    def does_not_fit(changed: Recipe) -> bool:
-        rank = per_rank_memory.on_rank(predict(changed), changed, device)
-        return not prediction.fits(rank, capacity, device)
-
-    fitting = bisect_left(sized, True, key=does_not_fit)
+    fitting = bisect_left(sized, True, key=lambda changed: not predict.fits(changed, capacity))
     if fitting == 0:
-        needed = per_rank_memory.on_rank(predict(sized[0]), sized[0], device).peak_bytes
+        needed = predict.on_rank(sized[0]).peak_bytes
         raise RecipeError(
             "train.micro_batch_size: auto: a single sequence does not fit (predicted "
             f"{prediction.format_bytes(needed)}, available {prediction.format_bytes(capacity)}). "
@@ -103,7 +95,7 @@ def resolve_for_run(recipe: Recipe, run_dir: Path) -> Recipe:
         return recipe
     try:
         predict = _predictor_here(recipe)
-        return resolve_auto(recipe, predict, available_memory(recipe, predict.device), predict.device)
+        return resolve_auto(recipe, predict, available_memory(recipe, predict.device))
     except ModelError:
         if recipe.train.micro_batch_size == "auto":
             raise
@@ -124,8 +116,7 @@ def _as_resolved_before(recipe: Recipe, run_dir: Path) -> Recipe:
 
 def predict_here(recipe: Recipe) -> Footprint:
     """Predict the memory of one rank on this node. Raises ModelError if it cannot be predicted."""
-    predict = _predictor_here(recipe)
-    return per_rank_memory.on_rank(predict(recipe), recipe, predict.device)
+    return _predictor_here(recipe).on_rank(recipe)
 
 
 def model_flops_per_token(recipe: Recipe, size: ModelSize, document: float) -> float:
@@ -143,7 +134,7 @@ def memory_advice(recipe: Recipe) -> str:
     device = predict.device
     total = torch.cuda.mem_get_info()[1] if device == "cuda" else psutil.virtual_memory().total
     capacity = total if device == "cuda" else _SHARE_OF_HOST * total
-    rank = per_rank_memory.on_rank(predict(recipe), recipe, device)
+    rank = predict.on_rank(recipe)
     memory_used = (
         f"(predicted peak {prediction.format_bytes(rank.peak_bytes)}, device memory {prediction.format_bytes(total)})"
     )

@@ -185,7 +185,7 @@ def _dropout(x: Any, p: float = 0.5, training: bool = True, *_: Any, **__: Any) 
 
 def _layer_norm(x: Any, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Any:
     """CUDA's autocast computes layer norms in float32, the CPU's does not."""
-    weight, bias = (None if each is None else each.float() for each in (weight, bias))
+    weight, bias = (None if parameter is None else parameter.float() for parameter in (weight, bias))
     return functional.layer_norm(x.float(), shape, weight, bias, eps)
 
 

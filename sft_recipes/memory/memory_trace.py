@@ -15,8 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from sft_recipes.errors import ModelError
-from sft_recipes.memory import fake_kernels, optimizer_states
-from sft_recipes.memory.prediction import Footprint, Part, Phase, extrapolate
+from sft_recipes.memory import fake_kernels, optimizer_states, per_rank_memory
+from sft_recipes.memory.prediction import Footprint, Part, Phase, extrapolate, fits
 from sft_recipes.memory.storage_tracker import StorageTracker
 from sft_recipes.models import cpu_loss
 from sft_recipes.models.adapters import settle_types, with_adapters
@@ -76,6 +76,14 @@ class Predictor:
         footprint = self._predict(recipe)
         self._known.append((key, footprint))
         return footprint
+
+    def on_rank(self, recipe: Recipe) -> Footprint:
+        """Predict the memory of one rank under the recipe's `launch`, with the workspaces of the device's libraries."""
+        return per_rank_memory.on_rank(self(recipe), recipe, self.device)
+
+    def fits(self, recipe: Recipe, capacity: float) -> bool:
+        """Return True if a rank fits on a device of `capacity` bytes."""
+        return fits(self.on_rank(recipe), capacity, self.device)
 
     def _predict(self, recipe: Recipe) -> Footprint:
         tokens = recipe.data.max_length * int(recipe.train.micro_batch_size)
@@ -193,10 +201,8 @@ class _Step:
         self._replace_tensors()
         if train.recomputed:
             enable = getattr(base, f"{CHECKPOINTING}_enable")
-            options = {
-                "use_reentrant": False,
-                "context_fn": lambda: (nullcontext(), kernels),
-            }  # to forward, to recompute
+            # The contexts of the forward pass and of the recomputation in the backward pass.
+            options = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), kernels)}
             enable(options, every_n_layers=train.recomputed)
         self._mark_phases(layers)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]

@@ -27,7 +27,7 @@ class StorageTracker(TorchDispatchMode):
         """`block`: the allocator rounds sizes up to a multiple of so many bytes (CUDA: 512)."""
         super().__init__()
         self.block = block
-        self.live: Counter[Any] = Counter()
+        self.live: Counter[str] = Counter()
         self.peaks: dict[Any, Counter[Any]] = {}
         self.phase = self.part = ""
         self._storages: dict[int, tuple[weakref.ref[Any], int, str]] = {}

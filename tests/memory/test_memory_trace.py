@@ -379,12 +379,12 @@ def test_auto_is_the_largest_that_fits() -> None:
     peak = {size: predict(remedies.applied(recipe, {"train.micro_batch_size": size})).peak_bytes for size in (1, 4, 8)}
 
     for size in (1, 4, 8):  # 8 is the largest power of two in 24
-        chosen = autosize.largest_micro_batch(recipe, predict, peak[size], "cpu")
+        chosen = autosize.largest_micro_batch(recipe, predict, peak[size])
         assert chosen.train.micro_batch_size == size
         assert chosen.sequences_per_step == 24
-    assert autosize.largest_micro_batch(recipe, predict, 2 * peak[8], "cpu").train.micro_batch_size == 8
+    assert autosize.largest_micro_batch(recipe, predict, 2 * peak[8]).train.micro_batch_size == 8
     with pytest.raises(ValueError, match="a single sequence does not fit"):
-        autosize.largest_micro_batch(recipe, predict, peak[1] - 1, "cpu")
+        autosize.largest_micro_batch(recipe, predict, peak[1] - 1)
 
 
 def test_auto_checkpoints_as_few_layers_as_must_be() -> None:
@@ -395,11 +395,11 @@ def test_auto_checkpoints_as_few_layers_as_must_be() -> None:
     assert sorted(peak.values(), reverse=True) == list(peak.values())
 
     for layers in every:
-        assert autosize.resolve_auto(recipe, predict, peak[layers], "cpu").train.gradient_checkpointing == layers
+        assert autosize.resolve_auto(recipe, predict, peak[layers]).train.gradient_checkpointing == layers
     assert (
-        autosize.resolve_auto(recipe, predict, peak[1] / 2, "cpu").train.gradient_checkpointing is True
+        autosize.resolve_auto(recipe, predict, peak[1] / 2).train.gradient_checkpointing is True
     )  # it is left at that
-    assert autosize.resolve_auto(recipe, predict, peak[3], "cpu").train.micro_batch_size == 4
+    assert autosize.resolve_auto(recipe, predict, peak[3]).train.micro_batch_size == 4
 
 
 def test_auto_of_both_prefers_no_checkpointing_once_a_micro_batch_is_large_enough() -> None:
@@ -413,7 +413,7 @@ def test_auto_of_both_prefers_no_checkpointing_once_a_micro_batch_is_large_enoug
         return predict(remedies.applied(recipe, sized)).peak_bytes
 
     def chosen(capacity: float) -> tuple[Any, Any]:
-        train = autosize.resolve_auto(recipe, predict, capacity, "cpu").train
+        train = autosize.resolve_auto(recipe, predict, capacity).train
         return train.micro_batch_size, train.gradient_checkpointing
 
     assert chosen(peak(8, layers=False)) == (8, False)
@@ -433,7 +433,7 @@ def test_auto_of_both_prefers_no_checkpointing_once_a_micro_batch_is_large_enoug
 def test_auto_checkpoints_every_layer_of_weights_that_are_shared_out() -> None:
     shared = LEAST | {"launch": {"processes": 2, "strategy": "fsdp2"}}
     predict = memory_trace.Predictor(CONFIGS["llama"], "cpu")
-    settled = autosize.resolve_auto(Recipe.model_validate(shared), predict, 2**50, "cpu")
+    settled = autosize.resolve_auto(Recipe.model_validate(shared), predict, 2**50)
     assert settled.train.gradient_checkpointing is True
 
 
