@@ -9,7 +9,7 @@ from sft_recipes.run_dir import Lines
 
 SMOOTHED_FROM = 10  # minimum number of points to smooth
 _PART, _LEAST = 1 / 20, 3  # smoothing window: share of all points, and minimum number
-_STRETCHES, _KEPT = 200, 5  # downsampling: number of segments, and maximum points kept of each
+_SEGMENTS, _KEPT = 200, 5  # downsampling: number of segments, and maximum points kept of each
 # Colors of the curves, safe for color-blind readers; the page has lighter ones for its dark mode.
 COLORS = ("#2f6fb5", "#c8501e", "#1a8a66", "#8a4fa8", "#a87a00", "#0e8fa3", "#b8326e", "#5d6370")
 LOSS, RATE = "Loss per token", "Learning rate"
@@ -88,13 +88,13 @@ def chart(runs: Mapping[str, Lines], title: str) -> Chart:
         eval_points = curve(metrics, evaluated) if evaluated else []
         smooth = "smooth" in options and len(points) >= SMOOTHED_FROM
         if smooth and alone:
-            series.append(Series("as logged", "faint", color, thinned(points)))
+            series.append(Series("as logged", "faint", color, downsampled(points)))
         if points:
             name = "training" if not smooth else "training, smoothed" if evaluated else "smoothed"
             line = smoothed(points) if smooth else points
-            series.append(Series(name if alone else run, "solid", color, thinned(line)))
+            series.append(Series(name if alone else run, "solid", color, downsampled(line)))
         if eval_points:
-            series.append(Series("eval" if alone else f"{run}, eval", "dots", eval_color, thinned(eval_points)))
+            series.append(Series("eval" if alone else f"{run}, eval", "dots", eval_color, downsampled(eval_points)))
         if steps := sorted(point.step for point in (*points, *eval_points) if not math.isfinite(point.value)):
             values = "1 value is" if len(steps) == 1 else f"{len(steps):,} values are"
             notes.append(f"{'' if alone else f'{run}: '}{values} NaN or Inf, first at step {steps[0]:,}")
@@ -144,9 +144,9 @@ def _averages(values: Sequence[float], share: float) -> list[float]:
     return found
 
 
-def thinned(points: Sequence[Point]) -> list[Point]:
+def downsampled(points: Sequence[Point]) -> list[Point]:
     """Downsample: keep the first, last, lowest, highest and one non-finite point of each segment."""
-    size = math.ceil(len(points) / _STRETCHES)
+    size = math.ceil(len(points) / _SEGMENTS)
     if size <= _KEPT:
         return list(points)
     return [point for start in range(0, len(points), size) for point in _marks(points[start : start + size])]

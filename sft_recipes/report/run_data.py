@@ -14,7 +14,7 @@ from sft_recipes.recipe.schema import Data, Lora, Model, Recipe
 from sft_recipes.report.curves import curve, positions, smoothed
 
 NONE = "–"
-# Labels of the keys of data.json. Those in _LOST are shown even if they are 0.
+# Labels of the keys of data.json. Those in _ALWAYS_SHOWN are shown even if they are 0.
 _ROWS = {
     "rows_read": "rows read",
     "held_out": "rows held out for evaluation",
@@ -33,7 +33,7 @@ _ROWS = {
     "tokens": "tokens in sequences",
     "trained_tokens": "trained tokens",
 }
-_LOST = ("dropped", "truncated_rows", "dropped_tokens")
+_ALWAYS_SHOWN = ("dropped", "truncated_rows", "dropped_tokens")
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ def state(run: Run) -> str:
     return f"not finished: ended after {at} (last logged step); --resume continues it"
 
 
-def figures(run: Run) -> dict[str, str]:
-    """Return the key figures of a run by label."""
+def key_metrics(run: Run) -> dict[str, str]:
+    """Return the key metrics of a run by label."""
     recipe, parameters = run.recipe, run.manifest.get("parameters")
     step, tokens, seconds = positions(run.metrics)[-1] if run.metrics else (None, 0.0, 0.0)
     memory = [point.value for point in curve(run.metrics, "peak_memory_gib")]
@@ -132,9 +132,9 @@ def _before_and_after(run: Run, name: str, form: str, *, best: Any = None) -> st
     return text
 
 
-def final(runs: Sequence[Run]) -> list["TableRow"]:
-    """Return the key figures of several runs: one row per figure, one column per run."""
-    columns = [{"State": state(run)} | figures(run) for run in runs]
+def comparison(runs: Sequence[Run]) -> list["TableRow"]:
+    """Return the key metrics of several runs: one row per metric, one column per run."""
+    columns = [{"State": state(run)} | key_metrics(run) for run in runs]
     names = dict.fromkeys(name for column in columns for name in column)
     return [TableRow(name, [column.get(name, NONE) for column in columns]) for name in names]
 
@@ -214,15 +214,11 @@ def _rows(name: str, stats: Mapping[str, Any], recipe: Mapping[str, Any]) -> Sta
     table = []
     for key, label in _ROWS.items():
         counts = [source.get(key, 0) for source in sources]
-        if key in _LOST or any(counts):
-            table.append(TableRow(label, [_counted(count) for count in counts]))
-    lengths = dict.fromkeys(name for source in sources for name in source.get("token_lengths", {}))
-    table += [
-        TableRow(
-            f"tokens per row, {length}", [_counted(source.get("token_lengths", {}).get(length)) for source in sources]
-        )
-        for length in lengths
-    ]
+        if key in _ALWAYS_SHOWN or any(counts):
+            table.append(TableRow(label, [_format_count(count) for count in counts]))
+    lengths = [source.get("token_lengths", {}) for source in sources]
+    for quantile in dict.fromkeys(name for each in lengths for name in each):
+        table.append(TableRow(f"tokens per row, {quantile}", [_format_count(each.get(quantile)) for each in lengths]))
     most = recipe.get("data", {}).get("max_length")
     share = f" ({trained / tokens:.1%})" if tokens else ""
     line = (
@@ -236,7 +232,7 @@ def _rows(name: str, stats: Mapping[str, Any], recipe: Mapping[str, Any]) -> Sta
     )
 
 
-def _counted(count: Any) -> str:
+def _format_count(count: Any) -> str:
     if isinstance(count, dict):  # dropped rows, by reason
         return ", ".join(f"{number:,} ({reason})" for reason, number in count.items() if number) or "0"
     return NONE if count is None else f"{count:,}"
@@ -262,7 +258,7 @@ class PromptAnswers:
     answers: list[Answer]
 
 
-def spoken(message: Mapping[str, Any]) -> str:
+def message_text(message: Mapping[str, Any]) -> str:
     """Return a message of a prompt as text, with its Alpaca input and tool calls, if any."""
     content = message.get("content")
     parts = [content if isinstance(content, str) else None if content is None else _value(content)]
@@ -313,7 +309,7 @@ def verification(run: Run) -> dict[str, str]:
     return _readable({key: value for key, value in run.proof.items() if key not in ("files", "verification")} | figures)
 
 
-def made_with(run: Run) -> dict[str, str]:
+def environment(run: Run) -> dict[str, str]:
     """Return start and end, device and settings in use."""
     shown_elsewhere = ("command", "preflight", "parameters", "resumed", "data_sha256", "versions")
     values = {key: value for key, value in run.manifest.items() if key not in shown_elsewhere}

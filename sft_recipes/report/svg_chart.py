@@ -59,10 +59,10 @@ def _frame(chart: Chart, number: int, axis: str) -> Frame:
 
     size, unit = _unit(_UNITS, end) if axis == "time" else (1, None)
     across = [
-        Tick(round(100 * tick * size / end, 2), f"{tick:g}{unit}" if unit else _counted(tick))
+        Tick(round(100 * tick * size / end, 2), f"{tick:g}{unit}" if unit else _format_number(tick))
         for tick in _ticks(0, end / size, whole=unit is None)
     ]
-    up = [Tick(round(100 * (tick - low) / (high - low), 2), _counted(tick)) for tick in _ticks(low, high)]
+    up = [Tick(round(100 * (tick - low) / (high - low), 2), _format_number(tick)) for tick in _ticks(low, high)]
     paths = [Path("grid", "".join(f"M0 {_SIZE - 10 * tick.at:.1f}h{_SIZE}" for tick in up))]
     for series in chart.series:
         if series.style == "dots":
@@ -97,7 +97,7 @@ def _unit(units: Sequence[tuple[float, float, str]], number: float) -> tuple[flo
     return next((size, unit) for least, size, unit in units if abs(number) >= least)
 
 
-def _counted(number: float) -> str:
+def _format_number(number: float) -> str:
     size, unit = _unit(_SIZES, number)
     return f"{number / size:g}{unit}"
 

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from sft_recipes.report.curves import Chart, Point, Series, charts, curve, positions, smoothed, thinned
+from sft_recipes.report.curves import Chart, Point, Series, charts, curve, downsampled, positions, smoothed
 from tests.report import runs
 
 
@@ -59,13 +59,13 @@ def test_smoothing_leaves_out_what_is_not_finite(lost: float) -> None:
 
 
 def test_few_points_are_not_thinned_out() -> None:
-    assert thinned(points([1.0] * 900)) == points([1.0] * 900)
+    assert downsampled(points([1.0] * 900)) == points([1.0] * 900)
 
 
 def test_thinning_keeps_ends_peaks_and_gaps_in_order() -> None:
     many = [1.0] * 100_000
     many[31_415], many[27_182], many[54_321] = 9.0, -9.0, math.nan
-    found = thinned(points(many))
+    found = downsampled(points(many))
 
     assert len(found) <= 1000
     assert (found[0].step, found[-1].step) == (0, 99_999)

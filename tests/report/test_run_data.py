@@ -56,7 +56,7 @@ def test_exported_while_the_run_still_writes_its_report(tmp_path: Path) -> None:
 
 
 def test_figures(tmp_path: Path) -> None:
-    found = run_data.figures(read(tmp_path, runs.metrics(4), recipe=resolved(lora={"rank": 8})))
+    found = run_data.key_metrics(read(tmp_path, runs.metrics(4), recipe=resolved(lora={"rank": 8})))
 
     assert found == {
         "Model": "m",
@@ -81,27 +81,27 @@ def test_figures(tmp_path: Path) -> None:
     ],
 )
 def test_methods(tmp_path: Path, sections: dict[str, Any], method: str) -> None:
-    assert run_data.figures(read(tmp_path, [], recipe=resolved(**sections)))["Method"] == method
+    assert run_data.key_metrics(read(tmp_path, [], recipe=resolved(**sections)))["Method"] == method
 
 
 def test_the_best_evaluation_is_named_where_it_is_not_the_last(tmp_path: Path) -> None:
     lines = [{"step": step, "eval_loss": loss} for step, loss in ((0, 3.0), (50, 1.0), (100, 2.0))]
     run = read(tmp_path, lines)
 
-    assert run_data.figures(run)["Eval loss"] == "3.0000 → 2.0000; best 1.0000 at step 50"
+    assert run_data.key_metrics(run)["Eval loss"] == "3.0000 → 2.0000; best 1.0000 at step 50"
 
 
 def test_figures_of_several_runs(tmp_path: Path) -> None:
     pair = [read(tmp_path / name, runs.metrics(steps)) for name, steps in (("a", 3), ("b", 6))]
 
-    assert ("Steps", ["3", "6"]) in run_data.final(pair)
-    assert ("State", ["trained and exported"] * 2) in run_data.final(pair)
+    assert ("Steps", ["3", "6"]) in run_data.comparison(pair)
+    assert ("State", ["trained and exported"] * 2) in run_data.comparison(pair)
 
 
 def test_nothing_but_a_log(tmp_path: Path) -> None:
     run = read(tmp_path, [], recipe=None, data=None, manifest=None, proof=None)
 
-    assert run_data.figures(run) == {"Method": "full fine-tuning"}
+    assert run_data.key_metrics(run) == {"Method": "full fine-tuning"}
     assert run_data.state(run).startswith("not finished: ended after step 0 ")
 
 
@@ -196,7 +196,7 @@ def test_made_with(tmp_path: Path) -> None:
     resumed = {"resumed": [{"from": "checkpoint-5", "started": "2026-01-03T00:00:00+00:00"}]}
     run = read(tmp_path, [], manifest=runs.MANIFEST | resumed)
 
-    assert run_data.made_with(run) == {
+    assert run_data.environment(run) == {
         "started": "2026-01-02T03:04:05+00:00", "device: name": "cpu", "device: threads": "2",
         "resumed": "from checkpoint-5, 2026-01-03T00:00:00+00:00",
     }  # fmt: skip
@@ -238,4 +238,4 @@ def test_last_answers_of_several_runs(tmp_path: Path) -> None:
     ],
 )
 def test_messages_as_text(message: dict[str, Any], text: str) -> None:
-    assert run_data.spoken(message) == text
+    assert run_data.message_text(message) == text
