@@ -18,14 +18,14 @@ __all__ = ["FakeTensorMode", "TorchDispatchMode"]
 CAST = torch.ops.aten._to_copy.default
 ITEM = torch.ops.aten._local_scalar_dense.default  # tensor.item()
 
-# The function below torch.nn.functional.grouped_mm, which calls it and cannot be intercepted itself. torch has fake tensors of
-# it for bfloat16 only, so memory prediction replaces it: without it, mixtures of experts in float32 cannot be predicted.
-GROUPED_MM = torch._grouped_mm
-
 # transformers before 5.23 has only the older name.
 CHECKPOINTING = (
     "activation_checkpointing" if Version(version("transformers")) >= Version("5.23") else "gradient_checkpointing"
 )
+
+# torch.nn.functional.grouped_mm calls it and cannot be intercepted itself. torch has fake tensors of it for bfloat16 only, so
+# memory prediction replaces it: without it, mixtures of experts in float32 cannot be predicted.
+GROUPED_MM = torch._grouped_mm
 
 
 # --- Models ----------------------------------------------------------------------------------------------------------
@@ -37,9 +37,9 @@ def attention_of(config: Any) -> str | None:
     return name
 
 
-def supports(architecture: Any, feature: str) -> bool:
-    """Return True if a model class declares sdpa, flash_attn or attention_backend, as transformers' guide tells it to."""
-    return bool(getattr(architecture, f"_supports_{feature}", False))
+def supports(architecture: Any, feature: str, default: bool = False) -> bool:
+    """Return whether a model class declares sdpa, flash_attn or attention_backend, as transformers' guide tells it to."""
+    return bool(getattr(architecture, f"_supports_{feature}", default))
 
 
 def float32_modules(model: Any, dtype: torch.dtype) -> list[str]:

@@ -171,7 +171,7 @@ class Chat:
             RecursionError,
         ) as error:  # the template's fault, not the row's
             raise RecipeError(
-                f"{self.name}: the template violates the sandbox: {str(error) or 'it exhausts memory'}. Use another template."
+                f"{self.name}: the template violates the sandbox: {str(error).rstrip('.') or 'it exhausts memory'}. Use another template."
             ) from None
         except Exception as error:  # a template can raise anything, such as ZeroDivisionError
             raise DataError(

@@ -173,9 +173,10 @@ def join(parts: Sequence[Documents]) -> Documents:
 
 def range_sums(values: NDArray[Any], start: NDArray[np.int64], end: NDArray[np.int64], dtype: type) -> NDArray[Any]:
     """Sum `values` over each range [start, end), modulo the size of an unsigned `dtype`."""
-    totals = np.zeros(len(values) + 1, dtype=dtype)
+    totals: NDArray[Any] = np.zeros(len(values) + 1, dtype=dtype)
     np.cumsum(values, dtype=dtype, out=totals[1:])
-    return totals[end] - totals[start]  # exact even if the totals have wrapped around
+    sums: NDArray[Any] = totals[end] - totals[start]  # exact even if the totals have wrapped around
+    return sums
 
 
 class Encoder:
@@ -226,19 +227,19 @@ class Encoder:
         lists, stops, spans = list[list[int]](), list[int](), list[list[tuple[int, int]]]()
         for rendered, whole in zip((one for row in batch for one in (row, *row.more)), encodings, strict=True):
             encoding = self._cut(rendered, whole)
-            ids = encoding.ids
-            spans.append(list(_spans(rendered, encoding, len(ids) - added)))
+            tokens = encoding.ids
+            spans.append(list(_spans(rendered, encoding, len(tokens) - added)))
             if self._replaced and not specials:
-                del ids[-self._replaced :]
+                del tokens[-self._replaced :]
             closed, stop = self._ending(rendered.text, specials=specials)
-            lists.append(ids if closed else [*ids, self.eos])
+            lists.append(tokens if closed else [*tokens, self.eos])
             stops.append(stop)
         begins = np.concatenate([[0], np.cumsum([len(ids) for ids in lists])])
         ids = np.fromiter(chain.from_iterable(lists), dtype=np.int32, count=begins[-1])
         trained = np.zeros(len(ids), dtype=bool)
         for begin, end, of_document in zip(begins.tolist(), begins[1:].tolist(), spans, strict=False):
-            for first, last in of_document:
-                trained[begin + first : end if last < 0 else begin + last] = True
+            for start, stop in of_document:
+                trained[begin + start : end if stop < 0 else begin + stop] = True
         ended = _ended(ids, trained, begins, np.array(stops, dtype=np.int32))
         first = np.concatenate([[0], np.cumsum([1 + len(rendered.more) for rendered in batch])])
         offsets = begins[first]
@@ -286,7 +287,8 @@ class Encoder:
 def _inside(position: int, encoding: Encoding) -> bool:
     """Return True if a token spans the border before a character."""
     token = encoding.char_to_token(position)
-    return token is not None and encoding.token_to_chars(token)[0] < position
+    covered = encoding.token_to_chars(token) if token is not None else None
+    return covered is not None and covered[0] < position
 
 
 def _spans(rendered: Rendered, encoding: Encoding, own: int) -> Iterator[tuple[int, int]]:

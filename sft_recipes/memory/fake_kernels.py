@@ -50,10 +50,7 @@ def named(recipe: Recipe, config: PreTrainedConfig, device: str, capability: Cap
     Raises: ModelError if model or GPU does not support it.
     """
     selected, _ = varlen.select_implementation(recipe, config, device, capability)
-    architecture = _architecture(config)
-    if selected is None and (architecture is None or supports(architecture, "sdpa")):
-        return "sdpa"
-    return selected
+    return "sdpa" if selected is None and supports(_architecture(config), "sdpa", default=True) else selected
 
 
 def lower_memory_attention(

@@ -83,26 +83,6 @@ class LogProbs(torch.autograd.Function):
         return None, *gradients, None, None, None
 
 
-class Head:
-    """Replacement for TRL's ChunkedLogProbFunction, with its interface."""
-
-    @staticmethod
-    def apply(
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        targets: torch.Tensor,
-        temperature: float,
-        _chunk: int,
-        softcap: float | None,
-        scale: float,
-        _outputs: tuple[str, ...],
-    ) -> tuple[Any, ...]:
-        assert temperature == 1.0, temperature  # SFTTrainer's
-        log_probs, hits = LogProbs.apply(torch.is_grad_enabled(), hidden, weight, bias, targets, scale, softcap)
-        return log_probs, torch.full_like(log_probs, math.nan), None, None, hits  # no entropy
-
-
 def applies(device: str, loss_type: str) -> bool:
     """Return True if this head can compute the loss: on a CPU, for a mean over tokens (see LogProbs on gradients)."""
     return device == "cpu" and loss_type == "nll"
@@ -131,20 +111,13 @@ def replace_fused_lm_head(model: PreTrainedModel) -> None:
         head = self.get_output_embeddings()
         weight, bias = (each.full_tensor() if isinstance(each, DTensor) else each for each in (head.weight, head.bias))
         with maybe_gather_lm_head_ctx(weight, bias):
-            log_probs, entropy, _, _, hits = Head.apply(
-                hidden[mask], weight, bias, targets[mask], 1.0, 0, softcap, scale, ()
-            )
-
-        def at_their_place(
-            values: Any,
-        ) -> Any:  # masked_scatter connects the output with the model without a trained token
-            return values.new_zeros(mask.shape).masked_scatter(mask, values)
-
-        log_probs, entropy, hits = map(at_their_place, (log_probs, entropy, hits))
+            trained = LogProbs.apply(torch.is_grad_enabled(), hidden[mask], weight, bias, targets[mask], scale, softcap)
+        # masked_scatter connects the output with the model even if no token is trained.
+        log_probs, hits = (each.new_zeros(mask.shape).masked_scatter(mask, each) for each in trained)
         return FusedCausalLMOutput(
             loss=-log_probs.sum() / (mask.sum().clamp(min=1) if count is None else count),
             log_probs=log_probs,
-            entropy=entropy,
+            entropy=torch.full_like(log_probs, math.nan),
             is_top1=hits,
             label_mask=mask,
         )

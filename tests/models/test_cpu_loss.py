@@ -15,7 +15,16 @@ from trl.trainer import utils as trl_utils
 from sft_recipes.models import cpu_loss
 from tests.conftest import WriteRecipe, build, metrics
 
-NAMES = ("log_probs", "entropy", "is_top1")
+
+def ours(hidden: Any, weight: Any, bias: Any, targets: Any, softcap: Any, scale: float) -> tuple[Any, Any]:
+    return cpu_loss.LogProbs.apply(True, hidden, weight, bias, targets, scale, softcap)
+
+
+def theirs(hidden: Any, weight: Any, bias: Any, targets: Any, softcap: Any, scale: float) -> tuple[Any, Any]:
+    log_probs, _, _, _, hits = ChunkedLogProbFunction.apply(
+        hidden, weight, bias, targets, 1.0, 8, softcap, scale, ("log_probs", "entropy", "is_top1")
+    )
+    return log_probs, hits
 
 
 def taken(
@@ -23,7 +32,7 @@ def taken(
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """Log-probabilities, hits, and the gradients of their mean to the hidden states, the weight and the bias."""
     hidden, weight, bias = (each.clone().requires_grad_() for each in values)
-    log_probs, _, _, _, hits = function.apply(hidden, weight, bias, targets, 1.0, 8, softcap, scale, NAMES)
+    log_probs, hits = function(hidden, weight, bias, targets, softcap, scale)
     (-log_probs.sum() / max(len(targets), 1) * 3).backward()  # 3: what comes from above is not 1
     return log_probs.detach(), hits, [each.grad for each in (hidden, weight, bias)]
 
@@ -48,13 +57,13 @@ def test_values_and_gradients_are_trls(
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(cpu_loss, "_CHUNK", piece)
         patched.setattr(cpu_loss, "_TILE", tile)
-        log_probs, hits, gradients = taken(cpu_loss.Head, values, targets, softcap, scale)
+        log_probs, hits, gradients = taken(ours, values, targets, softcap, scale)
 
-    theirs, their_hits, their_gradients = taken(ChunkedLogProbFunction, values, targets, softcap, scale)
-    assert torch.allclose(log_probs, theirs, rtol=1e-5, atol=2e-5)
+    expected, their_hits, their_gradients = taken(theirs, values, targets, softcap, scale)
+    assert torch.allclose(log_probs, expected, rtol=1e-5, atol=2e-5)
     assert torch.equal(hits, their_hits)
-    for ours, other in zip(gradients, their_gradients, strict=True):
-        assert torch.allclose(ours, other, rtol=1e-4, atol=1e-5 * large)
+    for gradient, other in zip(gradients, their_gradients, strict=True):
+        assert torch.allclose(gradient, other, rtol=1e-4, atol=1e-5 * large)
 
 
 def test_a_token_that_is_all_but_certain_or_impossible_keeps_its_loss_and_gradient() -> None:
@@ -63,7 +72,7 @@ def test_a_token_that_is_all_but_certain_or_impossible_keeps_its_loss_and_gradie
     weight = torch.tensor([[9.0, 0.0], [0.0, 200.0]], dtype=torch.bfloat16)
     targets = torch.tensor([0, 0])
     log_probs, hits, (to_hidden, _, _) = taken(
-        cpu_loss.Head, [hidden, weight, torch.zeros(2, dtype=torch.bfloat16)], targets, None, 1.0
+        ours, [hidden, weight, torch.zeros(2, dtype=torch.bfloat16)], targets, None, 1.0
     )
 
     assert torch.allclose(log_probs, torch.tensor([-1.2340e-4, -200.0]), rtol=1e-3)
@@ -78,19 +87,19 @@ def test_under_autocast_it_multiplies_in_half_and_keeps_the_types() -> None:
     whole = [each.clone().requires_grad_() for each in values]
     cross_entropy(linear(*whole), targets).mul(3).backward()
     with torch.autocast("cpu", torch.bfloat16):
-        log_probs, _, gradients = taken(cpu_loss.Head, values, targets, None, 1.0)
+        log_probs, _, gradients = taken(ours, values, targets, None, 1.0)
 
     assert -log_probs.mean() == pytest.approx(cross_entropy(linear(*values), targets).item(), abs=5e-3)
-    for ours, exact in zip(gradients, whole, strict=True):
-        assert ours.dtype == torch.float32
-        assert (ours - exact.grad).norm() < 0.01 * exact.grad.norm()
+    for gradient, exact in zip(gradients, whole, strict=True):
+        assert gradient.dtype == torch.float32
+        assert (gradient - exact.grad).norm() < 0.01 * exact.grad.norm()
 
 
 def test_without_gradients_none_is_taken() -> None:
     weight = torch.randn(20, 4, requires_grad=True)
     with torch.no_grad():
-        log_probs, *_ = cpu_loss.Head.apply(
-            torch.randn(3, 4), weight, None, torch.tensor([1, 2, 3]), 1.0, 8, None, 1.0, NAMES
+        log_probs, *_ = cpu_loss.LogProbs.apply(
+            False, torch.randn(3, 4), weight, None, torch.tensor([1, 2, 3]), 1.0, None
         )
     assert not log_probs.requires_grad
 

@@ -45,7 +45,7 @@ def test_attention(write_recipe: WriteRecipe, wanted: str, used: str) -> None:
 def test_fsdp2_stores_4_bit_weights_in_the_dtype_that_it_casts_to(
     write_recipe: WriteRecipe, dtype: str, mixed: str, stored: torch.dtype
 ) -> None:
-    """In another it would cast the numbers that they are held in, and of the weights nothing would be left."""
+    """FSDP2 casts weights of another dtype, which would corrupt the packed 4-bit values."""
     overrides = ["model.quantization=nf4", "lora={}", "launch.strategy=fsdp2"]
     overrides += [f"model.dtype={dtype}", f"train.mixed_precision={mixed}"]
     recipe = parse.load(write_recipe(), overrides).recipe

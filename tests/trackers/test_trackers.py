@@ -1,4 +1,4 @@
-"""What experiment trackers hold of a run, read from their own files."""
+"""What experiment trackers record of a run, read from their own files."""
 
 import json
 import os
@@ -26,7 +26,7 @@ ASKED = [{"prompt": "Say the word number 1.", "expected": "word 1"}, ODD]
 
 
 def without_settings(folder: Path) -> dict[str, str]:
-    """The environment of somebody who has never used a tracker."""
+    """The environment of a user who has never used a tracker."""
     prefixes = ("WANDB_", "TENSORBOARD_", "TRACKIO_", "MLFLOW_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
     own = {f"WANDB_{name}_DIR": str(folder / "wandb") for name in ("CONFIG", "CACHE", "DATA")}
@@ -34,7 +34,7 @@ def without_settings(folder: Path) -> dict[str, str]:
 
 
 def fails_in_step_4() -> None:
-    """Called in the process that is to fail."""
+    """Make the training of this process fail."""
     from sft_recipes.training.trainer import Trainer
 
     step = Trainer.training_step
@@ -49,7 +49,7 @@ def fails_in_step_4() -> None:
 
 @pytest.fixture(scope="module")
 def followed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A run that all trackers follow, which failed after step 3 and was resumed from step 2; and what it said, both times."""
+    """A run with all trackers that failed after step 3 and was resumed from step 2, and the output of both."""
     folder = tmp_path_factory.mktemp("followed")
     write_rows(folder / "train.jsonl")
     recipe = minimal(folder) | {
@@ -73,7 +73,7 @@ def followed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 def history(folder: Path, tracker: str, key: str) -> list[tuple[int, float]]:
-    """Step and value of a metric in the files of a tracker, in the order in which they were told."""
+    """Step and value of a metric in the files of a tracker, in the order in which they were logged."""
     return {"wandb": of_wandb, "tensorboard": of_tensorboard, "trackio": of_trackio, "mlflow": of_mlflow}[tracker](
         folder, key
     )
@@ -94,7 +94,7 @@ def history(folder: Path, tracker: str, key: str) -> list[tuple[int, float]]:
     ],
 )
 def test_each_step_is_logged_once(followed: tuple[Path, str], tracker: str, key: str) -> None:
-    """Though it failed and was resumed. Of times, those of steps that were trained twice are the first."""
+    """Also after a failure and resume. Times of steps that were trained twice are the first ones."""
     folder, _ = followed
     kind = key if key.startswith("eval") else "loss"
     expected = [(line["step"], line[key]) for line in metrics(folder) if kind in line]
@@ -192,7 +192,7 @@ def test_without_a_login_everything_is_in_the_run_directory(followed: tuple[Path
 
 
 def test_environment_variables_of_the_trackers(tmp_path: Path, write_recipe: WriteRecipe) -> None:
-    """What the tracker's own variables say holds where the recipe says nothing."""
+    """A tracker's own variables apply where the recipe sets nothing."""
     own = {"WANDB_MODE": "offline", "WANDB_PROJECT": "mine", "WANDB_RUN_GROUP": "ours", "WANDB_NAME": "it"}
     own |= {"MLFLOW_EXPERIMENT_NAME": "mine", "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/all.db"}
     own |= {name: str(tmp_path / name) for name in ("WANDB_DIR", "TENSORBOARD_LOGGING_DIR", "TRACKIO_DIR")}
@@ -212,7 +212,7 @@ def test_environment_variables_of_the_trackers(tmp_path: Path, write_recipe: Wri
 
 
 def test_a_tracker_that_fails_does_not_stop_the_run(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    """With a key that cannot be one, wandb refuses to start."""
+    """With an invalid key, wandb does not start."""
     environment = without_settings(tmp_path) | {"WANDB_MODE": "online", "WANDB_API_KEY": "too-short"}
     done = sft_recipe("run", str(write_recipe(log={"to": ["wandb"]})), environment=environment)
 
@@ -309,7 +309,7 @@ main()
 
 
 def test_a_tracker_is_added_by_one_file(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    """The schema, `check`, `run` and the advice to install it know a tracker that is only a file among the others."""
+    """Schema, `check`, `run` and the advice to install it follow from the file."""
     (tmp_path / "added").mkdir()
     (tmp_path / "added" / "lines.py").write_text(ADDED)
     recipe = str(write_recipe(log={"to": ["lines"], "name": "first", "every": 1}, eval={"generate": ["Say one."]}))
@@ -338,7 +338,7 @@ def test_every_extra_of_a_tracker_is_one(request: pytest.FixtureRequest) -> None
 
 
 def test_two_runs_of_one_process(tmp_path: Path) -> None:
-    """The first loses mlflow half way, which is closed all the same. trackio cannot change its directory, and says so."""
+    """In the first, mlflow fails and is closed. trackio cannot change its directory, which is a warning."""
     recipes = []
     for name in ("first", "second"):
         (tmp_path / name).mkdir()

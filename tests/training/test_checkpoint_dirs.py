@@ -1,4 +1,4 @@
-"""A checkpoint that is chosen is whole; the last one, and the best, are never removed."""
+"""Only complete checkpoints are resumed from; the latest and the best are never removed."""
 
 import json
 import os
@@ -78,7 +78,7 @@ def test_lines_after_the_checkpoint_are_discarded(tmp_path: Path) -> None:
     [(1, None, [8]), (2, None, [6, 8]), (2, 2, [2, 6, 8]), (1, 8, [8]), (9, None, [2, 6, 8, 12])],
 )
 def test_rotation(tmp_path: Path, keep: int, best: int | None, left: list[int]) -> None:
-    """Whatever is not complete goes, and does not count; what is later than the new one is from before it was resumed."""
+    """Incomplete checkpoints are removed and not counted; later ones, from before a resume, are kept."""
     made(tmp_path, 2, 4, 6, 8, 12)
     (checkpoint_dirs.checkpoint_path(tmp_path, 4) / "weights").unlink()
     checkpoint_dirs.rotate(
@@ -91,7 +91,7 @@ def test_rotation(tmp_path: Path, keep: int, best: int | None, left: list[int]) 
 
 
 def fill_the_disk(sft: trainer.Trainer, at: int) -> None:
-    """While the optimizer's state is saved at that step, no file may grow beyond 50 kB."""
+    """Limit files to 50 kB while the optimizer's state is saved at that step."""
     save = sft._save_optimizer_and_scheduler
 
     def limited(*args: Any) -> None:
@@ -134,7 +134,7 @@ def test_a_full_disk_with_on_failure_continue(write_recipe: WriteRecipe, tmp_pat
 
 
 def test_the_best_checkpoint_is_one_that_was_written(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    """The lowest loss of all was at a step whose checkpoint could not be written: then the best of the others counts."""
+    """The checkpoint with the lowest loss could not be written: the best of the others is exported."""
     sections = {"every": None, "export_best": True, "keep": 1, "on_failure": "continue"}
     recipe = write_recipe(train={"max_steps": 10}, eval={"every": 2}, checkpoint=sections)
     sft = build(recipe, tmp_path / "run")
@@ -176,7 +176,7 @@ def spoil_best(run_dir: Path) -> None:
     "spoil", [spoil_best, lambda run_dir: atomic_files.remove(checkpoint_dirs.checkpoint_path(run_dir, 2))]
 )
 def test_a_damaged_best_checkpoint(write_recipe: WriteRecipe, tmp_path: Path, spoil: Callable[[Path], None]) -> None:
-    """A later one takes its place, and that is said."""
+    """A later one is exported instead, with a warning."""
     recipe = write_recipe(
         train={"max_steps": 6, "learning_rate": 0.1}, eval={"every": 2}, checkpoint={"every": 4, "export_best": True}
     )
@@ -193,7 +193,7 @@ def test_a_damaged_best_checkpoint(write_recipe: WriteRecipe, tmp_path: Path, sp
 
 
 def test_a_best_checkpoint_that_is_missing_at_the_end(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    """It is not replaced by another without a word."""
+    """That is an error; no other checkpoint is exported instead."""
     sections = {"every": 2, "export_best": True}
     recipe = write_recipe(train={"max_steps": 6, "learning_rate": 0.1}, eval={"every": 2}, checkpoint=sections)
     sft = build(recipe, tmp_path / "run")

@@ -1,4 +1,4 @@
-"""Deterministic algorithms: allowed alone during a run, and not after it."""
+"""Only deterministic algorithms are allowed during a run; afterwards the settings are restored."""
 
 import json
 import os

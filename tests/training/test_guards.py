@@ -1,4 +1,4 @@
-"""Numbers that are not finite: the step with its rows is named, or skipped as if it had not been."""
+"""NaN and Inf: the error names the step and its rows, or the step is skipped without a trace."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ Bad = Callable[[trainer.Trainer, int], bool]
 
 
 def spoil_losses(sft: trainer.Trainer, bad: Bad, value: float = float("nan")) -> list[list[dict[str, Any]]]:
-    """Make the loss of some micro-batches (step from 1, micro-batch from 0) not finite; the inputs of each step."""
+    """Make the loss of some micro-batches (step from 1, micro-batch from 0) NaN; return the inputs of each step."""
     compute, seen = sft.compute_loss, list[list[dict[str, Any]]]()
 
     def compute_loss(network: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -99,7 +99,7 @@ def test_a_nonfinite_gradient_names_the_rows_of_its_step(
 def test_a_step_with_a_nonfinite_loss_is_skipped_and_counted(
     write_recipe: WriteRecipe, tmp_path: Path, spoil: str
 ) -> None:
-    """Nothing of it is in the weights, the optimizer or the averages."""
+    """The skipped step changes neither weights nor optimizer nor averages."""
     recipe = write_recipe(train={"max_steps": 6}, log={"every": 3})
     sft = build(recipe, tmp_path / "run", "train.on_nonfinite=skip")
     if spoil == "loss":
@@ -159,7 +159,7 @@ def test_a_nonfinite_eval_loss(write_recipe: WriteRecipe, tmp_path: Path) -> Non
 
 
 def test_a_data_worker_that_dies_is_an_error_that_names_rows(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    """A real worker of the data loader, killed while it makes the batches of a step."""
+    """A worker of the data loader is killed while it makes the batches of a step."""
     recipe = write_recipe(train={"max_steps": 6}, trl={"dataloader_num_workers": 1, "dataloader_prefetch_factor": 1})
     sft = build(recipe, tmp_path / "run")
     collate = sft.data_collator

@@ -54,7 +54,7 @@ class Terminal(io.StringIO):
     ],
 )
 def test_a_bar_on_a_terminal(columns: int, figures: str) -> None:
-    """One line, with as much as has a place on it; below it how far validation has come."""
+    """One line with as many metrics as fit; below it the progress of the evaluation."""
     said = Terminal()
     display = ProgressDisplay(Console(file=said, force_terminal=True, color_system=None, width=columns))
     state, control = TrainerState(max_steps=10, global_step=4), TrainerControl()
@@ -88,7 +88,7 @@ def lines_of(said: io.StringIO) -> list[str]:
 
 @pytest.mark.parametrize("no_color", [{}, {"NO_COLOR": "1"}])
 def test_a_run_on_a_terminal(write_recipe: WriteRecipe, tmp_path: Path, no_color: dict[str, str]) -> None:
-    """A real one, of 60 columns."""
+    """A pseudoterminal of 60 columns."""
     main, other = pty.openpty()
     fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
     environment = {name: value for name, value in os.environ.items() if "COLOR" not in name and name != "COLUMNS"}
@@ -145,7 +145,7 @@ def test_tokens_are_those_of_the_data(write_recipe: WriteRecipe) -> None:
 def test_micro_batches_do_not_synchronize_the_device(
     write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each of these methods of a tensor on a GPU waits for all that the GPU has been given. TRL calls some per micro-batch;
+    """Each of these methods of a tensor on a GPU synchronizes it. TRL calls some per micro-batch;
     this package, and transformers on its behalf, only per step."""
     waits: Counter[str] = Counter()
 
@@ -171,7 +171,7 @@ def test_micro_batches_do_not_synchronize_the_device(
 
 
 def test_metrics_that_cannot_be_written_are_a_warning(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    """The disk is full for a while: those lines are missing, and said to be, and no line is half there."""
+    """The disk is full for two steps: their lines are missing, with a warning each, and no line is partial."""
     recipe = write_recipe(log={"every": 1}, train={"max_steps": 5}, data={"eval": None}, checkpoint={"every": None})
     append, room = atomic_files.append, iter([True, False, False, True, True])
 

@@ -26,7 +26,7 @@ TINY = Path(__file__).parents[2] / "sft_recipes" / "builtin" / "tiny"
 
 @pytest.fixture
 def opt(tmp_path: Path) -> str:
-    """A small OPT, whose mask reads no positions that start again: with sdpa packed documents see each other."""
+    """A small OPT, whose mask ignores restarting positions: with sdpa packed documents attend to each other."""
     torch.manual_seed(0)
     config = OPTConfig(
         vocab_size=1024, hidden_size=32, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=32
@@ -47,7 +47,7 @@ def test_a_model_that_leaks_between_packed_documents_is_refused(
 
 
 def test_isolation_of_documents_in_one_micro_batch(write_recipe: WriteRecipe, opt: str, tmp_path: Path) -> None:
-    """One document a sequence, which packing does not change: the micro-batch is one row all the same."""
+    """With one document per sequence, a micro-batch is still one row."""
     rows = [{"instruction": f"Say {n} times: {'fox ' * 9}", "output": "fox " * 9} for n in range(12)]
     write_rows(tmp_path / "train.jsonl", rows)
     model = {"name": opt, "attention": "sdpa"}
@@ -95,7 +95,7 @@ WAYS: dict[str, list[str]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_preflight_restores_all_state(write_recipe: WriteRecipe, tmp_path: Path, way: str) -> None:
-    """With it and without it: the same training, to the bit."""
+    """Training is bitwise identical with and without the preflight."""
     weights, lines = [], []
     for name in ("true", "false"):
         sft = build(write_recipe(), tmp_path / name, f"train.preflight={name}", "log.every=1", *WAYS[way])
@@ -127,7 +127,7 @@ def test_results_are_in_the_manifest(write_recipe: WriteRecipe, tmp_path: Path) 
 def test_out_of_memory_is_found_before_the_first_step(
     write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the longest rows, wherever they are in the data, of the training or of the validation."""
+    """The longest rows are tried, wherever they are in the training or evaluation data."""
     rows = [{"instruction": "Say.", "output": "word " * (60 if number in (3, 17) else 2)} for number in range(24)]
     write_rows(tmp_path / "train.jsonl", rows)
     seen: list[int] = []
@@ -267,7 +267,7 @@ class _Live(StorageTracker):
 def test_its_peak_memory_is_that_of_training(
     write_recipe: WriteRecipe, tmp_path: Path, method: str, accumulation: int, monkeypatch: Any
 ) -> None:
-    """What is predicted for a training step holds for the preflight too. Nearly all micro-batches are equally long here."""
+    """The peak predicted for a training step is that of the preflight. Nearly all micro-batches are equally long here."""
     train = ON | {
         "gradient_checkpointing": True,
         "gradient_accumulation_steps": accumulation,
@@ -344,7 +344,7 @@ def test_trial_steps_leave_every_optimizer_unchanged(name: str) -> None:
 
 
 def test_a_loss_scaler_is_unchanged(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    """As fp16 has one: gradients that overflow neither keep states from being created nor lower the scale."""
+    """With fp16, overflowing gradients neither prevent the creation of states nor lower the scale."""
     found = []
     for name in ("true", "false"):
         sft = build(write_recipe(), tmp_path / name, f"train.preflight={name}", "train.max_steps=2")
@@ -379,7 +379,7 @@ def test_the_preflight_precedes_trackers_and_progress_bar(write_recipe: WriteRec
 def test_a_rejected_resume_discards_nothing(
     write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Manifest and metrics of a run stay as they are if the preflight refuses to resume it."""
+    """Manifest and metrics of a run are unchanged if the preflight rejects its resume."""
     recipe = write_recipe(train=ON | {"max_steps": 4}, checkpoint={"every": 2}, log={"every": 1})
     step = trainer.Trainer.training_step
 

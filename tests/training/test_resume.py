@@ -1,4 +1,4 @@
-"""A run that is stopped and resumed is, to the bit, the run that never was: weights, metrics, order of the data."""
+"""A stopped and resumed run is bitwise identical to an uninterrupted one: weights, metrics, order of the data."""
 
 import json
 import os
@@ -48,7 +48,7 @@ RUNS: dict[str, dict[str, Any]] = {
 def train(
     recipe: Path, folder: Path, overrides: Sequence[str], *, stop_at: int | None = None
 ) -> dict[str, torch.Tensor]:
-    """Train in a directory from its newest checkpoint, up to a SIGTERM in the given step or to the end; the weights."""
+    """Train in a directory from its latest checkpoint to a SIGTERM in the given step, or to the end. Return the weights."""
     folder.mkdir(exist_ok=True)
     checkpoint, passed_over = checkpoint_dirs.latest_complete(folder)
     assert passed_over == []
@@ -111,7 +111,7 @@ def test_resuming_with_smaller_micro_batches(write_recipe: WriteRecipe, tmp_path
 
 
 def test_a_run_that_ended_is_not_trained_further(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    """In the middle of an epoch, where transformers 5.23 trains one step more."""
+    """In the middle of an epoch, where transformers 5.23 runs one more step."""
     recipe = write_recipe(checkpoint={"every": 2}, train={"max_steps": 2})
     whole = train(recipe, tmp_path / "run", [])
     assert metrics(tmp_path / "run")[-1]["epoch"] < 1
@@ -122,7 +122,7 @@ def test_a_run_that_ended_is_not_trained_further(write_recipe: WriteRecipe, tmp_
 
 
 def test_a_stopped_run_does_not_load_the_best_checkpoint(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    """Whoever stops it may not wait long."""
+    """Loading it would delay the stop."""
     recipe = write_recipe(
         eval={"every": 1}, checkpoint={"every": 1, "export_best": True}, train={"max_steps": 9, "learning_rate": 5}
     )
@@ -149,7 +149,7 @@ def test_a_stopped_run_does_not_load_the_best_checkpoint(write_recipe: WriteReci
 
 
 def test_loading_the_model_leaves_the_recipe_unchanged(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    """PEFT changes the lists that it is given."""
+    """PEFT modifies the lists that it receives."""
     for layers in (["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]):
         recipe = write_recipe(lora={"rank": 2, "modules_to_save": layers, "target_modules": ["q_proj"]})
         wanted = parse.load(recipe, []).recipe
@@ -202,7 +202,7 @@ def test_stop_after_a_time(write_recipe: WriteRecipe, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("when", ["evaluate", "_save_checkpoint"])
 def test_a_signal_between_two_steps(write_recipe: WriteRecipe, tmp_path: Path, when: str) -> None:
-    """It does not take another step to be heard."""
+    """The signal takes effect without another step."""
     every = 2 if when == "_save_checkpoint" else None
     recipe = write_recipe(eval={"every": 2}, checkpoint={"every": every})
 

@@ -1,4 +1,4 @@
-"""The translation to SFTConfig: every field of the recipe that it should move, it moves."""
+"""Each recipe key changes the SFTConfig argument that it should."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Training for real, on the embedded model: accumulation, schedule, validation loss, best checkpoint, failures."""
+"""Training the built-in model: accumulation, schedule, evaluation loss, best checkpoint, failures."""
 
 import math
 import shutil
@@ -302,7 +302,7 @@ def test_a_failed_training_is_one_line(write_recipe: WriteRecipe, monkeypatch: p
 
 
 def test_stochastic_rounding_moves_weights_that_rounding_leaves(write_recipe: WriteRecipe) -> None:
-    """bfloat16 weights at 1e-5: AdamW leaves most as they are, adamw_8bit_sr moves about as many as it should."""
+    """bfloat16 weights at 1e-5: AdamW changes few of them, adamw_8bit_sr about as many as it should."""
     moved = {}
     for optimizer in ("adamw_torch_fused", "adamw_8bit_sr"):
         sft = build(
@@ -332,7 +332,7 @@ def test_optimizers(write_recipe: WriteRecipe, optimizer: str) -> None:
 
 
 def test_one_process_takes_one_device(write_recipe: WriteRecipe) -> None:
-    """With several GPUs in sight the Trainer would wrap the model in nn.DataParallel."""
+    """With several visible GPUs, the Trainer would wrap the model in nn.DataParallel."""
     assert build(write_recipe()).args.n_gpu <= 1
 
 
@@ -348,7 +348,7 @@ def test_checkpointing_changes_nothing_but_memory(write_recipe: WriteRecipe) -> 
 
 
 def test_an_incomplete_line_of_metrics(write_recipe: WriteRecipe) -> None:
-    """As a run leaves it that is killed while it writes."""
+    """A run that is killed while it writes leaves one."""
     recipe = write_recipe(checkpoint={"every": 1})
     folder, _ = run(recipe)
     before = metrics(folder)
@@ -364,7 +364,7 @@ def test_an_incomplete_line_of_metrics(write_recipe: WriteRecipe) -> None:
 def test_a_merge_that_fails_keeps_the_adapter(
     write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The base is gone by the time of the merge."""
+    """The base model is removed before the merge."""
     base = tmp_path / "base"
     shutil.copytree(TINY, base)
     train = trainer.train
@@ -381,7 +381,7 @@ def test_a_merge_that_fails_keeps_the_adapter(
 
 @pytest.mark.parametrize("mixed_precision", ["bf16", "no"])
 def test_adapters_on_quantized_weights_are_trained_in_float32(write_recipe: WriteRecipe, mixed_precision: str) -> None:
-    """TRL takes them to bfloat16."""
+    """TRL casts them to bfloat16."""
     sft = build(
         write_recipe(model={"quantization": "nf4"}, lora={"rank": 2, "modules_to_save": ["lm_head"]}),
         f"train.mixed_precision={mixed_precision}",
@@ -392,7 +392,7 @@ def test_adapters_on_quantized_weights_are_trained_in_float32(write_recipe: Writ
 
 
 def test_the_eval_loss_of_a_mixture_of_experts_is_that_of_its_tokens(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    """Without the loss on its routing, which the training has; and the exported config is the base's."""
+    """It excludes the router loss, which training includes; the exported config is that of the base."""
     torch.manual_seed(0)
     config = MixtralConfig(
         vocab_size=1024, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,

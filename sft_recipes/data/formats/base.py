@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -49,17 +50,23 @@ class Row:
     place: str
     values: Mapping[str, Any]
     columns: Mapping[str, str]  # data.columns: name in the format -> name in the row
-    also: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _ALSO)  # other names of the format's columns
+    also: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # other names of the format's columns
     read: set[str] = field(default_factory=set)
 
     def column(self, name: str) -> str | None:
         """Return the name that the row uses for the format's column `name`, or None."""
         if name in self.columns:
             return self.columns[name] if self.columns[name] in self.values else None
-        names = (name, *self.also.get(name, ()))
         # A column that only other rows fill is null in this row of a table.
-        filled = next((other for other in names if self.values.get(other) is not None), None)
-        return filled or next((other for other in names if other in self.values), None)
+        empty = name if name in self.values else None
+        if empty and self.values[name] is not None:
+            return name
+        for other in self.also.get(name, ()):
+            if other in self.values:
+                if self.values[other] is not None:
+                    return other
+                empty = empty or other
+        return empty
 
     def get(self, name: str) -> Any:
         """Return the value of a column, None if it is missing."""
@@ -80,9 +87,11 @@ class Row:
 
     def text(self, name: str) -> str:
         """Return the text of a column. Raises DataError if it is missing or not text."""
-        value = self.require(name)
+        column = self.column(name)
+        value = self.require(name) if column is None else self.values[column]
         if not isinstance(value, str):
-            raise self.error(f"'{self.column(name)}' must be text (got {shown(value)}).")
+            raise self.error(f"'{column}' must be text (got {shown(value)}).")
+        self.read.add(str(column))
         return value
 
     def error(self, problem: str) -> DataError:
@@ -119,8 +128,12 @@ class Format:
         """Return the columns that `data.columns` can rename."""
         return (*self.required, *self.optional)
 
+    @cached_property
+    def _every_name(self) -> Mapping[str, tuple[str, ...]]:
+        return {**_ALSO, **self.also}
+
     def row(self, values: Mapping[str, Any], columns: Mapping[str, str], place: str) -> Row:
-        return Row(place, values, columns, {**_ALSO, **self.also})
+        return Row(place, values, columns, self._every_name)
 
     def matches(self, values: Mapping[str, Any], columns: Mapping[str, str]) -> bool:
         """Return True if the row has all required columns."""
