@@ -46,9 +46,6 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=2048)
     parser.add_argument("--times", type=int, default=3)
     parser.add_argument(
-        "--processes", nargs="+", type=int, help="instead: ours with so many processes each, in turns with threads (1)"
-    )
-    parser.add_argument(
         "--memory", action="store_true", help="instead: peak memory of preparing the rows, in a process of its own"
     )
     args = parser.parse_args()
@@ -57,9 +54,6 @@ def main() -> None:
         file = Path(args.data) if args.data else make_up(Path(folder) / "rows.jsonl", args.rows)
         if args.memory:
             print(memory(file, args))
-            return
-        if args.processes:
-            by_processes(file, args)
             return
         rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
         measure(file, rows, args)
@@ -134,24 +128,6 @@ def ours(file: Path, args: argparse.Namespace, tokenizer: Any, *, packing: str) 
     )
     recipe = Recipe(model=Model(name=args.model), data=data, output_dir="none")
     return prepare.prepare(recipe, tokenizer, cached=False)
-
-
-def by_processes(file: Path, args: argparse.Namespace) -> None:
-    """Where processes pay: rows a second by their number."""
-    from sft_recipes.data import encoder, tokenization
-
-    tokenizer = encoder.from_directory(Path(args.model))
-    assert tokenizer is not None
-    best = dict.fromkeys([1, *args.processes], float("inf"))
-    for _ in range(args.times):
-        for number in best:
-            tokenization._processes = lambda number=number: number  # type: ignore[misc]
-            began = time.perf_counter()
-            rows = len(ours(file, args, tokenizer, packing="none").train)
-            best[number] = min(best[number], time.perf_counter() - began)
-    print("| processes | rows/s |\n|---|---|")
-    for number, seconds in best.items():
-        print(f"| {number if number > 1 else 'threads of one'} | {rows / seconds:,.0f} |")
 
 
 def trl_preparation(args: argparse.Namespace, prompts: list[str], completions: list[str]) -> tuple[Any, Any]:

@@ -1,5 +1,6 @@
 """Creating, locking and resuming run directories."""
 
+import datetime
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import pytest
 
 from sft_recipes import atomic_files, run_dir
 from sft_recipes.errors import ModelError, OutputError, RecipeError
+from sft_recipes.recipe import parse
 from tests.conftest import ROWS, WriteRecipe, metrics, run, write_rows
 
 
@@ -186,3 +188,15 @@ def test_versions_are_those_of_what_is_installed() -> None:
 
     assert found["trl"] is not None
     assert found["flash-attn"] is None
+
+
+def test_the_date_of_a_run_is_that_of_its_start(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """Also where it is resumed on another day."""
+    recipe, dated = (parse.load(write_recipe(), [*more]).recipe for more in ([], ["data.date=2031-02-03"]))
+    assert run_dir.start_date(tmp_path / "new", recipe) == str(datetime.date.today())
+    (tmp_path / "manifest.json").write_text('{"date": "2030-12-31"}', "utf-8")
+
+    assert run_dir.start_date(tmp_path, recipe) == "2030-12-31"
+    assert run_dir.start_date(tmp_path, dated) == "2031-02-03"
+    (tmp_path / "manifest.json").write_text("{", "utf-8")
+    assert run_dir.start_date(tmp_path, recipe) == str(datetime.date.today())

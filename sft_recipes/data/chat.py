@@ -166,8 +166,9 @@ class Chat:
             MemoryError,
             RecursionError,
         ) as error:  # the template's fault, not the row's
+            reason = str(error).rstrip(".") or "it exhausts memory"
             raise RecipeError(
-                f"{self.name}: the template violates the sandbox: {str(error).rstrip('.') or 'it exhausts memory'}. Use another template."
+                f"{self.name}: the template violates the sandbox: {reason}. Use another template."
             ) from None
         except Exception as error:  # a template can raise anything, such as ZeroDivisionError
             raise DataError(
