@@ -1,5 +1,6 @@
 """The settings that a run may be resumed with."""
 
+import datetime
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from sft_recipes import run_metadata
 from sft_recipes.errors import OutputError, RecipeError
+from sft_recipes.recipe import parse
 from tests.conftest import ROWS, WriteRecipe, run, write_rows
 
 
@@ -96,3 +98,15 @@ def test_versions_are_those_of_what_is_installed() -> None:
 
     assert found["trl"] is not None
     assert found["flash-attn"] is None
+
+
+def test_the_date_of_a_run_is_that_of_its_start(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """Also if it is resumed on another day."""
+    recipe, dated = (parse.load(write_recipe(), [*more]).recipe for more in ([], ["data.date=2031-02-03"]))
+    assert run_metadata.start_date(tmp_path / "new", recipe) == str(datetime.date.today())
+    (tmp_path / "manifest.json").write_text('{"date": "2030-12-31"}', "utf-8")
+
+    assert run_metadata.start_date(tmp_path, recipe) == "2030-12-31"
+    assert run_metadata.start_date(tmp_path, dated) == "2031-02-03"
+    (tmp_path / "manifest.json").write_text("{", "utf-8")
+    assert run_metadata.start_date(tmp_path, recipe) == str(datetime.date.today())

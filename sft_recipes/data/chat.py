@@ -166,7 +166,9 @@ class Chat:
             ) from None
         except (SecurityError, OverflowError, MemoryError, RecursionError) as error:  # not the row's fault
             reason = str(error).rstrip(".") or "it exhausts memory"
-            raise RecipeError(f"{self.name}: the template violates the sandbox: {reason}. Use another template.") from None
+            raise RecipeError(
+                f"{self.name}: the template violates the sandbox: {reason}. Use another template."
+            ) from None
         except Exception as error:  # a template can raise anything, such as ZeroDivisionError
             raise DataError(
                 f"{example.place}: the chat template rejects these messages: {str(error).rstrip('.')}."

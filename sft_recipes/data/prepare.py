@@ -65,7 +65,10 @@ def prepare(
     read until then are used. `date` is what chat templates take for today, by default data.date or today.
     """
     data, rng = recipe.data, np.random.default_rng(recipe.train.seed)
-    today = datetime.date.fromisoformat(date or data.date or str(datetime.date.today()))
+    try:
+        today = datetime.date.fromisoformat(date or data.date or str(datetime.date.today()))
+    except ValueError as error:
+        raise DataError(f"data.date: {error} (got '{data.date}'). Set it to a date as YYYY-MM-DD.") from None
     # Rows
     opened = open_all(data)
     first_of = {rows.format or "": first for rows, first in reversed(opened)}

@@ -15,6 +15,8 @@ from sft_recipes.data.special_tokens import parsed
 from sft_recipes.errors import DataError, ModelError
 from sft_recipes.recipe.schema import Data
 
+_GIVEN = ("messages", "tools", "documents", "add_generation_prompt")  # arguments that rows and transformers give
+
 
 @dataclass(frozen=True)
 class Renderer:
@@ -52,6 +54,10 @@ def choose_renderer(
     if format == "text":
         if data.template is not None:
             raise DataError(f"data.template: plain text takes no template (got {data.template}). Remove data.template.")
+        if data.chat_template_kwargs:
+            raise DataError(
+                "data.chat_template_kwargs: plain text takes no template. Remove data.chat_template_kwargs."
+            )
         return Renderer("text", parsed(templates.plain, written_bos) if parses else templates.plain, None)
     if name in named.NAMES:
         source = named.source(name)
@@ -104,7 +110,7 @@ def _with_defaults(source: str, data: Data, date: datetime.date) -> str:
         replaced = "".join(f" | replace({one!r}, {date.strftime(one)!r})" for one in directives)
         defaults += f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}"
     for name, value in data.chat_template_kwargs.items():
-        if name not in source:
+        if name not in source or name in _GIVEN:
             raise DataError(
                 f"data.chat_template_kwargs: the chat template has no argument {name!r}. Remove it, or check its spelling."
             )

@@ -86,11 +86,15 @@ def test_arguments_of_the_template_become_its_defaults(write_recipe: WriteRecipe
     assert made.train[0]["input_ids"][: len(made.prompt.ids) - 4] == made.prompt.ids[:-4]
 
 
-def test_an_argument_that_the_template_does_not_have(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    with pytest.raises(
-        DataError, match=r"data\.chat_template_kwargs: the chat template has no argument 'enable_thinkin'"
-    ):
-        prepared(write_recipe, tmp_path, SAY, data={"chat_template_kwargs": {"enable_thinkin": False}})
+@pytest.mark.parametrize("name", ["enable_thinkin", "messages"])
+def test_an_argument_that_the_template_does_not_have(name: str, write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"data.chat_template_kwargs: the chat template has no argument '{name}'"):
+        prepared(write_recipe, tmp_path, SAY, data={"chat_template_kwargs": {name: False}})
+
+
+def test_a_date_that_is_none(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data.date: month must be in 1..12 \(got '2031-13-01'\)"):
+        prepared(write_recipe, tmp_path, SAY, data={"date": "2031-13-01"})
 
 
 def test_rows_that_do_not_begin_with_the_prompt_of_inference(write_recipe: WriteRecipe, tmp_path: Path) -> None:
