@@ -25,7 +25,14 @@ from typing import Any
 
 import peft
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+)
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sft_recipes.data import sandbox
@@ -136,21 +143,14 @@ def compare_outputs(request: Request) -> dict[str, Any]:
         if recorded is not None and recorded.compute != "float32":
             half = run_model(model, rows, compute=getattr(torch, recorded.compute)).logit_diff(exported)
         if expected is not None:
-            count = batch_size(rows, model.config.get_text_config().vocab_size)
-            some, exported_some = rows[:count], exported.of_rows(range(count))
-            exact_weights = _exact_weights(model, expected, request)
-            exact = run_model(model, some, change=exact_weights)
-            rounded = exported_some
-            if wrong_weights:
-                rounded = run_model(model, some, change=_rounded(exact_weights, getattr(torch, request.dtype)))
-            pairs = [(exact, trained.of_rows(range(count))), (exported_some, rounded)]
+            pairs = _run_exact(request, model, expected, rows, (exported, trained), wrong=bool(wrong_weights))
         else:
             merged = _load_record(request.merged[name], request, numbers) if name in request.merged else recorded
             assert merged is not None
-            exact, rounded = merged.trained, merged.rounded or merged.trained
-            pairs = [(exact, trained), (exported, rounded)]
+            pairs = [(merged.trained, trained), (exported, merged.rounded or merged.trained)]
         del model
         gc.collect()
+        (exact, _), (_, rounded) = pairs
         result = results[name] = _metrics(exported, trained, base, float(rounded.logit_diff(exact).max()))
         if "quantized" in references:
             quantized = references["quantized"][0]
@@ -164,6 +164,34 @@ def compare_outputs(request: Request) -> dict[str, Any]:
                 f"(expected from {request.dtype} rounding: {result['rounding_logit_diff']:.3g}); first difference in {where}"
             )
     return {"problems": problems, "results": results}
+
+
+def _run_exact(
+    request: Request,
+    model: PreTrainedModel,
+    expected: ExpectedWeights,
+    rows: list[dict[str, list[int]]],
+    outputs: tuple[Outputs, Outputs],
+    *,
+    wrong: bool,
+) -> list[tuple[Outputs, Outputs]]:
+    """Run the exported model with the unrounded sums as its weights, for as many rows as are one batch.
+
+    `outputs` are those of the exported and of the trained model, `wrong` whether weights in the files are. Returns what has to
+    be equal: unrounded and trained, exported and rounded outputs.
+    """
+    count = batch_size(rows, model.config.get_text_config().vocab_size)
+    exported, trained = (each.of_rows(range(count)) for each in outputs)
+    change = _exact_weights(model, expected, request)
+    exact, rounded = run_model(model, rows[:count], change=change), exported
+    if wrong:
+
+        def rounded_change(*args: Any) -> None:
+            change(*args)
+            rounding(getattr(torch, request.dtype))(*args)
+
+        rounded = run_model(model, rows[:count], change=rounded_change)
+    return [(exact, trained), (exported, rounded)]
 
 
 def _metrics(exported: Outputs, trained: Outputs, base: Outputs, rounding_diff: float) -> dict[str, Any]:
@@ -203,7 +231,7 @@ def _close(found: torch.Tensor, expected: torch.Tensor, half: torch.Tensor | Non
     )
 
 
-def _exact_weights(model: Any, expected: ExpectedWeights, request: Request) -> Change:
+def _exact_weights(model: PreTrainedModel, expected: ExpectedWeights, request: Request) -> Change:
     """Return a change for `run_model`: weights become the unrounded sums of base and adapter."""
     names = {module: name for name, module in model.named_modules()}
     if model.config.get_text_config().tie_word_embeddings:
@@ -226,14 +254,6 @@ def _exact_weights(model: Any, expected: ExpectedWeights, request: Request) -> C
             weight.copy_(own if rows is None else own[rows.to(own.device)])
 
     return change
-
-
-def _rounded(change: Change, dtype: torch.dtype) -> Change:
-    def changed_and_rounded(*args: Any) -> None:
-        change(*args)
-        rounding(dtype)(*args)
-
-    return changed_and_rounded
 
 
 # --- References ------------------------------------------------------------------------------------------------------

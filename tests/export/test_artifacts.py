@@ -15,7 +15,7 @@ from sft_recipes.training import trainer
 from tests.conftest import WriteRecipe, run
 
 
-def test_a_model_trained_in_full_is_proven(write_recipe: WriteRecipe) -> None:
+def test_full_fine_tuning_is_verified(write_recipe: WriteRecipe) -> None:
     folder, said = run(write_recipe(export={"dtype": "bfloat16"}))
     report = json.loads((folder / "model" / "export.json").read_text("utf-8"))
 
@@ -27,7 +27,7 @@ def test_a_model_trained_in_full_is_proven(write_recipe: WriteRecipe) -> None:
 
 
 def test_new_tokens_of_a_model_trained_in_full(write_recipe: WriteRecipe) -> None:
-    """The base does not know them, and is asked about the others."""
+    """The base has no rows for them; it is compared on the others."""
     model = {"name": "builtin:tiny", "dtype": "float32", "new_tokens": ["word"]}
     folder, _ = run(write_recipe(model=model, export={"dtype": "float32"}))
     assert json.loads((folder / "model" / "export.json").read_text("utf-8"))["verification"]["max_logit_diff"] < 1e-3
@@ -62,7 +62,7 @@ _SAVE, _RECORD = save_model.save_model, reference.record
     ],
     ids=["a damaged file", "another model"],
 )
-def test_what_is_not_the_trained_model_is_not_kept(
+def test_an_export_that_fails_verification_is_removed(
     write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, where: Any, what: Any, said: str
 ) -> None:
     monkeypatch.setattr(*where, what)

@@ -1,4 +1,4 @@
-"""Right exports of other families than the embedded model's are not refused: each computes something of its own."""
+"""Correct exports of other model families pass verification: each computes something of its own."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -68,7 +68,7 @@ def make_base(tmp_path: Path) -> Any:
 @pytest.mark.parametrize(("stored", "held", "exported"), DTYPES)
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_right_export_is_not_refused(
+def test_correct_exports_pass_verification(
     write_recipe: WriteRecipe, make_base: Any, family: str, lora: bool, stored: str, held: str, exported: str
 ) -> None:
     base = make_base(family, getattr(torch, stored))

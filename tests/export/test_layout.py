@@ -1,4 +1,4 @@
-"""What servers read of model/, as far as it shows without one."""
+"""What servers read in model/, tested without a server."""
 
 import contextlib
 import json
@@ -25,7 +25,7 @@ MESSAGES = [{"role": "user", "content": "What is the opposite of empty?"}]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """model/ of a short run: adapters, merged into the embedded model."""
+    """model/ of a short run: adapters, merged into the built-in model."""
     folder = tmp_path_factory.mktemp("layout")
     write_rows(folder / "train.jsonl")
     recipe = minimal(folder) | {"lora": {"rank": 4}}
@@ -44,7 +44,7 @@ def test_the_files(model: Path) -> None:
     }  # fmt: skip
 
 
-def test_whoever_may_read_one_file_may_read_all(model: Path) -> None:
+def test_all_files_have_the_same_permissions(model: Path) -> None:
     """A server often runs as another user."""
     assert {file.stat().st_mode & 0o777 for file in model.iterdir()} == {model.stat().st_mode & 0o666}
 
@@ -69,7 +69,7 @@ def test_the_weights_have_the_names_and_type_of_the_base(model: Path) -> None:
     assert rows == content(model / "config.json")["vocab_size"]
 
 
-def test_the_ends_are_where_servers_look(model: Path) -> None:
+def test_special_token_ids_agree_in_all_files(model: Path) -> None:
     tokens = {token["content"]: token for token in content(model / "tokenizer.json")["added_tokens"]}
     tokenizer, config = content(model / "tokenizer_config.json"), content(model / "config.json")
     generation = content(model / "generation_config.json")
@@ -94,7 +94,7 @@ def test_the_chat_template_is_a_file_of_its_own(model: Path) -> None:
 
 
 @pytest.mark.parametrize("input", ["", "thick bus"])
-def test_servers_that_render_and_tokenise_by_themselves_get_the_prompt_of_the_training(model: Path, input: str) -> None:
+def test_servers_that_render_and_tokenize_get_the_prompt_of_training(model: Path, input: str) -> None:
     """The template by Jinja, the tokens by tokenizer.json, both without transformers; `input` as a template argument."""
     names = content(model / "tokenizer_config.json")
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
@@ -128,7 +128,7 @@ PARTIAL = {"rope_type": "default", "partial_rotary_factor": 0.5}
     ],
     ids=["default", "llama3", "partial"],
 )
-def test_the_rotary_embedding_is_said_in_the_keys_of_transformers_4_too(
+def test_the_rotary_embedding_is_written_in_the_keys_of_transformers_4(
     tmp_path: Path, rope: dict[str, Any], as_before: dict[str, Any]
 ) -> None:
     config = LlamaConfig(

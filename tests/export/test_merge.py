@@ -137,7 +137,7 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_merged_model_is_base_and_adapter(tmp_path: Path, kind: str) -> None:
-    """Row by row; PEFT's own unmerged model is what it is held against, by us and by the merge itself."""
+    """Streamed; compared with PEFT's unmerged model, here and by the merge itself."""
     make, settings = KINDS[kind]
     base = make(tmp_path / "base")
     source = adapter(tmp_path / "adapter", base, **settings)
@@ -165,7 +165,7 @@ def test_the_merged_model_is_base_and_adapter(tmp_path: Path, kind: str) -> None
     assert merged.config.tie_word_embeddings == tied
 
 
-def test_what_only_peft_can_merge_goes_through_it(tmp_path: Path) -> None:
+def test_adapters_that_cannot_be_streamed_are_merged_by_peft(tmp_path: Path) -> None:
     source = adapter(tmp_path / "adapter", target_modules=["q_proj"], beginning="pissa")
     said = merge.merge(source, tmp_path / "out", dtype="float32")
 
@@ -247,7 +247,7 @@ def test_what_does_not_fit_is_not_written(tmp_path: Path, change: Any, said: str
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
-def test_a_bias_that_the_base_has_no_place_for(tmp_path: Path) -> None:
+def test_lora_bias_without_a_bias_in_the_base_is_refused(tmp_path: Path) -> None:
     source = adapter(tmp_path / "adapter", target_modules=["up_proj"])
     config = json.loads((source / "adapter_config.json").read_text("utf-8")) | {"lora_bias": True}
     (source / "adapter_config.json").write_text(json.dumps(config), "utf-8")
@@ -261,7 +261,7 @@ def test_a_bias_that_the_base_has_no_place_for(tmp_path: Path) -> None:
         merge.merge(source, tmp_path / "out")
 
 
-def test_a_token_that_no_one_has_weights_of(tmp_path: Path) -> None:
+def test_a_token_without_weights_is_refused(tmp_path: Path) -> None:
     source = adapter(tmp_path / "adapter", target_modules=["q_proj"], resized=3)
     config = json.loads((source / "adapter_config.json").read_text("utf-8"))
     config["trainable_token_indices"] = {"embed_tokens": [3, 1024, 1025, 1029]}
@@ -271,8 +271,8 @@ def test_a_token_that_no_one_has_weights_of(tmp_path: Path) -> None:
         merge.merge(source, tmp_path / "out")
 
 
-def test_a_merge_that_is_wrong_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here of one layer alone, by half of what it should be."""
+def test_a_wrong_merge_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer gets half of its delta."""
     source = adapter(tmp_path / "adapter", target_modules=["up_proj"])
     plan_layer = merge_plan._plan_layer
 
@@ -293,8 +293,8 @@ def test_a_merge_that_is_wrong_is_not_kept(tmp_path: Path, monkeypatch: pytest.M
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
-def test_a_small_part_that_is_missing_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One layer's change, of a hundredth of its weights: less than rounding does to the logits."""
+def test_a_missing_delta_smaller_than_rounding_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The delta of one layer changes the logits less than rounding does."""
     source = rewritten(
         adapter(tmp_path / "adapter", target_modules=["up_proj"]), lambda w: {name: t * 0.1 for name, t in w.items()}
     )
@@ -308,7 +308,7 @@ def test_a_small_part_that_is_missing_is_noticed(tmp_path: Path, monkeypatch: py
         merge.merge(source, tmp_path / "out")
 
 
-def test_an_adapter_that_lacks_something(tmp_path: Path) -> None:
+def test_missing_adapter_tensors_are_refused(tmp_path: Path) -> None:
     key = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
     source = rewritten(
         adapter(tmp_path / "adapter", target_modules=["up_proj"]), lambda w: {k: t for k, t in w.items() if k != key}
@@ -327,7 +327,7 @@ def test_an_adapter_that_names_no_base(tmp_path: Path) -> None:
 
 
 def test_embeddings_with_an_adapter_and_more_rows(tmp_path: Path) -> None:
-    """As PEFT saves them where the vocabulary has grown: whole, beside the adapter."""
+    """PEFT saves embeddings that have grown whole, next to the adapter."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
     model.resize_token_embeddings(1027)
@@ -341,7 +341,7 @@ def test_embeddings_with_an_adapter_and_more_rows(tmp_path: Path) -> None:
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.vocab_size == 1027
 
 
-def test_two_merges_into_one_place(tmp_path: Path) -> None:
+def test_two_merges_into_one_directory(tmp_path: Path) -> None:
     with atomic_files.atomic_dir(tmp_path / "out"):
         with pytest.raises(OutputError, match="out: another process is writing it"):
             merge.merge(adapter(tmp_path / "adapter", target_modules=["up_proj"]), tmp_path / "out")
@@ -356,9 +356,7 @@ def test_an_adapter_that_left_its_run_knows_its_base(tmp_path: Path) -> None:
     assert any(line.startswith("kept: ") for line in merge.merge(tmp_path / "moved", tmp_path / "out"))
 
 
-def test_a_tokenizer_template_or_stop_that_is_not_the_trained_one_is_not_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_tokenizer_template_or_eos_fails_verification(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = adapter(tmp_path / "run" / "adapter", target_modules=["up_proj"])
     prompt = {"messages": [{"role": "user", "content": "Hi"}], "ids": [1, 2, 3]}
     Probe([], prompt).save(tmp_path / "run")
@@ -380,7 +378,7 @@ def test_a_tokenizer_template_or_stop_that_is_not_the_trained_one_is_not_kept(
     assert not (tmp_path / "out").exists()
 
 
-def test_what_changes_nothing_is_said(tmp_path: Path) -> None:
+def test_training_without_effect_is_a_warning(tmp_path: Path) -> None:
     source = rewritten(
         adapter(tmp_path / "adapter", target_modules=["up_proj"]), lambda w: {name: t * 0 for name, t in w.items()}
     )
@@ -420,9 +418,7 @@ INT8 = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head"])
 
 @pytest.mark.parametrize("loaded", ["float32", "bfloat16"])
 @pytest.mark.parametrize("config", [NF4, FP4, INT8], ids=["nf4", "fp4", "int8"])
-def test_the_dequantized_base_is_the_one_that_was_trained_on(
-    tmp_path: Path, config: BitsAndBytesConfig, loaded: str
-) -> None:
+def test_the_dequantized_base_equals_that_of_training(tmp_path: Path, config: BitsAndBytesConfig, loaded: str) -> None:
     """Also those of its layers that have no adapter. Verified against what bitsandbytes makes of the base in that type."""
     source = quantized(tmp_path / "run", config, loaded=loaded, target_modules=["up_proj"])
     said = merge.merge(source, tmp_path / "out", base="dequantized", dtype="float32")
@@ -439,7 +435,7 @@ def test_the_dequantized_base_is_the_one_that_was_trained_on(
     assert off["model.embed_tokens.weight"] == off["model.norm.weight"] == 0
 
 
-def test_both_bases_are_tried_and_the_better_is_kept(tmp_path: Path) -> None:
+def test_both_bases_are_merged_and_the_lower_loss_is_kept(tmp_path: Path) -> None:
     source = quantized(tmp_path / "run", NF4, target_modules=["up_proj"])
     said = merge.merge(source, tmp_path / "out")
     report = json.loads((tmp_path / "out" / "merge.json").read_text("utf-8"))
@@ -468,7 +464,7 @@ def test_a_quantized_base_of_convolutions(tmp_path: Path) -> None:
     assert figures["max_logit_diff"] < 1e-3
 
 
-def test_a_choice_of_base_without_knowing_of_a_quantized_one(tmp_path: Path) -> None:
+def test_base_dequantized_requires_a_record_of_the_quantization(tmp_path: Path) -> None:
     source = adapter(tmp_path / "adapter", target_modules=["up_proj"])
     with pytest.raises(ModelError, match=r"--base dequantized: .* has no record of a quantized base"):
         merge.merge(source, tmp_path / "out", base="dequantized")
@@ -502,7 +498,7 @@ def test_killed_at_any_point_the_next_try_works(tmp_path: Path) -> None:
 
 
 @pytest.mark.fresh
-def test_a_fresh_process_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_verification_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     killed = tmp_path / "python"
     killed.write_text("#!/bin/sh\nkill -9 $$\n", "utf-8")
     killed.chmod(0o755)
@@ -513,7 +509,7 @@ def test_a_fresh_process_that_is_killed(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.fresh
-def test_a_fresh_process_that_fails_says_why(tmp_path: Path) -> None:
+def test_a_failed_verification_process_names_the_reason(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     request = verify.Request(
         {"x": str(tmp_path / "empty")}, "float32", str(TINY), [1], str(TINY), adapter=str(tmp_path)

@@ -1,4 +1,4 @@
-"""What the training process records of the trained model, and what an export is held against."""
+"""What the training process records of the trained model, and how exports are compared with it."""
 
 import gc
 import json
@@ -50,7 +50,7 @@ HEAD = {"lora": {"rank": 2, "modules_to_save": ["lm_head"]}}
         "head in full",
     ],
 )
-def test_the_export_is_held_against_the_trained_model(write_recipe: WriteRecipe, sections: dict[str, Any]) -> None:
+def test_exports_are_compared_with_the_trained_model(write_recipe: WriteRecipe, sections: dict[str, Any]) -> None:
     folder, said = run(write_recipe(**sections))
 
     assert "verify: passed in a separate process" in said
@@ -68,7 +68,7 @@ def test_the_export_is_held_against_the_trained_model(write_recipe: WriteRecipe,
 
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
-    """An adapter on all layers of the embedded model, without a run."""
+    """An adapter on all layers of the built-in model, without a run."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
     settings = peft.LoraConfig(
@@ -142,7 +142,7 @@ def _anonymous() -> int:
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """How many models the verification loads, passes it makes, and models are in memory at once."""
+    """Count models loaded by verification, forward passes, and models in memory at once."""
     found: dict[str, Any] = {"models": 0, "passes": 0, "at once": 0}
     alive: list[Any] = []
     from_pretrained, examine = AutoModelForCausalLM.from_pretrained, verify.compare_outputs
@@ -304,7 +304,7 @@ def test_a_fault_in_the_weights_is_refused(
 
 @pytest.mark.parametrize("key", ["rms_norm_eps", "rope_theta"])
 def test_a_fault_in_the_config_is_refused(adapter: Path, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whose effect rounding hides."""
+    """Also if rounding hides its effect."""
 
     def wrong(model: Any, tokenizer: Any, folder: Path, **options: Any) -> None:
         save_model.save_around(model, tokenizer, folder, **options)

@@ -40,7 +40,7 @@ def stored(tmp_path: Path) -> dict[str, StoredTensor]:
     return safetensors_io.read_file(tmp_path / "model.safetensors")
 
 
-def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
+def test_tensors_are_read_as_written(tmp_path: Path) -> None:
     found = stored(tmp_path)
 
     assert found.keys() == TENSORS.keys()
@@ -52,8 +52,8 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", ["5GB", "10KB"])
-def test_what_is_written_others_read(tmp_path: Path, dtype: torch.dtype, size: str) -> None:
-    """Floating-point tensors in the type that is wanted, others as they are."""
+def test_safetensors_reads_what_is_written(tmp_path: Path, dtype: torch.dtype, size: str) -> None:
+    """Floating-point tensors in the output dtype, others unchanged."""
     out = tmp_path / "out"
     out.mkdir()
     safetensors_io.write(stored(tmp_path), out, dtype, size)
@@ -77,7 +77,7 @@ def test_what_is_written_others_read(tmp_path: Path, dtype: torch.dtype, size: s
 
 @given(rows=st.integers(1, 40), width=st.integers(1, 9), block=st.integers(1, 60))
 @settings(max_examples=40, deadline=None)
-def test_rows_come_in_order_whatever_the_block(
+def test_blocks_cover_all_rows_in_order(
     tmp_path_factory: pytest.TempPathFactory, rows: int, width: int, block: int
 ) -> None:
     folder = tmp_path_factory.mktemp("blocks")
@@ -108,8 +108,8 @@ def test_rows_come_in_order_whatever_the_block(
 @pytest.mark.parametrize(
     ("value", "dtype"), [(float("nan"), torch.float32), (-float("inf"), torch.bfloat16), (1e6, torch.float16)]
 )
-def test_what_is_not_finite_is_refused(tmp_path: Path, value: float, dtype: torch.dtype) -> None:
-    """Also what is finite as it is, and infinite in the type that is written."""
+def test_nan_and_inf_are_refused(tmp_path: Path, value: float, dtype: torch.dtype) -> None:
+    """Also numbers that are finite in float32 and infinite in the output dtype."""
     line = stored(tmp_path)["line"]
     wrong = Constant(line.shape, value)
     with pytest.raises(ModelError, match="x would have NaN or Inf"):
@@ -117,7 +117,7 @@ def test_what_is_not_finite_is_refused(tmp_path: Path, value: float, dtype: torc
 
 
 @pytest.mark.parametrize("cut", [3, 40, -1])
-def test_a_file_that_is_not_whole(tmp_path: Path, cut: int) -> None:
+def test_an_incomplete_file_is_refused(tmp_path: Path, cut: int) -> None:
     stored(tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:cut])
@@ -126,7 +126,7 @@ def test_a_file_that_is_not_whole(tmp_path: Path, cut: int) -> None:
         safetensors_io.read_model(tmp_path)
 
 
-def test_an_index_that_names_what_is_not_there(tmp_path: Path) -> None:
+def test_an_index_with_missing_tensors_is_refused(tmp_path: Path) -> None:
     stored(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "a.safetensors")
     (tmp_path / safetensors_io.INDEX).write_text('{"weight_map": {"x": "a.safetensors"}}', "utf-8")

@@ -45,7 +45,7 @@ def test_dtype_and_shards(tmp_path: Path) -> None:
         assert torch.equal(own, original.half()), name
 
 
-def test_what_a_model_computes_when_it_is_made_is_not_rounded(tmp_path: Path) -> None:
+def test_computed_buffers_are_not_rounded(tmp_path: Path) -> None:
     """Rotary frequencies in bfloat16 would be another model than the one that loads."""
     model, ids = tiny(), torch.arange(300)[None] % 900 + 3
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -79,7 +79,7 @@ def test_sampling_settings_without_sampling_can_be_saved(tmp_path: Path) -> None
     assert GenerationConfig.from_pretrained(tmp_path / "m").do_sample is True
 
 
-def test_a_head_that_was_trained_apart_is_saved_apart(tmp_path: Path) -> None:
+def test_an_untied_head_is_saved_separately(tmp_path: Path) -> None:
     model = tiny()
     assert model.config.tie_word_embeddings
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight + 1)
@@ -90,7 +90,7 @@ def test_a_head_that_was_trained_apart_is_saved_apart(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded.lm_head.weight, loaded.model.embed_tokens.weight + 1)
 
 
-def test_the_tokenizer_is_saved_under_a_name_that_others_know(tmp_path: Path) -> None:
+def test_the_tokenizer_class_is_known_to_transformers_4(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     save_model.save_tokenizer(tokenizer, tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text("utf-8"))
@@ -191,7 +191,7 @@ def test_weights_that_can_only_be_converted_together_are(tmp_path: Path, monkeyp
         assert torch.equal(stored["norms"].whole(), together(model, dict(weights))["norms"])
 
 
-def test_all_is_gathered_even_if_it_cannot_be_written(tmp_path: Path) -> None:
+def test_all_weights_are_gathered_even_if_writing_fails(tmp_path: Path) -> None:
     """Other ranks take part in it."""
     model = tiny()
     shapes, weights = gathered(model, torch.float32)
