@@ -83,7 +83,8 @@ def test_dataset_info_says_where_the_rows_are(tmp_path: Path, monkeypatch: pytes
         "identity": {"file_name": "identity.json"},
         "talks": {"hf_hub_url": "org/talks", "formatting": "sharegpt", "split": "train", "subset": "en",
                   "columns": {"messages": "turns", "system": "system"}},
-        "other": {"file_name": "o.json", "columns": {"prompt": "q", "query": "input", "response": "a", "history": "h"}},
+        "other": {"file_name": "o.json",
+                  "columns": {"prompt": "q", "query": "input", "response": "a", "history": "h", "images": "i"}},
     }  # fmt: skip
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
@@ -95,11 +96,11 @@ def test_dataset_info_says_where_the_rows_are(tmp_path: Path, monkeypatch: pytes
     ] == [
         {"path": "data/identity.json", "format": "alpaca"},
         {"path": "org/talks", "name": "en", "format": "messages", "columns": {"messages": "turns"}},
-        {"path": "data/o.json", "format": "alpaca", "columns": {"instruction": "q", "output": "a"}},
+        {"path": "data/o.json", "format": "alpaca", "columns": {"instruction": "q", "output": "a", "history": "h"}},
         "unknown",
     ]
     assert [note.partition(":")[2].split(":")[0].strip() for note in converted.notes[:2]] == ["other", "unknown"]
-    assert "history" in converted.notes[0]
+    assert "images" in converted.notes[0]
 
 
 def test_the_limit_of_each_dataset(tmp_path: Path) -> None:
