@@ -224,7 +224,7 @@ def test_plain_trl_trains_on_the_same_tokens(checkout: Path, monkeypatch: pytest
     args, lora, train = theirs.args, theirs.model.peft_config["default"], recipe.train
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps == recipe.sequences_per_step
     assert (args.learning_rate, args.num_train_epochs, args.warmup_steps) == (
-        train.learning_rate, train.epochs, train.warmup_ratio
+        train.learning_rate, train.epochs, train.warmup_ratio_or_default
     )  # fmt: skip
     assert (args.lr_scheduler_type, args.optim, args.max_grad_norm) == (train.lr_scheduler, train.optimizer, 1.0)
     assert (args.max_length, args.eval_steps, args.weight_decay) == (recipe.data.max_length, recipe.eval.every, 0.0)

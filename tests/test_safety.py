@@ -250,7 +250,7 @@ def test_code_of_a_model_runs_only_where_the_recipe_says_so(
     for arguments in ((*merge, tmp_path / "run"), (*generate, tmp_path / "run")):
         code, _, said = command(*arguments)
         assert code == 2
-        assert "brings Python code; read it, then say --trust-remote-code" in said
+        assert "requires custom Python code. Review the code, then pass --trust-remote-code" in said
     assert not mark.exists()
     for arguments in ((*merge, tmp_path / "run"), (*generate, tmp_path / "run"), (*generate, tmp_path / "merged")):
         code, _, said = command(*arguments, "--trust-remote-code")
