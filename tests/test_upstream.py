@@ -232,7 +232,7 @@ def test_accelerate_forgets() -> None:
 
 
 def test_trackio() -> None:
-    run = pytest.importorskip("trackio.run").Run
+    run = pytest.importorskip("trackio.run", exc_type=ImportError).Run
     callback = inspect.getsource(transformers.integrations.TrackioCallback)
     assert hasattr(run, "_get_username"), (
         "trackio finds the user's name elsewhere. If a local run with a token but no internet still begins at once, "
