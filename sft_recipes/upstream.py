@@ -141,7 +141,7 @@ def keep_trackio_offline() -> None:
     """Keep trackio from looking up the user name on the Hub, which it does for local runs too if there is a token."""
     import trackio.run
 
-    trackio.run.Run._get_username = lambda _: None
+    setattr(trackio.run.Run, "_get_username", lambda _: None)  # noqa: B010
 
 
 def trackio_is_set_up(callback: Any, space_id: str | None) -> None:

@@ -3,8 +3,21 @@
 import ast
 import importlib
 import inspect
+import re
 from pathlib import Path
 
+import pytest
+import torch
+import transformers
+from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainingArguments
+from trl.trainer import utils as trl_utils
+
+from sft_recipes import upstream
+from tests.conftest import WriteRecipe, build
+
+pytestmark = pytest.mark.compatibility
 PACKAGE = Path(__file__).parent.parent / "sft_recipes"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 STANDARD = {"os._exit"}  # documented
@@ -71,3 +84,164 @@ def test_no_private_method_of_a_library_is_overridden() -> None:
 
 def test_nothing_is_patched() -> None:
     assert [file.name for file in MODULES if "unittest" in file.read_text("utf-8")] == []
+
+
+# --- Does each name do what the package relies on? -------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny() -> LlamaForCausalLM:
+    return AutoModelForCausalLM.from_pretrained(PACKAGE / "builtin" / "tiny")
+
+
+def test_checkpointing() -> None:
+    assert hasattr(TrainingArguments, upstream.CHECKPOINTING), (
+        "transformers has renamed gradient checkpointing. Choose the name by version in upstream.CHECKPOINTING."
+    )
+
+
+def test_attention_of(tiny: LlamaForCausalLM) -> None:
+    tiny.set_attn_implementation("eager")
+    assert upstream.attention_of(tiny.config) == "eager", (
+        "A config no longer tells its attention. Read it in upstream.attention_of where set_attn_implementation writes it."
+    )
+
+
+def test_supports() -> None:
+    features = ("sdpa", "flash_attn", "attention_backend")
+    assert [upstream.supports(LlamaForCausalLM, feature) for feature in features] == [True] * 3, (
+        "Model classes no longer declare what they support. Find what transformers checks in set_attn_implementation, and "
+        "read it in upstream.supports; otherwise varlen is never selected."
+    )
+
+
+def test_float32_modules(tiny: LlamaForCausalLM) -> None:
+    tiny._keep_in_fp32_modules, tiny._keep_in_fp32_modules_strict = {"half"}, {"always"}
+    source = inspect.getsource(transformers.modeling_utils)
+    assert upstream.float32_modules(tiny, torch.bfloat16) == ["always"]
+    assert upstream.float32_modules(tiny, torch.float16) == ["always", "half"]
+    assert all(f"._keep_in_fp32_modules{suffix}" in source for suffix in ("", "_strict")), (
+        "transformers keeps weights in float32 by other names. Read them in upstream.float32_modules; otherwise the proof of "
+        "a merge fails for mixtures of experts, and fsdp2 broadcasts wrong types."
+    )
+
+
+def test_unsaved_weights_and_buffers(tiny: LlamaForCausalLM) -> None:
+    rotary = tiny.model.rotary_emb
+    assert "inv_freq" in upstream.unsaved_buffers(rotary), (
+        "torch names buffers that are not saved differently. Compare named_buffers() with state_dict() in "
+        "upstream.unsaved_buffers."
+    )
+    assert hasattr(tiny, "_keys_to_ignore_on_save"), (
+        "transformers leaves weights out of files by another name. Read it in upstream.unsaved_weights, or export a sharded "
+        "model with more than save_pretrained writes."
+    )
+    assert upstream.unsaved_weights(tiny) == set()
+
+
+def test_compiled_graphs() -> None:
+    before = upstream.compiled_graphs()
+    torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2))
+    assert upstream.compiled_graphs() > before, (
+        "torch counts compiled graphs elsewhere. Find the counter, or remove upstream.compiled_graphs and the warning of "
+        "train.compile that a model cannot be compiled."
+    )
+
+
+def test_modes_of_torch() -> None:
+    seen = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with upstream.FakeTensorMode(), Seen():
+        torch.ones(2).to(torch.bfloat16)
+    assert upstream.CAST in seen, (
+        "torch casts with another operator. Name it in upstream.CAST; otherwise `plan` counts autocast's copies as weights."
+    )
+    assert issubclass(upstream.TorchDispatchMode, object)
+
+
+def test_hooks_and_averages_of_the_trainer(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """Names of transformers' Trainer and of SFTTrainer."""
+    sft, saved = build(write_recipe(checkpoint={"every": 2}, log={"every": 4}), tmp_path / "run"), []
+    save = sft.save_checkpoint
+
+    def kept() -> None:
+        saved.append(upstream.averages(sft))
+        save()
+
+    sft.save_checkpoint = kept
+    sft.train()
+
+    assert saved, (
+        "The Trainer no longer saves by _save_checkpoint. Override its successor in upstream.SaveHook; otherwise checkpoints "
+        "are neither atomic nor complete."
+    )
+    files = {file.name for file in (tmp_path / "run" / "checkpoints" / "checkpoint-3").iterdir()}
+    assert files >= {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"}, (
+        "Parts of a checkpoint are saved by other methods. Call them in upstream.save_training_state."
+    )
+    assert (saved[0].steps, len(saved[0].values["train"]["mean_token_accuracy"])) == (1, 2), (
+        "Running averages have moved. Find them in Trainer.log and SFTTrainer.log, and read them in upstream.averages; "
+        "otherwise the first log after a resume differs."
+    )
+    assert saved[0].loss > 0
+    upstream.set_averages(sft, saved[0])
+    assert upstream.averages(sft) == saved[0]
+
+
+def test_what_trls_head_reads_from_a_config() -> None:
+    source = inspect.getsource(trl_utils.add_fused_lm_head)
+    keys = set(re.findall(r'getattr\(\s*text_config, "(\w+)"', source)) | set(re.findall(r"text_config\.(\w+)", source))
+    known = {"final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling"}
+    routers = {"output_router_logits", "router_aux_loss_coef", "num_experts", "num_experts_per_tok", "model_type"}
+    assert keys <= known | routers, (
+        f"TRL computes logits by more keys of a config: {keys - known - routers}. Read them in models/cpu_loss.py, and "
+        "compare both in tests/models/test_cpu_loss.py."
+    )
+
+
+def test_a_variant_of_lora_replaces_the_forward_pass() -> None:
+    assert set(inspect.signature(LoraVariant.forward).parameters) >= {"module", "active_adapter", "x", "result"}, (
+        "PEFT calls variants of LoRA differently. Adapt models/lora_addition.py, or remove it: PEFT's own addition is slower, "
+        "and equal."
+    )
+    assert "lora_variant" in inspect.getsource(LoraLayer)
+
+
+def test_deepspeeds_link() -> None:
+    zero = pytest.importorskip("deepspeed.runtime.zero.stage_1_and_2")
+    assert upstream.DEEPSPEED_LINKED in inspect.getsource(zero), (
+        "DeepSpeed links optimizer states differently. If zero2 with the preflight resumes exactly without it, remove "
+        "upstream.DEEPSPEED_LINKED."
+    )
+
+
+def test_accelerate_forgets() -> None:
+    from accelerate import PartialState
+
+    before = PartialState(cpu=True)
+    upstream.reset_accelerate()
+    assert not before.initialized, (
+        "accelerate keeps its state. Find what TrainingArguments calls before a new PartialState, and call it in "
+        "upstream.reset_accelerate; otherwise rank 0 waits for others while it exports."
+    )
+
+
+def test_trackio() -> None:
+    run = pytest.importorskip("trackio.run", exc_type=ImportError).Run
+    callback = inspect.getsource(transformers.integrations.TrackioCallback)
+    assert hasattr(run, "_get_username"), (
+        "trackio finds the user's name elsewhere. If a local run with a token but no internet still begins at once, "
+        "remove upstream.keep_trackio_offline."
+    )
+    assert all(f"self.{name}" in callback for name in ("_initialized", "_space_id")), (
+        "transformers' TrackioCallback notes otherwise that it is set up. Set that in upstream.trackio_is_set_up."
+    )
+
+
+def test_experts_of_float32() -> None:
+    assert "_grouped_mm" in upstream.GROUPED_MM.__name__
