@@ -488,10 +488,12 @@ def random_rows(recipe: Recipe, *, long: bool, tiny: bool) -> Prepared:
     lengths = lengths[: int(np.searchsorted(lengths.cumsum(), tokens)) + 1]
     number, total = len(lengths), int(lengths.sum())
     none = np.zeros(number, dtype=np.bool_)
+    offsets = np.concatenate([[0], lengths.cumsum()])
     made = Documents(
-        rng.integers(0, vocabulary, total, dtype=np.int32), np.ones(total, dtype=np.bool_),
-        np.concatenate([[0], lengths.cumsum()]), np.zeros(number, dtype=np.int32), ~none, none, none,
-        np.arange(number, dtype=np.uint64), np.zeros(number, dtype=np.uint64),
+        ids=rng.integers(0, vocabulary, total, dtype=np.int32), trained=np.ones(total, dtype=np.bool_),
+        offsets=offsets, begins=offsets[:-1], stops=np.zeros(number, dtype=np.int32),
+        ended=~none, empty=none, lossy=np.full(number, ""), prompted=~none,
+        digests=np.arange(number, dtype=np.uint64), prompts=np.zeros(number, dtype=np.uint64),
     )  # fmt: skip
     chosen = SelectedRows(made, np.arange(number), SourceStats("random", "", "", number), dict.fromkeys)
     return Prepared(build_sequences([chosen], recipe.data, rng), None, None, [], None, 1.0, [])
