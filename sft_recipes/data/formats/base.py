@@ -135,10 +135,11 @@ class Format:
     def row(self, values: Mapping[str, Any], columns: Mapping[str, str], place: str) -> Row:
         return Row(place, values, columns, self._every_name)
 
-    def matches(self, values: Mapping[str, Any], columns: Mapping[str, str]) -> bool:
-        """Return True if the row has all required columns."""
+    def matches(self, values: Mapping[str, Any], columns: Mapping[str, str], *, filled: bool = False) -> bool:
+        """Return True if the row has all required columns, and they are `filled`."""
         row = self.row(values, columns, "")
-        return all(row.column(name) for name in self.required)
+        found = [row.column(name) for name in self.required]
+        return all(name is not None and not (filled and values[name] in _EMPTY) for name in found)
 
 
 def with_system(row: Row, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

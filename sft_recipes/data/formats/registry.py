@@ -28,7 +28,8 @@ def find_format(values: Mapping[str, Any], columns: Mapping[str, str], place: st
     """Return the format whose required columns the row has, or None. Raises DataError if several match."""
     found = [format for format in FORMATS.values() if format.matches(values, columns)]
     renamed = [format for format in found if any(name in columns for name in format.columns)]
-    names = [format.name for format in renamed or found if not format.last]
+    filled = [format for format in renamed or found if format.matches(values, columns, filled=True)]
+    names = [format.name for format in filled or renamed or found if not format.last]
     if len(names) > 1:
         raise DataError(
             f"{place}: the columns are those of {len(names)} formats (got {' and '.join(names)}). "

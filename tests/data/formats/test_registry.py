@@ -78,6 +78,9 @@ def test_columns_of_several_formats_ask_which() -> None:
         "f:1: the columns are those of 2 formats (got messages and prompt_completion). Set data.format to the one to train on."
     )
     assert find_format(row, {"prompt": "prompt"}) == "prompt_completion"  # named by data.columns
+    assert find_format(row | {"messages": None}, {}) == "prompt_completion"  # in a table, other rows fill the column
+    assert find_format(row | {"response": ""}, {}) == "messages"
+    assert find_format({"prompt": "q", "response": "", "text": "t"}, {}) == "prompt_completion"
     assert to_example(row, "messages", {}, "f:1").unused == ["prompt", "response"]
 
 
