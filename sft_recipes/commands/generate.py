@@ -46,7 +46,7 @@ def talk(
             )
     message: dict[str, Any] = {"role": "user", "content": prompt, **({"input": input} if input else {})}
     with _as_answer_error(path):
-        ids = prompt_ids(tokenizer, [message], raw=_trained_on_text(path))
+        [ids] = prompt_ids(tokenizer, [[message]], raw=_trained_on_text(path))
     limit = model_dir.positions(model.config.to_dict())
     if limit is not None and len(ids) >= limit:
         raise ModelError(f"{path}: the prompt is longer than the context length {limit} (got {len(ids)}). Shorten it.")

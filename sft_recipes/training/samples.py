@@ -35,7 +35,7 @@ class Samples:
         self.shows = shows
         self.stops, self.max_new_tokens = data.stops, recipe.eval.max_new_tokens
         raw = data.chat_template is None  # trained on plain text, so prompts are plain text too
-        self.prompts = [prompt_ids(tokenizer, question.messages, raw=raw) for question in questions]
+        self.prompts = prompt_ids(tokenizer, [question.messages for question in questions], raw=raw)
 
     def take(self, model: PreTrainedModel, step: int) -> dict[str, float]:
         """Answer all prompts. Returns {"eval_exact_match": share} (outer whitespace ignored), {} if none is expected."""

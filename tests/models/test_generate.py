@@ -14,12 +14,13 @@ def test_prompts_in_the_template_or_as_they_stand() -> None:
     message = [{"role": "user", "content": "Do it.", "input": "This."}]
     plain = tokenizer("Do it.\n\nThis.")["input_ids"]
 
-    assert prompt_ids(tokenizer, message) == plain  # there is no template
+    assert prompt_ids(tokenizer, [message]) == [plain]  # there is no template
     tokenizer.chat_template = BOS + alpaca_chat_template()
-    assert prompt_ids(tokenizer, message) == tokenizer(alpaca_prompt("Do it.", "This."))["input_ids"]
-    assert prompt_ids(tokenizer, message, raw=True) == plain
+    in_template = tokenizer(alpaca_prompt("Do it.", "This."))["input_ids"]
+    assert prompt_ids(tokenizer, [message, message]) == [in_template, in_template]
+    assert prompt_ids(tokenizer, [message], raw=True) == [plain]
     tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    assert prompt_ids(tokenizer, message) == plain
+    assert prompt_ids(tokenizer, [message]) == [plain]
 
 
 def test_a_batch_answers_as_each_prompt_alone() -> None:
