@@ -400,7 +400,7 @@ def _around_the_weights(request: Request, folder: Path) -> Iterator[str]:
             sandbox.limited(chat.name, chat.prompt, request.prompt["messages"], str(folder))  # it may be anyone's
             ids = own.apply_chat_template(request.prompt["messages"], add_generation_prompt=True, return_dict=False)
         except Exception as error:  # there is none, or whatever a program can do
-            yield f"the chat template does not give the prompt of the training: {str(error)[:100]}"
+            yield f"the chat template does not give the prompt of the training: {str(error)[:300]}"
         else:
             if list(ids) != request.prompt["ids"]:
                 yield f"the chat template does not give the prompt of the training: {own.decode(ids)[:60]!r}"
