@@ -49,7 +49,7 @@ def generate(
     message: dict[str, Any] = {"role": "user", "content": prompt, **({"input": input} if input else {})}
     with _as_answer_error(path):
         raw, parse = _plain_text(path)
-        ids = prompt_ids(tokenizer, [message], raw=raw, parse=parse)
+        [ids] = prompt_ids(tokenizer, [([message], None)], raw=raw, parse=parse)
     limit = model_dir.positions(model.config.to_dict())
     if limit is not None and len(ids) >= limit:
         raise ModelError(f"{path}: the prompt is longer than the context length {limit} (got {len(ids)}). Shorten it.")

@@ -412,8 +412,8 @@ def _compare_configs(request: Request, folder: Path) -> Iterator[str]:
         try:
             sandbox.limited(chat.name, chat.prompt, request.prompt["messages"], str(folder))  # it may be anyone's
             ids = own.apply_chat_template(request.prompt["messages"], add_generation_prompt=True, return_dict=False)
-        except Exception as error:  # a template is a program
-            yield f"chat template: it does not render the prompt of training: {str(error)[:100]}"
+        except Exception as error:  # there is none, or whatever a program can do
+            yield f"chat template: it does not render the prompt of training: {str(error)[:300]}"
         else:
             if list(ids) != request.prompt["ids"]:
                 yield f"chat template: the prompt differs from that of training: {own.decode(ids)[:60]!r}"

@@ -12,33 +12,36 @@ from sft_recipes.data.chat import Chat, as_chat
 from sft_recipes.data.encoder import Encoder, from_transformers
 
 _BATCH = 16
+Prompt = tuple[list[dict[str, Any]], list[Any] | None]  # messages, tools
 
 
 def prompt_ids(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: list[dict[str, Any]],
-    tools: list[Any] | None = None,
-    *,
-    raw: bool = False,
-    parse: bool = False,
-) -> list[int]:
-    """Return the token ids of messages up to the answer: in the chat template, or as plain text (`raw` or no template).
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], *, raw: bool = False, parse: bool = False
+) -> list[list[int]]:
+    """Return the token ids of each prompt up to the answer: in the chat template, or as plain text (`raw` or no template).
 
     `parse`: special tokens in plain text are parsed. Raises RecipeError if the template, which may be anyone's, does something
     forbidden.
     """
-    template = tokenizer.chat_template
+    template, light = tokenizer.chat_template, from_transformers(tokenizer)
     if raw or not isinstance(template, str):
-        text = "\n\n".join(message["content"] for message in as_chat(messages))
-        ids = list(tokenizer(text, add_special_tokens=False, split_special_tokens=not parse)["input_ids"])
-        bos = Encoder(from_transformers(tokenizer)).bos
-        return ids if parse and ids[: len(bos)] == bos else [*bos, *ids]  # as in training, without the EOS token
+        texts = ["\n\n".join(message["content"] for message in as_chat(messages)) for messages, _ in prompts]
+        rows = [tokenizer(t, add_special_tokens=False, split_special_tokens=not parse)["input_ids"] for t in texts]
+        bos = Encoder(light).bos  # as in training, without the EOS token
+        return [list(ids) if parse and ids[: len(bos)] == bos else [*bos, *ids] for ids in rows]
     if "message['input']" not in template:  # only the Alpaca template has an input field
-        messages = as_chat(messages)
-    specials = from_transformers(tokenizer).specials
-    chat = Chat(template, "all", specials, (), name=f"{tokenizer.name_or_path}: its chat template")
-    text = sandbox.limited(chat.name, chat.prompt, messages, str(tokenizer.name_or_path), tools)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        prompts = [(as_chat(messages), tools) for messages, tools in prompts]
+    chat = Chat(template, "all", light.specials, (), name=f"{tokenizer.name_or_path}: its chat template")
+    texts = sandbox.limited(chat.name, _render_all, chat, prompts, str(tokenizer.name_or_path))
+    return [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+
+
+def _render_all(chat: Chat, prompts: Sequence[Prompt], place: str) -> list[str]:
+    texts = []
+    for messages, tools in prompts:
+        sandbox.restart_clock()
+        texts.append(chat.prompt(messages, place, tools))
+    return texts
 
 
 def answer(

@@ -33,8 +33,8 @@ class Samples:
         self.questions, self.tokenizer, self.file, self.warn, self.tables = questions, tokenizer, file, warn, tables
         self.stops, self.max_new_tokens = data.stops, recipe.eval.max_new_tokens
         raw = data.chat_template is None  # trained on plain text, so prompts are plain text too
-        parse = recipe.data.special_tokens == "parse"
-        self.prompts = [prompt_ids(tokenizer, q.messages, q.tools, raw=raw, parse=parse) for q in questions]
+        prompts = [(question.messages, question.tools) for question in questions]
+        self.prompts = prompt_ids(tokenizer, prompts, raw=raw, parse=recipe.data.special_tokens == "parse")
 
     def take(self, model: PreTrainedModel, step: int) -> dict[str, float]:
         """Answer all prompts. Returns {"eval_exact_match": share} (outer whitespace ignored), {} if none is expected."""

@@ -411,8 +411,9 @@ def test_text_that_a_template_drops_is_counted(write_recipe: WriteRecipe, tmp_pa
     write_rows(tmp_path / "train.jsonl", [{"messages": turns}, {"messages": told}])
     data = prepared(write_recipe(), f"data.template={tmp_path / 't.jinja'}", "data.eval=null")
 
-    assert data.as_dict()["train"]["sources"][0]["lossy_template"] == 1
-    assert "1 with text dropped or rewritten by the template" in data.lines()[0]
+    stats = data.as_dict()["train"]["sources"][0]
+    assert (stats["lossy_template"], stats["lossy_keys"]) == (1, {"content": 1})
+    assert "1 with text dropped or rewritten by the template (content)" in data.lines()[0]
 
 
 def test_tokens_of_a_piece_without_a_trained_token_are_counted_as_dropped(
@@ -591,3 +592,37 @@ def test_what_a_message_says_is_not_trained(
     assert "this" not in text
     assert text.count("b") == 1
     assert "not this" in tokenizer.backend.decode(row["input_ids"])
+
+
+@pytest.mark.parametrize("overlong", ["drop", "split"])
+def test_turns_that_are_documents_of_their_own_are_counted_as_one_row(
+    write_recipe: WriteRecipe, tmp_path: Path, overlong: str
+) -> None:
+    """The template removes earlier thoughts. The second turn of the second row is too long."""
+    (tmp_path / "t.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}:{% if loop.last %}{{ m.thought }}{% endif %}{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}",
+        "utf-8",
+    )
+    turns = [
+        {"role": role, "content": text, "thought": "x"} if role == "assistant" else {"role": role, "content": text}
+        for role, text in (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+    ]
+    long = [*turns[:2], {"role": "user", "content": "c"}, {**turns[3], "content": "fox " * 90}]
+    write_rows(tmp_path / "train.jsonl", [{"messages": turns}, {"messages": long}])
+    more = (f"data.template={tmp_path / 't.jinja'}", "data.eval=null", "data.train_on=assistant", "data.packing=none")
+    data = prepared(write_recipe(), *more, "data.max_length=60", f"data.overlong={overlong}")
+
+    stats = data.as_dict()["train"]["sources"][0]
+    assert (stats["rows"], stats["kept"], stats["dropped"], stats["lossy_template"]) == (2, 2, {}, 0)
+    assert stats["split_rows"] == (1 if overlong == "split" else 0)
+    assert (stats["dropped_tokens"] > 60) == (overlong == "drop")
+    assert (len(data.train) == 3) == (overlong == "drop")
+    trained = ["".join(decoded(row)) for row in data.train.table().to_pylist()]
+    assert sorted(trained)[:3] == sorted(["xb</s>", "xb</s>", "xd</s>"]) if overlong == "drop" else "xd</s>" in trained
+
+
+def decoded(row: dict[str, list[int]]) -> str:
+    """The trained text of a sequence."""
+    backend = tokenizers.make("bytes+bos").backend
+    return str(backend.decode([label for label in row["labels"] if label != -100], skip_special_tokens=False))

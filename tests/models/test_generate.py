@@ -4,32 +4,31 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft_recipes.data.templates import BOS, alpaca_chat_template, alpaca_prompt
-from sft_recipes.models.generate import answer, prompt_ids
+from sft_recipes.models.generate import Prompt, answer, prompt_ids
 
 TINY = Path(__file__).parents[2] / "sft_recipes" / "builtin" / "tiny"
 
 
 def test_prompts_in_the_template_or_as_they_stand() -> None:
     tokenizer = AutoTokenizer.from_pretrained(TINY)
-    message = [{"role": "user", "content": "Do it.", "input": "This."}]
+    prompt: Prompt = ([{"role": "user", "content": "Do it.", "input": "This."}], None)
     plain = tokenizer("Do it.\n\nThis.")["input_ids"]
 
-    assert prompt_ids(tokenizer, message) == plain  # there is no template
+    assert prompt_ids(tokenizer, [prompt]) == [plain]  # there is no template
     tokenizer.chat_template = BOS + alpaca_chat_template()
-    assert prompt_ids(tokenizer, message) == tokenizer(alpaca_prompt("Do it.", "This."))["input_ids"]
-    assert prompt_ids(tokenizer, message, raw=True) == plain
+    in_template = tokenizer(alpaca_prompt("Do it.", "This."))["input_ids"]
+    assert prompt_ids(tokenizer, [prompt, prompt]) == [in_template, in_template]
+    assert prompt_ids(tokenizer, [prompt], raw=True) == [plain]
     [begin, *_] = plain
-    rendered = [{"role": "user", "content": "<|begin|>Do it.<|end|>"}]
-    assert prompt_ids(tokenizer, rendered, raw=True).count(begin) == 1
-    ids = prompt_ids(tokenizer, rendered, raw=True, parse=True)
+    rendered = [([{"role": "user", "content": "<|begin|>Do it.<|end|>"}], None)]
+    assert prompt_ids(tokenizer, rendered, raw=True)[0].count(begin) == 1
+    [ids] = prompt_ids(tokenizer, rendered, raw=True, parse=True)
     assert (ids.count(begin), ids[0], ids[-1]) == (1, begin, tokenizer.eos_token_id)
     tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    assert prompt_ids(tokenizer, message) == plain
+    assert prompt_ids(tokenizer, [prompt]) == [plain]
     tokenizer.chat_template = "{{ tools[0].name }}"
-    assert (
-        prompt_ids(tokenizer, message, [{"name": "Do it."}])
-        == tokenizer("Do it.", add_special_tokens=False)["input_ids"]
-    )
+    [ids] = prompt_ids(tokenizer, [(prompt[0], [{"name": "Do it."}])])
+    assert ids == tokenizer("Do it.", add_special_tokens=False)["input_ids"]
 
 
 def test_a_batch_answers_as_each_prompt_alone() -> None:
