@@ -337,3 +337,20 @@ def test_what_is_said_at_the_end_fails_no_run(write_recipe: WriteRecipe, monkeyp
 
     assert f"warning: cannot create the summary: {folder}: not a run directory (metrics.jsonl is missing)" in said
     assert (folder / "model").is_dir()
+
+
+def test_a_model_trained_with_tools_is_verified_with_them(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    tool = {"type": "function", "function": {"name": "temperature", "parameters": {}}}
+    write_rows(
+        tmp_path / "train.jsonl",
+        [{"prompt": f"How warm is it at {n}?", "completion": f"{n} degrees", "tools": [tool]} for n in range(12)],
+    )
+    (tmp_path / "t.jinja").write_text(
+        "{{ tools[0].function.name }} {% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}",
+        "utf-8",
+    )
+    folder, _ = run(write_recipe(), f"data.template={tmp_path / 't.jinja'}", "train.max_steps=1")
+
+    assert (folder / "model" / "config.json").is_file()
+    assert json.loads((folder / "probe.json").read_text("utf-8"))["prompt"]["tools"] == [tool]

@@ -26,10 +26,11 @@ from sft_recipes.recipe.schema import Recipe
 
 @dataclass(frozen=True)
 class TrainedPrompt:
-    """Messages before an assistant turn, and the token ids of their prompt in training."""
+    """Messages before an assistant turn, their tools, and the token ids of their prompt in training."""
 
     messages: list[dict[str, Any]]
     ids: list[int]
+    tools: list[Any] | None = None
 
 
 @dataclass
@@ -213,7 +214,7 @@ def _chat_template(
         (chat.source.replace(templates.BOS, blank, 1), f"{bos} {text.removeprefix(bos)}"),
     ):
         if encoder.prompt(rendered, specials=True) == ids:
-            return template, TrainedPrompt(messages, ids)
+            return template, TrainedPrompt(messages, ids, first.tools)
     raise DataError(
         "data.template: the chat template does not reproduce the prompts of the training data (expected "
         f"{tokenizer.backend.decode(ids)[:80]!r})."

@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import peft
@@ -78,7 +79,7 @@ def export(
         quantization = getattr(model.config, "quantization_config", None)
         probe = Probe(
             rows_of(data.eval or data.train),
-            {"messages": data.prompt.messages, "ids": data.prompt.ids} if data.prompt and data.chat_template else None,
+            asdict(data.prompt) if data.prompt and data.chat_template else None,
             quantization.to_dict() if quantization is not None else None,
             recipe.model.dtype,
             "evaluation" if data.eval else "training",

@@ -21,7 +21,7 @@ class Probe:
     """Rows and a prompt of the data, and how training loaded the base."""
 
     rows: list[dict[str, list[int]]] = field(default_factory=list)  # input_ids and labels (not shifted; -100: masked)
-    prompt: dict[str, Any] | None = None  # messages, and the ids of their prompt
+    prompt: dict[str, Any] | None = None  # messages, tools, and the ids of their prompt
     quantization: dict[str, Any] | None = None  # config of bitsandbytes
     loaded: str = "float32"  # dtype of the weights that were not quantized
     split: str = "evaluation"  # source of the rows: evaluation or training

@@ -410,8 +410,9 @@ def _compare_configs(request: Request, folder: Path) -> Iterator[str]:
             own.chat_template or "", "all", from_transformers(own).specials, (), name=f"{folder}: its chat template"
         )
         try:
-            sandbox.limited(chat.name, chat.prompt, request.prompt["messages"], str(folder))  # it may be anyone's
-            ids = own.apply_chat_template(request.prompt["messages"], add_generation_prompt=True, return_dict=False)
+            messages, tools = request.prompt["messages"], request.prompt.get("tools")
+            sandbox.limited(chat.name, chat.prompt, messages, str(folder), tools)  # it may be anyone's
+            ids = own.apply_chat_template(messages, tools=tools, add_generation_prompt=True, return_dict=False)
         except Exception as error:  # there is none, or whatever a program can do
             yield f"chat template: it does not render the prompt of training: {str(error)[:300]}"
         else:
