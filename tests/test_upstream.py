@@ -5,11 +5,13 @@ import importlib
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainingArguments
 from trl.trainer import utils as trl_utils
@@ -244,4 +246,32 @@ def test_trackio() -> None:
 
 
 def test_experts_of_float32() -> None:
-    assert "_grouped_mm" in upstream.GROUPED_MM.__name__
+    called = []
+
+    class Record(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called.append(func)
+            return func(*args, **(kwargs or {}))
+
+    rows, experts = torch.ones(4, 8, dtype=torch.bfloat16), torch.ones(2, 8, 8, dtype=torch.bfloat16)
+    with Record():
+        torch.nn.functional.grouped_mm(rows, experts, offs=torch.tensor([2, 4], dtype=torch.int32))
+    assert upstream.GROUPED_MM in called, (
+        "torch.nn.functional.grouped_mm calls another function. Intercept that one in memory/fake_kernels.py, or, if fake "
+        "tensors in float32 work, none."
+    )
+
+
+def test_values_of_fake_tensors() -> None:
+    called = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Record():
+        torch.ones(1).double().item()
+    assert {upstream.ITEM, upstream.CAST} <= set(called), (
+        "torch reads or casts a tensor by another operation. memory/storage_tracker.py has to know it, or traces fail."
+    )
