@@ -7,6 +7,7 @@ from sft_recipes.data.formats.base import Example
 from sft_recipes.data.templates import BOS, alpaca_chat_template, alpaca_prompt
 from sft_recipes.errors import DataError, RecipeError
 
+pytestmark = pytest.mark.compatibility
 SPECIALS = {"bos_token": "<s>", "eos_token": "</s>"}
 texts = st.text(max_size=30)
 
