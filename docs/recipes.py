@@ -99,7 +99,7 @@ def known() -> dict[str, Any]:
     return dict(json.loads(FOUND.read_text(encoding="utf-8"))) if FOUND.is_file() else {}
 
 
-def in_words(found: dict[str, Any]) -> str:
+def format_memory(found: dict[str, Any]) -> str:
     """Format a prediction for a recipe's header."""
     loading = f"; {prediction.format_bytes(found['loading'])} while loading" if found["loading"] > found["peak"] else ""
     if settled := found["auto"]:
@@ -163,9 +163,9 @@ def main(names: list[str]) -> None:
     for name in every:
         if name in names or names == ["all"] or found.get(name, {}).get("of") != fingerprint(name):
             found[name] = predict(name)
-            print(f"{name}: {in_words(found[name])}", flush=True)
+            print(f"{name}: {format_memory(found[name])}", flush=True)
         text = _file(name).read_text(encoding="utf-8")
-        text = re.sub(r"(?m)^# Memory: .*$", f"# Memory:   {in_words(found[name])}", text, count=1)
+        text = re.sub(r"(?m)^# Memory: .*$", f"# Memory:   {format_memory(found[name])}", text, count=1)
         _file(name).write_text(text, encoding="utf-8")
     FOUND.write_text(json.dumps({name: found[name] for name in every}, indent=1) + "\n", encoding="utf-8")
     PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

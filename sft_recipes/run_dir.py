@@ -17,8 +17,9 @@ DATA = "data.json"
 METRICS, SAMPLES = LOGS = ("metrics.jsonl", "samples.jsonl")  # lines that begin with their step
 PROBE, REFERENCE = "probe.json", "reference.safetensors"  # rows, and what the trained model computes from them
 CHECKPOINTS, ADAPTER, MODEL = OUTPUTS = ("checkpoints", "adapter", "model")
-MERGE, EXPORT = PROOFS = ("merge.json", "export.json")  # in MODEL: how it was made and verified
+MERGE, EXPORT = VERIFICATIONS = ("merge.json", "export.json")  # in MODEL: how it was made and verified
 CURVE, REPORT = "learning_curve.png", "report.html"
+TRACKERS = "trackers.json"  # the run id of each experiment tracker
 
 Lines = list[dict[str, Any]]
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from sft_recipes import run_dir
+from sft_recipes import run_dir, run_metadata
 from sft_recipes.commands import check
 from sft_recipes.data import prepare
 from sft_recipes.distributed import launch, ranks
@@ -34,7 +34,8 @@ def run(
         tokenizer, _ = check.tokenizer_of(recipe.model)
         # Otherwise rank 0 tokenizes, with transformers' tokenizer.
         if cached and tokenizer is not None and not tokenizer.rebuilt:
-            prepare.prepare(recipe, tokenizer)
+            date = run_metadata.start_date(Path(recipe.output_dir).expanduser(), recipe)
+            prepare.prepare(recipe, tokenizer, date=date)
     options = [f"--set={override}" for override in overrides]
     options += ["--resume"] if resume else []
     options += ["--force"] if force else []

@@ -111,10 +111,11 @@ def versions() -> dict[str, str | None]:
 
 
 def source_hash() -> str:
-    """Return the SHA-256 of the source of this package."""
+    """Return the SHA-256 of the source of this package: code and chat templates."""
     digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(file.read_bytes())
+    for file in sorted(Path(__file__).parent.rglob("*")):
+        if file.suffix in (".py", ".jinja"):
+            digest.update(file.read_bytes())
     return digest.hexdigest()
 
 

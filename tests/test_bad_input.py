@@ -182,6 +182,7 @@ SETS: dict[str, tuple[list[str], str]] = {
         "--set: data.train[0].weight: …<= 1000"),
     "a type that is none": (["model.dtype=bf16"],
         "--set: model.dtype: expected one of bfloat16, float16, float32 (got 'bf16')."),
+    "a date in words": (["data.date=tomorrow"], "--set: data.date: …such as 2026-12-31 or null (got 'tomorrow')."),
     "a size without a unit": (["export.max_shard_size=5"], "--set: export.max_shard_size: …such as 5GB or 500MB (got 5)."),
     "a tracker that is none": (["log.to=[excel]"], "--set: log.to[0]: expected one of mlflow, tensorboard, …(got 'excel')."),
     "a tracker twice": (["log.to=[wandb, tensorboard, wandb]"], "--set: log.to: wandb is listed 2 times. List it once."),

@@ -32,7 +32,7 @@ BELOW = {
     "memory": {"data", "errors", "model_dir", "models", "planning", "recipe", "run_dir", "upstream"},
     "report": {"atomic_files", "errors", "recipe", "run_dir", "stopping"},
     "export": {"atomic_files", "data", "errors", "model_dir", "recipe", "run_dir", "upstream"},
-    "distributed": {"errors", "model_dir", "recipe", "trackers", "upstream"},
+    "distributed": {"data", "errors", "model_dir", "recipe", "trackers", "upstream"},
     "training": {
         "atomic_files",
         "data",
@@ -62,7 +62,7 @@ BELOW = {
     "commands/plan": {"data", "errors", "memory", "model_dir", "models", "planning", "recipe"},
     "commands/generate": {"errors", "export", "model_dir", "models", "recipe", "run_dir"},
     "commands/doctor": {"data", "errors", "memory", "recipe"},
-    "run_distributed": {"commands", "data", "distributed", "errors", "recipe", "run_dir"},
+    "run_distributed": {"commands", "data", "distributed", "errors", "recipe", "run_dir", "run_metadata"},
     "run": {
         "console",
         "data",

@@ -109,22 +109,19 @@ def _check_data(recipe: Recipe) -> Findings:
             warnings += report.warnings
         return Findings([*lines, f"tokens and steps not counted: {missing}"], warnings)
     data = prepare.prepare(recipe, tokenizer, seconds=_SECONDS)
-    scale = 1 / data.share  # all data / tokenized sample
-    if recipe.data.max_train_samples:
-        scale = min(scale, recipe.data.max_train_samples / sum(source.rows for source in data.train.stats.sources))
     rebuilt = [
         f"tokens: counted with tokenizer.json; the run rebuilds the tokenizer ({tokenizer.rebuilt}), so its counts may "
         "differ slightly"
     ]
     return Findings(
-        [*data.lines(), *(rebuilt if tokenizer.rebuilt else []), _schedule(recipe, data, scale)],
+        [*data.lines(), *(rebuilt if tokenizer.rebuilt else []), _schedule(recipe, data)],
         data.warnings,
     )
 
 
-def _schedule(recipe: Recipe, data: prepare.Prepared, scale: float) -> str:
-    """Return steps, epochs and tokens per step as a line; all data is `scale` times as large as the sample `data`."""
-    steps = count(recipe, round(len(data.train) * scale))
+def _schedule(recipe: Recipe, data: prepare.Prepared) -> str:
+    """Return steps, epochs and tokens per step as a line, extrapolated from the rows that were read."""
+    steps = count(recipe, round(len(data.train) * data.scale(recipe.data.max_train_samples)))
     about = "" if data.share == 1 else "about "
     epochs = steps.total / steps.per_epoch
     passes = f"{epochs:,.2f}".rstrip("0").rstrip(".") if epochs >= 1 else f"{epochs:.2g}"
@@ -166,7 +163,7 @@ def _check_host_memory(recipe: Recipe) -> Findings:
     if model is None:
         return Findings([], [])
     device = "cuda" if machine.trains_on_nvidia_gpu() else "cpu"
-    short = host_memory.lacking(host_memory.predict(recipe, model, device), adapters=recipe.trains_adapters)
+    short = host_memory.memory_shortage(host_memory.predict(recipe, model, device), adapters=recipe.trains_adapters)
     return Findings([], [short] if short else [])
 
 

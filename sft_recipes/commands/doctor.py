@@ -203,7 +203,7 @@ def _memory() -> Iterator[Finding]:
 
     from sft_recipes.memory import host_memory
 
-    total = host_memory.installed()
+    total = host_memory.total_memory()
     detail = f"{format_bytes(min(psutil.virtual_memory().available, total))} of {format_bytes(total)} free"
     if total < _LOW_MEMORY:
         detail += "; enough for tiny models only"

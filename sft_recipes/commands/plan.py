@@ -120,7 +120,7 @@ class Plan:
             f"{self.attention}; kernels {self.kernels}{ranks}",
             f"step: {recipe.sequences_per_step} sequences of {recipe.data.max_length:,} tokens (micro-batch "
             f"{recipe.train.micro_batch_size} x accumulation {recipe.accumulation}); gradient checkpointing "
-            f"{recipe.train.recomputed_in_words}",
+            f"{recipe.train.checkpointing_summary}",
             f"peak memory: {prediction.format_bytes(footprint.peak_bytes)} per {unit}: "
             + ", ".join(f"{part} {prediction.format_bytes(size)}" for part, size in footprint.peak.items() if size),
         ]
@@ -263,11 +263,7 @@ def _amount(recipe: Recipe) -> Amount:
 def _counted(recipe: Recipe, data: prepare.Prepared) -> Amount:
     """Extrapolate from the sample of rows that was tokenized."""
     stats = data.train.stats
-    rows = sum(source.rows for source in stats.sources)
-    scale = 1 / data.share
-    if recipe.data.max_train_samples:
-        scale = min(scale, recipe.data.max_train_samples / rows)
-    steps = count(recipe, round(len(data.train) * scale)).total
+    steps = count(recipe, round(len(data.train) * data.scale(recipe.data.max_train_samples))).total
     sequence_tokens = stats.tokens / max(1, len(data.train))
     return Amount(steps, round(steps * recipe.sequences_per_step * sequence_tokens), data.train.mean_document())
 

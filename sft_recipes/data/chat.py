@@ -105,6 +105,7 @@ class Chat:
             lossy = [*lossy, "content"]
         for document in documents:
             document.lossy, document.prompted = ",".join(lossy), document.prompted and prompted
+            document.flagged = any(flag not in (None, True) for flag in example.flags)
             if self.bos:
                 _begin_once_with(self.bos, document)
         return replace(documents[0], more=documents[1:])

@@ -250,7 +250,7 @@ class Encoder:
             offsets,
             begins[:-1],
             np.array(stops, dtype=np.int32)[first[1:] - 1],
-            np.logical_and.reduceat(ended, first[:-1]),
+            np.logical_and.reduceat(ended, first[:-1]) | np.array([rendered.flagged for rendered in batch], dtype=bool),
             np.array([rendered.empty for rendered in batch], dtype=bool),
             np.array([rendered.lossy for rendered in batch], dtype=str),
             np.array([rendered.prompted for rendered in batch], dtype=bool),

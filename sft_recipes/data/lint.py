@@ -143,7 +143,7 @@ def check_template(renderer: Renderer, model: str, tokenizer: LightTokenizer) ->
         return []
     return [
         f"data.template: {renderer.name} writes different prompts than the chat template of {model}, which looks "
-        "instruction-tuned. Set data.template: chat to use the prompts that the model knows."
+        "instruction-tuned. Set data.template: chat to use the prompts of its template."
     ]
 
 

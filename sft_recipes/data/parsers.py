@@ -141,8 +141,8 @@ def _jsonl(file: File, report: ReadReport) -> Rows:
             place = f"{file}:{number}"
             if not (line := line.removeprefix(_BOM).strip()):
                 continue
-            if number == 1 and line in (b"[", b"[{", b"{"):
-                report.note("one JSON list over several lines")
+            if number == 1 and (line in (b"[", b"{") or line.startswith(b"[{")):
+                report.note("one JSON list instead of one object per line")
                 yield from _json(file, report)
                 return
             try:
@@ -182,7 +182,7 @@ def _json(file: File, _report: ReadReport) -> Rows:
     except (ValueError, RecursionError):
         raise DataError(f"{file}: {_JSON_LIMITS}") from None
     if not isinstance(rows, list):
-        raise DataError(f"{file}: expected a list of objects (got {shown(rows)}).")
+        raise DataError(f"{file}: expected a list of objects (got {shown(rows)}). Save the list of rows alone.")
     for number, values in enumerate(rows, start=1):
         yield _row(f"{file}:row {number}", values)
 

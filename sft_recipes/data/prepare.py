@@ -1,7 +1,7 @@
 """Run the data pipeline: sources → examples → text → tokenized documents → sequences, with statistics."""
 
 import datetime
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -15,13 +15,13 @@ from sft_recipes.data.chat import as_chat
 from sft_recipes.data.encoder import Encoder, LightTokenizer
 from sft_recipes.data.formats.base import Example
 from sft_recipes.data.packing import Ints
-from sft_recipes.data.readers import open_all, train_sources, with_splits
+from sft_recipes.data.readers import RowReader, open_all, train_sources, with_splits
 from sft_recipes.data.renderers import Renderer, choose_renderer, refuse_two_templates
 from sft_recipes.data.sequences import SelectedRows, Sequences, build_sequences
 from sft_recipes.data.stats import SourceStats
 from sft_recipes.data.tokenization import TokenizedSource, tokenize_all
 from sft_recipes.errors import DataError, ModelError
-from sft_recipes.recipe.schema import Recipe
+from sft_recipes.recipe.schema import Data, Recipe, WeightedSource
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,11 @@ class Prepared:
     prompt: TrainedPrompt | None  # a prompt as trained, to verify the chat template
     share: float  # fraction of the training rows that was read; below 1 if time ran out
     warnings: list[str]  # each begins with a recipe key
+
+    def scale(self, max_train_samples: int | None) -> float:
+        """Return how many times as many training rows there are as were read, if at most `max_train_samples` are used."""
+        rows = sum(source.rows for source in self.train.stats.sources)
+        return min(1 / self.share, max_train_samples / rows) if max_train_samples else 1 / self.share
 
     def as_dict(self) -> dict[str, Any]:
         return {"train": self.train.stats.as_dict(), "eval": self.eval.stats.as_dict() if self.eval else None}
@@ -100,7 +105,8 @@ def prepare(
     train_sequences = build_sequences(train_rows, data, rng if data.shuffle else None, sufficient)
     if not train_sequences.stats.trained_tokens:
         raise DataError(
-            "data.train: no trained tokens in the dataset (all labels are masked). Check data.format and data.train_on."
+            "data.train: no trained tokens in the dataset (all labels are masked). Check data.format, data.train_on and the "
+            "flags of messages (weight, train)."
         )
     eval_sequences = build_sequences(eval_rows, data, None, sufficient) if eval_rows else None
     if eval_sequences is not None and not eval_sequences.stats.trained_tokens:
@@ -121,14 +127,16 @@ def prepare(
 
     stops = [source.documents.stops[rows] for source, rows in zip(train, split.train, strict=True)]
     chat = next((source for source in train if source.renderer.chat is not None), None)
-    template, prompt = _chat_template(chat.renderer, chat.first, encoder, tokenizer) if chat else (None, None)
+    template, prompt = (
+        _chat_template(chat.renderer, _first_valid(chat, data), encoder, tokenizer) if chat else (None, None)
+    )
     return Prepared(
         train_sequences,
         eval_sequences,
         template,
         _most_frequent_first(np.concatenate(stops)),
         prompt,
-        sum(_sizes(train)) / sum(source.total for source in train),
+        _share(train, listed),
         warnings,
     )
 
@@ -155,6 +163,16 @@ def _sufficient_length(chosen: Sequence[SelectedRows], model: str) -> int | None
 
 def _sizes(tokenized: Sequence[TokenizedSource]) -> list[int]:
     return [len(source.documents) for source in tokenized]
+
+
+def _share(train: Sequence[TokenizedSource], listed: Sequence[WeightedSource]) -> float:
+    """Return the fraction of the training rows that was read, each source weighted and up to its max_samples."""
+
+    def rows(sizes: Iterable[int]) -> float:
+        pairs = zip(sizes, listed, strict=True)
+        return sum(source.weight * min(size, source.max_samples or size) for size, source in pairs)
+
+    return rows(_sizes(train)) / rows(source.total for source in train)
 
 
 def fingerprints(recipe: Recipe) -> dict[str, str]:
@@ -186,6 +204,14 @@ def _chosen(
 def _most_frequent_first(stops: Ints) -> list[int]:
     values, counts = np.unique(stops, return_counts=True)
     return [int(stop) for stop in values[np.argsort(-counts, kind="stable")]]
+
+
+def _first_valid(source: TokenizedSource, data: Data) -> Example:
+    """Return the first row of a source that was not dropped."""
+    bad = set(source.rows.report.bad_rows)
+    if source.first.place not in bad:
+        return source.first
+    return next(row for row in RowReader(source.rows.source, data, source.rows.splits) if row.place not in bad)
 
 
 def _chat_template(

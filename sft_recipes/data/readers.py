@@ -185,14 +185,6 @@ def open_all(data: Data) -> list[tuple[RowReader, Example]]:
     return opened
 
 
-def read_examples(source: Source, data: Data) -> list[Example]:
-    """Return all examples of a source. Raises DataError with the problems of the invalid rows."""
-    rows = RowReader(source, data, sources.TRAIN)
-    examples = list(rows)
-    rows.finish()
-    return examples
-
-
 def look_through(source: Source, data: Data, seconds: float) -> tuple[int, int, ReadReport]:
     """Read rows for at most `seconds`; returns the rows read, the approximate total and the report. Raises DataError."""
     rows, deadline = RowReader(source, data, sources.TRAIN), time.monotonic() + seconds

@@ -110,12 +110,23 @@ def _with_defaults(source: str, data: Data, date: datetime.date) -> str:
         replaced = "".join(f" | replace({one!r}, {date.strftime(one)!r})" for one in directives)
         defaults += f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}"
     for name, value in data.chat_template_kwargs.items():
-        if name not in source or name in _GIVEN:
+        if name not in _arguments(source) or name in _GIVEN:
             raise DataError(
                 f"data.chat_template_kwargs: the chat template has no argument {name!r}. Remove it, or check its spelling."
             )
         defaults += f"{{% if {name} is not defined %}}{{% set {name} = {value!r} %}}{{% endif %}}"
     return f"{defaults}\n{source}" if defaults else source
+
+
+def _arguments(source: str) -> set[str]:
+    """Return the names that a chat template reads but does not set; those of all words if Jinja alone cannot parse it."""
+    from jinja2 import Environment, TemplateError, meta
+
+    without_marks = re.sub(r"{%-?\s*(?:end)?generation\s*-?%}", "", source)
+    try:
+        return meta.find_undeclared_variables(Environment(extensions=["jinja2.ext.loopcontrols"]).parse(without_marks))
+    except (TemplateError, RecursionError):
+        return set(re.findall(r"\w+", source))
 
 
 def _template_file(name: str) -> str:

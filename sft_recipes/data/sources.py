@@ -28,6 +28,12 @@ _SPLIT_NAMES = {
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 
 
+def extra(path: str) -> str | None:
+    """Return the extra of sft-recipes that installs what reads a path; None if none is needed."""
+    excel = "excel" if path.lower().removesuffix(".gz").endswith(".xlsx") else None
+    return _EXTRAS.get(path.partition("://")[0], excel)
+
+
 class RemoteFile:
     """A file of a file system of fsspec, with the methods of Path that are used here."""
 

@@ -29,6 +29,7 @@ class Rendered:
     empty: bool = False  # the answer is blank
     lossy: str = ""  # the keys of messages that the template drops or rewrites, separated by commas
     prompted: bool = True  # the text begins with the prompt of inference
+    flagged: bool = False  # flags of the row leave text out of the loss, perhaps its end
     cuts: list[int] = field(default_factory=list)  # where a prompt of inference ends, so that a token must end too
     more: list["Rendered"] = field(default_factory=list)  # other turns of the row, each as a document of its own
 

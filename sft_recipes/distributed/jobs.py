@@ -18,6 +18,8 @@ from typing import Any, Literal
 from jinja2 import Environment, StrictUndefined
 
 from sft_recipes import __version__, model_dir
+from sft_recipes.data import sources
+from sft_recipes.data.readers import every_source
 from sft_recipes.errors import RecipeError, one_line
 from sft_recipes.recipe import bundled, parse
 from sft_recipes.recipe.schema import Recipe
@@ -133,6 +135,10 @@ def _install(recipe: Recipe) -> str:
     extras += [tracker.extra for tracker in trackers if tracker.extra]
     extras += ["deepspeed"] if recipe.launch.strategy in ("zero2", "zero3") else []
     extras += ["flash"] if recipe.model.attention == "flash_attention_2" else []
+    extras += ["liger"] if recipe.train.kernels == "liger" else []
+    paths = [source.path for source in every_source(recipe.data)]
+    paths += [recipe.eval.generate] if isinstance(recipe.eval.generate, str) else []
+    extras += dict.fromkeys(extra for extra in map(sources.extra, paths) if extra)
     suffix = f"[{','.join(extras)}]" if extras else ""
     if Path("sft_recipes").is_dir() and Path("constraints.txt").is_file():
         ours = ["-c", "constraints.txt", "-e", f".{suffix}"]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import PreTrainedModel
@@ -35,7 +35,7 @@ def attention(
         name = "sdpa"
     if name == "sdpa" and not recipe.padding_free and not _pads(recipe):
         # transformers masks all rows while tracing, because it cannot read whether they are padded.
-        exchangeable = supports(_architecture(config), "attention_backend")
+        exchangeable = supports(varlen.architecture_of(config), "attention_backend")
         return FULL_ROWS if exchangeable else name
     if name == varlen.NAME and device == "cpu":
         return BY_DOCUMENT
@@ -50,14 +50,14 @@ def named(recipe: Recipe, config: PreTrainedConfig, device: str, capability: Cap
     Raises: ModelError if model or GPU does not support it.
     """
     selected, _ = varlen.select_implementation(recipe, config, device, capability)
-    return "sdpa" if selected is None and supports(_architecture(config), "sdpa", default=True) else selected
+    return "sdpa" if selected is None and supports(varlen.architecture_of(config), "sdpa", default=True) else selected
 
 
 def lower_memory_attention(
     recipe: Recipe, config: PreTrainedConfig, device: str, capability: Capability | None = None
 ) -> str | None:
     """Return an implementation that needs less memory than the recipe's, None if there is none."""
-    used, model = named(recipe, config, device, capability), _architecture(config)
+    used, model = named(recipe, config, device, capability), varlen.architecture_of(config)
     if used in ("eager", None):
         return "sdpa" if supports(model, "sdpa") else None
     packed = masks_all_pairs(recipe, config, device, capability)
@@ -78,10 +78,6 @@ def masks_all_pairs(
 def _pads(recipe: Recipe) -> bool:
     """Return True if rows of a micro-batch are padded to one length."""
     return recipe.data.packing == "none" and recipe.train.micro_batch_size != 1
-
-
-def _architecture(config: PreTrainedConfig) -> Any:
-    return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
 
 
 class _Attention(torch.autograd.Function):

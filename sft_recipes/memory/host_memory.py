@@ -91,9 +91,9 @@ def of_files(recipe: Recipe) -> ModelSize | None:
     return ModelSize(parameters, trained, layers, layer, rest=embeddings, embeddings=embeddings)
 
 
-def lacking(needed: HostMemory, *, adapters: bool) -> str | None:
+def memory_shortage(needed: HostMemory, *, adapters: bool) -> str | None:
     """Return a warning that names the stages for which this node has too little memory; None if it has enough."""
-    total = installed()
+    total = total_memory()
     short = {name: size for name, size in needed.stages.items() if size > total}
     if not short:
         return None
@@ -106,7 +106,7 @@ def lacking(needed: HostMemory, *, adapters: bool) -> str | None:
     return f"host memory: the run needs {stages} (this node has {format_bytes(total)}). {remedy}."
 
 
-def installed() -> float:
+def total_memory() -> float:
     """Return the bytes of memory of this node, or of this process's container."""
     total = float(psutil.virtual_memory().total)
     try:

@@ -54,7 +54,7 @@ def select_implementation(
     wanted, packed = recipe.model.attention, recipe.padding_free
     if wanted not in ("auto", NAME):
         return wanted, ""
-    flash = supports(_architecture(config), "flash_attn") and (capability or AMPERE) >= AMPERE
+    flash = supports(architecture_of(config), "flash_attn") and (capability or AMPERE) >= AMPERE
     if wanted == "auto" and device == "cuda" and _half(recipe) and flash and installed("flash_attn"):
         return "flash_attention_2", "flash-attn is installed"
     unsupported = problem(recipe, config, device, capability)
@@ -81,7 +81,7 @@ def problem(recipe: Recipe, config: PreTrainedConfig, device: str, capability: C
 
 def obstacle(config: PreTrainedConfig) -> str | None:
     """Return what of a model's attention varlen does not support, None if nothing."""
-    architecture, text = _architecture(config), config.get_text_config(decoder=True)
+    architecture, text = architecture_of(config), config.get_text_config(decoder=True)
     # varlen lacks what sdpa lacks (softcapping, sinks), and transformers declares which models need it.
     as_sdpa = supports(architecture, "attention_backend") and supports(architecture, "sdpa")
     # transformers before 5.22 declares sdpa for Gemma 2, without its softcapping.
@@ -132,7 +132,7 @@ def capability_here() -> Capability | None:
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
 
 
-def _architecture(config: PreTrainedConfig) -> Any:
+def architecture_of(config: PreTrainedConfig) -> Any:
     return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
 
 

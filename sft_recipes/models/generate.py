@@ -12,11 +12,11 @@ from sft_recipes.data.chat import Chat, as_chat
 from sft_recipes.data.encoder import Encoder, from_transformers
 
 _BATCH = 16
-Prompt = tuple[list[dict[str, Any]], list[Any] | None]  # messages, tools
+ChatPrompt = tuple[list[dict[str, Any]], list[Any] | None]  # messages, tools
 
 
 def prompt_ids(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], *, raw: bool = False, parse: bool = False
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[ChatPrompt], *, raw: bool = False, parse: bool = False
 ) -> list[list[int]]:
     """Return the token ids of each prompt up to the answer: in the chat template, or as plain text (`raw` or no template).
 
@@ -36,7 +36,7 @@ def prompt_ids(
     return [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
 
 
-def _render_all(chat: Chat, prompts: Sequence[Prompt], place: str) -> list[str]:
+def _render_all(chat: Chat, prompts: Sequence[ChatPrompt], place: str) -> list[str]:
     texts = []
     for messages, tools in prompts:
         sandbox.restart_clock()

@@ -16,8 +16,6 @@ from sft_recipes.errors import ModelError
 from sft_recipes.recipe.schema import Recipe
 from sft_recipes.upstream import float32_modules
 
-SHARDED = ("fsdp2", "zero2", "zero3")
-
 
 def arguments(recipe: Recipe) -> dict[str, Any]:
     """Return the SFTConfig arguments of the recipe's strategy."""

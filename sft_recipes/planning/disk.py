@@ -48,14 +48,14 @@ def check_room(recipe: Recipe, folder: Path, parameters: int, trained: int, toke
     written = (file for part in OUTPUTS for file in (folder / part).rglob("*"))
     existing = sum(file.stat().st_size for file in written if file.is_file())  # will be replaced
     there = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
-    if short := lacking(there, needed(recipe, parameters, trained, tokenizer) - existing):
+    if short := space_shortage(there, needed(recipe, parameters, trained, tokenizer) - existing):
         raise OutputError(
             f"output_dir: not enough free space in {there} for checkpoints and models{short}. Free some space, choose "
             "another disk with --set output_dir=DIR, or lower checkpoint.keep."
         )
 
 
-def lacking(folder: Path, need: int) -> str:
+def space_shortage(folder: Path, need: int) -> str:
     """Return " (X needed, Y free)" to append to an error if less than `need` bytes are free, else ""."""
     free = shutil.disk_usage(folder).free
     return f" ({_gigabytes(need)} needed, {_gigabytes(free)} free)" if free < need else ""

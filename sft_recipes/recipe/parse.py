@@ -432,7 +432,9 @@ def expectation(schema: dict[str, Any], *, every_bound: bool = False) -> str:
     named = ((sign, limit) for sign, limit in given if every_bound or limit != 2**31)
     limits = [f"{sign} {int(limit) if limit == int(limit) else limit}" for sign, limit in named]
     if "pattern" in schema:
-        limits.append("such as 5GB or 500MB")
+        limits.append(
+            f"such as {' or '.join(schema['examples'])}" if "examples" in schema else "of letters, digits and _"
+        )
     return " ".join([words, " and ".join(limits)]).strip()
 
 

@@ -21,11 +21,11 @@ Interval = Annotated[float, Field(gt=0, le=1)] | Positive | None
 DType = Literal["bfloat16", "float16", "float32"]  # names of torch's
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 if TYPE_CHECKING:
-    Format = str
-    Tracker = str
+    FormatName = str
+    TrackerName = str
 else:
-    Format = Literal[*FORMATS]
-    Tracker = Literal[*trackers()]
+    FormatName = Literal[*FORMATS]
+    TrackerName = Literal[*trackers()]
 
 
 class _Section(BaseModel):
@@ -70,7 +70,7 @@ class Source(_Section):
     """Configuration of a Hub dataset. Default: the only one."""
     split: Name | None = None
     """Split of a Hub dataset or a directory. Default: train; for data.eval: validation or test."""
-    format: Format | None = None
+    format: FormatName | None = None
     """Overrides `data.format` for this source."""
     columns: dict[str, str] = {}
     """Overrides `data.columns` for this source."""
@@ -94,7 +94,7 @@ class Data(_Section):
     eval: Annotated[float, Field(gt=0, lt=1)] | Name | Source | None = 0.02
     """Evaluation rows: a fraction of the training rows to hold out, a path, a Hub id, {path, name, split, format, columns}, or
     null for none."""
-    format: Format | None = None
+    format: FormatName | None = None
     """Row format. Default: detected from the columns."""
     columns: dict[str, str] = {}
     """Maps the format's columns to the data's, e.g. {prompt: question, completion: answer}."""
@@ -108,7 +108,7 @@ class Data(_Section):
     their tokens to model.new_tokens. Default: chat for conversations, else alpaca."""
     chat_template_kwargs: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], Any] = {}
     """Arguments of the chat template, e.g. {enable_thinking: false}. They become defaults of the exported template."""
-    date: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d$")] | None = None
+    date: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d$", examples=["2026-12-31"])] | None = None
     """Date that chat templates take for today, in training and in the exported template. Default: the day of the run."""
     train_on: Literal["completion", "all", "assistant"] = "completion"
     """Tokens in the loss. completion: the last answer; assistant: every assistant message; all: every token."""
@@ -220,7 +220,7 @@ class Train(_Section):
         return 1 if self.gradient_checkpointing == "auto" else int(self.gradient_checkpointing)
 
     @property
-    def recomputed_in_words(self) -> str:
+    def checkpointing_summary(self) -> str:
         every = self.recomputed
         return "off" if not every else "every layer" if every == 1 else f"every {every} layers"
 
@@ -267,7 +267,7 @@ class Log(_Section):
     every: Positive = 10
     """Number of steps between lines of metrics.jsonl and the console."""
     to: Annotated[
-        list[Tracker], Field(description=f"Experiment trackers besides metrics.jsonl: {', '.join(trackers())}.")
+        list[TrackerName], Field(description=f"Experiment trackers besides metrics.jsonl: {', '.join(trackers())}.")
     ] = []
     project: Name | None = None
     """Project (mlflow: experiment) in the trackers. Default: that of WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME, else
@@ -285,7 +285,9 @@ class Export(_Section):
     """With `lora:`, also write the merged model."""
     dtype: DType = "bfloat16"
     """Data type of the exported weights."""
-    max_shard_size: Annotated[str, Field(pattern=r"^(0*[1-9]\d*(\.\d+)?|0*\.0*[1-9]\d*)(KB|MB|GB)$")] = "5GB"
+    max_shard_size: Annotated[
+        str, Field(pattern=r"^(0*[1-9]\d*(\.\d+)?|0*\.0*[1-9]\d*)(KB|MB|GB)$", examples=["5GB", "500MB"])
+    ] = "5GB"
     """Maximum size of a safetensors file, e.g. 500MB or 5GB."""
 
 

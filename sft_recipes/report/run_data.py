@@ -47,7 +47,7 @@ class Run:
     recipe: dict[str, Any]  # as resolved
     data: dict[str, Any]
     manifest: dict[str, Any]
-    proof: dict[str, Any]  # merge.json or export.json, {} if there is none
+    verification: dict[str, Any]  # merge.json or export.json, {} if there is none
 
 
 def load_run(folder: Path, name: str) -> Run:
@@ -64,7 +64,7 @@ def load_run(folder: Path, name: str) -> Run:
         recipe=read(folder / run_dir.RECIPE),
         data=read(folder / run_dir.DATA),
         manifest=read(folder / run_dir.MANIFEST),
-        proof=read(*(folder / run_dir.MODEL / proof for proof in run_dir.PROOFS)),
+        verification=read(*(folder / run_dir.MODEL / name for name in run_dir.VERIFICATIONS)),
     )
 
 
@@ -305,8 +305,10 @@ def preflight(run: Run) -> dict[str, str]:
 
 def verification(run: Run) -> dict[str, str]:
     """Return the results of verifying the exported model."""
-    figures = run.proof.get("verification", {})
-    return _readable({key: value for key, value in run.proof.items() if key not in ("files", "verification")} | figures)
+    metrics = run.verification.get("verification", {})
+    return _readable(
+        {key: value for key, value in run.verification.items() if key not in ("files", "verification")} | metrics
+    )
 
 
 def environment(run: Run) -> dict[str, str]:

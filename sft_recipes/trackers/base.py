@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from sft_recipes import atomic_files, trackers
+from sft_recipes.run_dir import TRACKERS
 
-IDS_FILE = "trackers.json"  # in the run directory: the run id of each tracker
 PROJECT = "sft-recipes"
 COLUMNS = ("step", "prompt", "answer", "expected")
 
@@ -43,7 +43,7 @@ class Tracker:
 
     def save_id(self, run_id: str) -> None:
         """Record the tracker's run id, so that a resumed run continues it."""
-        atomic_files.write_json(self.run_dir / IDS_FILE, saved_ids(self.run_dir) | {self.name: run_id})
+        atomic_files.write_json(self.run_dir / TRACKERS, saved_ids(self.run_dir) | {self.name: run_id})
 
     def parameters(self) -> dict[str, Any]:
         """Return the recipe by dotted keys."""
@@ -87,5 +87,5 @@ def kinds() -> dict[str, type[Tracker]]:
 def saved_ids(run_dir: Path) -> dict[str, str]:
     """Return the run id of each tracker; {} if there are none yet."""
     with suppress(OSError, ValueError):
-        return dict(json.loads((run_dir / IDS_FILE).read_text(encoding="utf-8")))
+        return dict(json.loads((run_dir / TRACKERS).read_text(encoding="utf-8")))
     return {}

@@ -91,7 +91,7 @@ class CheckpointMixin(upstream.SaveHook, transformers.Trainer):
 
     def _report_failure(self, folder: Path, error: Exception) -> None:
         trained, tokenizer = count_parameters(self.model)[1], tokenizer_bytes(self.processing_class)
-        lacking = disk.lacking(self.run_dir, disk.of_checkpoint(self.recipe, trained, tokenizer))
+        lacking = disk.space_shortage(self.run_dir, disk.of_checkpoint(self.recipe, trained, tokenizer))
         line = f"{folder}: checkpoint not saved: {reason_of(error)}{lacking}. {self.describe_last_checkpoint()}"
         if self.recipe.checkpoint.on_failure == "stop":
             raise RunError(

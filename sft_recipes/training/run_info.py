@@ -31,7 +31,7 @@ def summary_lines(recipe: Recipe, trainer: Trainer) -> list[str]:
         f"schedule: {steps:,} steps; {recipe.sequences_per_step} sequences per step (micro-batch {micro} x accumulation "
         f"{accumulation}{processes}); peak learning rate {recipe.train.learning_rate:g}, {recipe.train.lr_scheduler}, "
         f"{int(trainer.args.warmup_steps):,} warmup steps; {recipe.train.optimizer}; mixed precision {precision}; "
-        f"gradient checkpointing {recipe.train.recomputed_in_words}{deterministic}",
+        f"gradient checkpointing {recipe.train.checkpointing_summary}{deterministic}",
     ]
 
 

@@ -205,3 +205,10 @@ def test_keys(tmp_path: Path, keys: str, key: str, kind: str) -> None:
 )
 def test_liger(tmp_path: Path, keys: str, kernels: str) -> None:
     assert convert(tmp_path, BASE + keys)[1].train.kernels == kernels
+
+
+@pytest.mark.parametrize("thinks", [True, False])
+def test_thinking_is_an_argument_of_the_chat_template(tmp_path: Path, thinks: bool) -> None:
+    _, recipe = convert(tmp_path, BASE + f"enable_thinking: {str(thinks).lower()}\n")
+
+    assert recipe.data.chat_template_kwargs == {"enable_thinking": thinks}

@@ -177,7 +177,7 @@ def test_alpaca_on_an_instruct_model(
     data = prepared(write_recipe(model=named(name)), f"data.template={template}", tokenizer=tokenizer)
 
     expected = [f"data.template: alpaca writes different prompts than the chat template of {name}, which looks "
-                "instruction-tuned. Set data.template: chat to use the prompts that the model knows."]  # fmt: skip
+                "instruction-tuned. Set data.template: chat to use the prompts of its template."]  # fmt: skip
     assert data.warnings == (expected if warned else [])
 
 

@@ -476,6 +476,11 @@ def test_a_sample_where_there_is_too_little_time(write_recipe: WriteRecipe, tmp_
     whole = prepare.prepare(recipe, tokenizers.make("bytes+bos"))  # the sample was not cached
     assert whole.share == 1
     assert whole.train.stats.sources[0].rows == 2400
+    train = [{"path": str(tmp_path / "train.jsonl"), "max_samples": 1000, "weight": 2}, str(tmp_path / "train.jsonl")]
+    two = parse.load(write_recipe(data={"train": train}), ["data.max_length=200", "data.eval=null"]).recipe
+    sample = prepare.prepare(two, tokenizers.make("bytes+bos"), seconds=0, cached=False)
+    assert sample.scale(None) == pytest.approx((2 * 1000 + 2400) / (2 * 500 + 500))
+    assert sample.scale(3000) == 3000 / 1500
 
 
 @given(
@@ -626,3 +631,53 @@ def decoded(row: dict[str, list[int]]) -> str:
     """The trained text of a sequence."""
     backend = tokenizers.make("bytes+bos").backend
     return str(backend.decode([label for label in row["labels"] if label != -100], skip_special_tokens=False))
+
+
+@pytest.mark.parametrize("train_on", ["completion", "assistant"])
+def test_an_end_that_a_flag_leaves_out_is_not_missing(train_on: str, write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "train": True}] * 2
+    turns[-1] = {"role": "assistant", "content": "not this", "train": False}
+    write_rows(tmp_path / "train.jsonl", [{"messages": turns}])
+    recipe = parse.load(write_recipe(data={"eval": None}), ["data.template=chatml", f"data.train_on={train_on}"]).recipe
+    tokenizer, _ = check.tokenizer_of(recipe.model)
+    assert tokenizer is not None
+    data = prepare.prepare(recipe, tokenizer)
+
+    assert data.train.stats.sources[0].missing_eos == 0
+    assert [line for line in data.warnings if "EOS" in line] == []
+
+
+def test_every_answer_of_a_completion_is_trained(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """As in TRL: a tool call, and the answer after its result."""
+    completion = [
+        {"role": "assistant", "content": "one"},
+        {"role": "user", "content": "more"},
+        {"role": "assistant", "content": "two"},
+    ]
+    write_rows(tmp_path / "train.jsonl", [{"prompt": [{"role": "user", "content": "q"}], "completion": completion}])
+    recipe = parse.load(write_recipe(data={"eval": None}), ["data.template=chatml"]).recipe
+    tokenizer, _ = check.tokenizer_of(recipe.model)
+    assert tokenizer is not None
+    row = prepare.prepare(recipe, tokenizer).train[0]
+    text = tokenizer.backend.decode([label for label in row["labels"] if label != IGNORED])
+
+    assert "one" in text
+    assert "two" in text
+    assert "more" not in text
+
+
+def test_the_first_row_may_be_dropped(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """Also if the chat template rejects it, and the exported template is compared with another row."""
+    (tmp_path / "t.jinja").write_text(
+        "{% for m in messages %}{% if 'bad' in m.content %}{{ raise_exception('no') }}{% endif %}{{ m.content }}</s>"
+        "{% endfor %}",
+        "utf-8",
+    )
+    rows = [{"prompt": f"{word}?", "completion": "yes"} for word in ("bad", "good", "fine", "well")]
+    write_rows(tmp_path / "train.jsonl", rows)
+    more = (f"data.template={tmp_path / 't.jinja'}", "data.on_bad_row=drop", "data.eval=null")
+    data = prepared(write_recipe(), *more)
+
+    assert data.train.stats.sources[0].bad_rows == 1
+    assert data.prompt is not None
+    assert data.prompt.messages[0]["content"] == "good?"

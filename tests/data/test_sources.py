@@ -240,12 +240,13 @@ def test_separators(tmp_path: Path, name: str, content: str, note: str | None) -
     assert reported(file).notes == ([note] if note else [])
 
 
-def test_json_over_several_lines_in_a_file_of_lines(tmp_path: Path) -> None:
-    file = write(tmp_path / "a.jsonl", json.dumps(ROWS, indent=2))
+@pytest.mark.parametrize("indent", [2, None])
+def test_one_json_list_in_a_file_of_lines(tmp_path: Path, indent: int | None) -> None:
+    file = write(tmp_path / "a.jsonl", json.dumps(ROWS, indent=indent))
 
     assert read(file) == ROWS
     assert [row.place for row in sources.iter_rows(str(file)) if isinstance(row, SourceRow)][1] == f"{file}:row 2"
-    assert reported(file).notes == ["one JSON list over several lines"]
+    assert reported(file).notes == ["one JSON list instead of one object per line"]
 
 
 def test_blank_rows_and_cells_without_a_value(tmp_path: Path) -> None:

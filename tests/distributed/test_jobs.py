@@ -168,6 +168,13 @@ def test_skypilot_job_resumes_from_its_bucket(recipe: str, tmp_path: Path) -> No
     )
 
 
+def test_extras_of_what_the_recipe_reads(recipe: str) -> None:
+    data = "data.train=[s3://bucket/a.jsonl, gs://bucket/b.xlsx, s3://bucket/c.xlsx.gz, d.xlsx]"
+    [task] = load_yaml(jobs.job(recipe, "skypilot", None, [data, "train.kernels=liger"]))
+
+    assert f"'sft-recipes[liger,s3,gcs,excel]=={jobs.__version__}'" in task["setup"]
+
+
 # --- Kubernetes ------------------------------------------------------------------------------------------------------
 
 

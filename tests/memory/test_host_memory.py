@@ -79,18 +79,18 @@ def test_check_warns_if_this_machine_has_too_little(write_recipe: WriteRecipe, m
     file = str(write_recipe(**LORA))
     assert not any("host memory" in line for line in check(file).warnings)
 
-    monkeypatch.setattr(host_memory, "installed", lambda: 2.2 * GIB)
+    monkeypatch.setattr(host_memory, "total_memory", lambda: 2.2 * GIB)
     [found] = [line for line in check(file).warnings if "host memory" in line]
     assert "GiB to verify (this node has 2.2 GiB)" in found
     assert "set export.merge: false and merge the adapter elsewhere" in found
 
 
 def test_without_adapters_nothing_can_be_merged_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_memory, "installed", lambda: 2 * GIB)
+    monkeypatch.setattr(host_memory, "total_memory", lambda: 2 * GIB)
     needed = host_memory.HostMemory(load=GIB, gather=None, merge=3 * GIB, verify=3 * GIB)
 
-    assert "export.merge" in str(host_memory.lacking(needed, adapters=True))
-    assert "export.merge" not in str(host_memory.lacking(needed, adapters=False))
+    assert "export.merge" in str(host_memory.memory_shortage(needed, adapters=True))
+    assert "export.merge" not in str(host_memory.memory_shortage(needed, adapters=False))
 
 
 def test_the_memory_of_a_container_is_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,4 +98,4 @@ def test_the_memory_of_a_container_is_its_limit(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(host_memory, "_CGROUP", str(limit))
     for content, expected in (("1073741824\n", GIB), ("max\n", None)):
         limit.write_text(content, "utf-8")
-        assert (host_memory.installed() == GIB) == (expected == GIB)
+        assert (host_memory.total_memory() == GIB) == (expected == GIB)

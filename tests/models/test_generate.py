@@ -4,14 +4,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft_recipes.data.templates import BOS, alpaca_chat_template, alpaca_prompt
-from sft_recipes.models.generate import Prompt, answer, prompt_ids
+from sft_recipes.models.generate import ChatPrompt, answer, prompt_ids
 
 TINY = Path(__file__).parents[2] / "sft_recipes" / "builtin" / "tiny"
 
 
 def test_prompts_in_the_template_or_as_they_stand() -> None:
     tokenizer = AutoTokenizer.from_pretrained(TINY)
-    prompt: Prompt = ([{"role": "user", "content": "Do it.", "input": "This."}], None)
+    prompt: ChatPrompt = ([{"role": "user", "content": "Do it.", "input": "This."}], None)
     plain = tokenizer("Do it.\n\nThis.")["input_ids"]
 
     assert prompt_ids(tokenizer, [prompt]) == [plain]  # there is no template

@@ -59,5 +59,5 @@ def test_what_is_there_already_needs_no_room(tmp_path: Path, monkeypatch: pytest
 def test_what_is_lacking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3_000_000))
 
-    assert disk.lacking(tmp_path, 5_000_000_000) == " (5.0 GB needed, 3.0 MB free)"
-    assert disk.lacking(tmp_path, 2_000_000) == ""
+    assert disk.space_shortage(tmp_path, 5_000_000_000) == " (5.0 GB needed, 3.0 MB free)"
+    assert disk.space_shortage(tmp_path, 2_000_000) == ""

@@ -36,7 +36,7 @@ each_recipe = pytest.mark.parametrize("said", bundled.recipes(), ids=lambda said
 def test_predictions_are_of_the_recipes_as_they_are(said: bundled.BundledRecipe) -> None:
     """Write them anew with `python docs/recipes.py`."""
     assert FOUND[said.name]["of"] == SCRIPT["fingerprint"](said.name)
-    assert said.memory == SCRIPT["in_words"](FOUND[said.name])
+    assert said.memory == SCRIPT["format_memory"](FOUND[said.name])
 
 
 def test_the_page_has_them() -> None:

@@ -66,6 +66,10 @@ def _message(turn: Mapping[str, Any], place: str) -> dict[str, Any]:
         content, calls = "", _calls_in(content, place)
     if content is None and calls:
         content = ""
+    if isinstance(content, list) and any(isinstance(part, Mapping) and part.get("type") != "text" for part in content):
+        raise DataError(
+            f"{place} has a part that is not text, and runs train on text only (got {shown(content)}). Remove the row."
+        )
     if not isinstance(role, str) or not isinstance(content, str):
         raise DataError(f"{place} must have a text 'role' and 'content' (got {shown(turn)}).")
     role = _ROLES.get(role, role)

@@ -3,12 +3,15 @@ from sft_recipes.data.formats.base import SYSTEM, TOOLS, Example, Format, Row, t
 
 
 def convert(row: Row) -> Example:
-    if isinstance(row.values.get("label"), bool) and not row.get("label"):
-        raise row.error(
-            "label false marks an answer to avoid (KTO), and fine-tuning would teach it. Remove the rows with label false."
-        )
     if isinstance(row.require("prompt"), list) or isinstance(row.require("completion"), list):
         (before, flags), (answer, of_answer) = (messages.read(row, name) for name in ("prompt", "completion"))
+        # All answers of a completion are trained, as in TRL, not only the last.
+        answers = sum(message["role"] == "assistant" for message in answer)
+        if answers > 1:
+            of_answer = [
+                True if flag is None and message["role"] == "assistant" else flag
+                for message, flag in zip(answer, of_answer, strict=True)
+            ]
         return messages.conversation(row, [*before, *answer], [*flags, *of_answer])
     turns = [{"role": "user", "content": row.text("prompt")}, {"role": "assistant", "content": row.text("completion")}]
     listed = tools(row)

@@ -22,6 +22,7 @@ COLUMNS = tuple(dict.fromkeys(column for format in FORMATS.values() for column i
 # Columns that make a row something other than a text to train on, and what to do.
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _PAIRS = ("chosen", "rejected")
+_TAGS = ("label", "kto_tag")
 
 
 def find_format(values: Mapping[str, Any], columns: Mapping[str, str], place: str = "") -> str | None:
@@ -73,6 +74,15 @@ def to_example(values: Mapping[str, Any], format: str, columns: Mapping[str, str
 
 def _refuse_other_tasks(row: Row) -> None:
     """Raise DataError if a column that was not read makes the row something other than a text to train on."""
+    for name in _TAGS:
+        tag = str(row.values.get(name)).strip().lower()
+        if tag == "false":
+            raise row.error(
+                f"{name} false marks an answer to avoid (KTO), and fine-tuning would teach it. Remove the rows with {name} "
+                "false."
+            )
+        if tag == "true":
+            row.get(name)  # nothing to do: not a column that is not used
     unused = row.unused()
     if media := next((name for name in _MEDIA if name in unused), None):
         raise row.error(f"column '{media}' has content, but runs train on text only. Remove the column, or these rows.")

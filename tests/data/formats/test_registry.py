@@ -184,10 +184,19 @@ def test_a_format_is_added_by_one_file(tmp_path: Path) -> None:
             "prompt_completion",
             "'tools' must be a list of functions",
         ),
+        *(
+            (row, format, f"f:1: {name} false marks an answer to avoid")
+            for row, format, name in (
+                ({"prompt": "q", "completion": "a", "label": False}, "prompt_completion", "label"),
+                ({"prompt": "q", "completion": "a", "label": "False"}, "prompt_completion", "label"),
+                ({"messages": [USER, ASSISTANT], "label": False}, "messages", "label"),
+                ({"instruction": "q", "output": "a", "kto_tag": False}, "alpaca", "kto_tag"),
+            )
+        ),
         (
-            {"prompt": "q", "completion": "a", "label": False},
-            "prompt_completion",
-            "f:1: label false marks an answer to avoid",
+            {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}, ASSISTANT]},
+            "messages",
+            "message 1 has a part that is not text, and runs train on text only",
         ),
         (
             {"messages": [USER, ASSISTANT], "images": ["a.jpg"]},
