@@ -1,4 +1,4 @@
-"""The chat templates that TRL ships, and ours, with ten conversations: the table in docs/chat-templates.md."""
+"""The chat templates that come with TRL, and ours, with ten conversations: the table in docs/chat-templates.md."""
 
 from collections.abc import Iterator
 from importlib.util import find_spec

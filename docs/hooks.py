@@ -11,7 +11,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[1]
 OUTSIDE = (
     "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "CITATION.cff", "Dockerfile", "benchmarks/*.md",
-    "examples/*.py", "recipes/*.yaml", "sft_recipes/**/*.py",
+    "examples/*.py", "recipes/*.yaml", "sft_recipes/**/*.py", "tools/**/*.py",
 )  # fmt: skip
 LINK = re.compile(r"(?<=\]\()(?!https://|#)[^)#\s]+")
 

@@ -49,7 +49,7 @@ def fingerprint(name: str) -> str:
 
 def predict(name: str) -> dict[str, Any]:
     """Bytes of a GPU, by part, of the least that the recipe takes: each layer recomputed if that is auto, one sequence at once
-    if that is. `loading`: those of 4-bit weights, which each GPU holds before they are shared out.
+    if that is. `loading`: those of 4-bit weights, which each GPU holds before they are sharded.
     `preflight`: those of its check of isolation; the rest of it is a training step. `fits`: which of SIZES have room for all.
     `auto`: what auto comes to on the smallest of them."""
     from sft_recipes.commands.plan import plan

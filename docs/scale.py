@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What limits 8, 64 and 512 GPUs, on paper: the tables of docs/scale.md, from the recipes that ship. python docs/scale.py"""
+"""What limits 8, 64 and 512 GPUs, on paper: the tables of docs/scale.md, from the bundled recipes. python docs/scale.py"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
