@@ -284,7 +284,7 @@ def llamafactory(
         "lr_scheduler_type": recipe.train.lr_scheduler, "bf16": not given.float32, "disable_tqdm": True,
         "disable_gradient_checkpointing": not checkpoints, "use_cpu": not torch.cuda.is_available(),
     }  # fmt: skip
-    if recipe.lora is not None:
+    if recipe.trains_adapters:
         like.model.save_pretrained(home / "adapter")
         settings |= {"finetuning_type": "lora", "adapter_name_or_path": str(home / "adapter")}
     (home / "settings.json").write_text(json.dumps(settings))

@@ -184,7 +184,7 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     assert list(values["hours"]) == ["H100"]
 
 
-def test_a_run_with_auto_writes_the_number_down_and_goes_on_with_it(write_recipe: WriteRecipe) -> None:
+def test_a_run_with_auto_records_the_number_and_resumes_with_it(write_recipe: WriteRecipe) -> None:
     file = write_recipe(train={"micro_batch_size": "auto", "global_batch_size": 8, "gradient_accumulation_steps": None})
 
     folder, _ = run(file)

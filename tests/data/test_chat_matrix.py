@@ -1,4 +1,4 @@
-"""Every chat template that TRL ships, with ten conversations, against transformers' own ids and masks."""
+"""Every chat template that comes with TRL, with ten conversations, against transformers' own ids and masks."""
 
 import json
 import re

@@ -293,7 +293,7 @@ def test_loopback_host_names_use_the_default_route() -> None:
     assert launch._interface_for("127.0.0.1") == launch._interface_for("localhost") == interface
 
 
-def test_two_fresh_processes(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+def test_two_separate_processes(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     """Started as users do; other tests fork."""
     recipe = write_recipe(lora={"rank": 2}, export={"merge": False}, data={"eval": None}, train={"max_steps": 2})
     command = [sys.executable, "-P", "-m", "sft_recipes.cli", "run", str(recipe), "--processes", "2"]

@@ -20,7 +20,7 @@ def test_ddp_has_all_and_buckets_of_gradients() -> None:
     assert rank.peak_bytes == 4400 + 2 * 500
 
 
-def test_fsdp2_has_shares_of_everything() -> None:
+def test_fsdp2_shards_everything() -> None:
     """In the weights' own type (no mixed precision), of float32 weights: a quarter, and what is whole for the moment."""
     four = recipe(
         model={"name": "x", "dtype": "float32"},
@@ -62,7 +62,7 @@ def test_fsdp2_gathers_what_is_in_no_layer_when_it_is_due() -> None:
     assert rank.phases[Phase.BACKWARD_LOWER][Part.GRADIENTS] == (2 + 4) * 50
 
 
-def test_fsdp2_shares_4_bits_but_not_their_scales() -> None:
+def test_fsdp2_shards_4_bits_but_not_their_scales() -> None:
     frozen, adapters = 64 * 256 * 8, 1000  # in eight layers; 200 values in none
     scales = frozen / 64 + 4 * frozen / (64 * 256)
     weights = frozen / 2 + scales + 2 * 200
@@ -81,7 +81,7 @@ def test_fsdp2_shares_4_bits_but_not_their_scales() -> None:
     assert rank.phases[Phase.FORWARD][Part.BUFFERS] == 2 * layer + 7
 
 
-def test_zero3_has_shares_of_everything_and_a_billion_values() -> None:
+def test_zero3_shards_everything_and_gathers_a_billion_values() -> None:
     rank = per_rank_memory.per_rank(WHOLE, recipe(launch={"processes": 2, "strategy": "zero3"}))
 
     found, step = rank.phases[Phase.FORWARD], rank.phases[Phase.OPTIMIZER]

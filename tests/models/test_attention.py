@@ -148,7 +148,7 @@ def test_losses_and_gradients_are_those_of_the_mask(name: str, calls: list[list[
     assert calls == [LENGTHS] * (1 if "chunks" in name else 2)
 
 
-def test_documents_of_an_opt_model_are_apart_which_with_sdpa_they_are_not() -> None:
+def test_documents_of_an_opt_model_are_isolated_unlike_with_sdpa() -> None:
     """Its mask is made without positions, so that sdpa's has nothing to tell documents by."""
     config = OPTConfig(**SHAPE | {"ffn_dim": 64, "word_embed_proj_dim": 64}, init_std=0.3, dropout=0.0)
     batch = {key: value for key, value in batch_of(LENGTHS).items() if key != "labels"}
@@ -317,7 +317,7 @@ def test_padded_rows_and_generation_are_sdpas(calls: list[list[int]]) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral, a window"])
-def test_documents_that_only_positions_tell_apart_do_not_see_each_other(name: str, calls: list[list[int]]) -> None:
+def test_documents_are_isolated_by_positions_alone(name: str, calls: list[list[int]]) -> None:
     """A forward pass by hand, without the bounds that the collator gives."""
     batch = {key: value for key, value in batch_of(LENGTHS).items() if key in ("input_ids", "position_ids")}
     found, true = (model_of(MODELS[name], each)(**batch, use_cache=False).logits for each in ("varlen", "sdpa"))
@@ -387,7 +387,7 @@ REFUSED: dict[str, tuple[PreTrainedConfig, str]] = {
 
 @pytest.mark.parametrize("what", REFUSED)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_models_that_need_what_it_lacks_are_refused(what: str, device: str) -> None:
+def test_models_with_unsupported_attention_are_refused(what: str, device: str) -> None:
     config, why = REFUSED[what]
     with pytest.raises(
         ModelError, match=rf"^model.attention: varlen does not support .*{why}.*\. Set model.attention to auto\.$"

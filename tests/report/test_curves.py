@@ -92,7 +92,7 @@ def test_curves_of_two_runs_lie_over_each_other() -> None:
     assert [series.color for series in loss.series] == [0, 0, 1, 1]
 
 
-def test_what_is_not_finite_is_said() -> None:
+def test_values_that_are_not_finite_are_reported() -> None:
     lines = runs.metrics(5)
     lines[2]["loss"], lines[3]["loss"] = math.nan, math.inf
     [loss, *others] = charts({"run": lines})
