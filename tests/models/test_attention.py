@@ -46,9 +46,9 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from sft_recipes.errors import ModelError
 from sft_recipes.models import attention
 from sft_recipes.models.compiled_layers import compile_layers
-from sft_recipes.recipe.schema import Recipe
 from sft_recipes.training import trainer
 from tests.conftest import WriteRecipe, build, metrics, run
+from tests.cuda.training import recipe_of
 from tests.models import graphs
 
 ROUNDING = 1e-5  # float32, relative: sums in another order
@@ -362,11 +362,6 @@ def test_with_cross_document_attention_they_see_each_other(write_recipe: WriteRe
 
 
 # --- What it does not know -------------------------------------------------------------------------------------------
-
-
-def recipe_of(**sections: Any) -> Recipe:
-    least: dict[str, Any] = {"model": {"name": "x"}, "data": {"train": "x"}, "output_dir": "x"}
-    return Recipe.model_validate(least | {name: {**least.get(name, {}), **each} for name, each in sections.items()})
 
 
 REFUSED: dict[str, tuple[PreTrainedConfig, str]] = {
