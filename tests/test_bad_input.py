@@ -385,7 +385,7 @@ FILES: dict[str, tuple[str, bytes | None, str]] = {
     "null for content": ("a.jsonl", chat(USER, {"role": "assistant", "content": None}),
         "a.jsonl:2: message 2 must have a text 'role' and"),
     "a picture for content": ("a.jsonl", chat({"role": "user", "content": [{"type": "image"}]}),
-        "a.jsonl:2: message 1 must have a text"),
+        "a.jsonl:2: message 1 has a part that is not text"),
     "null for a part": ("a.jsonl", chat({"role": "user", "content": [{"type": "text", "text": None}]}),
         "a.jsonl:2: message 1 must have a text"),
     "a role that is none": ("a.jsonl", chat({"role": "boss", "content": "a"}),

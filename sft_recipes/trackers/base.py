@@ -79,9 +79,11 @@ class Tracker:
 @cache
 def kinds() -> dict[str, type[Tracker]]:
     """Return the trackers of this package by name."""
-    for module in pkgutil.iter_modules(trackers.__path__):
-        importlib.import_module(f"{trackers.__name__}.{module.name}")
-    return {kind.name: kind for kind in sorted(Tracker.__subclasses__(), key=lambda kind: kind.name)}
+    names = [f"{trackers.__name__}.{module.name}" for module in pkgutil.iter_modules(trackers.__path__)]
+    for name in names:
+        importlib.import_module(name)
+    found = [kind for kind in Tracker.__subclasses__() if kind.__module__ in names]
+    return {kind.name: kind for kind in sorted(found, key=lambda kind: kind.name)}
 
 
 def saved_ids(run_dir: Path) -> dict[str, str]:
